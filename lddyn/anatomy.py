@@ -1,0 +1,813 @@
+"""A causal language model opened at its seams: embed | blocks | norm | head.
+
+Nothing here knows an architecture. The seams are found by watching one forward pass:
+
+    front    token ids -> input of the first block             (embeddings, positions, their norms)
+    block i  input of block i -> input of block i + 1          (one decoder layer)
+    tail     output of the last block -> input of the head      (final norm, projections)
+    head     z = post(W h + b)                                  (closed form; post is elementwise)
+
+A *segment* (front, block or tail) is replayed from its stored input with gradients switched on
+while a `TorchFunctionMode` watches every operation that consumes a trainable parameter. The
+product y = x Wᵀ and its relatives become *taps*: the pair (activations x, gradient edge of y) from
+which every gradient of W is a sum of outer products. Any other use of a parameter is *direct*: the
+parameter is differentiated as a small tensor of its own. The ledger records each use; a parameter
+that is used where no segment can see it raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from lddyn.examples import Example
+
+FRONT, TAIL, HEAD, POST = "front", "tail", "head", "after the head"
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot be opened at its seams; the message names what could not be placed."""
+
+
+class NonFiniteError(ValueError):
+    """A weight, activation or logit is NaN or infinite; the message names the first one."""
+
+
+# --------------------------------------------------------------------------- attention
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Attention out of differentiable parts, for transformers' AttentionInterface.
+
+    O = softmax(cap(scaling Q Kᵀ) + mask) V. Grouped queries are folded into rows, so K and V are
+    never repeated. Query (B, H, T, d), key and value (B, G, T, d) -> (B, T, H, d). Unlike the fused
+    kernels it can be differentiated twice and pulled back for many cotangents at once.
+    """
+    batch, heads, length, width = query.shape
+    groups = key.shape[1]
+    rows = query.reshape(batch, groups, heads // groups * length, width)
+    scale = width**-0.5 if scaling is None else scaling
+    scores = torch.matmul(rows * scale, key.transpose(-1, -2))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.view(batch, heads, length, -1)
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : scores.shape[-1]]
+    if s_aux is not None:
+        sinks = s_aux.reshape(1, -1, 1, 1).expand(batch, -1, length, -1).to(scores.dtype)
+        scores = torch.cat([scores, sinks], dim=-1)
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.softmax(scores, dim=-1, dtype=precise).to(query.dtype)
+    if s_aux is not None:
+        weights = weights[..., :-1]
+    mixed = torch.matmul(weights.view(batch, groups, -1, weights.shape[-1]), value)
+    return mixed.view(batch, heads, length, value.shape[-1]).transpose(1, 2), None
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+    AttentionInterface.register("lddyn", attention)
+    AttentionMaskInterface.register("lddyn", eager_mask)
+
+
+class true_float64(TorchFunctionMode):
+    """Context in which a `.double()` Hugging Face model really computes in float64.
+
+    Most architectures cast norms, softmax and rotary angles to float32 whatever their weights are;
+    inside this context every such cast goes to float64 instead.
+
+    Example:
+        >>> import lddyn
+        >>> with lddyn.true_float64():
+        ...     torch.zeros(1, dtype=torch.float64).to(torch.float32).dtype
+        torch.float64
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") == "float" and isinstance(args[0], Tensor):
+            return args[0].double()
+
+        def up(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        return func(*map(up, args), **{k: up(v) for k, v in (kwargs or {}).items()})
+
+
+# --------------------------------------------------------------------------- taps and ledger
+
+
+@dataclass
+class Tap:
+    """One product with a trainable weight inside a segment.
+
+    kind "linear": y = x Wᵀ + b; "matmul": y = x W + b; "embedding": y = W[ids].
+    """
+
+    kind: str
+    weight: str | None  # canonical parameter name, with "[e]" for a packed expert; None: frozen
+    bias: str | None
+    activations: Tensor  # (rows, d_in), or the token ids (rows,) of an embedding
+    edge: Any  # gradient edge of the product's output
+    shape: torch.Size  # shape of the output
+    padding: int | None = None  # the embedding row that autograd never updates
+
+    @property
+    def width(self) -> int:
+        return self.shape[-1]
+
+    def updated(self) -> Tensor:
+        """Rows (bool) whose weight an update moves: all but the embedding's padding token."""
+        if self.padding is None:
+            return torch.ones_like(self.activations, dtype=torch.bool)
+        return self.activations != self.padding
+
+
+@dataclass
+class LedgerEntry:
+    """How one trainable parameter is accounted for."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    ops: set[str] = field(default_factory=set)
+    segments: set[str] = field(default_factory=set)
+    direct: bool = False
+
+    @property
+    def rule(self) -> str:
+        if not self.ops:
+            return "not reached (zero gradient)"
+        return "direct" if self.direct else "factored"
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every use of a trainable parameter; records it, and makes taps where asked."""
+
+    def __init__(self, anatomy: Anatomy, tapping: bool):
+        super().__init__()
+        self.anatomy = anatomy
+        self.tapping = tapping
+        self.active = True
+        self.segment = FRONT
+        self.taps: list[Tap] = []
+        self.numel: dict[str, int] = {}  # elements of all products' outputs, by segment
+        # id -> (tensor, parameter name, suffix such as "[3]", transposed); tensors are kept alive
+        # so that an id cannot be reused while we hold it.
+        self.known: dict[int, tuple[Tensor, str, str, bool]] = {
+            key: (parameter, name, "", False)
+            for key, (name, parameter) in anatomy.trainable_by_id.items()
+        }
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self.active:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        if not any(id(a) in self.known for a in args) and not any(
+            id(a) in self.known for a in kwargs.values()
+        ):
+            if any(
+                isinstance(a, list | tuple) and any(id(b) in self.known for b in a) for a in args
+            ):
+                flat = [b for a in args if isinstance(a, list | tuple) for b in a]
+                self._direct(name, flat)
+            result = func(*args, **kwargs)
+        else:
+            if name == "__get__":
+                name = getattr(getattr(func, "__self__", None), "__name__", name)
+            result = self._use(func, name, args, kwargs)
+        if name in _PRODUCTS and not self.tapping:
+            self.numel[self.segment] = self.numel.get(self.segment, 0) + result.numel()
+        return result
+
+    def _use(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in _PRODUCTS:
+            product = _as_product(name, args, kwargs)
+            # The weight must be a weight we know; or it is frozen and only the bias is trainable.
+            if product is not None and (id(product[1]) in self.known or id(product[2]) in self.known):
+                return self._product(func, name, args, kwargs, *product)
+        if name in ("T", "mT", "t", "transpose", "__getitem__", "select"):
+            view = self._view(func, name, args, kwargs)
+            if view is not None:
+                return view
+        if name in _METADATA:
+            return func(*args, **kwargs)
+        self._direct(name, [*args, *kwargs.values()])
+        return func(*args, **kwargs)
+
+    def _view(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> Tensor | None:
+        """A transposed weight or one packed expert is still a weight: follow it."""
+        if id(args[0]) not in self.known:
+            return None
+        base, parameter, suffix, transposed = self.known[id(args[0])]
+        if parameter in self.anatomy.direct:
+            return None
+        if name in ("T", "mT", "t", "transpose") and base.dim() == 2:
+            result = func(*args, **kwargs)
+            self.known[id(result)] = (result, parameter, suffix, not transposed)
+            return result
+        if name in ("__getitem__", "select") and base.dim() == 3 and not suffix:
+            index = args[1] if name == "__getitem__" else args[2]
+            if name == "select" and args[1] != 0:
+                return None
+            if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
+                result = func(*args, **kwargs)
+                self.known[id(result)] = (result, parameter, f"[{int(index)}]", False)
+                return result
+        return None
+
+    def _direct(self, op: str, values: list[Any]) -> None:
+        for value in values:
+            if id(value) in self.known:
+                entry = self.anatomy.ledger[self.known[id(value)][1]]
+                entry.ops.add(op)
+                entry.segments.add(self.segment)
+                if not entry.direct:
+                    entry.direct = True
+                    self.anatomy.direct.add(entry.parameter)
+                    if self.tapping:
+                        raise UnsupportedModelError(
+                            f"{entry.parameter} met operation {op!r} only in a replay of "
+                            f"{self.segment}, not in the forward pass: the model's code depends "
+                            "on more than its inputs"
+                        )
+
+    def _product(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        padding: int | None,
+    ) -> Tensor:
+        known = self.known.get(id(weight))
+        names: list[str | None] = [None, None]
+        for slot, tensor in enumerate((weight, bias)):
+            if tensor is not None and id(tensor) in self.known:
+                _, parameter, suffix, _ = self.known[id(tensor)]
+                entry = self.anatomy.ledger[parameter]
+                entry.ops.add(name)
+                entry.segments.add(self.segment)
+                if parameter not in self.anatomy.direct:
+                    names[slot] = parameter + suffix
+        out: Tensor = func(*args, **kwargs)
+        if not self.tapping or names == [None, None]:
+            return out
+        transposed = known is not None and known[3]
+        linear = (name == "linear") != transposed
+        kind = "embedding" if name == "embedding" else "linear" if linear else "matmul"
+        rows = x.reshape(-1) if kind == "embedding" else x.detach().reshape(-1, x.shape[-1])
+        if not out.requires_grad:
+            # The input carries no gradient (embeddings, first layer): start the graph here.
+            leaf = out.detach().requires_grad_(True)
+            edge, out = get_gradient_edge(leaf), leaf.clone()
+        else:
+            edge = get_gradient_edge(out)
+        self.taps.append(Tap(kind, names[0], names[1], rows, edge, out.shape, padding))
+        return out
+
+
+_PRODUCTS = frozenset(("linear", "addmm", "matmul", "__matmul__", "mm", "embedding"))
+
+# Attribute reads and predicates that touch a parameter without using its values.
+_METADATA = frozenset(
+    "shape dtype device ndim is_cuda layout requires_grad grad data_ptr size dim numel stride "
+    "is_contiguous is_floating_point is_complex element_size __len__ __hash__ __repr__ __bool__ "
+    "is_leaf grad_fn _base names nelement type is_meta is_sparse is_quantized storage_offset "
+    "untyped_storage _version".split()
+)
+
+
+def _as_product(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor | None, int | None] | None:
+    """(x, weight, bias, padding id) of an operation that is a plain product, else None."""
+    arguments = dict(enumerate(args))
+
+    def get(position: int, *keys: str) -> Any:
+        return arguments.get(position, next((kwargs[k] for k in keys if k in kwargs), None))
+
+    if name == "linear":
+        return get(0, "input"), get(1, "weight"), get(2, "bias"), None
+    if name == "addmm":
+        if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
+            return None
+        bias, x, weight = get(0, "input"), get(1, "mat1"), get(2, "mat2")
+        return (x, weight, bias, None) if bias.dim() == 1 else None
+    if name == "embedding":
+        padding, max_norm, scale = get(2, "padding_idx"), get(3, "max_norm"), get(5, "-")
+        if max_norm is not None or scale or kwargs.get("scale_grad_by_freq"):
+            return None
+        weight = get(1, "weight")
+        if padding is not None and padding < 0:
+            padding += weight.shape[0]
+        return get(0, "input"), weight, None, padding
+    x, weight = get(0, "input", "self"), get(1, "other", "mat2")
+    return (x, weight, None, None) if weight.dim() == 2 else None
+
+
+# --------------------------------------------------------------------------- the anatomy
+
+
+@dataclass
+class Trace:
+    """One stored forward pass: everything a replay needs.
+
+    inputs[i] is the input of block i, (1, T, d); inputs[-1] is the output of the last block.
+    hidden (M, d) are the head's inputs at the response positions; logits (M, V) are in float32
+    (float64 for a float64 model); slope is d logits / d raw logits, or None when post is identity.
+    """
+
+    anatomy: Anatomy
+    example: Example
+    ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    inputs: list[Tensor]
+    hidden: Tensor
+    logits: Tensor
+    slope: Tensor | None
+    numel: dict[str, int]  # elements of all products' outputs, by segment
+    calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1]
+
+
+@dataclass
+class Replay:
+    """A segment recomputed with gradients on."""
+
+    output: Tensor
+    input: Tensor | None
+    taps: list[Tap]
+    direct: list[tuple[str, Any, torch.Size]]  # name, gradient edge, shape
+
+
+class Anatomy:
+    """A Hugging Face causal LM opened at its seams, with the ledger of its trainable parameters.
+
+    Args:
+        model: Any causal LM of transformers (or a LoRA-type peft model around one). Only
+            parameters with requires_grad=True are part of the kernel.
+        attention: "lddyn" (this library's attention where the model lets it be chosen, the
+            model's own eager code elsewhere) or "eager".
+
+    Raises:
+        UnsupportedModelError: If no stack of blocks, head or embedding can be found, or if a
+            trainable parameter is used where no segment can see it.
+
+    The model is left as it was found: modes, attention and expert implementation, requires_grad,
+    gradients and random state, also after an exception.
+    """
+
+    def __init__(self, model: nn.Module, attention: str = "lddyn"):
+        if attention not in ("lddyn", "eager"):
+            raise ValueError(f"attention must be 'lddyn' or 'eager', got {attention!r}")
+        model = getattr(model, "_orig_mod", model)  # a torch.compile wrapper
+        self.model = model
+        self.attention = attention
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not hasattr(base, "get_output_embeddings") or not hasattr(base, "config"):
+            raise UnsupportedModelError(
+                f"expected a transformers causal LM (with get_output_embeddings and config), got "
+                f"{type(model).__name__}: load it with AutoModelForCausalLM"
+            )
+        self.base = base
+        self.head = base.get_output_embeddings()
+        if self.head is None:
+            raise UnsupportedModelError(f"{type(base).__name__} has no output embedding (lm_head)")
+        if not isinstance(self.head, nn.Linear):
+            raise UnsupportedModelError(
+                f"the head must be an nn.Linear, got {type(self.head).__name__}: merge adapters "
+                "on lm_head first (lddyn takes the head in closed form)"
+            )
+        self.blocks = _find_blocks(base)
+        self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.trainable:
+            raise UnsupportedModelError(
+                "no parameter has requires_grad=True: nothing can be updated, K is zero"
+            )
+        self.trainable_by_id = {id(p): (n, p) for n, p in self.trainable.items()}
+        self.ledger = {n: LedgerEntry(n, tuple(p.shape)) for n, p in self.trainable.items()}
+        self.direct: set[str] = set()
+        self.head_weight = self.trainable_by_id.get(id(self.head.weight), (None,))[0]
+        self.head_bias = self.trainable_by_id.get(id(self.head.bias), (None,))[0]
+        self._tuples = [0] * len(self.blocks)  # length of the tuple block i returns; 0: a tensor
+
+    # ----- facts
+
+    @property
+    def segments(self) -> list[str]:
+        """Segment names from input to output, the head excluded."""
+        return [FRONT, *(f"block {i}" for i in range(len(self.blocks))), TAIL]
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def vocabulary(self) -> int:
+        return self.head.weight.shape[0]
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head's weight is also used by another segment."""
+        return self.head_weight is not None and bool(
+            self.ledger[self.head_weight].segments - {HEAD}
+        )
+
+    def shared(self) -> list[str]:
+        """Parameters that more than one segment uses (a head tied to the embedding included)."""
+        return [e.parameter for e in self.ledger.values() if len(e.segments) > 1]
+
+    def lowest_segment(self) -> int:
+        """Index of the first segment that holds a trainable parameter: pullbacks stop there."""
+        names = self.segments
+        used = {s for e in self.ledger.values() for s in e.segments if s in names}
+        return min((names.index(s) for s in used), default=len(names))
+
+    # ----- leaving no trace
+
+    @contextlib.contextmanager
+    def analysis(self) -> Iterator[None]:
+        """Evaluation mode, own attention, no weight gradients; everything restored on exit."""
+        _register_attention()
+        modes = [(m, m.training) for m in self.model.modules()]
+        flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        configs = {
+            id(c): c
+            for c in (getattr(m, "config", None) for m in self.model.modules())
+            if c is not None and hasattr(c, "_attn_implementation_internal")
+        }
+        saved = [
+            (c, key, getattr(c, key))
+            for c in configs.values()
+            for key in ("_attn_implementation_internal", "_experts_implementation_internal")
+            if hasattr(c, key)
+        ]
+        own = self.attention
+        if own == "lddyn" and not getattr(self.base, "_supports_attention_backend", False):
+            own = "eager"
+        try:
+            for module, _ in modes:
+                module.training = False
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            for config, key, _ in saved:
+                setattr(config, key, own if key.startswith("_attn") else "eager")
+            with torch.inference_mode(False), torch.enable_grad(), _no_autocast(self.device):
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            for config, key, value in saved:
+                setattr(config, key, value)
+
+    # ----- the skeleton: the model's own forward with blocks and head replaced
+
+    @contextlib.contextmanager
+    def _patched(self, block: Callable[..., Any], head: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Replaces the forward of every block by block(i, original, args, kwargs) and of the head."""
+        modules = [*self.blocks, self.head]
+        previous = [m.__dict__.get("forward") for m in modules]
+        originals = [m.forward for m in modules]
+        try:
+            for i, module in enumerate(self.blocks):
+                module.forward = _bind(block, i, originals[i])
+            self.head.forward = head
+            yield
+        finally:
+            for module, old in zip(modules, previous, strict=True):
+                if old is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.forward = old
+
+    def _output(self, i: int, x: Tensor) -> Any:
+        """x in the shape in which block i returns its output."""
+        return (x, *[None] * (self._tuples[i] - 1)) if self._tuples[i] else x
+
+    def _run(self, ids: Tensor) -> Any:
+        return self.base(input_ids=ids, use_cache=False, return_dict=True)
+
+    def _dummy(self, h: Tensor) -> Tensor:
+        return h.new_zeros(()).expand(1, 1, self.vocabulary)
+
+    def trace(self, example: Example) -> Trace:
+        """One forward pass that stores the input of every block and extends the ledger.
+
+        Raises:
+            ValueError: If a token id is outside the vocabulary or the sequence too long.
+            NonFiniteError: If a weight or logit is NaN or infinite.
+            UnsupportedModelError: If the seams do not fit, or a parameter cannot be placed.
+
+        Cost: one forward pass; T d floats per block.
+        """
+        config = self.base.config
+        example.check_model_limits(
+            self.base.get_input_embeddings().weight.shape[0],
+            getattr(config, "max_position_embeddings", None),
+        )
+        ids = torch.tensor([example.ids], device=self.device)
+        positions = torch.tensor(list(example.positions), device=self.device)
+        inputs: list[Tensor] = []
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        outputs: list[Tensor] = []
+        captured: list[Tensor] = []
+        watch = _Watch(self, tapping=False)
+
+        def block(i: int, original: Any, args: Any, kwargs: Any) -> Any:
+            x, args, kwargs = _split_hidden(args, kwargs)
+            if i != len(inputs):
+                raise UnsupportedModelError(f"block {i} ran out of order (call {len(inputs)})")
+            if outputs and outputs[-1] is not x and not torch.equal(outputs[-1], x):
+                raise UnsupportedModelError(
+                    f"the input of block {i} is not the output of block {i - 1}: the model does "
+                    "something between its blocks that lddyn cannot replay"
+                )
+            inputs.append(x.detach())
+            calls.append((args, kwargs))
+            watch.segment = f"block {i}"
+            result = original(*_join_hidden(x, args), **kwargs)
+            watch.segment = TAIL
+            self._tuples[i] = len(result) if isinstance(result, tuple) else 0
+            outputs.append(result[0] if isinstance(result, tuple) else result)
+            return result
+
+        def head(h: Tensor) -> Tensor:
+            watch.segment = POST
+            captured.append(h.detach().reshape(-1, h.shape[-1])[positions])
+            return self._dummy(h)
+
+        with self.analysis(), torch.no_grad():
+            with watch, self._patched(block, head):
+                self._run(ids)
+            if len(inputs) != len(self.blocks) or len(captured) != 1:
+                raise UnsupportedModelError(
+                    f"{type(self.base).__name__} ran {len(inputs)} of {len(self.blocks)} blocks "
+                    f"and its head {len(captured)} times in one forward pass; expected all and once"
+                )
+            inputs.append(outputs[-1].detach())
+            for name in (self.head_weight, self.head_bias):
+                if name is not None:
+                    self.ledger[name].ops.add("linear")
+                    self.ledger[name].segments.add(HEAD)
+            self._check_placed()
+            hidden = captured[0]
+            logits, slope = self._head_logits(hidden)
+        trace = Trace(
+            self, example, ids, positions, torch.tensor(list(example.targets), device=self.device),
+            inputs, hidden, logits, slope, watch.numel, {ids.shape[1]: calls},
+        )
+        if not bool(torch.isfinite(logits).all()):
+            self._explain_non_finite(trace)
+        return trace
+
+    def _check_placed(self) -> None:
+        for entry in self.ledger.values():
+            if POST in entry.segments:
+                raise UnsupportedModelError(
+                    f"{entry.parameter} is used after the head by {sorted(entry.ops)}: freeze it "
+                    "(requires_grad=False) or move it before the head"
+                )
+            if HEAD in entry.segments and entry.direct:
+                raise UnsupportedModelError(
+                    f"{entry.parameter} is the head's weight and is also used by "
+                    f"{sorted(entry.ops - {'linear'})}, which has no factor rule"
+                )
+
+    def _explain_non_finite(self, trace: Trace) -> None:
+        for name, parameter in self.model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                count = int((~torch.isfinite(parameter)).sum())
+                raise NonFiniteError(
+                    f"parameter {name} has {count} non-finite of {parameter.numel()} values: the "
+                    "model is broken; go back to an earlier checkpoint"
+                )
+        for i, x in enumerate(trace.inputs):
+            if not bool(torch.isfinite(x).all()):
+                where = f"the input of block {i}" if i < len(self.blocks) else "the last output"
+                raise NonFiniteError(
+                    f"{where} is not finite on example {trace.example.name!r} though all weights "
+                    f"are: the forward pass overflows in {x.dtype}; use a wider dtype"
+                )
+        row = int((~torch.isfinite(trace.logits)).any(dim=1).nonzero()[0, 0])
+        raise NonFiniteError(
+            f"the logits of response token {row} are not finite on example "
+            f"{trace.example.name!r}: use a wider dtype"
+        )
+
+    def _head_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits (M, V) in at least float32 and the elementwise slope of what follows the head."""
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        raw = project(hidden.to(precise), self.head.weight)
+        if self.head.bias is not None:
+            raw = raw + self.head.bias.to(precise)
+        logits, slope = self._post(raw)
+        if not hasattr(self, "_post_is_elementwise"):
+            probe = raw[:1].clone()
+            probe[:, ::2] += 0.5
+            moved = self._post(probe)[0]
+            if not torch.equal(moved[:, 1::2], logits[:1, 1::2]):
+                raise UnsupportedModelError(
+                    "what the model does to its logits after the head mixes tokens of the "
+                    "vocabulary; lddyn handles elementwise functions (scaling, soft-capping)"
+                )
+            self._post_is_elementwise = True
+        return logits, slope
+
+    def _post(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        raw = raw.detach().requires_grad_(True)
+        ids = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        def block(i: int, original: Any, args: Any, kwargs: Any) -> Any:
+            return self._output(i, _split_hidden(args, kwargs)[0])
+
+        with torch.enable_grad(), self._patched(block, lambda h: raw[None]):
+            logits = self._run(ids).logits[0]
+            if logits is raw or (logits.shape == raw.shape and torch.equal(logits, raw)):
+                return raw.detach(), None
+            (slope,) = torch.autograd.grad(logits.sum(), raw)
+        return logits.detach().to(raw.dtype), slope
+
+    # ----- replays
+
+    def calls(self, trace: Trace, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Masks, rotary angles and other arguments of every block for a prefix of the sequence."""
+        if length not in trace.calls:
+            found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+            def block(i: int, original: Any, args: Any, kwargs: Any) -> Any:
+                x, args, kwargs = _split_hidden(args, kwargs)
+                found.append((args, kwargs))
+                return self._output(i, x)
+
+            with torch.no_grad(), self._patched(block, self._dummy):
+                self._run(trace.ids[:, :length])
+            trace.calls[length] = found
+        return trace.calls[length]
+
+    def replay(self, trace: Trace, segment: int, length: int) -> Replay:
+        """Recomputes one segment on a prefix with gradients on. Call inside `analysis()`.
+
+        segment 0 is the front, 1 … B the blocks, B + 1 the tail. The output has the shape of a
+        hidden state (1, length, d); the tail's output is the head's input at every position.
+        """
+        names = self.segments
+        label = names[segment]
+        direct = [
+            (n, self.trainable[n]) for n in sorted(self.direct) if label in self.ledger[n].segments
+        ]
+        watch = _Watch(self, tapping=True)
+        watch.segment = label
+        captured: list[Tensor] = []
+        x: Tensor | None = None
+        edges = []
+        for name, parameter in direct:
+            parameter.requires_grad_(True)
+            edges.append((name, get_gradient_edge(parameter), parameter.shape))
+        try:
+            if 0 < segment < len(names) - 1:
+                x = trace.inputs[segment - 1][:, :length].detach().requires_grad_(True)
+                args, kwargs = self.calls(trace, length)[segment - 1]
+                with watch:
+                    result = self.blocks[segment - 1](*_join_hidden(x, args), **kwargs)
+                captured.append(result[0] if isinstance(result, tuple) else result)
+            else:
+                if segment > 0:
+                    x = trace.inputs[-1][:, :length].detach().requires_grad_(True)
+
+                def block(i: int, original: Any, args: Any, kwargs: Any) -> Any:
+                    hidden, args, kwargs = _split_hidden(args, kwargs)
+                    if segment == 0 and i == 0:
+                        _check_side_inputs(args, kwargs)
+                        captured.append(hidden)
+                    watch.active = segment > 0 and i == len(self.blocks) - 1
+                    return self._output(i, x if watch.active and x is not None else hidden.detach())
+
+                def head(h: Tensor) -> Tensor:
+                    if segment > 0:
+                        captured.append(h)
+                    watch.active = False
+                    return self._dummy(h)
+
+                watch.active = segment == 0
+                with watch, self._patched(block, head):
+                    self._run(trace.ids[:, :length])
+        finally:
+            for _, parameter in direct:
+                parameter.requires_grad_(False)
+        return Replay(captured[0], x, watch.taps, edges)
+
+    # ----- the ledger, for people
+
+    def ledger_table(self) -> list[dict[str, Any]]:
+        """One row per trainable parameter: name, shape, rule, operations, segments."""
+        return [
+            {
+                "parameter": e.parameter,
+                "shape": list(e.shape),
+                "rule": e.rule,
+                "ops": sorted(e.ops),
+                "segments": sorted(e.segments),
+            }
+            for e in self.ledger.values()
+        ]
+
+
+def project(hidden: Tensor, weight: Tensor, budget: int = 1 << 28) -> Tensor:
+    """hidden (n, d) · weightᵀ (V, d) -> (n, V) in hidden's dtype, without a full upcast of weight."""
+    if weight.dtype == hidden.dtype:
+        return hidden @ weight.T
+    rows = max(1, budget // (weight.shape[1] * hidden.element_size()))
+    return torch.cat([hidden @ w.to(hidden.dtype).T for w in weight.split(rows)], dim=1)
+
+
+def back_project(rows: Tensor, weight: Tensor, budget: int = 1 << 28) -> Tensor:
+    """rows (n, V) · weight (V, d) -> (n, d) in rows' dtype, without a full upcast of weight."""
+    if weight.dtype == rows.dtype:
+        return rows @ weight
+    size = max(1, budget // (weight.shape[1] * rows.element_size()))
+    out = rows.new_zeros(rows.shape[0], weight.shape[1])
+    for start in range(0, weight.shape[0], size):
+        part = weight[start : start + size].to(rows.dtype)
+        out += rows[:, start : start + size] @ part
+    return out
+
+
+def _find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers: the longest ModuleList that holds most of the parameters."""
+    candidates = [
+        (sum(p.numel() for p in m.parameters()), -depth, m)
+        for depth, (name, m) in enumerate(model.named_modules())
+        if isinstance(m, nn.ModuleList) and len(m) > 0
+    ]
+    if not candidates:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no nn.ModuleList: there are no blocks to open"
+        )
+    found = max(candidates, key=lambda c: (c[0], c[1]))[2]
+    depth = getattr(model.config, "num_hidden_layers", len(found))
+    return list(found)[:depth]
+
+
+def _bind(block: Callable[..., Any], i: int, original: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: block(i, original, args, kwargs)
+
+
+def _split_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The hidden state and the other arguments of a block call."""
+    if args:
+        return args[0], args[1:], kwargs
+    kwargs = dict(kwargs)
+    return kwargs.pop("hidden_states"), (), kwargs
+
+
+def _join_hidden(x: Tensor, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (x, *args)
+
+
+def _check_side_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A gradient that reaches the blocks other than through the hidden state would be lost."""
+    for key, value in [*enumerate(args), *kwargs.items()]:
+        for tensor in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                raise UnsupportedModelError(
+                    f"argument {key!r} of the blocks depends on trainable parameters of the "
+                    "front; lddyn follows the hidden state only"
+                )
+
+
+def _no_autocast(device: torch.device) -> Any:
+    return torch.autocast(device_type=device.type, enabled=False)

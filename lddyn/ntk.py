@@ -1,0 +1,304 @@
+"""The empirical NTK between token logits, as a lazy operator.
+
+    K[m, l] = (∇θ z_m(χo)) (∇θ z_l(χu))ᵀ,   V x V for each of the M x L token pairs
+
+Nothing of size V x V is formed: K is contracted with cotangents on both sides (`gram`), by pulling
+both sides back block by block and pairing their factors, or by pushing the factors of one side
+through the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lddyn import ops
+from lddyn.anatomy import Anatomy, Trace
+from lddyn.examples import Example
+from lddyn.pullback import (
+    DEFAULT_MEMORY,
+    Factors,
+    Pullback,
+    pair,
+    parse_memory,
+    segments_down,
+)
+from lddyn.pushforward import AlongFactors, Direction, Pushforward
+
+Sink = Callable[[str, Tensor, Tensor, Tensor], None]  # parameter, rows o, rows u, block (c, c')
+CHUNK = 16
+
+
+@dataclass
+class Side:
+    """Cotangents on the logits of one traced sequence: rows (M, V)."""
+
+    trace: Trace
+    rows: Tensor
+
+    @classmethod
+    def log_probs(cls, trace: Trace) -> Side:
+        """The rows e_y − π: ∇ log π(y_m) with respect to the logits of position m."""
+        return cls(trace, ops.residual(trace.logits, trace.targets)[0])
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def bytes_per_cotangent(self) -> int:
+        """Workspace of one cotangent in the widest segment: factors, and the pullback's buffers."""
+        trace = self.trace
+        numel = max(trace.numel.values(), default=0)
+        heads = getattr(trace.anatomy.base.config, "num_attention_heads", 1)
+        attention = 3 * heads * trace.length**2
+        return (2 * numel + attention) * trace.hidden.element_size()
+
+
+def token_gram(
+    observed: Sequence[Side],
+    updated: Sequence[Side],
+    memory: int | str = DEFAULT_MEMORY,
+    progress: bool = False,
+    sink: Sink | None = None,
+) -> Tensor:
+    """⟨J_mᵀ v_m, J_lᵀ v_l⟩ for all observed rows m and updated rows l, both sides pulled back.
+
+    Args:
+        observed: Sides whose rows are concatenated into M. May be traces of another copy of the
+            model (a shifted one) than the updated sides: parameters are matched by name.
+        updated: Sides whose rows are concatenated into L.
+        memory: Workspace in bytes or as "2GiB", beyond models, traces and the result.
+        progress: Show a bar over segments.
+        sink: Called with (parameter, rows of o, rows of u, block) for each contribution.
+
+    Returns:
+        (M, L), float32 (float64 for float64 models).
+
+    Cost: 2 N (Σ_m (p_m + 1) + Σ_l (p_l + 1)) FLOPs for pulling, plus (T + L)/(2 d) of that for
+    pairing. A side that is both observed and updated is pulled back once.
+    """
+    budget = parse_memory(memory)
+    anatomy = updated[0].trace.anatomy
+    shared = [n for n in anatomy.shared() if n != anatomy.head_weight]
+    if shared:
+        raise NotImplementedError(
+            f"{shared[0]} is used by several segments {sorted(anatomy.ledger[shared[0]].segments)}: "
+            "use factored_gram"
+        )
+    starts_o, starts_u = _offsets(observed), _offsets(updated)
+    dtype = updated[0].trace.logits.dtype
+    total = torch.zeros(starts_o[-1], starts_u[-1], dtype=dtype, device=anatomy.device)
+
+    def adder(rows_o: Tensor, rows_u: Tensor) -> Callable[[str, Tensor], None]:
+        def add(name: str, block: Tensor) -> None:
+            total[rows_o[:, None], rows_u[None, :]] += block.to(dtype)
+            if sink is not None:
+                sink(name, rows_o, rows_u, block.to(dtype))
+
+        return add
+
+    # The factors of a segment are kept for all updated rows of a group; groups are as large as half
+    # the budget allows, and the observed side is pulled again for each further group.
+    groups = _groups(updated, budget // 2)
+    steps = tqdm(
+        total=len(groups) * len(list(segments_down(anatomy))),
+        desc="token Gram",
+        unit="segment",
+        disable=not progress,
+        leave=False,
+    )
+    for group in groups:
+        pulls: list[tuple[Pullback, int | None, int | None]] = []  # with offsets in o and in u
+        with anatomy.analysis():
+            for index, select in group:
+                side = updated[index]
+                twin = _find(observed, side)
+                pulls.append(
+                    (
+                        Pullback(side.trace, side.rows, select, _chunk(side, budget)),
+                        None if twin is None else starts_o[twin],
+                        starts_u[index],
+                    )
+                )
+        chosen = {id(updated[i]): s for i, s in group}
+        for index, side in enumerate(observed):
+            with side.trace.anatomy.analysis():
+                rest = torch.arange(len(side), device=anatomy.device)
+                twin = _find(updated, side)
+                if twin is not None and id(updated[twin]) in chosen:
+                    mask = torch.ones(len(side), dtype=torch.bool, device=anatomy.device)
+                    mask[chosen[id(updated[twin])]] = False
+                    rest = rest[mask]
+                if len(rest):
+                    pull = Pullback(side.trace, side.rows, rest, _chunk(side, budget))
+                    pulls.append((pull, starts_o[index], None))
+
+        heads = [pull.head_factors() for pull, _, _ in pulls]
+        for (pull_o, at_o, _), head_o in zip(pulls, heads, strict=True):
+            for (pull_u, _, at_u), head_u in zip(pulls, heads, strict=True):
+                if at_o is not None and at_u is not None:
+                    pair(head_o, head_u, adder(pull_o.selected + at_o, pull_u.selected + at_u))
+        for segment in segments_down(anatomy):
+            _pair_segment(segment, pulls, heads, anatomy, adder)
+            steps.update()
+    steps.close()
+    return total
+
+
+def _pair_segment(
+    segment: int,
+    pulls: list[tuple[Pullback, int | None, int | None]],
+    heads: list[Factors],
+    anatomy: Anatomy,
+    adder: Callable[[Tensor, Tensor], Callable[[str, Tensor], None]],
+) -> None:
+    """Pulls every chunk of every side through one segment and pairs its factors."""
+    kept: list[tuple[Tensor, Factors]] = []
+    tied = segment == 0 and anatomy.tied
+
+    def observe(rows_o: Tensor, factors: Factors) -> None:
+        for rows_u, other in kept:
+            pair(factors, other, adder(rows_o, rows_u))
+        if tied:
+            for (pull, _, at_u), head in zip(pulls, heads, strict=True):
+                if at_u is not None:
+                    pair(factors, head, adder(rows_o, pull.selected + at_u))
+
+    both: list[tuple[Tensor, Factors]] = []
+    for pull, at_o, at_u in pulls:
+        if at_u is None:
+            continue
+        with pull.anatomy.analysis():
+            for rows, factors in pull.step(segment):
+                kept.append((rows + at_u, factors))
+                if at_o is not None:
+                    both.append((rows + at_o, factors))
+    if tied:
+        for (pull_o, at_o, _), head in zip(pulls, heads, strict=True):
+            for rows_u, factors in kept if at_o is not None else ():
+                assert at_o is not None
+                pair(head, factors, adder(pull_o.selected + at_o, rows_u))
+    for rows_o, factors in both:
+        observe(rows_o, factors)
+    for pull, at_o, at_u in pulls:
+        if at_u is None and at_o is not None:
+            with pull.anatomy.analysis():
+                for rows, factors in pull.step(segment):
+                    observe(rows + at_o, factors)
+
+
+def factored_push(
+    observed: Sequence[Trace],
+    updated: Sequence[Side],
+    memory: int | str = DEFAULT_MEMORY,
+    progress: bool = False,
+    precondition: Direction | None = None,
+) -> Any:
+    """Pushes the factors of every updated row through every observed trace.
+
+    Yields (rows of u (c,), [Δz (c, M, V) per observed trace]) for K_{m,l} v_l, chunk by chunk, with
+    the diagonal P of `precondition` between the two sides when given.
+
+    Cost: L (2 N T_u + 2 N T_o + 2 T_o T_u Σd_out) FLOPs; with P, 2 N (T_u + T_o) per row more.
+    """
+    budget = parse_memory(memory)
+    anatomy = updated[0].trace.anatomy
+    starts = _offsets(updated)
+    vocabulary = 8 * anatomy.vocabulary * max(len(t.positions) for t in observed)
+    pushes = [Pushforward(t, keep=_graph_bytes(t) * len(observed) < budget // 2) for t in observed]
+    steps = tqdm(total=starts[-1], desc="pushing", unit="token", disable=not progress, leave=False)
+    for start, side in zip(starts, updated, strict=False):
+        per_row = side.bytes_per_cotangent() * (1 + len(anatomy.blocks) // 2) + vocabulary
+        size = max(1, min(CHUNK, budget // 2 // per_row))
+        order = side.trace.positions.argsort(stable=True)
+        for part in order.split(size):
+            with anatomy.analysis():
+                down = Pullback(side.trace, side.rows, part, len(part))
+                factors = [down.head_factors()]
+                for segment in segments_down(anatomy):
+                    pieces = list(down.step(segment))
+                    if len(pieces) != 1:
+                        raise torch.OutOfMemoryError(
+                            f"pushing {len(part)} tokens at once does not fit: lower memory= "
+                            f"(now {budget} bytes) so that chunks are smaller"
+                        )
+                    factors.append(pieces[0][1])
+                rows = down.selected
+            source = AlongFactors(factors, precondition)
+            moved = []
+            for push in pushes:
+                with push.anatomy.analysis():
+                    moved.append(push.logits(source))
+            steps.update(len(part))
+            yield rows + start, moved
+    steps.close()
+
+
+def factored_gram(
+    observed: Sequence[Side],
+    updated: Sequence[Side],
+    memory: int | str = DEFAULT_MEMORY,
+    progress: bool = False,
+    precondition: Direction | None = None,
+) -> Tensor:
+    """The same M x L products as `token_gram`, through the factored NTK-vector product.
+
+    With `precondition`, ⟨J_mᵀ v_m, P ∘ J_lᵀ v_l⟩ for a diagonal P (name -> tensor).
+    """
+    starts = _offsets(observed)
+    first = updated[0].trace.logits
+    total = torch.zeros(starts[-1], _offsets(updated)[-1], dtype=first.dtype, device=first.device)
+    traces = [side.trace for side in observed]
+    for rows, moved in factored_push(traces, updated, memory, progress, precondition):
+        for start, side, delta in zip(starts, observed, moved, strict=False):
+            block = torch.einsum("cmv,mv->mc", delta, side.rows.to(delta.dtype))
+            total[start : start + len(side)][:, rows] = block
+    return total
+
+
+def _graph_bytes(trace: Trace) -> int:
+    """Rough size of all linearised segments: products and attention, values and two graphs."""
+    heads = getattr(trace.anatomy.base.config, "num_attention_heads", 1)
+    blocks = len(trace.anatomy.blocks)
+    return (6 * sum(trace.numel.values()) + 6 * blocks * heads * trace.length**2) * (
+        trace.hidden.element_size()
+    )
+
+
+def _offsets(sides: Sequence[Side]) -> list[int]:
+    offsets = [0]
+    for side in sides:
+        offsets.append(offsets[-1] + len(side))
+    return offsets
+
+
+def _find(sides: Sequence[Side], wanted: Side) -> int | None:
+    return next((i for i, side in enumerate(sides) if side is wanted), None)
+
+
+def _chunk(side: Side, budget: int) -> int:
+    return int(max(1, min(CHUNK, budget // 4 // side.bytes_per_cotangent())))
+
+
+def _groups(sides: Sequence[Side], budget: int) -> list[list[tuple[int, Tensor]]]:
+    """Rows of the updated sides in groups whose factors of one segment fit the budget."""
+    groups: list[list[tuple[int, Tensor]]] = [[]]
+    left = budget
+    for index, side in enumerate(sides):
+        numel = max(side.trace.numel.values(), default=0)
+        cost = max(1, numel * side.trace.hidden.element_size())
+        order = side.trace.positions.argsort(stable=True)
+        while len(order):
+            fit = left // cost
+            if fit == 0 and groups[-1]:
+                groups.append([])
+                left = budget
+                continue
+            take = max(1, min(len(order), fit))
+            groups[-1].append((index, order[:take]))
+            order, left = order[take:], left - take * cost
+    return groups

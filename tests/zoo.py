@@ -1,0 +1,130 @@
+"""Tiny models of many architectures, built from their configs: no downloads."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lddyn.anatomy import true_float64
+from lddyn.examples import Example
+
+VOCABULARY = 89
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GEMMA = {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_GPT2 = {
+    "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_OPT = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 40, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 24,
+    "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2,
+}  # fmt: skip
+
+ARCHITECTURES: dict[str, dict] = {
+    "gpt2": _GPT2,
+    "llama": _COMMON,
+    "mistral": {**_COMMON, "sliding_window": 5},
+    "qwen2": _COMMON,
+    "qwen3": {**_COMMON, "head_dim": 8},
+    "gemma2": {**_COMMON, **_GEMMA},
+    "gemma3_text": {**_COMMON, **_GEMMA},
+    "gpt_neox": {k: v for k, v in _COMMON.items() if k != "num_key_value_heads"},
+    "phi3": _COMMON,
+    "opt": _OPT,
+    "olmo2": _COMMON,
+    "falcon": {
+        **{k: v for k, v in _COMMON.items() if k != "intermediate_size"}, "multi_query": True,
+        "bias": True, "new_decoder_architecture": False,
+    },
+    "granite": {
+        **_COMMON, "logits_scaling": 2.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+    },
+    "mixtral": {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**_COMMON, **_MOE, "head_dim": 8, "decoder_sparse_step": 1},
+    "olmoe": {**_COMMON, **_MOE},
+    "phi": _COMMON,
+    "stablelm": _COMMON,
+    "cohere": _COMMON,
+    "bloom": {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+    },
+    "gpt_oss": {**_COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+                "sliding_window": 6},
+}  # fmt: skip
+
+
+def build(name: str, seed: int = 0, **changes) -> nn.Module:
+    """A tiny causal LM with weights large enough for the architecture to matter."""
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(name, **{**ARCHITECTURES[name], **changes})
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.6 * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def examples() -> tuple[Example, Example]:
+    """An observed and an updated sequence that share tokens."""
+    observed = Example(prompt_ids=[5, 9, 33, 7], response_ids=[21, 9, 40, 7, 62, 2], name="observed")
+    updated = Example(prompt_ids=[5, 9, 12], response_ids=[40, 7, 33, 21, 2], name="updated")
+    return observed, updated
+
+
+def double(model: nn.Module) -> nn.Module:
+    """A float64 copy; use it inside `true_float64()`."""
+    return copy.deepcopy(model).double()
+
+
+def token_log_probs(model: nn.Module, example: Example) -> Tensor:
+    """log π(y_m) of the response tokens by the model's own forward."""
+    logits = model(input_ids=torch.tensor([example.ids]), use_cache=False).logits[0]
+    return logits.log_softmax(-1)[list(example.positions), list(example.targets)]
+
+
+def jacobian(values: Tensor, parameters: list[Tensor]) -> Tensor:
+    """Explicit rows ∇θ values[m], flattened over all parameters."""
+    rows = []
+    for value in values:
+        gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        rows.append(
+            torch.cat(
+                [
+                    (torch.zeros_like(p) if g is None else g).flatten()
+                    for p, g in zip(parameters, gradients, strict=True)
+                ]
+            )
+        )
+    return torch.stack(rows)
+
+
+def oracle_jacobian(model: nn.Module, example: Example) -> Tensor:
+    """∇θ log π(y_m) in true float64, over the trainable parameters."""
+    exact = double(model).eval()
+    with true_float64():
+        values = token_log_probs(exact, example)
+        return jacobian(values, [p for p in exact.parameters() if p.requires_grad])
