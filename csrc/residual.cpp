@@ -1,0 +1,198 @@
+// Softmax residual e_y - pi of each row with its statistics, on CPU.
+//
+// Two passes over a row: (1) the two largest logits, (2) exp(z - z_top) into the output, with its
+// sums; the output is then scaled in cache. The top token is left out of the sums, so that
+// partition = 1 + tail and nothing cancels when pi_top -> 1. Sums run in float over kChunk columns
+// and in double over chunks; the order is fixed, so the bits do not depend on `threads`.
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "lddyn.h"
+
+// One body, compiled for several instruction sets and chosen at load time.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define LDDYN_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define LDDYN_SIMD
+#endif
+#define LDDYN_INLINE inline __attribute__((always_inline))
+
+namespace lddyn {
+namespace {
+
+constexpr int64_t kChunk = 1024;  // columns summed in float before the sums go on in double
+constexpr int64_t kSearch = 256;  // columns searched one by one for the index of a maximum
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+LDDYN_INLINE float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+LDDYN_INLINE uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+LDDYN_INLINE double widen(double x) { return x; }
+LDDYN_INLINE float widen(float x) { return x; }
+LDDYN_INLINE float widen(BFloat16 x) { return from_bits(uint32_t{x.bits} << 16); }
+LDDYN_INLINE float widen(Float16 x) {
+  // Exponent rebased by a product, which is right for subnormals too; 65536 and up are inf or NaN.
+  const float magnitude = from_bits((x.bits & 0x7fffu) << 13) * 0x1p112f;
+  const uint32_t special = magnitude >= 65536.0f ? 0x7f800000u : 0u;
+  return from_bits(to_bits(magnitude) | special | (x.bits & 0x8000u) << 16);
+}
+
+LDDYN_INLINE double exponential(double x) { return std::exp(x); }
+// exp(x) for x <= 0 within 2 ulp; 0 below the normal range. Branch-free, so that loops vectorise.
+LDDYN_INLINE float exponential(float x) {
+  constexpr float kLowest = -87.0f, kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds
+  const float clamped = x < kLowest ? kLowest : x;         // a NaN stays
+  const float shifted = clamped * 1.44269504f + kRound;
+  const float whole = shifted - kRound;
+  const float r = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const float scale = from_bits((to_bits(shifted) + 127u) << 23);
+  return x < kLowest ? 0.0f : p * scale;
+}
+
+template <typename T>
+LDDYN_INLINE auto largest(const T* z, int64_t lo, int64_t hi) {
+  using A = decltype(widen(*z));
+  A best = -std::numeric_limits<A>::infinity();
+#pragma omp simd reduction(max : best)
+  for (int64_t v = lo; v < hi; ++v) {
+    const A x = widen(z[v]);
+    best = x > best ? x : best;
+  }
+  return best;
+}
+
+// First column in [lo, hi) that holds `value`; `none` if there is none (NaN alone).
+template <typename T, typename A>
+LDDYN_INLINE int64_t first_equal(const T* z, int64_t lo, int64_t hi, A value, int64_t none) {
+  for (int64_t v = lo; v < hi; ++v) {
+    if (widen(z[v]) == value) return v;
+  }
+  return none;
+}
+
+// Columns of the two largest logits, ties to the lower one. A pass over chunk maxima, then only the
+// best two chunks are searched: the runner-up is in the best one, or it is the next one's maximum.
+template <typename T>
+LDDYN_INLINE void top_two(const T* z, int64_t vocabulary, int64_t* top) {
+  using A = decltype(widen(*z));
+  constexpr A kNone = -std::numeric_limits<A>::infinity();
+  const auto end = [&](int64_t lo) {
+    return lo + kSearch < vocabulary ? lo + kSearch : vocabulary;
+  };
+  A best = largest(z, 0, end(0)), next = kNone;
+  int64_t at = 0, next_at = -1;
+  for (int64_t lo = kSearch; lo < vocabulary; lo += kSearch) {
+    const A peak = largest(z, lo, end(lo));
+    if (peak > best) {
+      next = best, next_at = at;
+      best = peak, at = lo;
+    } else if (next_at < 0 || peak > next) {
+      next = peak, next_at = lo;
+    }
+  }
+  const int64_t first = first_equal(z, at, end(at), best, at);
+  const A left = largest(z, at, first), right = largest(z, first + 1, end(at));
+  const A here = left > right ? left : right;
+  const bool elsewhere = next_at >= 0 && (next > here || (next == here && next_at < at));
+  int64_t second = first == 0 ? 1 : 0;  // all others are masked, and none is in this chunk
+  if (elsewhere) {
+    second = first_equal(z, next_at, end(next_at), next, second);
+  } else if (left >= right && first > at) {
+    second = first_equal(z, at, first, here, second);
+  } else {
+    second = first_equal(z, first + 1, end(at), here, second);
+  }
+  top[0] = first, top[1] = second;
+}
+
+template <typename A>
+struct Sums {
+  double tail = 0, moment = 0, squares = 0;  // sums of e, e * (z - peak), e * e
+};
+
+// out = exp(z - peak) for columns [lo, hi), and its sums.
+template <typename T, typename A>
+LDDYN_INLINE void exponentials(const T* z, A peak, int64_t lo, int64_t hi, A* out, Sums<A>* sums) {
+  for (int64_t start = lo; start < hi; start += kChunk) {
+    const int64_t stop = start + kChunk < hi ? start + kChunk : hi;
+    A tail = 0, moment = 0, squares = 0;
+#pragma omp simd reduction(+ : tail, moment, squares)
+    for (int64_t v = start; v < stop; ++v) {
+      const A d = widen(z[v]) - peak;
+      const A e = exponential(d);
+      out[v] = e;
+      tail += e;
+      moment += e * (d < A(-1000) ? A(-1000) : d);  // a masked token: 0 * -inf
+      squares += e * e;
+    }
+    sums->tail += tail, sums->moment += moment, sums->squares += squares;
+  }
+}
+
+template <typename T, typename A>
+LDDYN_INLINE void row(const Residual& p, int64_t n) {
+  const T* z = static_cast<const T*>(p.logits) + n * p.row_stride;
+  A* out = static_cast<A*>(p.residual) + n * p.vocabulary;
+  const int64_t y = p.targets[n];
+  int64_t* top = p.top + 2 * n;
+  top_two(z, p.vocabulary, top);
+  A peak = widen(z[top[0]]);
+  if (!std::isfinite(peak)) peak = std::numeric_limits<A>::quiet_NaN();  // lddyn/ops.py reports it
+
+  Sums<A> sums;
+  exponentials(z, peak, 0, top[0], out, &sums);
+  exponentials(z, peak, top[0] + 1, p.vocabulary, out, &sums);
+  out[top[0]] = 1;
+
+  const double partition = 1 + sums.tail, log_partition = std::log1p(sums.tail);
+  const double others = y == top[0] ? sums.tail : 1 + (sums.tail - double(out[y]));
+  static_cast<A*>(p.logp)[n] = A(double(widen(z[y])) - peak - log_partition);
+  static_cast<A*>(p.entropy)[n] = A(log_partition - sums.moment / partition);
+  static_cast<A*>(p.squared_norm)[n] =
+      A((1 + (peak - peak) + sums.squares) / (partition * partition));
+  const A scale = A(-1 / partition);
+#pragma omp simd
+  for (int64_t v = 0; v < p.vocabulary; ++v) out[v] *= scale;
+  out[y] = A(others / partition);
+}
+
+LDDYN_SIMD void row_float32(const Residual& p, int64_t n) { row<float, float>(p, n); }
+LDDYN_SIMD void row_bfloat16(const Residual& p, int64_t n) { row<BFloat16, float>(p, n); }
+LDDYN_SIMD void row_float16(const Residual& p, int64_t n) { row<Float16, float>(p, n); }
+LDDYN_SIMD void row_float64(const Residual& p, int64_t n) { row<double, double>(p, n); }
+
+}  // namespace
+
+void residual_cpu(const Residual& p, int threads) {
+  constexpr void (*kRows[])(const Residual&, int64_t) = {row_float32, row_bfloat16, row_float16,
+                                                         row_float64};
+  const auto compute = kRows[static_cast<int>(p.dtype)];
+  // A parallel region costs tens of microseconds: not worth it for a few thousand logits.
+  const bool parallel = p.n > 1 && p.n * p.vocabulary > 1 << 15;
+#pragma omp parallel for num_threads(threads) schedule(static) if (parallel)
+  for (int64_t n = 0; n < p.n; ++n) compute(p, n);
+}
+
+}  // namespace lddyn
