@@ -24,6 +24,7 @@ from lddyn.pullback import (
     DEFAULT_MEMORY,
     Factors,
     Pullback,
+    merge,
     pair,
     parse_memory,
     segments_down,
@@ -173,10 +174,10 @@ def _pair_segment(
         if at_u is None:
             continue
         with pull.anatomy.analysis():
-            for rows, factors in pull.step(segment):
-                kept.append((rows + at_u, factors))
-                if at_o is not None:
-                    both.append((rows + at_o, factors))
+            chunks = list(pull.step(segment))
+        if at_o is not None:
+            both += [(rows + at_o, factors) for rows, factors in chunks]
+        kept += [(rows + at_u, factors) for rows, factors in merge(chunks)]
     if tied:
         for (pull_o, at_o, _), head in zip(pulls, heads, strict=True):
             for rows_u, factors in kept if at_o is not None else ():

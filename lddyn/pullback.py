@@ -109,6 +109,50 @@ def pair(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> No
     pair_head(one, other, add)
 
 
+def merge(chunks: list[tuple[Tensor, Factors]]) -> list[tuple[Tensor, Factors]]:
+    """Joins the chunks of one side, so that what is paired with them is pushed once, not per chunk.
+
+    Shorter prefixes are filled with zeros. Taps whose rows are not a prefix of the longest chunk's
+    (packed experts see a subset of tokens) leave the chunks as they are.
+    """
+    if len(chunks) < 2:
+        return chunks
+    longest = chunks[-1][1]
+    for _, factors in chunks:
+        names = [(t.kind, t.weight, t.bias) for t, _ in factors.taps]
+        if names != [(t.kind, t.weight, t.bias) for t, _ in longest.taps]:
+            return chunks
+        if factors.direct.keys() != longest.direct.keys():
+            return chunks
+        for (tap, _), (reference, _) in zip(factors.taps, longest.taps, strict=True):
+            if not _is_prefix(tap.activations, reference.activations):
+                return chunks
+    rows = torch.cat([r for r, _ in chunks])
+    joined = Factors(
+        direct={n: torch.cat([f.direct[n] for _, f in chunks]) for n in longest.direct}
+    )
+    for i, (tap, delta) in enumerate(longest.taps):
+        out = delta.new_zeros(len(rows), *delta.shape[1:])
+        start = 0
+        for _, factors in chunks:
+            part = factors.taps[i][1]
+            out[start : start + len(part), : part.shape[1]] = part
+            start += len(part)
+        joined.taps.append((tap, out))
+    return [(rows, joined)]
+
+
+def _is_prefix(short: Tensor, long: Tensor) -> bool:
+    """Equal up to the rounding of a product over fewer rows."""
+    head = long[: len(short)]
+    if short.shape != head.shape:
+        return False
+    if not short.is_floating_point():
+        return torch.equal(short, head)
+    limit = 64 * torch.finfo(short.dtype).eps * float(long.abs().max())
+    return bool((short - head).abs().max() <= limit)
+
+
 def pair_head(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> None:
     """The head's part, and the cross terms of a head tied to the embedding."""
     if one.head is not None and other.head is not None:
