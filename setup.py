@@ -49,7 +49,6 @@ class NinjaBuild(build_ext):
         build = Path(self.build_temp).absolute()
         for folder in (target.parent, build):
             folder.mkdir(parents=True, exist_ok=True)
-        esc = ninja_syntax.escape_path
         common = f"-std=c++17 -O3 -isystem {sysconfig.get_path('include')} -isystem {get_include()}"
         common += f' -DLDDYN_CUDA_ARCHS="\\"{" ".join(ARCHS) if nvcc else ""}\\""'
         host = "-fPIC -fvisibility=hidden -fopenmp"
@@ -57,7 +56,7 @@ class NinjaBuild(build_ext):
         codes.append(f"-gencode arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}")
         gpu = f"{' '.join(codes)} -Xcompiler {host.replace(' ', ',')}"
         with (build / "build.ninja").open("w") as file:
-            out, objects = ninja_syntax.Writer(file, width=400), []
+            out, path, objects = ninja_syntax.Writer(file, 400), ninja_syntax.escape_path, []
             dep = {"depfile": "$out.d", "deps": "gcc"}
             out.rule("cxx", f"{cxx} {common} {host} -Wall -MMD -MF $out.d -c $in -o $out", **dep)
             out.rule("nvcc", f"{nvcc} {common} {gpu} -MMD -MF $out.d -c $in -o $out", **dep)
@@ -67,8 +66,8 @@ class NinjaBuild(build_ext):
                 (("cxx", "*.cpp"), ("nvcc", "*.cu")) if nvcc else (("cxx", "*.cpp"),)
             ):
                 for source in sorted(CSRC.glob(pattern)):
-                    objects += out.build(esc(f"{source.name}.o"), rule, esc(str(source)))
-            out.build(esc(str(target)), "link", objects)
+                    objects += out.build(f"{source.name}.o", rule, path(str(source)))
+            out.build(path(str(target)), "link", objects)
         subprocess.run([str(Path(BIN_DIR) / "ninja"), "-C", str(build)], check=True)
 
 

@@ -21,8 +21,7 @@
 namespace lddyn {
 namespace {
 
-constexpr int64_t kChunk = 1024;  // columns summed in float before the sums go on in double
-constexpr int64_t kSearch = 256;  // columns searched one by one for the index of a maximum
+constexpr int64_t kChunk = 256;  // columns summed in float, and searched for the index of a maximum
 
 struct BFloat16 {
   uint16_t bits;
@@ -98,12 +97,10 @@ template <typename T>
 LDDYN_INLINE void top_two(const T* z, int64_t vocabulary, int64_t* top) {
   using A = decltype(widen(*z));
   constexpr A kNone = -std::numeric_limits<A>::infinity();
-  const auto end = [&](int64_t lo) {
-    return lo + kSearch < vocabulary ? lo + kSearch : vocabulary;
-  };
+  const auto end = [&](int64_t lo) { return lo + kChunk < vocabulary ? lo + kChunk : vocabulary; };
   A best = largest(z, 0, end(0)), next = kNone;
   int64_t at = 0, next_at = -1;
-  for (int64_t lo = kSearch; lo < vocabulary; lo += kSearch) {
+  for (int64_t lo = kChunk; lo < vocabulary; lo += kChunk) {
     const A peak = largest(z, lo, end(lo));
     if (peak > best) {
       next = best, next_at = at;

@@ -1,8 +1,8 @@
 """Every op's schema, checks, fake and backend choice: the only door to ``_C`` and ``kernels``.
 
-An op is defined in torch.library, runs *check, choose, call* on any device, and is a leaf: it has no
-derivative. A backward through it raises, and so does forward mode (`torch.func.jvp`), because an op
-without a rule would otherwise return a zero tangent in silence.
+An op is defined in torch.library, runs *check, choose, call* on any device, and is a leaf: it has
+no derivative. A backward through it raises, and so does forward mode (`torch.func.jvp`), because an
+op without a rule would otherwise return a zero tangent in silence.
 """
 
 from __future__ import annotations
@@ -227,10 +227,12 @@ def _register(op: _Op, schema: str, fake: Callable[..., Any]) -> None:
     overload = getattr(torch.ops.lddyn, op.name).default
 
     def leaf(*args: Tensor) -> Any:
-        if any(forward_ad.unpack_dual(x).tangent is not None for x in args):
+        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in args)
+        transformed = tracked and torch._C._are_functorch_transforms_active()  # torch.func.grad
+        if transformed or any(forward_ad.unpack_dual(x).tangent is not None for x in args):
             raise _not_differentiable(overload)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in args):
-            return _Leaf.apply(overload, *args)  # type: ignore[no-untyped-call]
+        if tracked:
+            return _Leaf.apply(overload, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
@@ -364,7 +366,7 @@ def _residual_cuda(logits: Tensor, targets: Tensor) -> _Residual:
 def _residual_triton(logits: Tensor, targets: Tensor) -> _Residual:
     from lddyn.kernels.residual import residual as launch
 
-    out: _Residual = launch(logits, targets)
+    out: _Residual = launch(logits, targets.contiguous())
     return _finite(logits, out) if logits.device.type == "cpu" else out
 
 
@@ -391,8 +393,8 @@ def residual(logits: Tensor, targets: Tensor) -> _Residual:
         residual[n] = e_y - π_n,   π_n = softmax(logits[n]),   y = targets[n]
 
     The entry of y is the complement sum Σ_{v≠y} π_v, not 1 - π_y: it keeps its digits when π_y → 1,
-    and so do logp and entropy. A logit of -inf is a masked token, with π = 0. This is the ∂log π(y)/∂z
-    of Ren & Sutherland (ICLR 2025); their G of SFT is its negative.
+    and so do logp and entropy. A logit of -inf is a masked token, with π = 0. This is ∂log π(y)/∂z;
+    the G of SFT in Ren & Sutherland (ICLR 2025) is its negative.
 
     Args:
         logits: Shape (N, V), V >= 2, float32/bfloat16/float16/float64, any strides.
@@ -454,8 +456,15 @@ def _gram_fake(a_o: Tensor, g_o: Tensor, a_u: Tensor, g_u: Tensor) -> Tensor:
     return g_o.new_empty(g_o.shape[0], g_u.shape[0], dtype=reference.wide(g_o.dtype))
 
 
+def _gram_triton(a_o: Tensor, g_o: Tensor, a_u: Tensor, g_u: Tensor) -> Tensor:
+    from lddyn.kernels.gram import gram as launch
+
+    out: Tensor = launch(a_o, g_o, a_u, g_u)
+    return out
+
+
 _register(
-    _Op("gram", _check_gram, {"reference": reference.gram}),
+    _Op("gram", _check_gram, {"triton": _gram_triton, "reference": reference.gram}),
     "(Tensor activations_o, Tensor grads_o, Tensor activations_u, Tensor grads_u) -> Tensor",
     _gram_fake,
 )
@@ -466,10 +475,10 @@ def gram(activations_o: Tensor, grads_o: Tensor, activations_u: Tensor, grads_u:
 
         G[m, l] = Σ_{s,t} <a_o[s], a_u[t]> <g_o[m,s], g_u[l,t]>
 
-    That is the inner product of the weight gradients Σ_s g_o[m,s] ⊗ a_o[s] and Σ_t g_u[l,t] ⊗ a_u[t],
-    which need not be formed: S = a_o a_uᵀ pushes one side's gradients onto the other's tokens,
-    where they are paired. On CPU this is dense products alone, so BLAS does it in plain torch (there
-    is no C++ for it), in the order that `lddyn.reference.gram_order` finds cheapest.
+    The inner product of the weight gradients Σ_s g_o[m,s] ⊗ a_o[s] and Σ_t g_u[l,t] ⊗ a_u[t], which
+    need not be formed: S = a_o a_uᵀ pushes one side's gradients onto the other's tokens, where they
+    are paired. On CPU this is dense products alone, so BLAS does it in plain torch (there is no C++
+    for it), in the order that `lddyn.reference.gram_order` finds cheapest.
 
     Args:
         activations_o: Layer input of the observed sequence, shape (S, d_in),

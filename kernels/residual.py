@@ -1,0 +1,150 @@
+"""Softmax residual e_y - π of each row with its statistics.
+
+    residual[n, v] = 1[v = y] - exp(z_v - z_top) / (1 + tail),   tail = Σ_{v≠top} exp(z_v - z_top)
+
+One program per row, two loops over BLOCK columns: the first merges the blocks' tops and sums
+(online), the second writes. Reads the logits twice, writes 4 bytes per logit: bound by bandwidth.
+Sums are float32 and leave the top token out, so nothing cancels when π_top → 1; the order of
+summation is fixed, so equal inputs give equal bits. A row with NaN, +inf or nothing but -inf gives
+NaN. Ties go to the lower token.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _exp(x):
+    """exp(x) for x <= 0 to a few ulp (tl.exp loses |x| ulp: its argument is scaled in float32)."""
+    x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)
+    whole = tl.floor(x * 1.4426950408889634 + 0.5)
+    rest = (x - whole * 0.693359375) + whole * 2.1219444e-4
+    return tl.exp2(rest * 1.4426950408889634) * tl.exp2(whole)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) with its digits for small x: the rounding error of 1 + x divides out."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _residual_kernel(
+    logits_ptr,
+    targets_ptr,
+    residual_ptr,
+    logp_ptr,
+    entropy_ptr,
+    squared_norm_ptr,
+    top_ptr,
+    V,
+    stride_n,
+    stride_v,
+    BLOCK_V: tl.constexpr,
+):
+    # index
+    pid_n = tl.program_id(0).to(tl.int64)
+    z_ptr = logits_ptr + pid_n * stride_n
+    offs = tl.arange(0, BLOCK_V)
+    low = -float("inf")
+
+    # first loop: top two, tail, Σ e (z - peak), Σ e², all relative to the running peak
+    peak = low
+    next_peak = low
+    top = tl.zeros((), tl.int64)
+    runner = tl.zeros((), tl.int64)
+    tail = 0.0
+    moment = 0.0
+    squares = 0.0
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + offs.to(tl.int64)
+        z = tl.load(z_ptr + offs_v * stride_v, mask=offs_v < V, other=low).to(tl.float32)
+
+        # the block's own top two and sums; its top has weight 1 and is left out of the tail
+        b_peak = tl.max(z, axis=0)
+        b_top = tl.min(tl.where(z == b_peak, offs_v, V), axis=0)
+        others = tl.where(offs_v == b_top, low, z)
+        b_next = tl.max(others, axis=0)
+        b_runner = tl.min(tl.where(others == b_next, offs_v, V), axis=0)
+        d = others - tl.where(b_peak == low, 0.0, b_peak)
+        e = _exp(d)
+        e = tl.where(others == low, 0.0, e)
+        b_tail = tl.sum(e, axis=0)
+        b_moment = tl.sum(tl.where(others == low, 0.0, e * d), axis=0)
+        b_squares = tl.sum(e * e, axis=0)
+
+        # merge: the smaller side is rescaled to the larger peak (a side of -inf alone has weight 0)
+        wins = b_peak > peak
+        gap = tl.where(wins, peak - b_peak, b_peak - peak)
+        empty = (peak == low) | (b_peak == low)
+        gap = tl.where(empty, 0.0, gap)
+        scale = tl.where(empty, 0.0, _exp(gap))
+        less_tail = tl.where(wins, tail, b_tail)
+        less_moment = tl.where(wins, moment, b_moment)
+        less_squares = tl.where(wins, squares, b_squares)
+        tail = tl.where(wins, b_tail, tail) + scale * (1.0 + less_tail)
+        moment = tl.where(wins, b_moment, moment) + scale * (less_moment + gap * (1.0 + less_tail))
+        squares = tl.where(wins, b_squares, squares) + scale * scale * (1.0 + less_squares)
+        # runner-up of {peak, next_peak, b_peak, b_next}; at a tie the earlier block is first
+        second = tl.where(wins, tl.where(peak >= b_next, peak, b_next), next_peak)
+        second_at = tl.where(wins, tl.where(peak >= b_next, top, b_runner), runner)
+        late = (b_peak > next_peak) & (b_peak <= peak)
+        next_peak = tl.where(late, b_peak, second)
+        runner = tl.where(late, b_top, second_at)
+        top = tl.where(wins, b_top, top)
+        peak = tl.where(wins, b_peak, peak)
+
+    # statistics
+    runner = tl.where(next_peak == low, tl.where(top == 0, 1, 0), runner)
+    bad = (peak == low) | (peak == float("inf"))
+    tail = tl.where(bad, float("nan"), tail)
+    partition = 1.0 + tail
+    log_partition = _log1p(tail)
+    y = tl.load(targets_ptr + pid_n)
+    z_y = tl.load(z_ptr + y * stride_v).to(tl.float32)
+    others_of_y = tl.where(y == top, tail, 1.0 + (tail - _exp(z_y - peak)))
+    tl.store(logp_ptr + pid_n, (z_y - peak) - log_partition)
+    tl.store(entropy_ptr + pid_n, log_partition - moment / partition)
+    tl.store(squared_norm_ptr + pid_n, (1.0 + squares) / (partition * partition))
+    tl.store(top_ptr + 2 * pid_n, top)
+    tl.store(top_ptr + 2 * pid_n + 1, runner)
+
+    # second loop: the residual
+    out_ptr = residual_ptr + pid_n * V
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + offs.to(tl.int64)
+        mask_v = offs_v < V
+        z = tl.load(z_ptr + offs_v * stride_v, mask=mask_v, other=low).to(tl.float32)
+        pi = tl.where(z == low, 0.0, _exp(z - peak)) / partition
+        r = tl.where(offs_v == y, others_of_y / partition, -pi)
+        tl.store(out_ptr + offs_v, r, mask=mask_v)
+
+
+def _config(vocabulary: int) -> dict[str, int]:
+    """Block size and warps; not measured on a GPU yet, so one size for all."""
+    return {"BLOCK_V": min(4096, triton.next_power_of_2(vocabulary)), "num_warps": 8}
+
+
+def residual(logits, targets):
+    """Launch: logits (N, V), targets (N,) → the five results of the op, float32."""
+    n, vocabulary = logits.shape
+    assert vocabulary >= 2 and targets.is_contiguous()
+    out = logits.new_empty(n, vocabulary, dtype=torch.float32)
+    logp, entropy, squared_norm = (logits.new_empty(n, dtype=torch.float32) for _ in range(3))
+    top = targets.new_empty(n, 2)
+    if n:
+        _residual_kernel[(n,)](
+            logits,
+            targets,
+            out,
+            logp,
+            entropy,
+            squared_norm,
+            top,
+            vocabulary,
+            *logits.stride(),
+            **_config(vocabulary),
+        )
+    return out, logp, entropy, squared_norm, top
