@@ -29,8 +29,7 @@ def find_nvcc():
         sys.exit("LDDYN_CUDA=1 but nvcc was not found: put it on PATH, or set CUDA_HOME")
     if wish == "0" or not nvcc:
         print(f"lddyn: building without CUDA (LDDYN_CUDA={wish}, nvcc: {nvcc or 'not found'})")
-        return None
-    return nvcc
+    return nvcc if wish != "0" else None
 
 
 class NinjaBuild(build_ext):
@@ -45,12 +44,13 @@ class NinjaBuild(build_ext):
         if cxx is None:
             print("lddyn: no C++ compiler found, lddyn._C is skipped (plain torch does its work)")
             return
-        target = Path(self.get_ext_fullpath(ext.name)).absolute()
-        build = Path(self.build_temp).absolute()
+        paths = self.get_ext_fullpath(ext.name), self.build_temp
+        target, build = (Path(path).absolute() for path in paths)
         for folder in (target.parent, build):
             folder.mkdir(parents=True, exist_ok=True)
         common = f"-std=c++17 -O3 -isystem {sysconfig.get_path('include')} -isystem {get_include()}"
         common += f' -DLDDYN_CUDA_ARCHS="\\"{" ".join(ARCHS) if nvcc else ""}\\""'
+        common += " -DLDDYN_CUDA" if nvcc else ""
         host = "-fPIC -fvisibility=hidden -fopenmp"
         codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in ARCHS]
         codes.append(f"-gencode arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}")

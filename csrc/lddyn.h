@@ -30,4 +30,33 @@ struct Residual {
 // residual.cpp: one row per OpenMP task, `threads` at most.
 void residual_cpu(const Residual& p, int threads);
 
+// residual.cu: one block per row; not float64.
+int residual_cuda(const Residual& p, uintptr_t stream);
+
+// Operands of `gram`, all contiguous: activations_o (s, d_in), grads_o (m, s, d_out), activations_u
+// (t, d_in), grads_u (n, t, d_out); result out (m, n) float32. Workspaces: similarity (t, s) and
+// pushed (m, t, d_out), bfloat16 for bfloat16 operands, else float32; partial (splits, m, n)
+// float32.
+struct Gram {
+  const void* activations_o;
+  const void* grads_o;
+  const void* activations_u;
+  const void* grads_u;
+  void* similarity;
+  void* pushed;
+  float* partial;
+  float* out;
+  int64_t s;
+  int64_t t;
+  int64_t d_in;
+  int64_t d_out;
+  int64_t m;
+  int64_t n;
+  int64_t splits;
+  Dtype dtype;
+};
+
+// gram.cu: push, pair and a sum over splits; not float64; no size may be 0, and m <= 65535.
+int gram_cuda(const Gram& p, uintptr_t stream);
+
 }  // namespace lddyn

@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op; installed as ``lddyn.kernels`` and used by ``lddyn.ops`` only."""
+"""Triton kernels, one file per op; installed as lddyn.kernels, used by lddyn.ops alone."""

@@ -1,14 +1,18 @@
 """Token Gram of one linear layer: push, then pair.
 
-    E[m, t, j] = Σ_s S[t, s] g_o[m, s, j],   G[m, l] = Σ_{t,j} E[m, t, j] g_u[l, t, j],   S = a_u a_oᵀ
+    S = a_u a_oᵀ,   E[m, t, j] = Σ_s S[t, s] g_o[m, s, j],   G[m, l] = Σ_{t,j} E[m, t, j] g_u[l, t, j]
 
 S is one small GEMM left to torch. One program per (BLOCK_M, BLOCK_L) tile of G and per split of the
-(t, j) tiles: it pushes a tile of E into registers (dot over s) and pairs it at once (dot over (t, j)),
-so E is never written. Each split writes its own partial G and a sum over splits follows: no atomics,
-a fixed order, equal bits for equal inputs. g_o is read T/BLOCK_T times (from cache), g_u M/BLOCK_M
-times; E is formed anew for each of L/BLOCK_L columns of tiles. Products are in the operands' dtype
-with float32 accumulation (S and E are rounded to it); float32 operands use IEEE float32.
+(t, j) tiles: it pushes a tile of E into registers (dot over s) and pairs it at once (dot over t and
+j), so E is never written. Each split writes its own partial G, and their sum follows: no atomics, a
+fixed order, equal bits for equal inputs. g_o is read T/BLOCK_T times (from cache), g_u M/BLOCK_M
+times; E is formed anew for each of L/BLOCK_L columns of tiles.
+
+Accumulation is in float32. Products: bfloat16 for bfloat16 (S and E are rounded to it), TF32 for
+float16 (it holds all 11 bits, and S may exceed the range of float16), IEEE float32 for float32.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -42,6 +46,7 @@ def _gram_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_S: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     # index; rows of E are (m, j) with j fastest, columns are t, and k = (j, t) with t fastest
     pid_m = tl.program_id(0).to(tl.int64)
@@ -71,9 +76,8 @@ def _gram_kernel(
             mask_s = (offs_s < S)[:, None] & (offs_t < T)[None, :]
             p_s = s_ptr + offs_s[:, None] * stride_ss + offs_t[None, :] * stride_st
             sim = tl.load(p_s, mask=mask_s, other=0.0)
-            pushed = tl.dot(
-                g_o.to(DOT_DTYPE), sim.to(DOT_DTYPE), pushed, input_precision="ieee"
-            )
+            g_o, sim = g_o.to(DOT_DTYPE), sim.to(DOT_DTYPE)
+            pushed = tl.dot(g_o, sim, pushed, input_precision=PRECISION)
 
         # pair: G (m, l) += Σ_k E (m, k) g_u (k, l)
         e = tl.reshape(pushed.to(DOT_DTYPE), (BLOCK_M, BLOCK_J * BLOCK_T))
@@ -82,18 +86,21 @@ def _gram_kernel(
         mask_u = ((k_t < T) & (k_j < D))[:, None] & (offs_l < L)[None, :]
         p_u = gu_ptr + (k_t * stride_ut + k_j * stride_uj)[:, None] + offs_l[None, :] * stride_ul
         g_u = tl.load(p_u, mask=mask_u, other=0.0)
-        acc = tl.dot(e, g_u.to(DOT_DTYPE), acc, input_precision="ieee")
+        acc = tl.dot(e, g_u.to(DOT_DTYPE), acc, input_precision=PRECISION)
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     p_out = out_ptr + (split * M + offs_m)[:, None] * L + offs_l[None, :]
     tl.store(p_out, acc, mask=(offs_m < M)[:, None] & (offs_l < L)[None, :])
 
 
-def _config(dtype: torch.dtype) -> dict[str, int]:
-    """Tiles by operand width; chosen for registers and shared memory, not yet timed on a GPU."""
-    if dtype == torch.float32:
-        return dict(BLOCK_M=16, BLOCK_L=16, BLOCK_T=16, BLOCK_J=8, BLOCK_S=16, num_warps=4)
-    return dict(BLOCK_M=16, BLOCK_L=64, BLOCK_T=32, BLOCK_J=8, BLOCK_S=32, num_warps=8)
+def _config(dtype: torch.dtype, interpreted: bool = False) -> dict[str, Any]:
+    """Tiles by operand dtype; chosen for registers and shared memory, not yet timed on a GPU."""
+    small = {"BLOCK_M": 16, "BLOCK_L": 16, "BLOCK_T": 16, "BLOCK_J": 8, "BLOCK_S": 16}
+    large = {"BLOCK_M": 16, "BLOCK_L": 64, "BLOCK_T": 32, "BLOCK_J": 8, "BLOCK_S": 32}
+    if dtype == torch.bfloat16 and not interpreted:  # the interpreter multiplies its bit patterns
+        return large | {"DOT_DTYPE": tl.bfloat16, "PRECISION": "ieee", "num_warps": 8}
+    precision = "tf32" if dtype == torch.float16 else "ieee"
+    return small | {"DOT_DTYPE": tl.float32, "PRECISION": precision, "num_warps": 4}
 
 
 def gram(activations_o, grads_o, activations_u, grads_u):
@@ -102,11 +109,8 @@ def gram(activations_o, grads_o, activations_u, grads_u):
     n, t, _ = grads_u.shape
     if 0 in (m, n, s, t, d_out):
         return grads_o.new_zeros(m, n, dtype=torch.float32)
-    config = _config(grads_o.dtype)
-    interpreted = not grads_o.is_cuda  # the interpreter multiplies the bit patterns of bfloat16
-    dot = tl.float32 if interpreted or grads_o.dtype == torch.float32 else None
-    if dot is None:
-        dot = tl.bfloat16 if grads_o.dtype == torch.bfloat16 else tl.float16
+    interpreted = not grads_o.is_cuda
+    config = _config(grads_o.dtype, interpreted)
     similarity = activations_u.float() @ activations_o.float().T
 
     blocks_m, blocks_l = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_L"])
@@ -131,7 +135,6 @@ def gram(activations_o, grads_o, activations_u, grads_u):
         *grads_u.stride(),
         tiles,
         per_split,
-        DOT_DTYPE=dot,
         **config,
     )
     return partial.sum(0)

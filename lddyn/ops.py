@@ -232,7 +232,7 @@ def _register(op: _Op, schema: str, fake: Callable[..., Any]) -> None:
         if transformed or any(forward_ad.unpack_dual(x).tangent is not None for x in args):
             raise _not_differentiable(overload)
         if tracked:
-            return _Leaf.apply(overload, *args)
+            return _Leaf.apply(overload, *args)  # type: ignore[no-untyped-call]
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
@@ -463,8 +463,38 @@ def _gram_triton(a_o: Tensor, g_o: Tensor, a_u: Tensor, g_u: Tensor) -> Tensor:
     return out
 
 
+# Elements of the pushed gradients that one CUDA launch keeps: 512 MiB in bfloat16.
+_PUSHED = 1 << 28
+
+
+def _gram_cuda(a_o: Tensor, g_o: Tensor, a_u: Tensor, g_u: Tensor) -> Tensor:
+    out = _gram_fake(a_o, g_o, a_u, g_u)
+    (m, s, d_out), (n, t, _) = g_o.shape, g_u.shape
+    if 0 in (m, n, s, t, a_o.shape[1], d_out):
+        return out.zero_()
+    a_o, g_o, a_u, g_u = (x.contiguous() for x in (a_o, g_o, a_u, g_u))
+    rows = min(m, 65535, max(1, _PUSHED // (t * d_out)))
+    splits = min(512, -(-t * d_out // 1024))  # at least 1024 products a split, in a fixed order
+    workspace = g_o.dtype if g_o.dtype == torch.bfloat16 else torch.float32
+    similarity = g_o.new_empty(t, s, dtype=workspace)
+    pushed = g_o.new_empty(rows, t, d_out, dtype=workspace)
+    partial = out.new_empty(splits, rows, n)
+    with torch.cuda.device(out.device):
+        for lo in range(0, m, rows):
+            chunk, chunk_out = g_o[lo : lo + rows], out[lo : lo + rows]
+            tensors = (a_o, chunk, a_u, g_u, similarity, pushed, partial, chunk_out)
+            sizes = (s, t, a_o.shape[1], d_out, len(chunk), n, splits, _DTYPES[g_o.dtype])
+            operands = _native().Gram(*(x.data_ptr() for x in tensors), *sizes)
+            _launched(_native().gram_cuda(operands, _stream(out)))
+    return out
+
+
 _register(
-    _Op("gram", _check_gram, {"triton": _gram_triton, "reference": reference.gram}),
+    _Op(
+        "gram",
+        _check_gram,
+        {"cuda": _gram_cuda, "triton": _gram_triton, "reference": reference.gram},
+    ),
     "(Tensor activations_o, Tensor grads_o, Tensor activations_u, Tensor grads_u) -> Tensor",
     _gram_fake,
 )
