@@ -21,10 +21,13 @@ __version__ = "0.1.0.dev0"
 
 # Public name → the module that defines it. A name may equal its module's (lddyn.ntk): see _Package.
 _PUBLIC = {
+    "Anatomy": "anatomy",
     "DPO": "objectives",
+    "Decomposition": "decompose",
     "Example": "examples",
     "Objective": "objectives",
     "SFT": "objectives",
+    "audit": "examples",
     "backend": "ops",
     "backends": "ops",
     "decompose": "decompose",
@@ -34,6 +37,8 @@ _PUBLIC = {
     "ntk": "ntk",
     "residual": "ops",
     "selftest": "environment",
+    "token_log_probs": "decompose",
+    "true_float64": "anatomy",
 }
 
 __all__ = ["__version__", *_PUBLIC]

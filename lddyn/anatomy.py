@@ -659,6 +659,21 @@ class Anatomy:
             (slope,) = torch.autograd.grad(logits.sum(), raw)
         return logits.detach().to(raw.dtype), slope
 
+    def response_logits(self, example: Example) -> Tensor:
+        """Logits (M, V) by the model's own forward, with its graph, in at least float32."""
+        positions = torch.tensor(list(example.positions), device=self.device)
+        original = self.head.forward
+
+        def head(h: Tensor) -> Tensor:
+            return original(h.reshape(-1, h.shape[-1])[positions][None])
+
+        def block(i: int, forward: Any, args: Any, kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        with self._patched(block, head):
+            logits = self._run(torch.tensor([example.ids], device=self.device)).logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
     # ----- replays
 
     def calls(self, trace: Trace, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -9,9 +9,8 @@ through the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -198,11 +197,13 @@ def factored_push(
     memory: int | str = DEFAULT_MEMORY,
     progress: bool = False,
     precondition: Direction | None = None,
-) -> Any:
+    select: Tensor | None = None,
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Pushes the factors of every updated row through every observed trace.
 
     Yields (rows of u (c,), [Δz (c, M, V) per observed trace]) for K_{m,l} v_l, chunk by chunk, with
-    the diagonal P of `precondition` between the two sides when given.
+    the diagonal P of `precondition` between the two sides when given; `select` restricts the rows of
+    each updated side.
 
     Cost: L (2 N T_u + 2 N T_o + 2 T_o T_u Σd_out) FLOPs; with P, 2 N (T_u + T_o) per row more.
     """
@@ -215,7 +216,7 @@ def factored_push(
     for start, side in zip(starts, updated, strict=False):
         per_row = side.bytes_per_cotangent() * (1 + len(anatomy.blocks) // 2) + vocabulary
         size = max(1, min(CHUNK, budget // 2 // per_row))
-        order = side.trace.positions.argsort(stable=True)
+        order = side.trace.positions.argsort(stable=True) if select is None else select
         for part in order.split(size):
             with anatomy.analysis():
                 down = Pullback(side.trace, side.rows, part, len(part))

@@ -12,7 +12,7 @@ of the prefix per chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,9 @@ from torch import Tensor
 
 from lddyn import ops
 from lddyn.anatomy import Anatomy, Replay, Tap, Trace, back_project
+from lddyn.examples import Example
+
+Gradient = dict[str, Tensor]  # parameter name -> tensor of its shape
 
 DEFAULT_MEMORY = "2GiB"
 _UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -323,3 +326,30 @@ def pull(replay: Replay, cotangents: Tensor) -> tuple[Tensor, Factors]:
 def segments_down(anatomy: Anatomy) -> Iterable[int]:
     """Segments from the tail to the lowest one that holds a trainable parameter."""
     return range(len(anatomy.segments) - 1, anatomy.lowest_segment() - 1, -1)
+
+
+def gradient(anatomy: Anatomy, examples: Sequence[Example], weights: Sequence[Tensor]) -> Gradient:
+    """Σ_l w_l ∇θ log π(y_l) over several sequences, by one plain backward pass each.
+
+    The model runs as a whole, without replays, taps or factors: what the factored engine says is
+    checked against this. Returns name -> tensor for every trainable parameter.
+
+    Cost: 6 N T FLOPs a sequence; one gradient the size of the trainable parameters.
+    """
+    total: Gradient = {}
+    names = list(anatomy.trainable)
+    parameters = list(anatomy.trainable.values())
+    for example, weight in zip(examples, weights, strict=True):
+        with anatomy.analysis():
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            logits = anatomy.response_logits(example)
+            targets = torch.tensor(list(example.targets), device=logits.device)
+            logp = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+            parts = torch.autograd.grad(
+                (logp * weight.to(logp.dtype)).sum(), parameters, allow_unused=True
+            )
+        for name, parameter, part in zip(names, parameters, parts, strict=True):
+            part = torch.zeros_like(parameter) if part is None else part
+            total[name] = part if name not in total else total[name] + part
+    return total

@@ -13,7 +13,8 @@ operation without a second derivative raises, where forward mode may return a ze
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lddyn.anatomy import FRONT, Anatomy, Replay, Tap, Trace, project
 from lddyn.pullback import Factors, HeadFactor
 
 Direction = dict[str, Tensor]
+HeadNames = tuple[str | None, str | None]  # the head's weight and bias, None where frozen
 
 
 class Source:
@@ -38,8 +40,8 @@ class Source:
         """Tangent (size, *shape) of a directly differentiated parameter, or None for zero."""
         raise NotImplementedError
 
-    def head(self, hidden: Tensor, head: torch.nn.Linear, names: Any) -> Tensor | None:
-        """Tangent (size, M, V) of the raw logits through the head's own weight and bias."""
+    def head(self, hidden: Tensor, names: HeadNames) -> Tensor | None:
+        """Tangent (size, M, V) of the raw logits through the head's (weight, bias) names."""
         raise NotImplementedError
 
 
@@ -75,7 +77,7 @@ class AlongDirection(Source):
         moved = self.direction.get(name)
         return None if moved is None else moved[None]
 
-    def head(self, hidden: Tensor, head: torch.nn.Linear, names: Any) -> Tensor | None:
+    def head(self, hidden: Tensor, names: HeadNames) -> Tensor | None:
         weight, bias = (None if n is None else self.direction.get(n) for n in names)
         out = None if weight is None else project(hidden, weight)
         if bias is not None:
@@ -140,7 +142,7 @@ class AlongFactors(Source):
         scale = self.scale(name)
         return gradient if gradient is None or scale is None else gradient * scale
 
-    def head(self, hidden: Tensor, head: torch.nn.Linear, names: Any) -> Tensor | None:
+    def head(self, hidden: Tensor, names: HeadNames) -> Tensor | None:
         weight, bias = names
         factor = self.head_factor
         out: Tensor | None = None
@@ -158,8 +160,10 @@ class AlongFactors(Source):
             scale = self.scale(bias)
             rows = (rows if scale is None else rows * scale)[:, None]
             out = rows.expand(-1, len(hidden), -1) if out is None else out + rows
-        for tap, delta in self.by_weight.get(weight, ()) if weight is not None else ():
-            moved = self._embedding_to_head(tap, delta, hidden, head.weight.shape[0], weight)
+        tied = () if weight is None or factor is None else self.by_weight.get(weight, ())
+        for tap, delta in tied:
+            assert factor is not None
+            moved = self._embedding_to_head(tap, delta, hidden, factor.rows.shape[1], weight)
             out = moved if out is None else out + moved
         return out
 
@@ -305,12 +309,31 @@ class Pushforward:
         moved = self.hidden(source).to(precise)
         head = self.anatomy.head
         raw = project(moved.flatten(0, 1), head.weight).view(*moved.shape[:2], -1)
-        own = source.head(
-            self.trace.hidden.to(precise), head, (self.anatomy.head_weight, self.anatomy.head_bias)
-        )
+        names = (self.anatomy.head_weight, self.anatomy.head_bias)
+        own = source.head(self.trace.hidden.to(precise), names)
         if own is not None:
             raw = raw + own
         return raw if self.trace.slope is None else raw * self.trace.slope
+
+
+def pair_direction(
+    one: Factors, source: AlongDirection, add: Callable[[str, Tensor], None]
+) -> None:
+    """Adds ⟨gradient of one's m, Δθ⟩ parameter by parameter, (c,) each."""
+    for tap, delta in one.taps:
+        wide = delta.to(torch.promote_types(delta.dtype, torch.float32))
+        for part in (replace(tap, bias=None), replace(tap, weight=None)):
+            moved = source.tap(part)
+            if moved is not None:
+                add(str(part.weight or part.bias), torch.einsum("ctd,td->c", wide, moved[0].to(wide)))
+    for name, gradient in one.direct.items():
+        if (moved := source.direct(name)) is not None:
+            add(name, gradient.flatten(1) @ moved.flatten().to(gradient.dtype))
+    if one.head is not None:
+        for names in ((one.head.weight, None), (None, one.head.bias)):
+            moved = source.head(one.head.hidden.to(one.head.rows.dtype), names)
+            if moved is not None:
+                add(str(names[0] or names[1]), (one.head.rows * moved[0]).sum(1))
 
 
 def delta_log_probs(delta_logits: Tensor, logits: Tensor) -> Tensor:

@@ -1,0 +1,936 @@
+"""Δ log π = −η A K G: one finetuning step, decomposed and verified.
+
+    influence[m, l] = −η w_l ⟨∇ log π(y_m | χo), ∇ log π(y_l | χu)⟩       (nats)
+
+is what update token l did to observed token m. Its row sums are the first-order change of log π(y_m);
+along a finite step the observed gradient is taken at the start (error η²), at the midpoint (η³) or by
+Simpson's rule (η⁵). Each answer is computed twice, by pairing factors and by pushing the whole
+step forward, and the two must agree.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lddyn import ops
+from lddyn.anatomy import Anatomy, Trace, true_float64
+from lddyn.examples import Example
+from lddyn.ntk import Side, factored_gram, factored_push, token_gram
+from lddyn.objectives import Objective
+from lddyn.optimizers import Direction, Step, copy_optimizer, make_optimizer, optimizer_step
+from lddyn.pullback import DEFAULT_MEMORY, Pullback, gradient, segments_down
+from lddyn.pushforward import AlongDirection, Pushforward, delta_log_probs, pair_direction
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# rule -> [(point on the step, weight)]: the integral of d log π along θ + s Δθ.
+RULES = {
+    "start": [(0.0, 1.0)],
+    "midpoint": [(0.5, 1.0)],
+    "simpson": [(0.0, 1 / 6), (0.5, 4 / 6), (1.0, 1 / 6)],
+}
+ORDERS = {"start": 2, "midpoint": 3, "simpson": 5}  # of the error, in the learning rate
+
+
+class DisagreementError(RuntimeError):
+    """The two computations of the same step differ: an operation has a wrong or silent derivative."""
+
+
+@dataclass(frozen=True)
+class UpdateToken:
+    """One token of an update sequence: where it is, what it says, and w_l = ∂L/∂log π(y_l)."""
+
+    sequence: str
+    index: int
+    token_id: int
+    text: str
+    weight: float
+
+
+@dataclass
+class Observed:
+    """What the step did to one observed response, in nats.
+
+    influence (M, L): Δ log π(y_m) caused by update token l; positive = raised.
+    history, weight_decay (M,): parts that no token of this update made (optimizer state, decay).
+    delta_logp (M,): row sums of influence + history + weight_decay.
+    error_estimate (M,): prediction at the start minus prediction at the midpoint of the step.
+    logp (M,): log π(y_m) before the step.
+    """
+
+    name: str
+    token_ids: list[int]
+    tokens: list[str]
+    influence: Tensor
+    history: Tensor
+    weight_decay: Tensor
+    error_estimate: Tensor
+    logp: Tensor
+    sequences: dict[str, slice]
+    parameters: dict[str, float]
+    agreement: float
+    vocabulary_shift: Tensor
+    _effects: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def delta_logp(self) -> Tensor:
+        """Predicted Δ log π(y_m), (M,) nats."""
+        return self.influence.sum(1) + self.history + self.weight_decay
+
+    def by_sequence(self) -> dict[str, Tensor]:
+        """What each update sequence did to each observed token: name -> (M,) nats.
+
+        For DPO: "y+" and "y-", the two terms of the paper's Eq. 7; "history" and "weight decay" are
+        added when the optimizer has them.
+        """
+        parts = {name: self.influence[:, at].sum(1) for name, at in self.sequences.items()}
+        if bool(self.history.any()):
+            parts["history"] = self.history
+        if bool(self.weight_decay.any()):
+            parts["weight decay"] = self.weight_decay
+        return parts
+
+    def delta_log_probs(self) -> Tensor:
+        """Δ log π(v | χo, y_<m) for every token v of the vocabulary, (M, V) nats.
+
+        Exact to the order of the rule, from one backward pass and one push of the whole step.
+        """
+        return self.vocabulary_shift
+
+    def token_effects(self, index: int) -> Tensor:
+        """What update token `index` did to every token of the vocabulary at each m: (M, V) nats.
+
+        Summed over all update tokens (plus history and decay) this is delta_log_probs().
+
+        Raises:
+            RuntimeError: If the model has changed since, or the result was read from disk.
+            IndexError: If index is not a token of the update.
+
+        Cost: one pullback of one cotangent and one push, computed when asked.
+        """
+        if self._effects is None:
+            raise RuntimeError(
+                "token_effects() needs the model: a loaded decomposition has only what was saved"
+            )
+        result: Tensor = self._effects(self, index)
+        return result
+
+    def by_parameter(self, level: str = "parameter") -> dict[str, float]:
+        """Share of Σ_m delta_logp that went through each parameter (or block): name -> nats.
+
+        Args:
+            level: "parameter" or "block" ("embedding", "block 0", …, "head and final norm").
+        """
+        if level == "parameter":
+            return dict(self.parameters)
+        if level != "block":
+            raise ValueError(f"level must be 'parameter' or 'block', got {level!r}")
+        blocks: dict[str, float] = {}
+        for name, value in self.parameters.items():
+            blocks[_block_of(name)] = blocks.get(_block_of(name), 0.0) + value
+        return blocks
+
+    def __str__(self) -> str:
+        total = float(self.delta_logp.sum())
+        parts = ", ".join(f"{v.sum():+.4g} from {k}" for k, v in self.by_sequence().items())
+        return (
+            f"{self.name}: log π {float(self.logp.sum()):.4g} → {total:+.4g} nats ({parts}); "
+            f"finite-step error ≈ {float(self.error_estimate.sum().abs()):.1g}"
+        )
+
+
+def _block_of(parameter: str) -> str:
+    parts = parameter.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return f"block {part}" if i else parameter
+    lowered = parameter.lower()
+    if "emb" in lowered or "wte" in lowered or "wpe" in lowered:
+        return "embedding"
+    return "head and final norm"
+
+
+@dataclass
+class Verification:
+    """Predictions against real optimizer steps on a copy.
+
+    errors[i] is ‖measured − predicted‖ over all observed tokens at learning rate lrs[i], in nats;
+    slope is its log-log slope, to be compared with `expected`.
+    """
+
+    lrs: list[float]
+    measured: Tensor
+    predicted: Tensor
+    errors: list[float]
+    slope: float
+    expected: int
+    dtype: str
+
+    @property
+    def relative_error(self) -> float:
+        """‖measured − predicted‖ / ‖measured‖ at the first learning rate."""
+        return self.errors[0] / max(float(self.measured[0].norm()), 1e-300)
+
+    def __str__(self) -> str:
+        lines = [
+            f"lr {lr:.3g}: measured {float(m.sum()):+.6g} nats, predicted {float(p.sum()):+.6g}, "
+            f"‖error‖ {e:.3g}"
+            for lr, m, p, e in zip(
+                self.lrs, self.measured, self.predicted, self.errors, strict=True
+            )
+        ]
+        lines.append(f"slope {self.slope:.3f} (expected {self.expected}), {self.dtype}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Decomposition:
+    """The answer of `decompose`: one `Observed` per observed response, by index or by name."""
+
+    observed: list[Observed]
+    update_tokens: list[UpdateToken]
+    loss: float
+    lr: float
+    rule: str
+    settings: dict[str, Any]
+    _session: Any = field(default=None, repr=False, compare=False)
+
+    def __getitem__(self, key: int | str) -> Observed:
+        if isinstance(key, int):
+            return self.observed[key]
+        for item in self.observed:
+            if item.name == key:
+                return item
+        raise KeyError(f"no observed response {key!r}; there are {[o.name for o in self.observed]}")
+
+    def __len__(self) -> int:
+        return len(self.observed)
+
+    def __iter__(self) -> Iterator[Observed]:
+        return iter(self.observed)
+
+    def verify(
+        self, lrs: Sequence[float] | None = None, dtype: torch.dtype | None = torch.float64
+    ) -> Verification:
+        """Takes real optimizer steps on a copy of the model and compares.
+
+        Args:
+            lrs: Learning rates; default: this step's and five halvings.
+            dtype: float64 shows the order of the error far below float32's rounding; None keeps
+                the model's own dtype.
+
+        Raises:
+            RuntimeError: If the model changed since, or the decomposition was read from disk.
+
+        Cost: per learning rate one optimizer step, one forward pass per observed response and the
+        pushes of the rule; one copy of the model (in `dtype`).
+        """
+        if self._session is None:
+            raise RuntimeError("verify() needs the model: this decomposition was read from disk")
+        result: Verification = self._session.verify(self, lrs, dtype)
+        return result
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers for JSON: settings, and per observed response its changes and causes."""
+        return {
+            **self.settings,
+            "loss": self.loss,
+            "lr": self.lr,
+            "rule": self.rule,
+            "observed": [
+                {
+                    "name": o.name,
+                    "tokens": len(o.token_ids),
+                    "logp": float(o.logp.sum()),
+                    "delta_logp": float(o.delta_logp.sum()),
+                    "by_sequence": {k: float(v.sum()) for k, v in o.by_sequence().items()},
+                    "by_block": o.by_parameter("block"),
+                    "error_estimate": float(o.error_estimate.sum()),
+                    "agreement": o.agreement,
+                    "strongest": [
+                        {"token": t.text, "sequence": t.sequence, "index": t.index, "nats": v}
+                        for t, v in self.strongest(o)
+                    ],
+                }
+                for o in self.observed
+            ],
+        }
+
+    def strongest(self, observed: Observed, count: int = 8) -> list[tuple[UpdateToken, float]]:
+        """Update tokens with the largest total effect on a response, by magnitude, in nats."""
+        totals = observed.influence.sum(0)
+        order = totals.abs().argsort(descending=True)[:count].tolist()
+        return [(self.update_tokens[i], float(totals[i])) for i in order]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.settings.get('objective', 'step')} with {self.settings.get('optimizer')}, "
+            f"lr {self.lr:g}, loss {self.loss:.4g}, rule {self.rule!r}"
+        ]
+        lines += [f"  {o}" for o in self.observed]
+        for o in self.observed[:1]:
+            named = ", ".join(
+                f"{t.text!r} ({t.sequence}[{t.index}]) {v:+.3g}" for t, v in self.strongest(o, 5)
+            )
+            lines.append(f"  strongest on {o.name}: {named}")
+        return "\n".join(lines)
+
+    def plot(self, directory: str | Path | None = None) -> list[Figure]:
+        """Token x token heat maps with the texts, and one line per observed response.
+
+        Args:
+            directory: Write PNG and PDF files there as well.
+
+        Returns:
+            The matplotlib figures.
+        """
+        from lddyn import figures
+
+        return figures.plot_decomposition(self, directory)
+
+    def save(self, path: str | Path) -> None:
+        """Writes `path`.safetensors and `path`.json (tensors; names, tokens and settings)."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{i}.{key}": getattr(o, key).contiguous().clone()
+            for i, o in enumerate(self.observed)
+            for key in _TENSORS
+        }
+        meta = {
+            "format": 1,
+            "loss": self.loss,
+            "lr": self.lr,
+            "rule": self.rule,
+            "settings": self.settings,
+            "update_tokens": [vars(t) for t in self.update_tokens],
+            "observed": [
+                {
+                    "name": o.name,
+                    "token_ids": o.token_ids,
+                    "tokens": o.tokens,
+                    "sequences": {k: [s.start, s.stop] for k, s in o.sequences.items()},
+                    "parameters": o.parameters,
+                    "agreement": o.agreement,
+                }
+                for o in self.observed
+            ],
+        }
+        for suffix, write in (
+            (".safetensors", lambda p: save_file(tensors, p)),
+            (".json", lambda p: p.write_text(json.dumps(meta, indent=1), encoding="utf-8")),
+        ):
+            temporary = path.with_name(path.name + suffix + ".tmp")
+            write(temporary)
+            temporary.replace(path.with_name(path.name + suffix))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Decomposition:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: If a file is missing, damaged or of another format.
+        """
+        from safetensors.torch import load_file
+
+        path = Path(path)
+        try:
+            tensors = load_file(path.with_name(path.name + ".safetensors"))
+            meta = json.loads(path.with_name(path.name + ".json").read_text(encoding="utf-8"))
+            if meta["format"] != 1:
+                raise ValueError(f"format must be 1, got {meta['format']}")
+            observed = [
+                Observed(
+                    name=o["name"],
+                    token_ids=o["token_ids"],
+                    tokens=o["tokens"],
+                    sequences={k: slice(*v) for k, v in o["sequences"].items()},
+                    parameters=o["parameters"],
+                    agreement=o["agreement"],
+                    **{key: tensors[f"{i}.{key}"] for key in _TENSORS},
+                )
+                for i, o in enumerate(meta["observed"])
+            ]
+            tokens = [UpdateToken(**t) for t in meta["update_tokens"]]
+        except Exception as error:
+            raise ValueError(f"cannot read a decomposition from {path}: {error}") from error
+        return cls(observed, tokens, meta["loss"], meta["lr"], meta["rule"], meta["settings"])
+
+
+_TENSORS = (
+    "influence",
+    "history",
+    "weight_decay",
+    "error_estimate",
+    "logp",
+    "vocabulary_shift",
+)
+
+
+def decompose(
+    model: nn.Module,
+    observed: Example | Sequence[Example] | Mapping[str, Example],
+    update: Objective,
+    lr: float | None = None,
+    *,
+    optimizer: str | torch.optim.Optimizer = "sgd",
+    max_grad_norm: float | None = None,
+    rule: str = "start",
+    memory: int | str = DEFAULT_MEMORY,
+    attention: str = "lddyn",
+    progress: bool = False,
+) -> Decomposition:
+    """Decomposes one finetuning step of `model` on `update` into what each token did to each other.
+
+        Δ log π(y_m | χo) = −η Σ_l w_l ⟨∇ log π(y_m | χo), P ∇ log π(y_l | χu)⟩ + history + decay
+
+    Args:
+        model: A causal LM of transformers, with or without a LoRA adapter. Not changed.
+        observed: Responses to watch; a mapping names them.
+        update: SFT(...), DPO(...) or any Objective.
+        lr: Learning rate η; may be left out when `optimizer` is an object with its own.
+        optimizer: "sgd", "adamw", "adam", "rmsprop" (fresh), or a torch.optim object at its real
+            state (SGD, Adam, AdamW, RMSprop).
+        max_grad_norm: Clip the gradient's global norm first, as trainers do.
+        rule: Where on the step the observed gradients are taken: "start", "midpoint", "simpson";
+            the error against the real step falls as η², η³, η⁵.
+        memory: Workspace in bytes or as "2GiB", beyond the model, one gradient, and the result.
+        attention: "lddyn" or "eager", see Anatomy.
+        progress: Show progress bars.
+
+    Returns:
+        Decomposition, with one Observed per response.
+
+    Raises:
+        ValueError: For a bad argument, token id, or loss; the message says which.
+        UnsupportedModelError: If the model cannot be opened.
+        NonFiniteError: If a weight, activation or logit is NaN or infinite.
+        DisagreementError: If factors and push disagree beyond rounding.
+
+    Cost: 2 N (Σ_m p_m + Σ_l p_l) FLOPs for the table under SGD; under a diagonal P about
+        L · 4 N (T_u + Σ T_o). One more gradient and a shifted copy of the trainable weights.
+
+    Source: paper Eq. 5-7 (SFT, DPO); optimizers and finite steps go beyond it.
+
+    Example:
+        >>> import lddyn, transformers
+        >>> config = transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32,
+        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, pad_token_id=None)
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> ex = lddyn.Example(prompt_ids=[1, 2], response_ids=[3, 4, 5], name="chosen")
+        >>> dec = lddyn.decompose(model, ex, lddyn.SFT(ex), lr=1e-3)
+        >>> dec[0].influence.shape, bool(dec[0].delta_logp.sum() > 0)
+        (torch.Size([3, 3]), True)
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {sorted(RULES)}, got {rule!r}")
+    if not isinstance(update, Objective):
+        raise TypeError(
+            f"update must be lddyn.SFT(...), DPO(...) or Objective(...), got {type(update).__name__}"
+        )
+    if lr is not None and not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr must be a positive number, got {lr}")
+    session = _Session(
+        model, _named(observed), update, lr, optimizer, max_grad_norm, rule, memory, attention,
+        progress,
+    )  # fmt: skip
+    return session.run()
+
+
+def _named(observed: Example | Sequence[Example] | Mapping[str, Example]) -> dict[str, Example]:
+    if isinstance(observed, Example):
+        observed = [observed]
+    if isinstance(observed, Mapping):
+        named = dict(observed)
+    else:
+        named = {}
+        for i, example in enumerate(observed):
+            name = example.name or f"observed {i}"
+            named[name if name not in named else f"{name} ({i})"] = example
+    if not named:
+        raise ValueError("observed must hold at least one Example, got none")
+    return named
+
+
+def token_log_probs(
+    model: nn.Module, examples: Sequence[Example], attention: str = "lddyn"
+) -> list[Tensor]:
+    """log π(y_l) of every response token, in nats: one (L,) tensor per example.
+
+    Example:
+        >>> # log_probs = lddyn.token_log_probs(model, [example])
+    """
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(True)  # a frozen reference model has nothing trainable
+        anatomy = Anatomy(model, attention)
+        traces = [anatomy.trace(example) for example in examples]
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    return [ops.residual(t.logits, t.targets)[1] for t in traces]
+
+
+def shifted_copy(model: nn.Module, shift: Direction | None, scale: float = 1.0) -> nn.Module:
+    """A copy of the model at θ + scale · Δθ; frozen parameters and buffers are shared, not copied."""
+    memo = {id(p): p for p in model.parameters() if not p.requires_grad}
+    memo |= {id(b): b for b in model.buffers()}  # type: ignore[misc]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        moved = copy.deepcopy(model, memo)
+    finally:
+        for parameter, grad in gradients:
+            parameter.grad = grad
+    if shift:
+        with torch.no_grad():
+            for name, parameter in moved.named_parameters():
+                if name in shift:
+                    parameter.add_(shift[name], alpha=scale)
+    return moved
+
+
+@dataclass
+class _State:
+    """The step at one parameter point: traces, weights, gradient and Δθ."""
+
+    anatomy: Anatomy
+    updated: list[Trace]
+    loss: float
+    weights: list[Tensor]
+    step: Step
+
+
+class _Session:
+    """Everything one decomposition computes; kept for token_effects and verify."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        observed: dict[str, Example],
+        update: Objective,
+        lr: float | None,
+        optimizer: str | torch.optim.Optimizer,
+        max_grad_norm: float | None,
+        rule: str,
+        memory: int | str,
+        attention: str,
+        progress: bool,
+    ):
+        self.model, self.observed, self.update = model, observed, update
+        self.max_grad_norm, self.rule, self.memory = max_grad_norm, rule, memory
+        self.attention, self.progress = attention, progress
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if isinstance(optimizer, str):
+            if lr is None:
+                raise ValueError(f"lr is needed with optimizer={optimizer!r}")
+            optimizer = make_optimizer(optimizer, list(trainable.values()) or [nn.Parameter()], lr)
+            self.lr = lr
+        else:
+            rates = {float(g["lr"]) for g in optimizer.param_groups}
+            self.lr = max(rates) if lr is None else lr
+            if lr is not None and rates != {lr}:
+                if len(rates) > 1:
+                    raise ValueError(
+                        f"the optimizer's groups have several learning rates {sorted(rates)}: "
+                        "leave lr out to use them"
+                    )
+                optimizer = copy_optimizer(optimizer, trainable, trainable, lr / max(rates))
+        self.optimizer = optimizer
+        self.versions = [(p, p._version) for p in model.parameters()]
+
+    # ----- one point
+
+    def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> _State:
+        """Forward and backward of the update at the model's parameters."""
+        anatomy = Anatomy(model, self.attention)
+        self.update.prepare(model, lambda m, e: token_log_probs(m, e, self.attention))
+        updated = [anatomy.trace(e) for e in self.update.examples]
+        log_probs = [ops.residual(t.logits, t.targets)[1] for t in updated]
+        loss, weights = self.update.weights(log_probs)
+        total = gradient(anatomy, self.update.examples, weights)
+        step = optimizer_step(optimizer, anatomy.trainable, total, self.max_grad_norm)
+        return _State(anatomy, updated, loss, weights, step)
+
+    def _shift(self, trace: Trace, direction: Direction) -> Tensor:
+        """Change of all log-probs (M, V) along a direction."""
+        with trace.anatomy.analysis():
+            moved = Pushforward(trace, keep=False).logits(AlongDirection(direction))[0]
+        return delta_log_probs(moved, trace.logits)
+
+    def _contract(self, trace: Trace, direction: Direction | None, rows: Tensor) -> Tensor:
+        """Change of the realised log-probs (M,) along a direction: ⟨e_y − π, Δz⟩."""
+        if direction is None:
+            return torch.zeros_like(rows[:, 0])
+        with trace.anatomy.analysis():
+            moved = Pushforward(trace, keep=False).logits(AlongDirection(direction))[0]
+        return (rows * moved).sum(1)
+
+    # ----- the decomposition
+
+    def run(self) -> Decomposition:
+        state = self.state(self.model, self.optimizer)
+        direction = state.step.direction()
+        weights = torch.cat(state.weights)
+        sides_u = [Side.log_probs(t) for t in state.updated]
+        by_example = dict(zip(self.update.examples, sides_u, strict=True))
+        count = sum(len(e) for e in self.observed.values())
+        names, sequences = _slices(self.update)
+        totals: dict[str, Tensor] = {}  # accumulated over the points of the rule
+
+        def accumulate(key: str, value: Tensor) -> None:
+            totals[key] = totals[key] + value if key in totals else value
+
+        halfway: list[Tensor] = []
+        start_sides: list[Side] = []
+        by_parameter: dict[str, Tensor] = {}
+        points = dict(RULES[self.rule])
+        for at in sorted({0.0, 0.5, *points}):
+            weight = points.get(at, 0.0)
+            anatomy = state.anatomy
+            if at:
+                anatomy = Anatomy(shifted_copy(self.model, direction, at), self.attention)
+            sides = [
+                by_example[e]
+                if at == 0.0 and e in by_example
+                else Side.log_probs(anatomy.trace(e))
+                for e in self.observed.values()
+            ]
+            shifts = [self._shift(s.trace, direction) for s in sides]
+            realised = torch.cat(
+                [x.gather(1, s.trace.targets[:, None])[:, 0] for x, s in zip(shifts, sides)]
+            )
+            if at == 0.0:
+                start_sides = sides
+                halfway.append(realised)
+            elif at == 0.5:
+                halfway.append(realised)
+            if not weight:
+                continue
+            accumulate("realised", weight * realised)
+            accumulate("shift", weight * torch.cat(shifts))
+            for key, part in (("history", state.step.history), ("decay", state.step.decay)):
+                accumulate(
+                    key,
+                    weight * torch.cat([self._contract(s.trace, part, s.rows) for s in sides]),
+                )
+            table, parameters = self._table(state, sides, sides_u, weights, direction)
+            accumulate("influence", weight * table)
+            for name, value in parameters.items():
+                value = weight * value
+                by_parameter[name] = by_parameter[name] + value if name in by_parameter else value
+        return self._answer(
+            state, start_sides, totals, halfway[0] - halfway[1], by_parameter, names, sequences, count
+        )
+
+    def _table(
+        self,
+        state: _State,
+        sides: list[Side],
+        sides_u: list[Side],
+        weights: Tensor,
+        direction: Direction,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The influence table (ΣM, L) at one point, and its row sums by parameter."""
+        step = state.step
+        factors = -step.rate * step.clip * weights
+        rows = sum(len(s) for s in sides)
+        parameters: dict[str, Tensor] = {}
+        shared = [n for n in state.anatomy.shared() if n != state.anatomy.head_weight]
+        if step.precondition is None and not shared:
+
+            def sink(name: str, rows_o: Tensor, rows_u: Tensor, block: Tensor) -> None:
+                summed = block @ factors[rows_u].to(block.dtype)
+                parameters.setdefault(name, block.new_zeros(rows)).index_add_(0, rows_o, summed)
+
+            table = token_gram(sides, sides_u, self.memory, self.progress, sink) * factors
+            for extra in (step.history, step.decay):
+                if extra is not None:
+                    self._by_direction(sides, extra, parameters)
+        else:
+            table = (
+                factored_gram(sides, sides_u, self.memory, self.progress, step.precondition)
+                * factors
+            )
+            self._by_direction(sides, direction, parameters)
+        return table, _merge_experts(parameters)
+
+    def _by_direction(
+        self, sides: list[Side], direction: Direction, parameters: dict[str, Tensor]
+    ) -> None:
+        """Adds ⟨∇ log π(y_m), Δθ of each parameter⟩ to `parameters`, (ΣM,) each."""
+        source = AlongDirection(direction)
+        total = sum(len(s) for s in sides)
+        offset = 0
+        for side in sides:
+            anatomy = side.trace.anatomy
+
+            def add(rows: Tensor, name: str, values: Tensor) -> None:
+                row = parameters.setdefault(name, values.new_zeros(total))
+                row.index_add_(0, rows, values.to(row.dtype))
+
+            with anatomy.analysis():
+                pull = Pullback(side.trace, side.rows)
+                at = pull.selected + offset
+                pair_direction(pull.head_factors(), source, lambda n, v, at=at: add(at, n, v))
+                for segment in segments_down(anatomy):
+                    for rows, factors in pull.step(segment):
+                        at = rows + offset
+                        pair_direction(factors, source, lambda n, v, at=at: add(at, n, v))
+            offset += len(side)
+
+    def _answer(
+        self,
+        state: _State,
+        sides: list[Side],
+        totals: dict[str, Tensor],
+        error: Tensor,
+        parameters: dict[str, Tensor],
+        names: list[str],
+        sequences: dict[str, slice],
+        count: int,
+    ) -> Decomposition:
+        influence = totals["influence"]
+        predicted = influence.sum(1) + totals["history"] + totals["decay"]
+        scale = influence.abs().sum(1) + totals["history"].abs() + totals["decay"].abs()
+        difference = (predicted - totals["realised"]).abs()
+        agreement = float(difference.max() / scale.max().clamp(min=1e-300))
+        limit = _AGREEMENT[next(iter(state.anatomy.trainable.values())).dtype]
+        if not agreement <= limit:
+            row = int(difference.argmax())
+            raise DisagreementError(
+                f"the factors say Δ log π = {float(predicted[row]):.6g} nats for observed token "
+                f"{row}, the push of the whole step {float(totals['realised'][row]):.6g} "
+                f"(difference {agreement:.1e} of the largest row, limit {limit:.0e}): an operation "
+                "of this model has a wrong or silent derivative. Please report the model's class."
+            )
+        observed, start = [], 0
+        for (name, example), side in zip(self.observed.items(), sides, strict=True):
+            at = slice(start, start + len(side))
+            start = at.stop
+            observed.append(
+                Observed(
+                    name=name,
+                    token_ids=list(example.targets),
+                    tokens=_counted_texts(example),
+                    influence=influence[at],
+                    history=totals["history"][at],
+                    weight_decay=totals["decay"][at],
+                    error_estimate=error[at],
+                    logp=ops.residual(side.trace.logits, side.trace.targets)[1],
+                    sequences=sequences,
+                    parameters={n: float(v[at].sum()) for n, v in parameters.items()},
+                    agreement=agreement,
+                    vocabulary_shift=totals["shift"][at],
+                    _effects=self._token_effects,
+                )
+            )
+        tokens = [
+            UpdateToken(name, i, target, text, float(w))
+            for name, example, ws in zip(
+                names, self.update.examples, state.weights, strict=True
+            )
+            for i, (target, text, w) in enumerate(
+                zip(example.targets, _counted_texts(example), ws, strict=True)
+            )
+        ]
+        settings = {
+            **self.update.describe(),
+            "optimizer": type(self.optimizer).__name__,
+            "clip_factor": state.step.clip,
+            "trainable_parameters": sum(p.numel() for p in state.anatomy.trainable.values()),
+            "dtype": str(next(iter(state.anatomy.trainable.values())).dtype),
+            "attention": self.attention,
+            "verified": "row sums against one backward and one push of the whole step",
+        }
+        return Decomposition(observed, tokens, state.loss, self.lr, self.rule, settings, self)
+
+    # ----- later questions
+
+    def _check_unchanged(self) -> None:
+        for parameter, version in self.versions:
+            if parameter._version != version:
+                raise RuntimeError(
+                    "the model's weights have changed since decompose(): ask before the optimizer "
+                    "steps, or decompose again"
+                )
+
+    def _token_effects(self, observed: Observed, index: int) -> Tensor:
+        self._check_unchanged()
+        if not -observed.influence.shape[1] <= index < observed.influence.shape[1]:
+            raise IndexError(
+                f"index must be one of the update's {observed.influence.shape[1]} tokens, got {index}"
+            )
+        index %= observed.influence.shape[1]
+        state = self.state(self.model, self.optimizer)
+        direction = state.step.direction()
+        start = 0
+        for trace, weight in zip(state.updated, state.weights, strict=True):
+            if index < start + len(weight):
+                break
+            start += len(weight)
+        local = index - start
+        side = Side.log_probs(trace)
+        one = _Single(side, local)
+        total: Tensor | None = None
+        for at, portion in RULES[self.rule]:
+            anatomy = state.anatomy
+            if at:
+                anatomy = Anatomy(shifted_copy(self.model, direction, at), self.attention)
+            trace_o = anatomy.trace(self.observed[observed.name])
+            moved = one.push(trace_o, self.memory, state.step.precondition)
+            scale = -state.step.rate * state.step.clip * float(weight[local]) * portion
+            part = scale * delta_log_probs(moved, trace_o.logits)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def verify(
+        self, dec: Decomposition, lrs: Sequence[float] | None, dtype: torch.dtype | None
+    ) -> Verification:
+        self._check_unchanged()
+        lrs = [self.lr * 2.0**-k for k in range(6)] if lrs is None else list(lrs)
+        if not lrs or any(not (math.isfinite(lr) and lr > 0) for lr in lrs):
+            raise ValueError(f"lrs must be positive numbers, got {lrs}")
+        model = copy.deepcopy(self.model)
+        old = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        context: Any = torch.no_grad()
+        if dtype is not None:
+            model = model.to(dtype)
+        if dtype is torch.float64:
+            context = true_float64()
+        measured, predicted = [], []
+        with context, torch.enable_grad():
+            new = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            base = copy_optimizer(self.optimizer, old, new)
+            state = self.state(model, base)
+            before = [_realised(state.anatomy.trace(e)) for e in self.observed.values()]
+            for lr in lrs:
+                factor = lr / self.lr
+                stepped = self._real_step(model, state, factor)
+                direction = {n: factor * d for n, d in state.step.direction().items()}
+                after = Anatomy(stepped, self.attention)
+                measured.append(
+                    torch.cat(
+                        [
+                            _realised(after.trace(e)) - b
+                            for e, b in zip(self.observed.values(), before, strict=True)
+                        ]
+                    )
+                )
+                total = torch.zeros_like(measured[-1])
+                for at, portion in RULES[self.rule]:
+                    anatomy = state.anatomy
+                    if at:
+                        anatomy = Anatomy(shifted_copy(model, direction, at), self.attention)
+                    rows = []
+                    for e in self.observed.values():
+                        trace = anatomy.trace(e)
+                        shift = self._shift(trace, direction)
+                        rows.append(shift.gather(1, trace.targets[:, None])[:, 0])
+                    total += portion * torch.cat(rows)
+                predicted.append(total)
+        errors = [float((m - p).norm()) for m, p in zip(measured, predicted, strict=True)]
+        return Verification(
+            list(lrs), torch.stack(measured), torch.stack(predicted), errors,
+            _slope(lrs, errors), ORDERS[self.rule], str(dtype or "model dtype"),
+        )  # fmt: skip
+
+    def _real_step(self, model: nn.Module, state: _State, factor: float) -> nn.Module:
+        """A copy of the model after a real step of the real optimizer class."""
+        stepped = shifted_copy(model, None)
+        own = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        new = {n: p for n, p in stepped.named_parameters() if p.requires_grad}
+        optimizer = copy_optimizer(self.optimizer, own, new, factor)
+        for name, parameter in new.items():
+            parameter.grad = state.step.gradient[name].clone()
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(new.values()), self.max_grad_norm)
+        optimizer.step()
+        for parameter in new.values():
+            parameter.grad = None
+        return stepped
+
+
+@dataclass
+class _Single:
+    """One update token, pushed to another trace."""
+
+    side: Side
+    index: int
+
+    def push(self, trace: Trace, memory: int | str, precondition: Direction | None) -> Tensor:
+        """Δz (M, V) of its unit log-prob cotangent."""
+        select = torch.tensor([self.index], device=self.side.rows.device)
+        return next(
+            moved[0][0]
+            for _, moved in factored_push(
+                [trace], [self.side], memory, precondition=precondition, select=select
+            )
+        )
+
+
+# How far factors and push may differ, relative to the largest row: rounding, with room.
+_AGREEMENT = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-3,
+    torch.float16: 5e-2,
+    torch.bfloat16: 2e-1,
+}
+
+
+def _slope(lrs: Sequence[float], errors: Sequence[float]) -> float:
+    """Least-squares slope of log error against log lr; NaN with fewer than two points."""
+    points = [(math.log(a), math.log(b)) for a, b in zip(lrs, errors, strict=True) if b > 0]
+    if len(points) < 2:
+        return math.nan
+    mean_x = sum(x for x, _ in points) / len(points)
+    mean_y = sum(y for _, y in points) / len(points)
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else math.nan
+
+
+def _realised(trace: Trace) -> Tensor:
+    return ops.residual(trace.logits, trace.targets)[1]
+
+
+def _counted_texts(example: Example) -> list[str]:
+    texts = list(example.token_texts)
+    mask = example.response_mask
+    return texts if mask is None else [t for t, keep in zip(texts, mask, strict=True) if keep]
+
+
+def _merge_experts(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """"experts.up[3]" is a part of "experts.up"."""
+    merged: dict[str, Tensor] = {}
+    for name, value in parameters.items():
+        base = name.rsplit("[", 1)[0]
+        merged[base] = merged[base] + value if base in merged else value
+    return merged
+
+
+def _slices(update: Objective) -> tuple[list[str], dict[str, slice]]:
+    """Unique sequence names and their columns of the influence table."""
+    names: list[str] = []
+    sequences: dict[str, slice] = {}
+    start = 0
+    for name, example in zip(update.names, update.examples, strict=True):
+        unique = name if name not in sequences else f"{name} ({len(names)})"
+        names.append(unique)
+        sequences[unique] = slice(start, start + len(example))
+        start += len(example)
+    return names, sequences
