@@ -25,6 +25,7 @@ _PUBLIC = {
     "DPO": "objectives",
     "Decomposition": "decompose",
     "Example": "examples",
+    "NTK": "ntk",
     "Objective": "objectives",
     "SFT": "objectives",
     "audit": "examples",

@@ -262,6 +262,158 @@ def factored_gram(
     return total
 
 
+class NTK:
+    """K(χo, χu), lazily: logical shape (M, V, L, V), with nothing of size V x V formed.
+
+    Made by `ntk`. A cotangent is a row vector of the output space, one per response token.
+    """
+
+    def __init__(
+        self, observed: Trace, updated: Trace, memory: int | str = DEFAULT_MEMORY, progress: bool = False
+    ):
+        self.observed, self.updated = observed, updated
+        self.memory, self.progress = memory, progress
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(M, V, L, V)."""
+        return (*self.observed.logits.shape, *self.updated.logits.shape)
+
+    @property
+    def T(self) -> NTK:  # noqa: N802 - the name every array library uses
+        """K(χu, χo), with K(o, u)[m, l] = K(u, o)[l, m]ᵀ."""
+        return NTK(self.updated, self.observed, self.memory, self.progress)
+
+    def gram(
+        self, v_o: Tensor | None = None, v_u: Tensor | None = None, method: str = "auto"
+    ) -> Tensor:
+        """v_oᵀ K v_u for every token pair: out[m, l] = v_o[m]ᵀ K_{m,l} v_u[l].
+
+        Args:
+            v_o: Cotangents (M, V) on the observed logits; default: the log-prob rows e_y − π.
+            v_u: Cotangents (L, V) on the updated logits; default likewise.
+            method: "paired" (both sides pulled back, factors paired), "pushed" (the updated side's
+                factors pushed forward through the observed side), or "auto" (pairing, unless the
+                model shares parameters between blocks).
+
+        Returns:
+            (M, L), float32 (float64 for float64 models).
+
+        Raises:
+            ValueError: If a cotangent's shape is not (tokens, vocabulary).
+
+        Cost: 2 N (Σ p_m + Σ p_l) FLOPs paired; 2 N L (T_u + T_o) pushed.
+        """
+        if method not in ("auto", "paired", "pushed"):
+            raise ValueError(f"method must be 'auto', 'paired' or 'pushed', got {method!r}")
+        one = self._side(self.observed, v_o, "v_o")
+        other = self._side(self.updated, v_u, "v_u")
+        if self.observed is self.updated and (v_o is v_u):
+            other = one
+        anatomy = self.updated.anatomy
+        blocked = any(n != anatomy.head_weight for n in anatomy.shared())
+        if method == "pushed" or (method == "auto" and blocked):
+            return factored_gram([one], [other], self.memory, self.progress)
+        return token_gram([one], [other], self.memory, self.progress)
+
+    def __matmul__(self, g: Tensor) -> Tensor:
+        """K G: logit cotangents (L, V) of χu -> Σ_l K_{m,l} G_l, the move of the logits (M, V)."""
+        side = self._side(self.updated, g, "G")
+        total = torch.zeros_like(self.observed.logits)
+        for _, moved in factored_push([self.observed], [side], self.memory, self.progress):
+            total += moved[0].sum(0)
+        return total
+
+    def block(self, m: int, token: int) -> Tensor:
+        """The dense V x V block K_{m,l} of one token pair; V pullbacks, for small vocabularies.
+
+        Raises:
+            ValueError: If V > 4,096 (use gram or @ with the cotangents you need).
+        """
+        return self.to_dense([m], [token])[0, :, 0, :]
+
+    def to_dense(self, rows: Sequence[int] | None = None, columns: Sequence[int] | None = None) -> Tensor:
+        """The dense kernel (M, V, L, V), or some of its rows and columns; small V only.
+
+        Raises:
+            ValueError: If V > 4,096.
+        """
+        vocabulary = self.shape[1]
+        if vocabulary > 4096:
+            raise ValueError(
+                f"a dense block has V² entries; V must be at most 4096, got {vocabulary}: use "
+                "gram(v_o, v_u) or K @ G"
+            )
+        columns = range(self.shape[2]) if columns is None else columns
+        rows = range(self.shape[0]) if rows is None else rows
+        blocks = []
+        for column in columns:
+            one = torch.zeros_like(self.updated.logits)
+            moved = []
+            for v in range(vocabulary):
+                one[column, v] = 1.0
+                side = Side(self.updated, one)
+                select = torch.tensor([column], device=one.device)
+                (pushed,) = [
+                    m[0][0] for _, m in factored_push([self.observed], [side], select=select)
+                ]
+                moved.append(pushed[list(rows)])
+                one[column, v] = 0.0
+            blocks.append(torch.stack(moved, dim=-1))  # (M, V, V)
+        return torch.stack(blocks, dim=2)
+
+    @staticmethod
+    def _side(trace: Trace, rows: Tensor | None, name: str) -> Side:
+        if rows is None:
+            return Side.log_probs(trace)
+        if rows.shape != trace.logits.shape:
+            raise ValueError(
+                f"{name} must be (tokens, vocabulary) = {tuple(trace.logits.shape)}, got "
+                f"{tuple(rows.shape)}"
+            )
+        return Side(trace, rows.to(trace.logits))
+
+
+def ntk(
+    model: nn.Module,
+    observed: Example,
+    updated: Example,
+    *,
+    memory: int | str = DEFAULT_MEMORY,
+    attention: str = "lddyn",
+    progress: bool = False,
+) -> NTK:
+    """The empirical NTK between the response logits of two sequences, as a lazy operator.
+
+        K[m, l] = (∇θ z_m(χo)) (∇θ z_l(χu))ᵀ        (paper Eq. 3 and 5)
+
+    Args:
+        model: A causal LM of transformers; only parameters with requires_grad=True count.
+        observed: χo, M counted response tokens.
+        updated: χu, L counted response tokens.
+        memory: Workspace in bytes or as "2GiB".
+        attention: "lddyn" or "eager", see Anatomy.
+        progress: Show progress bars.
+
+    Returns:
+        NTK of logical shape (M, V, L, V).
+
+    Example:
+        >>> import lddyn, transformers
+        >>> config = transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32,
+        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, pad_token_id=None)
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> ex = lddyn.Example(prompt_ids=[1, 2], response_ids=[3, 4, 5])
+        >>> K = lddyn.ntk(model, ex, ex)
+        >>> K.shape, K.gram().shape
+        ((3, 50, 3, 50), torch.Size([3, 3]))
+    """
+    anatomy = Anatomy(model, attention)
+    first = anatomy.trace(observed)
+    second = first if updated is observed else anatomy.trace(updated)
+    return NTK(first, second, memory, progress)
+
+
 def _graph_bytes(trace: Trace) -> int:
     """Rough size of all linearised segments: products and attention, values and two graphs."""
     heads = getattr(trace.anatomy.base.config, "num_attention_heads", 1)
