@@ -1,6 +1,6 @@
 """Token Gram of one linear layer: push, then pair.
 
-    S = a_u a_oᵀ,   E[m, t, j] = Σ_s S[t, s] g_o[m, s, j],   G[m, l] = Σ_{t,j} E[m, t, j] g_u[l, t, j]
+    S = a_u a_oᵀ,  E[m, t, j] = Σ_s S[t, s] g_o[m, s, j],  G[m, l] = Σ_{t,j} E[m, t, j] g_u[l, t, j]
 
 S is one small GEMM left to torch. One program per (BLOCK_M, BLOCK_L) tile of G and per split of the
 (t, j) tiles: it pushes a tile of E into registers (dot over s) and pairs it at once (dot over t and

@@ -1,0 +1,94 @@
+"""What every test shares: seeds, the interpreter switch, NaN poison, backends and error bounds."""
+
+import os
+import warnings
+
+import pytest
+import torch
+
+# Before lddyn (and triton) are imported: without a GPU, Triton kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import lddyn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+# Floor of the error bound: what one rounding of operands to the dtype may cost.
+FLOOR = {
+    torch.float64: 1e-13,
+    torch.float32: 1e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 1e-2,
+}
+
+
+def pytest_configure(config):
+    # torch.empty and friends return NaN, so an output that nobody wrote fails its test.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc):
+    """test_<op>_<property>(use): once per backend that the op has for this machine's device."""
+    if "use" in metafunc.fixturenames:
+        op = metafunc.function.__name__.split("_")[1]
+        other = "cpp" if DEVICE == "cuda" else "cuda"
+        names = [name for name in lddyn.ops.OPS[op].implementations if name != other]
+        metafunc.parametrize("backend", names)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device():
+    return DEVICE
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request):
+    return DTYPES[request.param]
+
+
+@pytest.fixture
+def use(backend, device):
+    """A context manager factory: run an op of a dtype on the backend, or skip with the reason."""
+
+    def enter(op, dtype=torch.float32):
+        reason = lddyn.ops.OPS[op].refusal(backend, torch.device(device), dtype)
+        if reason:
+            pytest.skip(f"{op} on {backend}: {reason}")
+        return lddyn.backend(backend)
+
+    return enter
+
+
+@pytest.fixture
+def assert_accurate():
+    """The house's bound: at most twice as wrong as plain torch in the same dtype, plus a floor.
+
+    Errors are relative to the norm of the float64 truth. A NaN fails.
+    """
+
+    def check(out, truth, plain, floor_dtype):
+        def error(x):
+            size = truth.norm()
+            return float((x.double() - truth).norm() / (size if size > 0 else 1.0))
+
+        assert out.shape == truth.shape
+        if out.numel() == 0:
+            return
+        bound = FLOOR[floor_dtype] + (2 * error(plain) if plain is not None else 0.0)
+        assert error(out) <= bound, f"error {error(out):.2e} above the bound {bound:.2e}"
+
+    return check
