@@ -145,6 +145,31 @@ class Tap:
 
 
 @dataclass
+class Work:
+    """What the products of one segment cost in one forward pass: FLOPs, and output elements."""
+
+    linear: int = 0  # FLOPs of products with a matrix that all positions share
+    mixing: int = 0  # FLOPs of products between activations (attention)
+    width: int = 0  # elements of the outputs of linear products, over all positions
+    elements: int = 0  # elements of all products' outputs
+
+    def add(self, op: str, args: tuple[Any, ...], result: Tensor) -> None:
+        """Counts one product."""
+        self.elements += result.numel()
+        if op == "embedding":
+            self.width += result.numel()
+            return
+        x = args[1] if op == "addmm" else args[0]
+        other = args[2] if op == "addmm" else args[1]
+        flops = 2 * result.numel() * x.shape[-1]
+        if other.dim() > 2:
+            self.mixing += flops
+        else:
+            self.linear += flops
+            self.width += result.numel()
+
+
+@dataclass
 class LedgerEntry:
     """How one trainable parameter is accounted for."""
 
@@ -171,7 +196,7 @@ class _Watch(TorchFunctionMode):
         self.active = True
         self.segment = FRONT
         self.taps: list[Tap] = []
-        self.numel: dict[str, int] = {}  # elements of all products' outputs, by segment
+        self.work: dict[str, Work] = {}  # what the products of each segment cost
         # id -> (tensor, parameter name, suffix such as "[3]", transposed); tensors are kept alive
         # so that an id cannot be reused while we hold it.
         self.known: dict[int, tuple[Tensor, str, str, bool]] = {
@@ -200,7 +225,7 @@ class _Watch(TorchFunctionMode):
                 name = getattr(getattr(func, "__self__", None), "__name__", name)
             result = self._use(func, name, args, kwargs)
         if name in _PRODUCTS and not self.tapping:
-            self.numel[self.segment] = self.numel.get(self.segment, 0) + result.numel()
+            self.work.setdefault(self.segment, Work()).add(name, args, result)
         return result
 
     def _use(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -267,6 +292,10 @@ class _Watch(TorchFunctionMode):
         padding: int | None,
     ) -> Tensor:
         known = self.known.get(id(weight))
+        if id(x) in self.known or (name == "embedding" and known is not None and known[3]):
+            # A product of two parameters, or rows picked from a transposed one: no factor rule.
+            self._direct(name, [x, weight, bias])
+            return func(*args, **kwargs)
         names: list[str | None] = [None, None]
         for slot, tensor in enumerate((weight, bias)):
             if tensor is not None and id(tensor) in self.known:
@@ -353,7 +382,7 @@ class Trace:
     hidden: Tensor
     logits: Tensor
     slope: Tensor | None
-    numel: dict[str, int]  # elements of all products' outputs, by segment
+    work: dict[str, Work]  # what the products of each segment cost
     calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=dict)
 
     @property
@@ -399,6 +428,11 @@ class Anatomy:
             raise UnsupportedModelError(
                 f"expected a transformers causal LM (with get_output_embeddings and config), got "
                 f"{type(model).__name__}: load it with AutoModelForCausalLM"
+            )
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                "prompt-learning adapters (prompt, prefix or p-tuning) add virtual tokens that no "
+                "Example holds; LoRA-type adapters are supported"
             )
         self.base = base
         self.head = base.get_output_embeddings()
@@ -587,7 +621,7 @@ class Anatomy:
             logits, slope = self._head_logits(hidden)
         trace = Trace(
             self, example, ids, positions, torch.tensor(list(example.targets), device=self.device),
-            inputs, hidden, logits, slope, watch.numel, {ids.shape[1]: calls},
+            inputs, hidden, logits, slope, watch.work, {ids.shape[1]: calls},
         )
         if not bool(torch.isfinite(logits).all()):
             self._explain_non_finite(trace)

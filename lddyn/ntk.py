@@ -52,10 +52,9 @@ class Side:
     def bytes_per_cotangent(self) -> int:
         """Workspace of one cotangent in the widest segment: factors, and the pullback's buffers."""
         trace = self.trace
-        numel = max(trace.numel.values(), default=0)
-        heads = getattr(trace.anatomy.base.config, "num_attention_heads", 1)
-        attention = 3 * heads * trace.length**2
-        return (2 * numel + attention) * trace.hidden.element_size()
+        # The pullback of a product holds its output's cotangent and, for attention, the softmax's.
+        elements = max((w.elements for w in trace.work.values()), default=0)
+        return 3 * elements * trace.hidden.element_size()
 
 
 def token_gram(
@@ -82,6 +81,7 @@ def token_gram(
     pairing. A side that is both observed and updated is pulled back once.
     """
     budget = parse_memory(memory)
+    observed, updated = _distinct(observed), _distinct(updated)
     anatomy = updated[0].trace.anatomy
     shared = [n for n in anatomy.shared() if n != anatomy.head_weight]
     if shared:
@@ -416,11 +416,8 @@ def ntk(
 
 def _graph_bytes(trace: Trace) -> int:
     """Rough size of all linearised segments: products and attention, values and two graphs."""
-    heads = getattr(trace.anatomy.base.config, "num_attention_heads", 1)
-    blocks = len(trace.anatomy.blocks)
-    return (6 * sum(trace.numel.values()) + 6 * blocks * heads * trace.length**2) * (
-        trace.hidden.element_size()
-    )
+    elements = sum(w.elements for w in trace.work.values())
+    return 8 * elements * trace.hidden.element_size()
 
 
 def _offsets(sides: Sequence[Side]) -> list[int]:
@@ -428,6 +425,14 @@ def _offsets(sides: Sequence[Side]) -> list[int]:
     for side in sides:
         offsets.append(offsets[-1] + len(side))
     return offsets
+
+
+def _distinct(sides: Sequence[Side]) -> list[Side]:
+    """The sides, with a copy in place of a side that is listed again: they are told apart by id."""
+    return [
+        Side(side.trace, side.rows) if any(side is s for s in sides[:i]) else side
+        for i, side in enumerate(sides)
+    ]
 
 
 def _find(sides: Sequence[Side], wanted: Side) -> int | None:
@@ -443,8 +448,8 @@ def _groups(sides: Sequence[Side], budget: int) -> list[list[tuple[int, Tensor]]
     groups: list[list[tuple[int, Tensor]]] = [[]]
     left = budget
     for index, side in enumerate(sides):
-        numel = max(side.trace.numel.values(), default=0)
-        cost = max(1, numel * side.trace.hidden.element_size())
+        width = max((w.width for w in side.trace.work.values()), default=0)
+        cost = max(1, 2 * width * side.trace.hidden.element_size())  # factors, and their merging
         order = side.trace.positions.argsort(stable=True)
         while len(order):
             fit = left // cost
