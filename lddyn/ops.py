@@ -45,7 +45,10 @@ def _native() -> Any:
 
 @functools.cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # hidden, or blocked by sys.modules["triton"] = None
+        return False
 
 
 def why_not(backend: str, device: torch.device) -> str:

@@ -1,0 +1,96 @@
+"""Every kernel compiles, without a GPU, for the chips we name; and fits their registers."""
+
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CAPABILITIES = ("80", "90", "100")
+# Shared memory a block may ask for, bytes (CUDA programming guide, table of compute capabilities).
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+KERNELS = [
+    f"{kernel}-{element}" for kernel in ("residual", "gram") for element in ("fp32", "bf16", "fp16")
+]
+
+
+@functools.cache
+def compiled():
+    """Rows of compile_kernels.py, run once without the interpreter: {(kernel, sm): row}."""
+    pytest.importorskip("triton", reason="triton is not installed: its kernels were not compiled")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run(
+        [sys.executable, script, *CAPABILITIES],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = map(json.loads, done.stdout.splitlines())
+    return {(row["kernel"], row["sm"]): row for row in rows}
+
+
+@pytest.mark.xdist_group("triton")
+@pytest.mark.parametrize("capability", SHARED_LIMIT, ids="sm{}".format)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_triton_kernel_compiles_without_spills(kernel, capability):
+    row = compiled()[kernel, capability]
+    assert row["STACK"] == 0 and row["LOCAL"] == 0
+    assert row["shared"] + row["SHARED"] <= SHARED_LIMIT[capability]
+    if kernel in ("gram-bf16", "gram-fp16"):
+        assert row["mma"] == TENSOR_CORES[capability]
+
+
+def nvcc():
+    return shutil.which("nvcc") or pytest.skip("NO nvcc: the CUDA C++ kernels were not compiled")
+
+
+def cuobjdump():
+    triton = pytest.importorskip("triton", reason="no cuobjdump: it comes with triton")
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm{}".format)
+@pytest.mark.parametrize("source", ["residual", "gram"])
+def test_cuda_kernel_compiles_without_spills(source, capability, tmp_path):
+    cubin = tmp_path / "kernel.cubin"
+    command = [nvcc(), "-std=c++17", "-O3", "-cubin", f"-arch=sm_{capability}", "-o", cubin]
+    done = subprocess.run(
+        [*command, ROOT / "csrc" / f"{source}.cu"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    usage, sass = (
+        subprocess.run(
+            [cuobjdump(), option, cubin], check=True, capture_output=True, text=True
+        ).stdout
+        for option in ("-res-usage", "-sass")
+    )
+    assert set(re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage)) == {"0"}
+    assert max(map(int, re.findall(r"SHARED:(\d+)", usage))) <= 48 << 10  # static shared memory
+    if source == "gram":
+        assert "HMMA" in sass  # tensor cores
+        assert "BF16" in sass and "TF32" in sass
+
+
+def test_one_op_has_one_name_in_every_layer():
+    """A kernel file is named after its op, and holds a function of that name."""
+    import torch
+
+    from lddyn import ops, reference
+
+    for op in ops.OPS:
+        assert callable(getattr(reference, op)) and callable(getattr(ops, op))
+        assert hasattr(torch.ops.lddyn, op)
+        implementations = ops.OPS[op].implementations
+        assert ("triton" in implementations) == (ROOT / "kernels" / f"{op}.py").exists()
+        assert ("cpp" in implementations) == (ROOT / "csrc" / f"{op}.cpp").exists()
+        assert ("cuda" in implementations) == (ROOT / "csrc" / f"{op}.cu").exists()

@@ -1,0 +1,225 @@
+"""The package as a whole: layers, what an import costs, what source may not contain."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lddyn
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lddyn"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# Lower may not import higher (design: the arrows between layers); equals may, without cycles.
+LAYERS = [
+    {"reference"},
+    {"ops"},
+    {"anatomy", "objectives", "optimizers", "examples"},
+    {"pullback", "pushforward"},
+    {"ntk", "store", "plan", "sketch"},
+    {"dynamics", "probes", "massflow", "decompose"},
+    {"cli", "report", "lab", "integrations", "demo"},
+]
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+LEVEL["environment"] = LEVEL["ops"] + 1
+
+
+def module_name(path):
+    """lddyn/lab/x.py → lab; lddyn/ops.py → ops."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """Names under lddyn that a source file imports, anywhere in it: {"ops", "_C", ...}."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: import absolutely"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("lddyn.")}
+    return found
+
+
+GRAPH = {}
+for source in SOURCES:
+    if module_name(source) != "__init__":
+        GRAPH.setdefault(module_name(source), set()).update(imported(source))
+
+
+@pytest.mark.parametrize("module", GRAPH)
+def test_layers_point_downwards(module):
+    assert module in LEVEL, f"give lddyn/{module}.py a place in LAYERS"
+    for other in GRAPH[module] & LEVEL.keys():
+        assert LEVEL[other] <= LEVEL[module], f"{module} may not import {other}"
+
+
+def test_layers_have_no_cycle():
+    done, open_ = set(), []
+
+    def visit(module):
+        assert module not in open_, f"import cycle: {' → '.join([*open_, module])}"
+        if module in done:
+            return
+        open_.append(module)
+        for other in GRAPH.get(module, set()) - {module}:
+            visit(other)
+        done.add(open_.pop())
+
+    for module in GRAPH:
+        visit(module)
+
+
+def test_only_ops_opens_the_compiled_doors():
+    door = re.compile(r"lddyn\._C|lddyn\.kernels|import _C|import kernels")
+    for path in SOURCES:
+        if path.name != "ops.py":
+            assert not door.search(path.read_text()), f"{path.name} names _C or kernels"
+            assert not imported(path) & {"_C", "kernels"}
+
+
+def test_kernels_know_nothing_of_lddyn():
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert not imported(path)
+
+
+BANNED = {
+    "pickle": r"\bimport pickle\b|\bpickle\.",
+    "torch.load": r"\btorch\.load\(",
+    "eval": r"(?<![\w.])eval\(",
+    "exec": r"(?<![\w.])exec\(",
+    "yaml.load": r"\byaml\.load\(",
+    "shell=True": r"shell\s*=\s*True",
+    "allow_pickle": r"allow_pickle",
+}
+
+
+@pytest.mark.parametrize("name", BANNED)
+def test_nothing_runs_what_it_reads(name):
+    for path in SOURCES:
+        assert not re.search(BANNED[name], path.read_text()), f"{path.name} uses {name}"
+
+
+# --------------------------------------------------------------------------- imports
+
+
+def python(code, **environment):
+    """Standard output of a fresh interpreter; not in the repository's root."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT.parent,
+        env=os.environ | environment,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_light():
+    heavy = "torch", "transformers", "triton", "numpy", "matplotlib"
+    code = f"import sys, lddyn; lddyn.__version__; print([m for m in {heavy} if m in sys.modules])"
+    assert python(code).strip() == "[]"
+
+
+def test_ops_bring_torch_alone():
+    heavy = "transformers", "triton", "peft", "matplotlib", "scipy"
+    code = f"import sys, lddyn; lddyn.gram; print([m for m in {heavy} if m in sys.modules])"
+    assert python(code).strip() == "[]"
+
+
+@pytest.mark.parametrize("order", ["lddyn, torch", "torch, lddyn", "lddyn, torch, lddyn.ops"])
+def test_ops_are_registered_in_any_order_of_import(order):
+    code = (
+        f"import {order}; print(torch.ops.lddyn.residual(torch.zeros(1, 4), torch.tensor([0]))[1])"
+    )
+    assert python(code).startswith("tensor([-1.3863])")
+
+
+def test_a_public_name_wins_over_its_module():
+    code = """
+import lddyn, importlib.util
+for name, module in lddyn._PUBLIC.items():
+    if name == module and importlib.util.find_spec(f"lddyn.{name}"):
+        exec(f"from lddyn.{module} import {name}")
+        assert callable(getattr(lddyn, name)), name
+"""
+    python(code)
+
+
+@pytest.mark.parametrize("name", lddyn.__all__)
+def test_public_names_exist(name):
+    if name in lddyn._PUBLIC and not (PACKAGE / f"{lddyn._PUBLIC[name]}.py").exists():
+        pytest.skip(f"lddyn/{lddyn._PUBLIC[name]}.py is not written yet")
+    assert getattr(lddyn, name) is not None
+    assert name in dir(lddyn)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'lddyn' has no attribute 'decompoze'"):
+        _ = lddyn.decompoze
+
+
+HIDE = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name in {hidden}: raise ImportError("hidden by the test")
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def test_ops_work_without_triton_and_without_the_compiled_module():
+    code = (
+        HIDE.format(hidden={"triton", "lddyn._C"})
+        + """
+import torch, lddyn
+lddyn.residual(torch.randn(2, 5), torch.tensor([0, 1]))
+print(lddyn.backends()["residual"]["cpu"])
+"""
+    )
+    out = python(code, TRITON_INTERPRET="0")
+    assert "lddyn._C cannot be imported" in out and "'reference': ''" in out
+
+
+def test_help_is_light():
+    if not (PACKAGE / "cli.py").exists():
+        pytest.skip("lddyn/cli.py is not written yet")
+    code = """
+import sys
+from lddyn.cli import main
+sys.argv = ["lddyn", "--help"]
+try:
+    main()
+except SystemExit as leave:
+    assert not leave.code
+print("HEAVY", [m for m in ("torch", "transformers") if m in sys.modules])
+"""
+    assert "HEAVY []" in python(code)
+
+
+# --------------------------------------------------------------------------- the distribution
+
+
+def test_the_version_is_one():
+    from importlib.metadata import version
+
+    assert version("lddyn") == lddyn.__version__
+
+
+def test_no_source_file_names_a_machine():
+    """No home folder and no registry host: what is committed is for everyone."""
+    telling = re.compile(r"/home/\w|/Users/\w|/root/|index-url|https?://[\w.-]*(pypi|mirror|proxy)")
+    for folder in ("lddyn", "kernels", "csrc", ".ci"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".cu", ".h") or path.name == "run":
+                assert not telling.search(path.read_text()), path.name
