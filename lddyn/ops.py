@@ -152,6 +152,15 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
     }
 
 
+def compiled() -> dict[str, str]:
+    """The compiled module: whether it is there, and the GPUs its CUDA kernels were built for."""
+    native = _native()
+    if isinstance(native, str):
+        return {"cpu": native, "cuda": native}
+    archs = " ".join(f"sm_{arch}" for arch in native.cuda_archs.split())
+    return {"cpu": "built", "cuda": archs or why_not("cuda", torch.device("cuda"))}
+
+
 # --------------------------------------------------------------------------- registration
 
 
