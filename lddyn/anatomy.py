@@ -18,9 +18,10 @@ that is used where no segment can see it raises.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lddyn.examples import Example
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 FRONT, TAIL, HEAD, POST = "front", "tail", "head", "after the head"
 
@@ -90,6 +94,20 @@ def _register_attention() -> None:
     AttentionMaskInterface.register("lddyn", eager_mask)
 
 
+def undisturbed(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Runs a function outside of the caller's inference mode and autocast."""
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.inference_mode(False), contextlib.ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return run
+
+
 class true_float64(TorchFunctionMode):
     """Context in which a `.double()` Hugging Face model really computes in float64.
 
@@ -104,7 +122,11 @@ class true_float64(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if getattr(func, "__name__", "") == "float" and isinstance(args[0], Tensor):
             return args[0].double()
@@ -135,6 +157,7 @@ class Tap:
 
     @property
     def width(self) -> int:
+        """Features of the output."""
         return self.shape[-1]
 
     def updated(self) -> Tensor:
@@ -181,6 +204,7 @@ class LedgerEntry:
 
     @property
     def rule(self) -> str:
+        """Factored, direct, or not reached by the traced inputs."""
         if not self.ops:
             return "not reached (zero gradient)"
         return "direct" if self.direct else "factored"
@@ -205,7 +229,11 @@ class _Watch(TorchFunctionMode):
         }
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if not self.active:
@@ -232,7 +260,9 @@ class _Watch(TorchFunctionMode):
         if name in _PRODUCTS:
             product = _as_product(name, args, kwargs)
             # The weight must be a weight we know; or it is frozen and only the bias is trainable.
-            if product is not None and (id(product[1]) in self.known or id(product[2]) in self.known):
+            if product is not None and (
+                id(product[1]) in self.known or id(product[2]) in self.known
+            ):
                 return self._product(func, name, args, kwargs, *product)
         if name in ("T", "mT", "t", "transpose", "__getitem__", "select"):
             view = self._view(func, name, args, kwargs)
@@ -259,7 +289,7 @@ class _Watch(TorchFunctionMode):
             if name == "select" and args[1] != 0:
                 return None
             if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
-                result = func(*args, **kwargs)
+                result: Tensor = func(*args, **kwargs)
                 self.known[id(result)] = (result, parameter, f"[{int(index)}]", False)
                 return result
         return None
@@ -326,10 +356,41 @@ _PRODUCTS = frozenset(("linear", "addmm", "matmul", "__matmul__", "mm", "embeddi
 
 # Attribute reads and predicates that touch a parameter without using its values.
 _METADATA = frozenset(
-    "shape dtype device ndim is_cuda layout requires_grad grad data_ptr size dim numel stride "
-    "is_contiguous is_floating_point is_complex element_size __len__ __hash__ __repr__ __bool__ "
-    "is_leaf grad_fn _base names nelement type is_meta is_sparse is_quantized storage_offset "
-    "untyped_storage _version".split()
+    (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "is_cuda",
+        "layout",
+        "requires_grad",
+        "grad",
+        "data_ptr",
+        "size",
+        "dim",
+        "numel",
+        "stride",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "element_size",
+        "__len__",
+        "__hash__",
+        "__repr__",
+        "__bool__",
+        "is_leaf",
+        "grad_fn",
+        "_base",
+        "names",
+        "nelement",
+        "type",
+        "is_meta",
+        "is_sparse",
+        "is_quantized",
+        "storage_offset",
+        "untyped_storage",
+        "_version",
+    )
 )
 
 
@@ -387,6 +448,7 @@ class Trace:
 
     @property
     def length(self) -> int:
+        """T, tokens of the sequence."""
         return self.ids.shape[1]
 
 
@@ -408,6 +470,7 @@ class Anatomy:
             parameters with requires_grad=True are part of the kernel.
         attention: "lddyn" (this library's attention where the model lets it be chosen, the
             model's own eager code elsewhere) or "eager".
+        allow_frozen: Accept a model without trainable parameters, for forward passes only.
 
     Raises:
         UnsupportedModelError: If no stack of blocks, head or embedding can be found, or if a
@@ -417,13 +480,13 @@ class Anatomy:
     gradients and random state, also after an exception.
     """
 
-    def __init__(self, model: nn.Module, attention: str = "lddyn"):
+    def __init__(self, model: nn.Module, attention: str = "lddyn", allow_frozen: bool = False):
         if attention not in ("lddyn", "eager"):
             raise ValueError(f"attention must be 'lddyn' or 'eager', got {attention!r}")
         model = getattr(model, "_orig_mod", model)  # a torch.compile wrapper
         self.model = model
         self.attention = attention
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         if not hasattr(base, "get_output_embeddings") or not hasattr(base, "config"):
             raise UnsupportedModelError(
                 f"expected a transformers causal LM (with get_output_embeddings and config), got "
@@ -435,7 +498,7 @@ class Anatomy:
                 "Example holds; LoRA-type adapters are supported"
             )
         self.base = base
-        self.head = base.get_output_embeddings()
+        self.head: Any = base.get_output_embeddings()
         if self.head is None:
             raise UnsupportedModelError(f"{type(base).__name__} has no output embedding (lm_head)")
         if not isinstance(self.head, nn.Linear):
@@ -445,7 +508,7 @@ class Anatomy:
             )
         self.blocks = _find_blocks(base)
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if not self.trainable:
+        if not self.trainable and not allow_frozen:
             raise UnsupportedModelError(
                 "no parameter has requires_grad=True: nothing can be updated, K is zero"
             )
@@ -465,11 +528,14 @@ class Anatomy:
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device
+        """Where the head lives, and with it ids and cotangents."""
+        device: torch.device = self.head.weight.device
+        return device
 
     @property
     def vocabulary(self) -> int:
-        return self.head.weight.shape[0]
+        """V, rows of the head."""
+        return int(self.head.weight.shape[0])
 
     @property
     def tied(self) -> bool:
@@ -530,8 +596,10 @@ class Anatomy:
     # ----- the skeleton: the model's own forward with blocks and head replaced
 
     @contextlib.contextmanager
-    def _patched(self, block: Callable[..., Any], head: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Replaces the forward of every block by block(i, original, args, kwargs) and of the head."""
+    def _patched(
+        self, block: Callable[..., Any], head: Callable[[Tensor], Tensor]
+    ) -> Iterator[None]:
+        """Replaces every block's forward by block(i, original, args, kwargs), and the head's."""
         modules = [*self.blocks, self.head]
         previous = [m.__dict__.get("forward") for m in modules]
         originals = [m.forward for m in modules]
@@ -548,7 +616,7 @@ class Anatomy:
                     module.forward = old
 
     def _output(self, i: int, x: Tensor) -> Any:
-        """x in the shape in which block i returns its output."""
+        """X in the shape in which block i returns its output."""
         return (x, *[None] * (self._tuples[i] - 1)) if self._tuples[i] else x
 
     def _run(self, ids: Tensor) -> Any:
@@ -557,6 +625,7 @@ class Anatomy:
     def _dummy(self, h: Tensor) -> Tensor:
         return h.new_zeros(()).expand(1, 1, self.vocabulary)
 
+    @undisturbed
     def trace(self, example: Example) -> Trace:
         """One forward pass that stores the input of every block and extends the ledger.
 
@@ -620,8 +689,17 @@ class Anatomy:
             hidden = captured[0]
             logits, slope = self._head_logits(hidden)
         trace = Trace(
-            self, example, ids, positions, torch.tensor(list(example.targets), device=self.device),
-            inputs, hidden, logits, slope, watch.work, {ids.shape[1]: calls},
+            self,
+            example,
+            ids,
+            positions,
+            torch.tensor(list(example.targets), device=self.device),
+            inputs,
+            hidden,
+            logits,
+            slope,
+            watch.work,
+            {ids.shape[1]: calls},
         )
         if not bool(torch.isfinite(logits).all()):
             self._explain_non_finite(trace)
@@ -668,7 +746,7 @@ class Anatomy:
         if self.head.bias is not None:
             raw = raw + self.head.bias.to(precise)
         logits, slope = self._post(raw)
-        if not hasattr(self, "_post_is_elementwise"):
+        if not hasattr(self, "_post_is_elementwise") and bool(torch.isfinite(logits).all()):
             probe = raw[:1].clone()
             probe[:, ::2] += 0.5
             moved = self._post(probe)[0]
@@ -683,6 +761,7 @@ class Anatomy:
     def _post(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
         raw = raw.detach().requires_grad_(True)
         ids = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+
         def block(i: int, original: Any, args: Any, kwargs: Any) -> Any:
             return self._output(i, _split_hidden(args, kwargs)[0])
 
@@ -794,7 +873,7 @@ class Anatomy:
 
 
 def project(hidden: Tensor, weight: Tensor, budget: int = 1 << 28) -> Tensor:
-    """hidden (n, d) · weightᵀ (V, d) -> (n, V) in hidden's dtype, without a full upcast of weight."""
+    """Hidden (n, d) · weightᵀ (d, V) -> (n, V) in hidden's dtype; weight is cast in parts."""
     if weight.dtype == hidden.dtype:
         return hidden @ weight.T
     rows = max(1, budget // (weight.shape[1] * hidden.element_size()))
@@ -802,7 +881,7 @@ def project(hidden: Tensor, weight: Tensor, budget: int = 1 << 28) -> Tensor:
 
 
 def back_project(rows: Tensor, weight: Tensor, budget: int = 1 << 28) -> Tensor:
-    """rows (n, V) · weight (V, d) -> (n, d) in rows' dtype, without a full upcast of weight."""
+    """Rows (n, V) · weight (V, d) -> (n, d) in rows' dtype; weight is cast in parts."""
     if weight.dtype == rows.dtype:
         return rows @ weight
     size = max(1, budget // (weight.shape[1] * rows.element_size()))

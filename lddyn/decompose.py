@@ -2,10 +2,10 @@
 
     influence[m, l] = −η w_l ⟨∇ log π(y_m | χo), ∇ log π(y_l | χu)⟩       (nats)
 
-is what update token l did to observed token m. Its row sums are the first-order change of log π(y_m);
-along a finite step the observed gradient is taken at the start (error η²), at the midpoint (η³) or by
-Simpson's rule (η⁵). Each answer is computed twice, by pairing factors and by pushing the whole
-step forward, and the two must agree.
+is what update token l did to observed token m. Its row sums are the first-order change of
+log π(y_m); along a finite step the observed gradient is taken at the start (error η²), at the
+midpoint (η³) or by Simpson's rule (η⁵). Each answer is computed twice, by pairing factors and by
+pushing the whole step forward, and the two must agree.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lddyn import ops
-from lddyn.anatomy import Anatomy, Trace, true_float64
+from lddyn.anatomy import Anatomy, Trace, UnsupportedModelError, true_float64, undisturbed
 from lddyn.examples import Example
 from lddyn.ntk import Side, factored_gram, factored_push, token_gram
 from lddyn.objectives import Objective
@@ -43,7 +44,7 @@ ORDERS = {"start": 2, "midpoint": 3, "simpson": 5}  # of the error, in the learn
 
 
 class DisagreementError(RuntimeError):
-    """The two computations of the same step differ: an operation has a wrong or silent derivative."""
+    """Two computations of one step differ: an operation has a wrong or silent derivative."""
 
 
 @dataclass(frozen=True)
@@ -427,7 +428,7 @@ def decompose(
     Example:
         >>> import lddyn, transformers
         >>> config = transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32,
-        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, pad_token_id=None)
+        ...     num_hidden_layers=2, num_attention_heads=2, pad_token_id=None)
         >>> model = transformers.LlamaForCausalLM(config)
         >>> ex = lddyn.Example(prompt_ids=[1, 2], response_ids=[3, 4, 5], name="chosen")
         >>> dec = lddyn.decompose(model, ex, lddyn.SFT(ex), lr=1e-3)
@@ -438,7 +439,8 @@ def decompose(
         raise ValueError(f"rule must be one of {sorted(RULES)}, got {rule!r}")
     if not isinstance(update, Objective):
         raise TypeError(
-            f"update must be lddyn.SFT(...), DPO(...) or Objective(...), got {type(update).__name__}"
+            "update must be lddyn.SFT(...), DPO(...) or Objective(...), got "
+            f"{type(update).__name__}"
         )
     if lr is not None and not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be a positive number, got {lr}")
@@ -467,25 +469,18 @@ def _named(observed: Example | Sequence[Example] | Mapping[str, Example]) -> dic
 def token_log_probs(
     model: nn.Module, examples: Sequence[Example], attention: str = "lddyn"
 ) -> list[Tensor]:
-    """log π(y_l) of every response token, in nats: one (L,) tensor per example.
+    """Log π(y_l) of every response token, in nats: one (L,) tensor per example.
 
     Example:
         >>> # log_probs = lddyn.token_log_probs(model, [example])
     """
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(True)  # a frozen reference model has nothing trainable
-        anatomy = Anatomy(model, attention)
-        traces = [anatomy.trace(example) for example in examples]
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    anatomy = Anatomy(model, attention, allow_frozen=True)
+    traces = [anatomy.trace(example) for example in examples]
     return [ops.residual(t.logits, t.targets)[1] for t in traces]
 
 
 def shifted_copy(model: nn.Module, shift: Direction | None, scale: float = 1.0) -> nn.Module:
-    """A copy of the model at θ + scale · Δθ; frozen parameters and buffers are shared, not copied."""
+    """A copy of the model at θ + scale · Δθ that shares frozen parameters and buffers."""
     memo = {id(p): p for p in model.parameters() if not p.requires_grad}
     memo |= {id(b): b for b in model.buffers()}  # type: ignore[misc]
     gradients = [(p, p.grad) for p in model.parameters()]
@@ -496,6 +491,14 @@ def shifted_copy(model: nn.Module, shift: Direction | None, scale: float = 1.0) 
     finally:
         for parameter, grad in gradients:
             parameter.grad = grad
+    for (name, old), new in zip(model.named_modules(), moved.modules(), strict=True):
+        own = old.__dict__.get("forward")
+        if own is not None and new.__dict__["forward"] is own:
+            raise UnsupportedModelError(
+                f"the forward of {name or type(model).__name__} was replaced by a plain function, "
+                "which in a copy of the model would still run the original's weights: use "
+                "types.MethodType or functools.partial"
+            )
     if shift:
         with torch.no_grad():
             for name, parameter in moved.named_parameters():
@@ -531,6 +534,7 @@ class _Session:
         attention: str,
         progress: bool,
     ):
+        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper renames parameters
         self.model, self.observed, self.update = model, observed, update
         self.max_grad_norm, self.rule, self.memory = max_grad_norm, rule, memory
         self.attention, self.progress = attention, progress
@@ -582,6 +586,7 @@ class _Session:
 
     # ----- the decomposition
 
+    @undisturbed
     def run(self) -> Decomposition:
         state = self.state(self.model, self.optimizer)
         direction = state.step.direction()
@@ -605,14 +610,15 @@ class _Session:
             if at:
                 anatomy = Anatomy(shifted_copy(self.model, direction, at), self.attention)
             sides = [
-                by_example[e]
-                if at == 0.0 and e in by_example
-                else Side.log_probs(anatomy.trace(e))
+                by_example[e] if at == 0.0 and e in by_example else Side.log_probs(anatomy.trace(e))
                 for e in self.observed.values()
             ]
             shifts = [self._shift(s.trace, direction) for s in sides]
             realised = torch.cat(
-                [x.gather(1, s.trace.targets[:, None])[:, 0] for x, s in zip(shifts, sides)]
+                [
+                    x.gather(1, s.trace.targets[:, None])[:, 0]
+                    for x, s in zip(shifts, sides, strict=True)
+                ]
             )
             if at == 0.0:
                 start_sides = sides
@@ -629,12 +635,20 @@ class _Session:
                     weight * torch.cat([self._contract(s.trace, part, s.rows) for s in sides]),
                 )
             table, parameters = self._table(state, sides, sides_u, weights, direction)
+            self._check_parameters(anatomy, direction, parameters)
             accumulate("influence", weight * table)
             for name, value in parameters.items():
                 value = weight * value
                 by_parameter[name] = by_parameter[name] + value if name in by_parameter else value
         return self._answer(
-            state, start_sides, totals, halfway[0] - halfway[1], by_parameter, names, sequences, count
+            state,
+            start_sides,
+            totals,
+            halfway[0] - halfway[1],
+            by_parameter,
+            names,
+            sequences,
+            count,
         )
 
     def _table(
@@ -669,6 +683,35 @@ class _Session:
             self._by_direction(sides, direction, parameters)
         return table, _merge_experts(parameters)
 
+    def _check_parameters(
+        self, anatomy: Anatomy, direction: Direction, parameters: dict[str, Tensor]
+    ) -> None:
+        """Each parameter's share must be what a plain backward pass of the whole model says.
+
+        Factors and push see the same operations; what both miss (a weight inside a
+        torch.autograd.Function or TorchScript) only this can tell.
+        """
+        examples = list(self.observed.values())
+        plain = gradient(
+            anatomy, examples, [torch.ones(len(e), device=anatomy.device) for e in examples]
+        )
+        expected = {
+            n: float((g * direction[n].to(g)).sum(dtype=torch.float64)) for n, g in plain.items()
+        }
+        found = {n: float(parameters[n].sum()) if n in parameters else 0.0 for n in expected}
+        scale = max(
+            sum(abs(v) for v in expected.values()),
+            float(sum(v.abs().sum() for v in parameters.values())),
+        )
+        for name, value in expected.items():
+            silent = name not in parameters and value != 0.0
+            if silent or not abs(found[name] - value) <= _agreement(self.model) * scale:
+                raise DisagreementError(
+                    f"through {name} the factors say {found[name]:.6g} nats, a plain backward pass "
+                    f"of the whole model {value:.6g}: this parameter is used where lddyn cannot "
+                    "follow it (a torch.autograd.Function, TorchScript, compiled code)"
+                )
+
     def _by_direction(
         self, sides: list[Side], direction: Direction, parameters: dict[str, Tensor]
     ) -> None:
@@ -686,11 +729,10 @@ class _Session:
             with anatomy.analysis():
                 pull = Pullback(side.trace, side.rows)
                 at = pull.selected + offset
-                pair_direction(pull.head_factors(), source, lambda n, v, at=at: add(at, n, v))
+                pair_direction(pull.head_factors(), source, partial(add, at))
                 for segment in segments_down(anatomy):
                     for rows, factors in pull.step(segment):
-                        at = rows + offset
-                        pair_direction(factors, source, lambda n, v, at=at: add(at, n, v))
+                        pair_direction(factors, source, partial(add, rows + offset))
             offset += len(side)
 
     def _answer(
@@ -709,7 +751,7 @@ class _Session:
         scale = influence.abs().sum(1) + totals["history"].abs() + totals["decay"].abs()
         difference = (predicted - totals["realised"]).abs()
         agreement = float(difference.max() / scale.max().clamp(min=1e-300))
-        limit = _AGREEMENT[next(iter(state.anatomy.trainable.values())).dtype]
+        limit = _agreement(self.model)
         if not agreement <= limit:
             row = int(difference.argmax())
             raise DisagreementError(
@@ -741,9 +783,7 @@ class _Session:
             )
         tokens = [
             UpdateToken(name, i, target, text, float(w))
-            for name, example, ws in zip(
-                names, self.update.examples, state.weights, strict=True
-            )
+            for name, example, ws in zip(names, self.update.examples, state.weights, strict=True)
             for i, (target, text, w) in enumerate(
                 zip(example.targets, _counted_texts(example), ws, strict=True)
             )
@@ -769,21 +809,21 @@ class _Session:
                     "steps, or decompose again"
                 )
 
+    @undisturbed
     def _token_effects(self, observed: Observed, index: int) -> Tensor:
         self._check_unchanged()
         if not -observed.influence.shape[1] <= index < observed.influence.shape[1]:
             raise IndexError(
-                f"index must be one of the update's {observed.influence.shape[1]} tokens, got {index}"
+                f"index must be one of {observed.influence.shape[1]} update tokens, got {index}"
             )
         index %= observed.influence.shape[1]
         state = self.state(self.model, self.optimizer)
         direction = state.step.direction()
-        start = 0
-        for trace, weight in zip(state.updated, state.weights, strict=True):
-            if index < start + len(weight):
+        local = index
+        for trace, weight in zip(state.updated, state.weights, strict=True):  # noqa: B007
+            if local < len(weight):
                 break
-            start += len(weight)
-        local = index - start
+            local -= len(weight)
         side = Side.log_probs(trace)
         one = _Single(side, local)
         total: Tensor | None = None
@@ -799,6 +839,7 @@ class _Session:
         assert total is not None
         return total
 
+    @undisturbed
     def verify(
         self, dec: Decomposition, lrs: Sequence[float] | None, dtype: torch.dtype | None
     ) -> Verification:
@@ -893,6 +934,11 @@ _AGREEMENT = {
 }
 
 
+def _agreement(model: nn.Module) -> float:
+    """The limit for a model: that of its least precise weights (a float32 LoRA on bfloat16)."""
+    return max(_AGREEMENT.get(p.dtype, 0.0) for p in model.parameters())
+
+
 def _slope(lrs: Sequence[float], errors: Sequence[float]) -> float:
     """Least-squares slope of log error against log lr; NaN with fewer than two points."""
     points = [(math.log(a), math.log(b)) for a, b in zip(lrs, errors, strict=True) if b > 0]
@@ -915,7 +961,7 @@ def _counted_texts(example: Example) -> list[str]:
 
 
 def _merge_experts(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """"experts.up[3]" is a part of "experts.up"."""
+    """Sums the experts of a packed parameter: "up[3]" is a part of "up"."""
     merged: dict[str, Tensor] = {}
     for name, value in parameters.items():
         base = name.rsplit("[", 1)[0]

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lddyn import ops
-from lddyn.anatomy import Anatomy, Trace
+from lddyn.anatomy import Anatomy, Trace, undisturbed
 from lddyn.examples import Example
 from lddyn.pullback import (
     DEFAULT_MEMORY,
@@ -86,7 +86,7 @@ def token_gram(
     shared = [n for n in anatomy.shared() if n != anatomy.head_weight]
     if shared:
         raise NotImplementedError(
-            f"{shared[0]} is used by several segments {sorted(anatomy.ledger[shared[0]].segments)}: "
+            f"{shared[0]} is used by {sorted(anatomy.ledger[shared[0]].segments)}: "
             "use factored_gram"
         )
     starts_o, starts_u = _offsets(observed), _offsets(updated)
@@ -202,8 +202,8 @@ def factored_push(
     """Pushes the factors of every updated row through every observed trace.
 
     Yields (rows of u (c,), [Δz (c, M, V) per observed trace]) for K_{m,l} v_l, chunk by chunk, with
-    the diagonal P of `precondition` between the two sides when given; `select` restricts the rows of
-    each updated side.
+    the diagonal P of `precondition` between the two sides when given; `select` restricts the rows
+    of each updated side.
 
     Cost: L (2 N T_u + 2 N T_o + 2 T_o T_u Σd_out) FLOPs; with P, 2 N (T_u + T_o) per row more.
     """
@@ -269,7 +269,11 @@ class NTK:
     """
 
     def __init__(
-        self, observed: Trace, updated: Trace, memory: int | str = DEFAULT_MEMORY, progress: bool = False
+        self,
+        observed: Trace,
+        updated: Trace,
+        memory: int | str = DEFAULT_MEMORY,
+        progress: bool = False,
     ):
         self.observed, self.updated = observed, updated
         self.memory, self.progress = memory, progress
@@ -280,10 +284,11 @@ class NTK:
         return (*self.observed.logits.shape, *self.updated.logits.shape)
 
     @property
-    def T(self) -> NTK:  # noqa: N802 - the name every array library uses
+    def T(self) -> NTK:
         """K(χu, χo), with K(o, u)[m, l] = K(u, o)[l, m]ᵀ."""
         return NTK(self.updated, self.observed, self.memory, self.progress)
 
+    @undisturbed
     def gram(
         self, v_o: Tensor | None = None, v_u: Tensor | None = None, method: str = "auto"
     ) -> Tensor:
@@ -316,6 +321,7 @@ class NTK:
             return factored_gram([one], [other], self.memory, self.progress)
         return token_gram([one], [other], self.memory, self.progress)
 
+    @undisturbed
     def __matmul__(self, g: Tensor) -> Tensor:
         """K G: logit cotangents (L, V) of χu -> Σ_l K_{m,l} G_l, the move of the logits (M, V)."""
         side = self._side(self.updated, g, "G")
@@ -332,7 +338,9 @@ class NTK:
         """
         return self.to_dense([m], [token])[0, :, 0, :]
 
-    def to_dense(self, rows: Sequence[int] | None = None, columns: Sequence[int] | None = None) -> Tensor:
+    def to_dense(
+        self, rows: Sequence[int] | None = None, columns: Sequence[int] | None = None
+    ) -> Tensor:
         """The dense kernel (M, V, L, V), or some of its rows and columns; small V only.
 
         Raises:
@@ -401,7 +409,7 @@ def ntk(
     Example:
         >>> import lddyn, transformers
         >>> config = transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32,
-        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, pad_token_id=None)
+        ...     num_hidden_layers=2, num_attention_heads=2, pad_token_id=None)
         >>> model = transformers.LlamaForCausalLM(config)
         >>> ex = lddyn.Example(prompt_ids=[1, 2], response_ids=[3, 4, 5])
         >>> K = lddyn.ntk(model, ex, ex)

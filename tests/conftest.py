@@ -1,7 +1,9 @@
 """What every test shares: seeds, the interpreter switch, NaN poison, backends and error bounds."""
 
 import os
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import lddyn
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests can `import zoo`
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import torch
 import transformers
 from torch import Tensor, nn
@@ -90,7 +91,9 @@ def build(name: str, seed: int = 0, **changes) -> nn.Module:
 
 def examples() -> tuple[Example, Example]:
     """An observed and an updated sequence that share tokens."""
-    observed = Example(prompt_ids=[5, 9, 33, 7], response_ids=[21, 9, 40, 7, 62, 2], name="observed")
+    observed = Example(
+        prompt_ids=[5, 9, 33, 7], response_ids=[21, 9, 40, 7, 62, 2], name="observed"
+    )
     updated = Example(prompt_ids=[5, 9, 12], response_ids=[40, 7, 33, 21, 2], name="updated")
     return observed, updated
 
@@ -98,6 +101,17 @@ def examples() -> tuple[Example, Example]:
 def double(model: nn.Module) -> nn.Module:
     """A float64 copy; use it inside `true_float64()`."""
     return copy.deepcopy(model).double()
+
+
+def lora(name: str, seed: int = 0, zero: bool = False, **options) -> nn.Module:
+    """A tiny model with a LoRA adapter; B is random unless `zero`, as it is when freshly made."""
+    options = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", **options}
+    model = peft.get_peft_model(build(name, seed), peft.LoraConfig(**options))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if not zero and ("lora_B" in key or "lora_embedding_B" in key):
+                parameter.normal_(0.0, 0.3)
+    return model
 
 
 def token_log_probs(model: nn.Module, example: Example) -> Tensor:
@@ -128,3 +142,27 @@ def oracle_jacobian(model: nn.Module, example: Example) -> Tensor:
     with true_float64():
         values = token_log_probs(exact, example)
         return jacobian(values, [p for p in exact.parameters() if p.requires_grad])
+
+
+def oracle_gram(model: nn.Module, observed: Example, updated: Example) -> tuple[Tensor, Tensor]:
+    """⟨∇ log π(y_m), ∇ log π(y_l)⟩ in true float64, and the norms ‖a_m‖‖b_l‖ that scale errors."""
+    one, other = oracle_jacobian(model, observed), oracle_jacobian(model, updated)
+    return one @ other.T, one.norm(dim=1)[:, None] * other.norm(dim=1)[None]
+
+
+def oracle_shift(model: nn.Module, example: Example, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """Change of all log-probs (M, V) along a flat direction in true float64, and its scale."""
+    exact = double(model).eval()
+    with true_float64():
+        logits = exact(input_ids=torch.tensor([example.ids]), use_cache=False).logits[0]
+        values = logits[list(example.positions)].log_softmax(-1)
+        parameters = [p for p in exact.parameters() if p.requires_grad]
+        rows = jacobian(values.flatten(), parameters)
+    shift = (rows @ direction).view(values.shape)
+    scale = rows.norm(dim=1).view(values.shape).amax(1, keepdim=True) * direction.norm()
+    return shift, scale
+
+
+def normalised_error(value: Tensor, truth: Tensor, scale: Tensor) -> float:
+    """Largest error in units of ‖a_m‖‖b_l‖ (token gradients are nearly orthogonal)."""
+    return float(((value.double() - truth).abs() / scale).max())
