@@ -19,11 +19,19 @@ GRAM_SIZES = [
 ]
 
 
-def backend_or_skip(op, name, device, dtype):
-    reason = ops.OPS[op].refusal(name, torch.device(device), dtype)
-    if reason or (name == "triton" and device == "cpu"):
+def way_to_call(op, way, opponents, device, dtype):
+    """The op on a backend, or an opponent; skips what cannot run here."""
+    if way in opponents:
+        return opponents[way]
+    reason = ops.OPS[op].refusal(way, torch.device(device), dtype)
+    if reason or (way == "triton" and device == "cpu"):
         pytest.skip(reason or "the Triton interpreter is no opponent")
-    return lddyn.backend(name)
+
+    def call(*args):
+        with lddyn.backend(way):
+            return getattr(ops, op)(*args)
+
+    return call
 
 
 # --------------------------------------------------------------------------- residual
@@ -43,20 +51,17 @@ def bench_residual(benchmark, run, device, small, size, dtype, way):
     logits = (3 * torch.randn(n, vocabulary, device=device)).to(dtype)
     targets = torch.randint(0, vocabulary, (n,), device=device)
     benchmark.group = f"residual N={n} V={vocabulary} {dtype}"
-
-    def call():
-        if way == "softmax-onehot":
-            return eager_residual(logits, targets)
-        with backend_or_skip("residual", way, device, dtype):
-            return ops.residual(logits, targets)
-
+    opponents = {"softmax-onehot": eager_residual}
+    call = way_to_call("residual", way, opponents, device, dtype)
     run(
-        call,
+        lambda: call(logits, targets),
         truth=reference.residual(logits.double(), targets)[0],
+        plain=eager_residual(logits, targets),
         dtype=torch.float32,  # low-precision logits are widened exactly
         flops=8 * n * vocabulary,
         traffic=n * vocabulary * (logits.element_size() + 4),
         bound="bytes",
+        must_match=way != "softmax-onehot",
     )
 
 
@@ -94,18 +99,14 @@ def bench_gram(benchmark, run, device, small, size, way):
         pytest.skip("the (M, L, S, T) tensor is beyond 2 GiB")
     benchmark.group = f"gram S=T={s} M=L={m} d_in={d_in} d_out={d_out} {dtype}"
     opponents = {"gradients": gradient_gram, "ghost": ghost_gram}
-
-    def call():
-        if way in opponents:
-            return opponents[way](*args)
-        with backend_or_skip("gram", way, device, dtype):
-            return ops.gram(*args)
-
+    call = way_to_call("gram", way, opponents, device, dtype)
     run(
-        call,
+        lambda: call(*args),
         truth=gradient_gram(*(x.double() for x in args)),
+        plain=gradient_gram(*args),
         dtype=dtype,
         flops=gram_flops(s, d_in, d_out, m),
         traffic=args[0].element_size() * sum(x.numel() for x in args),
         bound="flops",
+        must_match=way not in opponents,
     )

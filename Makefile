@@ -1,0 +1,59 @@
+# Everything a newcomer needs: `make demo`, `make test`. Only python3 (>= 3.11), its venv module and a
+# C++ compiler must be there. The first run makes .venv; later runs reinstall only what changed.
+#
+#   make test LDDYN_TORCH="torch==2.11.0"    another torch than the one in constraints.txt
+#   make test PYTHON=python3.12              another Python
+#   LDDYN_CUDA=0 make test                   no CUDA kernels, even where nvcc is found
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	&& echo $$p && break; done)
+PINNED := $(shell grep '^torch==' constraints.txt)
+LDDYN_TORCH ?= $(PINNED)
+BIN := .venv/bin
+STAMP := .venv/$(subst =,-,$(LDDYN_TORCH))
+# Another torch brings its own triton.
+FREED := $(if $(filter $(PINNED),$(LDDYN_TORCH)),^torch==,^torch==|^triton==)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+
+.PHONY: demo test lint bench format clean
+
+demo: .venv/installed
+	$(BIN)/lddyn demo
+
+test: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -q
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+bench: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest benchmarks --benchmark-json=.benchmarks/latest.json
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch comes first: then nothing below can bring another one (a CUDA torch is 2.6 GB).
+$(STAMP):
+	@test -n "$(PYTHON)" || { echo "lddyn needs Python 3.11 or later: none found on PATH" \
+		"(set PYTHON=/path/to/python3)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "lddyn needs Python 3.11 or later, $(PYTHON) is older"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q "$(LDDYN_TORCH)"
+	rm -f .venv/torch-* && touch "$@"
+
+.venv/constraints.txt: constraints.txt $(STAMP)
+	{ grep -vE '$(FREED)' constraints.txt; echo "$(LDDYN_TORCH)"; } > $@
+
+.venv/installed: $(SOURCES) .venv/constraints.txt
+	$(BIN)/pip install --disable-pip-version-check -q -c .venv/constraints.txt -e ".[test,dev]"
+	touch $@
