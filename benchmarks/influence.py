@@ -102,7 +102,9 @@ def batched_grads(model, pair) -> Tensor:
         for hook in hooks:
             hook.remove()
         targets = [c[3] for c in captured] + list(gains.values())
-        gradients = torch.autograd.grad(values, targets, torch.eye(len(values)), is_grads_batched=True)
+        gradients = torch.autograd.grad(
+            values, targets, torch.eye(len(values)), is_grads_batched=True
+        )
         with torch.no_grad():
             h = head[0][0]
             logits = h @ model.lm_head.weight.T

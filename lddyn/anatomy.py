@@ -21,7 +21,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, cast, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -277,6 +277,7 @@ class _Watch(TorchFunctionMode):
         """A transposed weight or one packed expert is still a weight: follow it."""
         if id(args[0]) not in self.known:
             return None
+        result: Tensor
         base, parameter, suffix, transposed = self.known[id(args[0])]
         if parameter in self.anatomy.direct:
             return None
@@ -289,7 +290,7 @@ class _Watch(TorchFunctionMode):
             if name == "select" and args[1] != 0:
                 return None
             if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
-                result: Tensor = func(*args, **kwargs)
+                result = func(*args, **kwargs)
                 self.known[id(result)] = (result, parameter, f"[{int(index)}]", False)
                 return result
         return None
@@ -325,7 +326,7 @@ class _Watch(TorchFunctionMode):
         if id(x) in self.known or (name == "embedding" and known is not None and known[3]):
             # A product of two parameters, or rows picked from a transposed one: no factor rule.
             self._direct(name, [x, weight, bias])
-            return func(*args, **kwargs)
+            return cast(Tensor, func(*args, **kwargs))
         names: list[str | None] = [None, None]
         for slot, tensor in enumerate((weight, bias)):
             if tensor is not None and id(tensor) in self.known:
@@ -486,7 +487,8 @@ class Anatomy:
         model = getattr(model, "_orig_mod", model)  # a torch.compile wrapper
         self.model = model
         self.attention = attention
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        peft: Any = model
+        base = peft.get_base_model() if hasattr(model, "get_base_model") else peft
         if not hasattr(base, "get_output_embeddings") or not hasattr(base, "config"):
             raise UnsupportedModelError(
                 f"expected a transformers causal LM (with get_output_embeddings and config), got "
@@ -777,14 +779,15 @@ class Anatomy:
         positions = torch.tensor(list(example.positions), device=self.device)
         original = self.head.forward
 
-        def head(h: Tensor) -> Tensor:
+        def head(h: Tensor) -> Any:
             return original(h.reshape(-1, h.shape[-1])[positions][None])
 
         def block(i: int, forward: Any, args: Any, kwargs: Any) -> Any:
             return forward(*args, **kwargs)
 
         with self._patched(block, head):
-            logits = self._run(torch.tensor([example.ids], device=self.device)).logits[0]
+            ids = torch.tensor([example.ids], device=self.device)
+            logits: Tensor = self._run(ids).logits[0]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     # ----- replays

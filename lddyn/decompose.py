@@ -301,7 +301,7 @@ class Decomposition:
 
     def save(self, path: str | Path) -> None:
         """Writes `path`.safetensors and `path`.json (tensors; names, tokens and settings)."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -329,12 +329,10 @@ class Decomposition:
                 for o in self.observed
             ],
         }
-        for suffix, write in (
-            (".safetensors", lambda p: save_file(tensors, p)),
-            (".json", lambda p: p.write_text(json.dumps(meta, indent=1), encoding="utf-8")),
-        ):
+        contents = {".safetensors": save(tensors), ".json": json.dumps(meta, indent=1).encode()}
+        for suffix, content in contents.items():
             temporary = path.with_name(path.name + suffix + ".tmp")
-            write(temporary)
+            temporary.write_bytes(content)
             temporary.replace(path.with_name(path.name + suffix))
 
     @classmethod

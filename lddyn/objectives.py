@@ -1,7 +1,7 @@
 """Losses on response log-probs and the cotangents they put on each token.
 
-Every loss here is a function of the per-token log-probs log π(y_l) of its sequences, so its gradient
-on the logits of token l is
+Every loss here is a function of the per-token log-probs log π(y_l) of its sequences, so its
+gradient on the logits of token l is
 
     G_l = w_l (e_{y_l} − π_l),     w_l = ∂L / ∂log π(y_l)
 
@@ -52,9 +52,7 @@ class Objective:
         self.examples = list(examples)
         if not self.examples:
             raise ValueError("an objective needs at least one example to update on, got none")
-        self.names = list(
-            names or [e.name or f"update {i}" for i, e in enumerate(self.examples)]
-        )
+        self.names = list(names or [e.name or f"update {i}" for i, e in enumerate(self.examples)])
         if len(self.names) != len(self.examples):
             raise ValueError(
                 f"names must be one per example, got {len(self.names)} for {len(self.examples)}"
@@ -96,12 +94,14 @@ class Objective:
             torch.zeros_like(leaf) if g is None else g
             for leaf, g in zip(leaves, gradients, strict=True)
         ]
-        if not bool(torch.isfinite(loss)) or not all(bool(torch.isfinite(w).all()) for w in weights):
+        if not bool(torch.isfinite(loss)) or not all(
+            bool(torch.isfinite(w).all()) for w in weights
+        ):
             raise ValueError(
-                f"the loss ({float(loss)}) or its gradient is not finite: check the log-probs "
-                "(is a response token masked out by the model?) and the loss"
+                f"the loss ({float(loss.detach())}) or its gradient is not finite: check the "
+                "log-probs (is a response token masked out by the model?) and the loss"
             )
-        return float(loss), weights
+        return float(loss.detach()), weights
 
     def describe(self) -> dict[str, Any]:
         """Name and hyper-parameters, for reports and saved results."""
@@ -197,7 +197,8 @@ class DPO(Objective):
                     "reference='adapter-off' needs a peft model with adapters, got "
                     f"{type(model).__name__}"
                 )
-            with model.disable_adapter():
+            disable: Any = model.disable_adapter
+            with disable():
                 values = log_probs(model, self.examples)
         else:
             values = log_probs(self.reference, self.examples)

@@ -2,9 +2,9 @@
 
     Δθ = −rate · P ∘ (s g)  +  history  +  decay
 
-g is the gradient, s the clip factor, P a diagonal frozen at its value in this very step (Adam's and
-RMSprop's second moment *after* it has seen g), so the identity is exact and linear in g: token l owns
-the part of g that it made.
+g is the gradient, s the clip factor, P a diagonal frozen at its value in this very step (Adam's
+and RMSprop's second moment *after* it has seen g), so the identity is exact and linear in g: token
+l owns the part of g that it made.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ def copy_optimizer(
 
 
 def clip_factor(gradient: Direction, max_norm: float | None) -> float:
-    """s = min(1, max_norm / (‖g‖ + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it."""
+    """S = min(1, max_norm / (‖g‖ + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it."""
     if max_norm is None:
         return 1.0
     if not max_norm > 0:
         raise ValueError(f"max_grad_norm must be positive, got {max_norm}")
-    norm = sum(float(g.double().square().sum()) for g in gradient.values()) ** 0.5
+    norm: float = sum(float(g.double().square().sum()) for g in gradient.values()) ** 0.5
     return min(1.0, max_norm / (norm + 1e-6))
 
 

@@ -39,9 +39,9 @@ class Cost:
 def gram_cost(observed: Sequence[Side], updated: Sequence[Side], chunk: int = CHUNK) -> Cost:
     """FLOPs of `token_gram` for sides whose rows are cotangents on every response token.
 
-    One cotangent at position p costs (p + 1)/T of the segment's linear FLOPs, and twice its attention
-    FLOPs scaled by ((p + 1)/T)² (both operands of each product move). A side that is observed and
-    updated is pulled back once.
+    One cotangent at position p costs (p + 1)/T of the segment's linear FLOPs, and twice its
+    attention FLOPs scaled by ((p + 1)/T)² (both operands of each product move). A
+    side that is observed and updated is pulled back once.
     """
     replay = pullback = pairing = head = 0.0
     once = {id(side): side for side in (*observed, *updated)}

@@ -3,7 +3,7 @@
 The tangent enters at the taps and is never a parameter-sized object unless the caller has one:
 
     direction Δθ       the tangent of y = x Wᵀ is x ΔWᵀ                    (aggregate)
-    factors (δ', x')   it is E = S δ', S = x x'ᵀ, one per source token     (factored NTK-vector product)
+    factors (δ', x')   it is E = S δ', S = x x'ᵀ, one per source token     (factored product)
     preconditioned     it is (P ∘ (δ'ᵀ x')) x, formed source by source     (Adam, RMSprop)
 
 and travels through each replayed segment by the transpose of its pullback: the gradient of
@@ -61,6 +61,7 @@ class AlongDirection(Source):
         return self.direction.get(key)
 
     def tap(self, tap: Tap) -> Tensor | None:
+        """The products x ΔWᵀ + Δb, or rows of ΔW."""
         out: Tensor | None = None
         weight = None if tap.weight is None else self._weight(tap.weight)
         if weight is not None:
@@ -74,10 +75,12 @@ class AlongDirection(Source):
         return None if out is None else out[None]
 
     def direct(self, name: str) -> Tensor | None:
+        """Δ of the parameter itself."""
         moved = self.direction.get(name)
         return None if moved is None else moved[None]
 
     def head(self, hidden: Tensor, names: HeadNames) -> Tensor | None:
+        """The products h ΔWᵀ + Δb."""
         weight, bias = (None if n is None else self.direction.get(n) for n in names)
         out = None if weight is None else project(hidden, weight)
         if bias is not None:
@@ -120,6 +123,7 @@ class AlongFactors(Source):
         return self.precondition[name]
 
     def tap(self, tap: Tap) -> Tensor | None:
+        """S δ' summed over the weight's uses, or its preconditioned form."""
         out: Tensor | None = None
         if tap.weight is not None:
             scale = self.scale(tap.weight)
@@ -138,11 +142,13 @@ class AlongFactors(Source):
         return out
 
     def direct(self, name: str) -> Tensor | None:
+        """The gradient of every source token."""
         gradient = self.by_name.get(name)
         scale = self.scale(name)
         return gradient if gradient is None or scale is None else gradient * scale
 
     def head(self, hidden: Tensor, names: HeadNames) -> Tensor | None:
+        """⟨h_m, h_l⟩ v_l and the cross term of tied weights."""
         weight, bias = names
         factor = self.head_factor
         out: Tensor | None = None
@@ -160,9 +166,9 @@ class AlongFactors(Source):
             scale = self.scale(bias)
             rows = (rows if scale is None else rows * scale)[:, None]
             out = rows.expand(-1, len(hidden), -1) if out is None else out + rows
-        tied = () if weight is None or factor is None else self.by_weight.get(weight, ())
-        for tap, delta in tied:
-            assert factor is not None
+        if weight is None or factor is None:
+            return out
+        for tap, delta in self.by_weight.get(weight, ()):
             moved = self._embedding_to_head(tap, delta, hidden, factor.rows.shape[1], weight)
             out = moved if out is None else out + moved
         return out
@@ -242,7 +248,7 @@ def linearize(replay: Replay) -> Linearized:
 
 
 def push(linear: Linearized, source: Source, state: Tensor | None) -> Tensor | None:
-    """Tangent (c, 1, t, d) of a segment's output; state is the tangent of its input (None: zero)."""
+    """Tangent (c, 1, t, d) of a segment's output from that of its input (None: zero)."""
     replay = linear.replay
     tangents: list[Tensor | None] = [source.tap(tap) for tap in replay.taps]
     tangents += [source.direct(name) for name, _, _ in replay.direct]
@@ -325,7 +331,10 @@ def pair_direction(
         for part in (replace(tap, bias=None), replace(tap, weight=None)):
             moved = source.tap(part)
             if moved is not None:
-                add(str(part.weight or part.bias), torch.einsum("ctd,td->c", wide, moved[0].to(wide)))
+                add(
+                    str(part.weight or part.bias),
+                    torch.einsum("ctd,td->c", wide, moved[0].to(wide)),
+                )
     for name, gradient in one.direct.items():
         if (moved := source.direct(name)) is not None:
             add(name, gradient.flatten(1) @ moved.flatten().to(gradient.dtype))
@@ -345,4 +354,3 @@ def delta_log_probs(delta_logits: Tensor, logits: Tensor) -> Tensor:
     pivot = logits.argmax(-1, keepdim=True).expand(*delta_logits.shape[:-1], 1)
     moved = delta_logits - delta_logits.gather(-1, pivot)
     return moved - (logits.softmax(-1) * moved).sum(-1, keepdim=True)
-
