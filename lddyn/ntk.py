@@ -23,6 +23,7 @@ from lddyn.pullback import (
     DEFAULT_MEMORY,
     Factors,
     Pullback,
+    is_out_of_memory,
     merge,
     pair,
     parse_memory,
@@ -217,27 +218,40 @@ def factored_push(
         per_row = side.bytes_per_cotangent() * (1 + len(anatomy.blocks) // 2) + vocabulary
         size = max(1, min(CHUNK, budget // 2 // per_row))
         order = side.trace.positions.argsort(stable=True) if select is None else select
-        for part in order.split(size):
-            with anatomy.analysis():
-                down = Pullback(side.trace, side.rows, part, len(part))
-                factors = [down.head_factors()]
-                for segment in segments_down(anatomy):
-                    pieces = list(down.step(segment))
-                    if len(pieces) != 1:
-                        raise torch.OutOfMemoryError(
-                            f"pushing {len(part)} tokens at once does not fit: lower memory= "
-                            f"(now {budget} bytes) so that chunks are smaller"
-                        )
-                    factors.append(pieces[0][1])
-                rows = down.selected
-            source = AlongFactors(factors, precondition)
-            moved = []
-            for push in pushes:
-                with push.anatomy.analysis():
-                    moved.append(push.logits(source))
+        pending = list(order.split(size))
+        while pending:
+            part = pending.pop(0)
+            try:
+                rows, moved = _push_rows(pushes, side, part, precondition)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(part) == 1:
+                    raise
+                pending[:0] = part.split((len(part) + 1) // 2)
+                continue
             steps.update(len(part))
             yield rows + start, moved
     steps.close()
+
+
+def _push_rows(
+    pushes: Sequence[Pushforward], side: Side, select: Tensor, precondition: Direction | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Rows of one side pulled back and pushed through every observed trace: (rows, [Δz])."""
+    anatomy = side.trace.anatomy
+    with anatomy.analysis():
+        down = Pullback(side.trace, side.rows, select, len(select))
+        factors = [down.head_factors()]
+        for segment in segments_down(anatomy):
+            pieces = [part for _, part in down.step(segment)]
+            if len(pieces) != 1:  # the pullback had to halve its chunk: so must the push
+                raise torch.OutOfMemoryError(f"pulling back {len(select)} tokens does not fit")
+            factors += pieces
+    source = AlongFactors(factors, precondition)
+    moved = []
+    for push in pushes:
+        with push.anatomy.analysis():
+            moved.append(push.logits(source))
+    return down.selected, moved
 
 
 def factored_gram(
@@ -461,7 +475,7 @@ def _groups(sides: Sequence[Side], budget: int) -> list[list[tuple[int, Tensor]]
         order = side.trace.positions.argsort(stable=True)
         while len(order):
             fit = left // cost
-            if fit == 0 and groups[-1]:
+            if fit <= 0 and groups[-1]:
                 groups.append([])
                 left = budget
                 continue

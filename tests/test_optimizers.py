@@ -187,9 +187,7 @@ def test_a_subclass_is_accepted_and_other_optimizers_are_refused():
 
     params = parameters()
     own = Renamed(params.values(), lr=0.1)
-    assert_step(
-        optimizer_step(own, params, gradients(0)), real_step(own, params, gradients(0))
-    )
+    assert_step(optimizer_step(own, params, gradients(0)), real_step(own, params, gradients(0)))
     for name in ("Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop"):
         optimizer = getattr(torch.optim, name)(params.values(), lr=0.1)
         with pytest.raises(TypeError, match=f"optimizer must be one of SGD.*got {name}"):

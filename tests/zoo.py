@@ -117,7 +117,8 @@ def lora(name: str, seed: int = 0, zero: bool = False, **options) -> nn.Module:
 def token_log_probs(model: nn.Module, example: Example) -> Tensor:
     """log π(y_m) of the response tokens by the model's own forward."""
     logits = model(input_ids=torch.tensor([example.ids]), use_cache=False).logits[0]
-    return logits.log_softmax(-1)[list(example.positions), list(example.targets)]
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return precise.log_softmax(-1)[list(example.positions), list(example.targets)]
 
 
 def jacobian(values: Tensor, parameters: list[Tensor]) -> Tensor:
@@ -168,9 +169,7 @@ def oracle_shift(model: nn.Module, example: Example, direction: Tensor, width=1e
         return logits[list(example.positions)].log_softmax(-1)
 
     with torch.no_grad(), true_float64():
-        wide, narrow = (
-            (log_probs(h) - log_probs(-h)) / (2 * h) for h in (unit, unit / 2)
-        )
+        wide, narrow = ((log_probs(h) - log_probs(-h)) / (2 * h) for h in (unit, unit / 2))
     return (4 * narrow - wide) / 3
 
 
