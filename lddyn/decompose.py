@@ -533,7 +533,8 @@ class _Session:
         progress: bool,
     ):
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper renames parameters
-        self.model, self.observed, self.update = model, observed, update
+        # A copy of the update, so that its reference stays that of this very step.
+        self.model, self.observed, self.update = model, observed, copy.copy(update)
         self.max_grad_norm, self.rule, self.memory = max_grad_norm, rule, memory
         self.attention, self.progress = attention, progress
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -560,7 +561,6 @@ class _Session:
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> _State:
         """Forward and backward of the update at the model's parameters."""
         anatomy = Anatomy(model, self.attention)
-        self.update.prepare(model, lambda m, e: token_log_probs(m, e, self.attention))
         updated = [anatomy.trace(e) for e in self.update.examples]
         log_probs = [ops.residual(t.logits, t.targets)[1] for t in updated]
         loss, weights = self.update.weights(log_probs)
@@ -586,6 +586,7 @@ class _Session:
 
     @undisturbed
     def run(self) -> Decomposition:
+        self.update.prepare(self.model, lambda m, e: token_log_probs(m, e, self.attention))
         state = self.state(self.model, self.optimizer)
         direction = state.step.direction()
         weights = torch.cat(state.weights)

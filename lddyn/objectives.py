@@ -123,9 +123,10 @@ class SFT(Objective):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         self.reduction = reduction
         several = [examples] if isinstance(examples, Example) else list(examples)
-        super().__init__(self._loss, several)
+        super().__init__(self.loss, several)
 
-    def _loss(self, log_probs: list[Tensor]) -> Tensor:
+    def loss(self, log_probs: list[Tensor]) -> Tensor:
+        """Negative log-likelihood in nats."""
         total = torch.stack([lp.sum() for lp in log_probs]).sum()
         count = sum(lp.numel() for lp in log_probs) if self.reduction == "mean" else 1
         return -total / count
@@ -183,11 +184,11 @@ class DPO(Objective):
         self.reference_log_probs: tuple[float, float] | None = (
             (float(reference[0]), float(reference[1])) if pair else None
         )
-        super().__init__(self._loss, [chosen, rejected], ["y+", "y-"])
+        super().__init__(self.loss, [chosen, rejected], ["y+", "y-"])
 
     def prepare(self, model: nn.Module, log_probs: LogProbs) -> None:
         """Computes log π_ref of both responses, unless they were given."""
-        if self.reference_log_probs is not None:
+        if isinstance(self.reference, tuple | list):
             return
         if self.reference == "self":
             values = log_probs(model, self.examples)
@@ -204,7 +205,8 @@ class DPO(Objective):
             values = log_probs(self.reference, self.examples)
         self.reference_log_probs = (float(values[0].sum()), float(values[1].sum()))
 
-    def _loss(self, log_probs: list[Tensor]) -> Tensor:
+    def loss(self, log_probs: list[Tensor]) -> Tensor:
+        """−log a, smoothed, in nats."""
         if self.reference_log_probs is None:
             raise RuntimeError("call prepare() first: the reference log-probs are not known")
         chosen, rejected = self.reference_log_probs

@@ -204,7 +204,7 @@ def test_make_optimizer():
     params = parameters()
     for kind, cls in (("sgd", "SGD"), ("AdamW", "AdamW"), ("rmsprop", "RMSprop")):
         assert type(make_optimizer(kind, params.values(), 0.1)).__name__ == cls
-    with pytest.raises(ValueError, match="optimizer must be one of .*got 'lion'"):
+    with pytest.raises(ValueError, match=r"optimizer must be one of .*got 'lion'"):
         make_optimizer("lion", params.values(), 0.1)
 
 
