@@ -62,11 +62,9 @@ class NinjaBuild(build_ext):
             out.rule("nvcc", f"{nvcc} {common} {gpu} -MMD -MF $out.d -c $in -o $out", **dep)
             link = f"{nvcc} -shared -cudart static -Xlinker -s" if nvcc else f"{cxx} -shared -s"
             out.rule("link", f"{link} $in -o $out {'-Xcompiler ' if nvcc else ''}-fopenmp")
-            for rule, pattern in (
-                (("cxx", "*.cpp"), ("nvcc", "*.cu")) if nvcc else (("cxx", "*.cpp"),)
-            ):
-                for source in sorted(CSRC.glob(pattern)):
-                    objects += out.build(f"{source.name}.o", rule, path(str(source)))
+            for source in sorted([*CSRC.glob("*.cpp"), *(CSRC.glob("*.cu") if nvcc else ())]):
+                rule = "nvcc" if source.suffix == ".cu" else "cxx"
+                objects += out.build(f"{source.name}.o", rule, path(str(source)))
             out.build(path(str(target)), "link", objects)
         subprocess.run([str(Path(BIN_DIR) / "ninja"), "-C", str(build)], check=True)
 
@@ -75,6 +73,7 @@ setup(
     packages=[*find_packages(include=["lddyn", "lddyn.*"]), "lddyn.kernels"],
     package_dir={"lddyn.kernels": "kernels"},
     package_data={"lddyn": ["py.typed"]},
-    ext_modules=[Extension("lddyn._C", [])],
+    # Optional means "may be absent" (no compiler); an error of ninja is raised all the same.
+    ext_modules=[Extension("lddyn._C", [], optional=True)],
     cmdclass={"build_ext": NinjaBuild},
 )
