@@ -16,7 +16,7 @@ STAMP := .venv/$(subst =,-,$(LDDYN_TORCH))
 FREED := $(if $(filter $(PINNED),$(LDDYN_TORCH)),^torch==,^torch==|^triton==)
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint bench format clean
+.PHONY: demo test lint lint-ruff lint-format lint-types lint-csrc bench format clean
 
 demo: .venv/installed
 	$(BIN)/lddyn demo
@@ -24,10 +24,18 @@ demo: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -q
 
-lint: .venv/installed
+lint: lint-ruff lint-format lint-types lint-csrc
+
+lint-ruff: .venv/installed
 	$(BIN)/ruff check .
+
+lint-format: .venv/installed
 	$(BIN)/ruff format --check .
+
+lint-types: .venv/installed
 	$(BIN)/mypy
+
+lint-csrc: .venv/installed
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 
 bench: .venv/installed
