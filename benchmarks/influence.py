@@ -1,7 +1,7 @@
 """Exact M x L influence tables: lddyn against the ways to get one with torch alone.
 
-    python benchmarks/influence.py --out benchmarks/results/NAME.json      # the whole comparison
-    python benchmarks/influence.py --scaling --out …                       # time and memory against L, T, V, depth
+    python benchmarks/influence.py --out benchmarks/results/NAME.json    # the comparison
+    python benchmarks/influence.py --scaling --out …                     # against L, T, V, depth
 
 Every method runs in a process of its own, on the same model, sequences and threads; its peak memory
 is the growth of the resident set over the loaded model. The result of each is compared with the
@@ -29,7 +29,7 @@ METHODS = {
     "lddyn, pushed": "factored NTK-vector product: also gives every vocabulary token",
     "torch.func eager": "vmap(vjp) Jacobian rows of log-probs, materialised, one GEMM a parameter",
     "torch.func sdpa": "the same with the model's fused attention",
-    "batched grads eager": "is_grads_batched through hooks on one whole graph, factored contraction",
+    "batched grads eager": "is_grads_batched and hooks, one whole graph, factored contraction",
     "batched grads sdpa": "the same with the model's fused attention",
 }
 
@@ -87,13 +87,17 @@ def batched_grads(model, pair) -> Tensor:
         gains = {n: p for n, p in model.named_parameters() if "norm" in n}
         hooks = [
             module.register_forward_hook(
-                lambda m, args, out, name=name: captured.append((name, m, args[0].detach(), out))
+                lambda m, args, out, name=name, at=captured: at.append(
+                    (name, m, args[0].detach(), out)
+                )
             )
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding) and name != "lm_head"
         ]
         head: list[Tensor] = []
-        hooks.append(model.lm_head.register_forward_hook(lambda m, args, out: head.append(args[0])))
+        hooks.append(
+            model.lm_head.register_forward_hook(lambda m, args, out, at=head: at.append(args[0]))
+        )
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in (*gains.values(), model.model.embed_tokens.weight):
@@ -226,8 +230,8 @@ def compare(sizes: dict, threads: int, repeats: int, timeout: float) -> dict:
         rows[method] = measure(method, sizes, threads, repeats if "lddyn" in method else 1, timeout)
         shown = {k: v for k, v in rows[method].items() if k != "table"}
         print(f"{method:22s} {shown}", flush=True)
-    truth = next((r["table"] for n, r in rows.items() if n.startswith("torch.func") and "table" in r),
-                 rows["lddyn"]["table"])  # fmt: skip
+    textbooks = [r["table"] for n, r in rows.items() if "torch.func" in n and "table" in r]
+    truth = textbooks[0] if textbooks else rows["lddyn"]["table"]
     best = rows["lddyn"]
     for row in rows.values():
         table = row.pop("table", None)
