@@ -1,0 +1,683 @@
+"""The command line: `lddyn decompose | env | audit | demo | report`.
+
+Results go to standard output, progress and warnings to standard error; with --json, standard output
+is one JSON document. A problem with the input is one line and exit status 2; LDDYN_LOG=DEBUG shows
+the traceback as well. torch and transformers are imported by the commands that need them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+    from lddyn.decompose import Decomposition, Verification
+    from lddyn.examples import Audit, Example
+    from lddyn.objectives import Objective
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="lddyn",
+    help="Learning dynamics of LLM finetuning: what one step did to every token, and which token "
+    "did it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_LOG = logging.getLogger("lddyn")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_FORMAT_FIELDS = ("completion", "chosen", "messages", "conversations", "text", "input_ids")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
+Data = Annotated[
+    Path,
+    typer.Option(
+        help="JSONL, JSON or Parquet: `prompt` and one field per response, or any format of TRL.",
+        show_default=False,
+    ),
+]
+
+
+class Problem(ValueError):
+    """Something the user can put right; its text is the whole message."""
+
+
+def main() -> None:
+    """Run the command line; the entry point of the `lddyn` script."""
+    level = os.environ.get("LDDYN_LOG", "WARNING").upper()
+    logging.basicConfig(
+        format="%(name)s: %(message)s",
+        level=level if level in logging.getLevelNamesMapping() else "WARNING",
+    )
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show π shows \u03c0
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    app()
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn an exception into one line on standard error and an exit status."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if _LOG.isEnabledFor(logging.DEBUG):
+            _LOG.debug("traceback", exc_info=True)
+        expected = (ValueError, TypeError, OSError, ImportError, RuntimeError, KeyError, IndexError)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        message = lines[0] if lines else type(error).__name__
+        if isinstance(error, KeyError):
+            message = f"KeyError: {message}"
+        if not isinstance(error, expected):
+            message = f"{type(error).__name__}: {message} (LDDYN_LOG=DEBUG shows the traceback)"
+        typer.echo(f"error: {_safe(message)}", err=True)
+        raise typer.Exit(2 if isinstance(error, expected) else 1) from None
+
+
+def _safe(text: str) -> str:
+    """Text that cannot move the terminal's cursor."""
+    from lddyn.figures import printable
+
+    return printable(text)
+
+
+def _print_json(document: Mapping[str, Any]) -> None:
+    from lddyn.report import plain
+
+    typer.echo(json.dumps(plain(document), ensure_ascii=False, indent=1, allow_nan=False))
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        typer.echo(_safe(line))
+
+
+def _warn(message: str) -> None:
+    typer.echo(f"warning: {_safe(message)}", err=True)
+
+
+def _print_table(table: Table) -> None:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 160
+    Console(highlight=False, markup=False, width=width).print(table)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from lddyn import __version__
+
+        typer.echo(f"lddyn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+# ---------------------------------------------------------------------------------------------
+# decompose
+
+
+@app.command()
+def decompose(
+    model: Annotated[
+        str, typer.Option(help="Folder or hub name of a causal LM.", show_default=False)
+    ],
+    data: Data,
+    row: Annotated[int, typer.Option(help="Which row of the data, from 0.")] = 0,
+    objective: Annotated[str, typer.Option(help="sft or dpo.")] = "sft",
+    observe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD,FIELD,…",
+            help="Responses to watch. Default: those of the update itself.",
+            show_default=False,
+        ),
+    ] = None,
+    update: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD[,FIELD]",
+            help="Responses to learn from: one for SFT, chosen and rejected for DPO. Default: "
+            "the data format's own.",
+            show_default=False,
+        ),
+    ] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate η.")] = 1e-4,
+    optimizer: Annotated[str, typer.Option(help="sgd, adam, adamw or rmsprop, fresh.")] = "sgd",
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="Where on the step the kernel is taken: start, midpoint or simpson (error η², "
+            "η³, η⁵)."
+        ),
+    ] = "start",
+    beta: Annotated[float, typer.Option(help="β of DPO.")] = 0.1,
+    reference: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH|self|adapter-off", help="π_ref of DPO; self: the model before the step."
+        ),
+    ] = "self",
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut sequences to this many tokens.", show_default=False)
+    ] = None,
+    max_grad_norm: Annotated[
+        float | None,
+        typer.Option(help="Clip the gradient's norm, as trainers do.", show_default=False),
+    ] = None,
+    memory: Annotated[str, typer.Option(help="Workspace beyond model and result.")] = "2GiB",
+    attention: Annotated[str, typer.Option(help="lddyn or eager.")] = "lddyn",
+    dtype: Annotated[str, typer.Option(help=" ".join(_DTYPES) + ".")] = "float32",
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="peft adapter; only it is trained.", show_default=False),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Check against real steps on a float64 copy.")
+    ] = True,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of torch.")] = 0,
+    as_json: Json = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the decomposition, summary.json, pictures and report.html.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Decompose one SFT or DPO step on one row of data: what it did to every token, and why."""
+    with _one_line_errors():
+        began = time.perf_counter()
+        objective = objective.lower()
+        if objective not in ("sft", "dpo"):
+            raise Problem(f"--objective must be sft or dpo, got {objective!r}")
+        if dtype not in _DTYPES:
+            raise Problem(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        content = _read_row(data, row)  # before torch is imported: it fails fast
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+        import torch
+
+        import lddyn
+        from lddyn import report
+        from lddyn.decompose import decompose as take_apart
+
+        torch.manual_seed(seed)
+        chosen_dtype: torch.dtype = getattr(torch, dtype)
+        if device != "cpu" and not _device_exists(device):
+            raise Problem(f"--device must be a device of this machine, got {device!r}")
+        tokenizer = _load_tokenizer(model, trust_remote_code)
+        observed = _split(observe)
+        wanted, fields = _fields(content, row, objective, _split(update), observed)
+        examples = _encode(tokenizer, content, row, fields, max_length)
+        wanted = wanted or list(examples)[:1]
+        watched = observed or wanted
+        absent = [f for f in (*wanted, *watched) if f not in examples]
+        if absent:
+            raise Problem(
+                f"row {row} of {data} has no field {absent[0]!r}; there are: "
+                + ", ".join(sorted(examples))
+            )
+        lm = _load_model(model, chosen_dtype, trust_remote_code, adapter).to(device)
+        config = getattr(lm, "config", None)
+        findings = lddyn.audit(
+            tokenizer, [content], fields or None, max_length=max_length, config=config
+        )
+        if not as_json:
+            _print_audit(findings, row)
+        for name in dict.fromkeys((*wanted, *watched)):
+            _check_limits(examples[name], name, config)
+        step = _objective(
+            objective, [examples[f] for f in wanted], beta, reference, chosen_dtype,
+            trust_remote_code, device,
+        )  # fmt: skip
+        loaded = time.perf_counter()
+        exact = lddyn.true_float64() if dtype == "float64" else contextlib.nullcontext()
+        with exact:
+            dec = take_apart(
+                lm, {f: examples[f] for f in watched}, step, lr, optimizer=optimizer,
+                max_grad_norm=max_grad_norm, rule=rule, memory=memory, attention=attention,
+                progress=True,
+            )  # fmt: skip
+        decomposed = time.perf_counter()
+        verification = None
+        if verify:
+            _progress("checking against real steps in float64 …")
+            verification = dec.verify()
+        seconds = {
+            "load": loaded - began,
+            "decompose": decomposed - loaded,
+            "verify": time.perf_counter() - decomposed,
+        }
+        document = {
+            "model": model,
+            "data": str(data),
+            "row": row,
+            "update": list(wanted),
+            "seconds": {k: round(v, 3) for k, v in seconds.items()},
+            "audit": [_finding(f, row) for f in findings],
+        }
+        page = None
+        if out is not None:
+            _progress("drawing …")
+            extra = {"model": model, "data": f"{data}, row {row}", "seed": seed}
+            extra["seconds"] = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items())
+            title = f"What one {objective.upper()} step on row {row} did"
+            page = report.write_run(
+                out, {"": dec}, {"": verification}, title=title, extra=extra, facts=document
+            )
+        if as_json:
+            _print_json({**document, **report.summarise(dec, verification)})
+            return
+        _print_decomposition(dec, verification)
+        _say(f"({', '.join(f'{k} {v:.1f} s' for k, v in seconds.items())})")
+        if page is not None:
+            _say(f"page: {page}")
+
+
+def _split(text: str | None) -> list[str]:
+    """Names between commas."""
+    return list(dict.fromkeys(f.strip() for f in (text or "").split(",") if f.strip()))
+
+
+def _progress(message: str) -> None:
+    if sys.stderr.isatty():
+        typer.echo(message, err=True)
+
+
+def _device_exists(device: str) -> bool:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        return False
+    return True
+
+
+def _read_row(data: Path, row: int) -> dict[str, Any]:
+    """One row of a data file."""
+    from lddyn.examples import rows
+
+    if row < 0:
+        raise Problem(f"--row must be >= 0, got {row}")
+    read = rows(data, limit=row + 1)
+    if row >= len(read):
+        raise Problem(f"--row must be below {len(read)}, the number of rows in {data}, got {row}")
+    return read[row]
+
+
+def _fields(
+    content: Mapping[str, Any], row: int, objective: str, update: list[str], observe: list[str]
+) -> tuple[list[str], list[str]]:
+    """(fields to learn from, text fields to encode); [] means: what the format has."""
+    wanted = update
+    count = 2 if objective == "dpo" else 1
+    if update and len(update) != count:
+        raise Problem(f"--update must name {count} field(s) for {objective}, got {update}")
+    if not update:
+        if objective == "dpo":
+            wanted = ["chosen", "rejected"]
+        else:
+            wanted = [f for f in _FORMAT_FIELDS if f in content][:1]
+            wanted = ["messages"] if wanted == ["conversations"] else wanted
+            if not wanted and "prompt" in content:
+                raise Problem(
+                    f"row {row} has no completion or chosen: name the response to learn from with "
+                    f"--update; there are: {', '.join(k for k in content if k != 'prompt')}"
+                )
+    named = list(dict.fromkeys((*wanted, *observe)))
+    prepared = any(k.endswith("_ids") for k in content)
+    absent = [f for f in named if f not in content]
+    if absent and not prepared and absent != ["messages"]:
+        there = ", ".join(k for k in map(str, content) if k != "prompt") or "none"
+        raise Problem(f"row {row} has no field {absent[0]!r}; there are: {there}")
+    alone = not {"prompt", "chosen", "rejected"} & set(content)
+    return wanted, [] if prepared or alone else named
+
+
+def _encode(
+    tokenizer: Any, content: Mapping[str, Any], row: int, fields: Sequence[str], limit: int | None
+) -> dict[str, Example]:
+    """The examples of a row; an error names the row."""
+    from lddyn.examples import EmptyResponseError, ExampleError, encode_row
+
+    try:
+        examples = encode_row(
+            tokenizer, content, list(fields) or None, max_length=limit, skip_empty=bool(fields)
+        )
+    except EmptyResponseError as error:
+        raise Problem(f"row {row}: {error}") from error
+    except ExampleError as error:
+        where = f"row {row}, {error.field}" if error.field else f"row {row}"
+        raise Problem(f"{where}: {error}") from error
+    for name in fields:
+        if name not in examples:
+            raise Problem(
+                f"row {row}, {name}: the response is empty: there is no log-probability to measure"
+            )
+    return examples
+
+
+def _check_limits(example: Example, name: str, config: Any) -> None:
+    """Refuse what the model cannot read, before it is tried."""
+    text = getattr(config, "text_config", None) or config
+    size = getattr(text, "vocab_size", None)
+    context = getattr(text, "max_position_embeddings", None)
+    try:
+        example.check_model_limits(size if isinstance(size, int) else 2**62, context)
+    except ValueError as error:
+        raise Problem(f"{name}: {error}") from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No bars and no advice from transformers while something loads."""
+    from transformers.utils import logging as loud
+
+    before, bars = loud.get_verbosity(), loud.is_progress_bar_enabled()
+    if not _LOG.isEnabledFor(logging.DEBUG):
+        loud.set_verbosity_error()
+        loud.disable_progress_bar()
+    try:
+        yield
+    finally:
+        loud.set_verbosity(before)
+        if bars:
+            loud.enable_progress_bar()
+
+
+def _local(name: str, what: str) -> None:
+    """Refuse a path that does not exist before anybody looks for it on a hub."""
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1 or "\\" in name
+    if looks_local and not path.exists():
+        raise Problem(f"{what} {name}: no such folder")
+    if path.is_file():
+        raise Problem(f"{what} {name}: must be a folder with config.json, got a file")
+    if path.is_dir() and what != "--adapter" and not (path / "config.json").is_file():
+        raise Problem(f"{what} {name}: no config.json in this folder")
+
+
+def _load_tokenizer(name: str, trust: bool) -> Any:
+    _local(name, "--model")
+    from transformers import AutoTokenizer
+
+    with _quiet_transformers(), _loading("tokenizer", name):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+
+
+def _load_model(name: str, dtype: torch.dtype, trust: bool, adapter: str | None = None) -> Any:
+    """A causal LM in evaluation mode; weights that its files do not have are an error."""
+    _local(name, "--model")
+    from transformers import AutoModelForCausalLM
+
+    with _quiet_transformers(), _loading("model", name):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust, output_loading_info=True
+        )
+    missing = sorted(map(str, info.get("missing_keys") or []))
+    if missing:
+        raise Problem(
+            f"--model {name}: {len(missing)} weights are not in its files and would be random, "
+            f"{missing[0]} first"
+        )
+    if adapter is not None:
+        _local(adapter, "--adapter")
+        try:
+            from peft import PeftModel
+        except ImportError:
+            raise Problem("--adapter needs peft: pip install peft") from None
+        with _loading("adapter", adapter):
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """Name what could not be loaded."""
+    try:
+        yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise Problem(f"cannot load the {what} {name}: {reason}") from error
+
+
+def _objective(
+    kind: str,
+    examples: Sequence[Example],
+    beta: float,
+    reference: str,
+    dtype: torch.dtype,
+    trust: bool,
+    device: str,
+) -> Objective:
+    import lddyn
+
+    if kind == "sft":
+        update: Objective = lddyn.SFT(examples[0])
+        return update
+    source: Any = reference
+    if reference not in ("self", "adapter-off"):
+        source = _load_model(reference, dtype, trust).to(device)
+    pair: Objective = lddyn.DPO(examples[0], examples[1], beta=beta, reference=source)
+    return pair
+
+
+def _finding(finding: Any, row: int) -> dict[str, Any]:
+    found = {**vars(finding)}
+    found["row"] = row if found["row"] >= 0 else None
+    return found
+
+
+def _print_audit(audit: Audit, row: int) -> None:
+    """What the audit says about this row."""
+    if audit.ok:
+        _say(f"audit of row {row}: nothing found")
+        return
+    _say(f"audit of row {row}:")
+    for finding in audit:
+        place = finding.field or "the row"
+        _say(f"  {finding.severity}: {finding.problem} ({place}): {finding.detail}")
+
+
+def _print_decomposition(dec: Decomposition, verification: Verification | None) -> None:
+    """Table, story, verification."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from lddyn.figures import signed
+    from lddyn.report import tell
+
+    sources = list(dict.fromkeys(k for o in dec for k in o.by_sequence()))
+    columns = ["log π before", "Δ log π", *(f"from {s}" for s in sources)]
+    table = Table("nats")
+    for column in (*columns, "± (start − mid)"):
+        table.add_column(Text(_safe(column)), justify="right", overflow="fold")
+    if verification is not None:
+        table.add_column("measured", justify="right")
+    start = 0
+    for o in dec:
+        parts = {k: float(v.sum()) for k, v in o.by_sequence().items()}
+        total = float(o.delta_logp.sum())
+        cells = [
+            Text(_safe(o.name)),
+            Text(signed(float(o.logp.sum()), 5)),
+            Text(signed(total, 5), style="bold blue" if total > 0 else "bold red"),
+            *(Text(signed(parts.get(s, 0.0), 4)) for s in sources),
+            Text(signed(abs(float(o.error_estimate.sum())), 1).lstrip("+")),
+        ]
+        if verification is not None:
+            stop = start + len(o.token_ids)
+            cells.append(Text(signed(float(verification.measured[0, start:stop].sum()), 5)))
+            start = stop
+        table.add_row(*cells)
+    _print_table(table)
+    _say(*tell(dec, verification))
+    if verification is not None:
+        _say("", "checked against real steps:", *str(verification).splitlines())
+
+
+# ---------------------------------------------------------------------------------------------
+# The other commands
+
+
+@app.command()
+def audit(
+    data: Data,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model whose tokenizer, vocabulary and context to check against."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer alone, instead of a model.")
+    ] = None,
+    fields: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD,FIELD,…|all", help="Further response columns to check."),
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="As the trainer has it.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List what is wrong with a data set: empty, cut, merged, identical, without EOS."""
+    with _one_line_errors():
+        name = tokenizer or model
+        if name is None:
+            raise Problem("give --model or --tokenizer: findings depend on the tokens")
+        if not data.is_file():
+            raise Problem(f"{data}: no such file")
+        from lddyn.examples import audit as find
+
+        if tokenizer is None:
+            loaded = _load_tokenizer(name, trust_remote_code)
+        else:
+            from transformers import AutoTokenizer
+
+            with _quiet_transformers(), _loading("tokenizer", name):
+                loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = None
+        if model is not None:
+            _local(model, "--model")
+            from transformers import AutoConfig
+
+            with _quiet_transformers(), _loading("config", model):
+                config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        columns: Any = "all" if fields == "all" else _split(fields) or None
+        found = find(loaded, data, columns, max_length=max_length, config=config)
+        if as_json:
+            _print_json(json.loads(found.to_json()))
+        else:
+            _say(*str(found).splitlines())
+
+
+@app.command()
+def env(
+    selftest: Annotated[
+        bool, typer.Option("--selftest", help="Also run every op against float64.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show versions, devices, compiled parts and backends: what a bug report needs."""
+    with _one_line_errors():
+        from lddyn import environment
+
+        if as_json:
+            document = environment.env()
+            rows = environment.selftest() if selftest else []
+            _print_json({**document, "selftest": rows} if selftest else document)
+            passed = all(row["ok"] for row in rows)
+        else:
+            environment.print_env()
+            passed = environment.print_selftest() if selftest else True
+        if not passed:
+            raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for pictures and page.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of data, weights and steps.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer steps, no pictures in PDF.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a tiny LM here, finetune it, and explain one SFT and one DPO step of it."""
+    with _one_line_errors():
+        from lddyn.demo import run
+
+        summary = run(out, quick=quick, progress=True, seed=seed)
+        if as_json:
+            _print_json(summary)
+            return
+        _say(*summary["told"])
+        _say("", f"page: {Path(out) / 'report.html'}")
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="What --out wrote.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Draw the pictures and write the page of a saved run again."""
+    with _one_line_errors():
+        from lddyn import report as reports
+
+        decs, verifications, summary = reports.read_run(run_dir)
+        known = {"title", "opening", "extra", *decs}
+        page = reports.write_run(
+            run_dir, decs, verifications,
+            title=str(summary.get("title", "What one finetuning step did")),
+            story=[str(s) for s in summary.get("opening", [])],
+            extra=summary.get("extra"),
+            facts={k: v for k, v in summary.items() if k not in known},
+        )  # fmt: skip
+        told = {name: reports.tell(dec, verifications.get(name)) for name, dec in decs.items()}
+        if as_json:
+            _print_json({"page": str(page), "told": told})
+            return
+        for name, lines in told.items():
+            _say(*([f"{name}:"] if name else []), *lines)
+        _say(f"page: {page}")
+
+
+if __name__ == "__main__":
+    main()
