@@ -59,6 +59,8 @@ class Problem(ValueError):
 
 def main() -> None:
     """Run the command line; the entry point of the `lddyn` script."""
+    # OpenMP's threads spin between the many small operations; on a shared machine that costs tenfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     level = os.environ.get("LDDYN_LOG", "WARNING").upper()
     logging.basicConfig(
         format="%(name)s: %(message)s",
