@@ -638,7 +638,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for pictures and page.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of data, weights and steps.")] = 0,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer steps, no pictures in PDF.")
+        bool, typer.Option("--quick", help="Little training, coarse rules: a smoke test.")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -590,6 +590,8 @@ def run(
     world = build_world(cache_dir, seed, progress, steps=30 if quick else None)
     rule = "midpoint" if quick else "simpson"
     fields = _OBSERVED[:3] if quick else _OBSERVED
+    # A barely trained model is steep: smaller steps there.
+    sft_lr, dpo_lr = (lr * (0.1 if quick else 1.0) for lr in (_SFT_STEP_LR, float(_DPO["lr"])))
 
     def examples(row: dict[str, str]) -> dict[str, Example]:
         return {k: encode(world.tokenizer, row["prompt"], row[k], name=k) for k in fields}
@@ -598,9 +600,9 @@ def run(
     first = world.preference_pairs[0]
     watched = examples(first)
     taught = decompose(
-        world.model, watched, SFT(watched["chosen"]), lr=_SFT_STEP_LR, rule=rule, progress=progress
+        world.model, watched, SFT(watched["chosen"]), lr=sft_lr, rule=rule, progress=progress
     )
-    lrs = [_SFT_STEP_LR * 2.0**-k for k in range(2 if quick else 5)]
+    lrs = [sft_lr * 2.0**-k for k in range(2 if quick else 5)]
     taught_check = taught.verify(lrs)
 
     clock.stage("SFT")
@@ -608,7 +610,7 @@ def run(
 
     clock.stage("DPO steps, one of them explained and checked against the real one")
     policy, beta = copy.deepcopy(tuned.model), float(_DPO["beta"])
-    optimizer = torch.optim.SGD(policy.parameters(), lr=float(_DPO["lr"]))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=dpo_lr)
     near = [row for row in tuned.preference_pairs if row["kind"] == "near"]
     count = 2 if quick else int(_DPO["steps"])
     explained = count - 1 if quick else int(_DPO["explained"])
@@ -623,7 +625,7 @@ def run(
             explanation = decompose(
                 policy, pair, update, optimizer=optimizer, rule=rule, progress=progress
             )
-            lrs = [float(_DPO["lr"]) * 2.0**-k for k in range(2 if quick else 5)]
+            lrs = [dpo_lr * 2.0**-k for k in range(2 if quick else 5)]
             check = explanation.verify(lrs)
             asked = row
         steps.append(_dpo_step(policy, tuned.model, optimizer, world.tokenizer, row, beta))

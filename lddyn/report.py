@@ -515,7 +515,7 @@ def _settings(dec: Decomposition) -> dict[str, str]:
     }
     worst = max(o.agreement for o in dec)
     shown["factors against push"] = f"largest difference {worst:.1e} of the largest row"
-    return {str(k).replace("_", " "): str(v) for k, v in shown.items() if v is not None}
+    return {str(k).replace("_", " "): str(plain(v)) for k, v in shown.items() if v is not None}
 
 
 def _verification_rows(verification: Verification | None) -> dict[str, Any] | None:
