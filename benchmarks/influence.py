@@ -69,14 +69,20 @@ def log_probs(model, example, parameters=None) -> Tensor:
 
 
 def textbook(model, pair) -> Tensor:
-    """Per-token Jacobian rows by vmap(vjp); the Gram of the rows, parameter by parameter."""
+    """Per-token Jacobian rows by vmap(vjp); the Gram of the rows, parameter by parameter.
+
+    One side's rows are materialised; the other's come 16 at a time, which halves the memory.
+    """
     parameters = {n: p.detach() for n, p in model.named_parameters()}
-    rows = []
-    for example in pair:
-        values, pull = torch.func.vjp(lambda p, e=example: log_probs(model, e, p), parameters)
-        rows.append(torch.func.vmap(pull)(torch.eye(len(values)))[0])
-    one, other = rows
-    return sum(one[n].flatten(1) @ other[n].flatten(1).T for n in parameters)
+    pulls = [
+        torch.func.vjp(lambda p, e=example: log_probs(model, e, p), parameters) for example in pair
+    ]
+    rows = torch.func.vmap(pulls[0][1])(torch.eye(len(pulls[0][0])))[0]
+    columns = []
+    for part in torch.eye(len(pulls[1][0])).split(16):
+        other = torch.func.vmap(pulls[1][1])(part)[0]
+        columns.append(sum(rows[n].flatten(1) @ other[n].flatten(1).T for n in parameters))
+    return torch.cat(columns, dim=1)
 
 
 def batched_grads(model, pair) -> Tensor:
