@@ -59,7 +59,7 @@ class Problem(ValueError):
 
 def main() -> None:
     """Run the command line; the entry point of the `lddyn` script."""
-    # OpenMP's threads spin between the many small operations; on a shared machine that costs tenfold.
+    # OpenMP's threads spin between many small operations: tenfold the time on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     level = os.environ.get("LDDYN_LOG", "WARNING").upper()
     logging.basicConfig(
