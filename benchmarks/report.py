@@ -40,7 +40,7 @@ def influence(section: dict) -> str:
     result = section["result"]
     sizes = result["sizes"]
     rows = []
-    for name, row in result["methods"].items():
+    for name, row in sorted(result["methods"].items(), key=lambda i: i[1].get("seconds", 1e9)):
         if "error" in row:
             rows.append([name, "–", "–", "–", "–", row["error"].replace("|", "/")[:80]])
             continue
