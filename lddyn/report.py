@@ -494,7 +494,7 @@ def _section(
     ]
     return {
         "number": number,
-        "name": name,
+        "name": {"sft": "The SFT step", "dpo": "The DPO step"}.get(name, name),
         "story": tell(dec, verification),
         "sources": [k.replace("y-", "y−") for k in sources],
         "rows": rows,
@@ -776,8 +776,8 @@ for (const who of document.querySelectorAll(".who")) {
       label(find(".updated"), "update: " + s.name); return spans(find(".updated"), s.tokens);
     });
     let held = null;
-    const paint = (list, values, what) => {
-      const largest = size(values);
+    const entry = r.influence ? size(r.influence.map(size)) : 1;
+    const paint = (list, values, what, largest = size(values)) => {
       list.forEach((s, i) => {
         s.style.background = tint(values[i], largest);
         s.title = what(i) + nats(values[i]) + " nats";
@@ -790,7 +790,7 @@ for (const who of document.querySelectorAll(".who")) {
       says.textContent = "";
     };
     const ask = (span, list, values, sentence) => {
-      rest(); span.classList.add("on"); paint(list, values, () => ""); says.textContent = sentence;
+      rest(); span.classList.add("on"); paint(list, values, () => "", entry); says.textContent = sentence;
     };
     const listen = (span, act) => {
       span.addEventListener("mouseenter", () => held || act());
