@@ -790,7 +790,10 @@ for (const who of document.querySelectorAll(".who")) {
       says.textContent = "";
     };
     const ask = (span, list, values, sentence) => {
-      rest(); span.classList.add("on"); paint(list, values, () => "", entry); says.textContent = sentence;
+      rest();
+      span.classList.add("on");
+      paint(list, values, () => "", entry);
+      says.textContent = sentence;
     };
     const listen = (span, act) => {
       span.addEventListener("mouseenter", () => held || act());
