@@ -123,7 +123,31 @@ def orders(section: dict) -> str:
     )
 
 
+def dialogue(section: dict) -> str:
+    """One DPO step on a real pair: predicted against measured."""
+    result = section["result"]
+    step = next(s for s in result["steps"] if s["rule"] == "midpoint" and s["optimizer"] == "sgd")
+    rows = [
+        [f"`{r['name']}`", str(r["tokens"]), f"{r['logp']:.2f}", f"{r['y+']:+.4f}",
+         f"{r['y-']:+.4f}", f"{r['predicted']:+.5f}", f"{r['measured']:+.5f}"]
+        for r in step["responses"]
+    ]  # fmt: skip
+    checks = "; ".join(
+        f"{s['optimizer']} by {s['rule']} at lr {s['lr']:g}: relative error "
+        f"{s['relative_error']:.0e}, slope {s['slope']:.2f} (expected {s['expected']})"
+        for s in result["steps"]
+    )
+    header = ["response", "tokens", "log π", "from y+", "from y−", "predicted Δ", "measured Δ"]
+    return (
+        f"Nats, lr {step['lr']:g}, β = 0.1, plain SGD.\n\n{table(header, rows)}\n\n{checks}; "
+        f"{step['seconds']:.0f} s for {sum(r['tokens'] for r in step['responses'])} observed and "
+        f"{sum(r['tokens'] for r in step['responses'][:2])} update tokens.\n\n"
+        f"<sub>{made_by(section)}</sub>"
+    )
+
+
 SECTIONS = {
+    "dialogue": dialogue,
     "influence": influence,
     "scaling": scaling,
     "exactness": exactness,
