@@ -554,7 +554,7 @@ class _Session:
                     )
                 optimizer = copy_optimizer(optimizer, trainable, trainable, lr / max(rates))
         self.optimizer = optimizer
-        self.versions = [(p, p._version) for p in model.parameters()]
+        self._remember()
 
     # ----- one point
 
@@ -691,9 +691,18 @@ class _Session:
         torch.autograd.Function or TorchScript) only this can tell.
         """
         examples = list(self.observed.values())
-        plain = gradient(
-            anatomy, examples, [torch.ones(len(e), device=anatomy.device) for e in examples]
-        )
+        ones = [torch.ones(len(e), device=anatomy.device) for e in examples]
+        # Autograd leaves out the padding row of an embedding, but the observed response reads it.
+        padded = [
+            (m, m.padding_idx) for m in anatomy.model.modules() if isinstance(m, nn.Embedding)
+        ]
+        try:
+            for module, _ in padded:
+                module.padding_idx = None
+            plain = gradient(anatomy, examples, ones)
+        finally:
+            for module, index in padded:
+                module.padding_idx = index
         expected = {
             n: float((g * direction[n].to(g)).sum(dtype=torch.float64)) for n, g in plain.items()
         }
@@ -800,9 +809,15 @@ class _Session:
 
     # ----- later questions
 
+    def _remember(self) -> None:
+        """Notes which weights this is about."""
+        self.weights = [(p, p._version, p.data_ptr(), _mark(p)) for p in self.model.parameters()]
+
     def _check_unchanged(self) -> None:
-        for parameter, version in self.versions:
-            if parameter._version != version:
+        for parameter, version, address, mark in self.weights:
+            touched = parameter._version != version or parameter.data_ptr() != address
+            # The forward pass of some adapters touches weights without changing them.
+            if touched and _mark(parameter) != mark:
                 raise RuntimeError(
                     "the model's weights have changed since decompose(): ask before the optimizer "
                     "steps, or decompose again"
@@ -933,6 +948,12 @@ _AGREEMENT = {
 }
 
 
+def _mark(parameter: Tensor) -> tuple[float, float]:
+    """Two numbers that change when the values do."""
+    values = parameter.detach()
+    return float(values.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(values))
+
+
 def _agreement(model: nn.Module) -> float:
     """The limit for a model: that of its least precise weights (a float32 LoRA on bfloat16)."""
     return max(_AGREEMENT.get(p.dtype, 0.0) for p in model.parameters())
@@ -954,9 +975,7 @@ def _realised(trace: Trace) -> Tensor:
 
 
 def _counted_texts(example: Example) -> list[str]:
-    texts = list(example.token_texts)
-    mask = example.response_mask
-    return texts if mask is None else [t for t, keep in zip(texts, mask, strict=True) if keep]
+    return list(example.token_texts)
 
 
 def _merge_experts(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

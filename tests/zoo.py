@@ -151,7 +151,7 @@ def oracle_gram(model: nn.Module, observed: Example, updated: Example) -> tuple[
     return one @ other.T, one.norm(dim=1)[:, None] * other.norm(dim=1)[None]
 
 
-def oracle_shift(model: nn.Module, example: Example, direction: Tensor, width=1e-3) -> Tensor:
+def oracle_shift(model: nn.Module, example: Example, direction: Tensor, width=1e-5) -> Tensor:
     """Change of all log-probs (M, V) along a flat direction, by differences in true float64.
 
     Central differences at two widths, extrapolated: the error is of order width⁴.
@@ -171,6 +171,15 @@ def oracle_shift(model: nn.Module, example: Example, direction: Tensor, width=1e
     with torch.no_grad(), true_float64():
         wide, narrow = ((log_probs(h) - log_probs(-h)) / (2 * h) for h in (unit, unit / 2))
     return (4 * narrow - wide) / 3
+
+
+def widest(model: nn.Module, example: Example) -> Tensor:
+    """‖∇ log π(v)‖ (M,) of each position's least likely token: the scale of errors over all v."""
+    exact = double(model).eval()
+    with true_float64():
+        logits = exact(input_ids=torch.tensor([example.ids]), use_cache=False).logits[0]
+        values = logits[list(example.positions)].log_softmax(-1).amin(-1)
+        return jacobian(values, [p for p in exact.parameters() if p.requires_grad]).norm(dim=1)
 
 
 def normalised_error(value: Tensor, truth: Tensor, scale: Tensor) -> float:
