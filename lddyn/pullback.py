@@ -48,7 +48,7 @@ def parse_memory(memory: int | str) -> int:
         unit = text[len(digits) :] or "B"
         try:
             value = int(float(digits) * _UNITS[unit])
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, OverflowError):
             raise ValueError(f"memory must look like '2GiB' or '500MB', got {memory!r}") from None
     if value <= 0:
         raise ValueError(f"memory must be positive, got {memory!r}")
@@ -249,7 +249,7 @@ class Pullback:
         g = back_project(self.raw_rows[order], head.weight).to(trace.hidden.dtype)
         self.chunks: list[Chunk] = []
         for part, state in zip(order.split(chunk), g.split(chunk), strict=True):
-            length = int(trace.positions[part].max()) + 1
+            length = self.anatomy.prefix(trace, int(trace.positions[part].max()) + 1)
             dense = state.new_zeros(len(part), 1, length, state.shape[-1])
             dense[torch.arange(len(part)), 0, trace.positions[part]] = state
             self.chunks.append(Chunk(part, length, dense))
