@@ -138,7 +138,8 @@ def test_rows_and_columns_of_the_operator(name):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_operator_matches_the_dense_kernel(tied):
-    model = zoo.build("llama", tie_word_embeddings=tied)
+    small = {"vocab_size": 63, "num_hidden_layers": 1}
+    model = zoo.build("llama", tie_word_embeddings=tied, **small)
     observed, updated = zoo.examples()
     exact = zoo.double(model).eval()
     parameters = list(exact.parameters())
@@ -153,11 +154,11 @@ def test_operator_matches_the_dense_kernel(tied):
     scale = jacobians[0].norm(dim=1)[:, None] * jacobians[1].norm(dim=1)[None]
     kernel = lddyn.ntk(model, observed, updated)
     block = kernel.block(2, 3)
-    assert block.shape == (zoo.VOCABULARY, zoo.VOCABULARY)
+    assert block.shape == (63, 63)
     assert zoo.normalised_error(block, truth, scale) <= FLOAT32
     assert zoo.normalised_error(kernel.T.block(3, 2), truth.T, scale.T) <= FLOAT32
-    g = torch.zeros(5, zoo.VOCABULARY)
-    g[3] = torch.randn(zoo.VOCABULARY)
+    g = torch.zeros(5, 63)
+    g[3] = torch.randn(63)
     expected = truth @ g[3].double()
     size = scale.norm(dim=1) * float(g.norm())
     assert float(((kernel @ g)[2].double() - expected).abs().div(size).max()) <= FLOAT32
@@ -211,13 +212,13 @@ def test_column_totals_are_one_backward_and_one_push(name):
 # --------------------------------------------------------------------------- invariances
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "olmoe"])
+@pytest.mark.parametrize("name", ["llama", "olmoe"])
 def test_memory_changes_nothing(name):
     model = zoo.build(name, tie_word_embeddings=True)
     observed, updated = sides(model)
     reference = token_gram([observed], [updated], memory="2GiB")
     size = float(reference.abs().max())
-    for memory in (1, "1KB", "30KB", "200KB", 10**7):
+    for memory in (1, "30KB", "200KB"):
         for way in (token_gram, factored_gram):
             value = way([observed], [updated], memory=memory)
             assert float((value - reference).abs().max()) <= 3e-6 * size
