@@ -83,7 +83,7 @@ def attention(
     if s_aux is not None:
         weights = weights[..., :-1]
     mixed = torch.matmul(weights.view(batch, groups, -1, weights.shape[-1]), value)
-    return mixed.view(batch, heads, length, value.shape[-1]).transpose(1, 2), None
+    return mixed.view(batch, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 def _register_attention() -> None:
@@ -239,6 +239,12 @@ class _Watch(TorchFunctionMode):
         if not self.active:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
+        if name == "detach" and self.tapping and args[0].requires_grad:
+            raise UnsupportedModelError(
+                f"{self.segment} stops a gradient with detach() (DoRA's weight norm does): what an "
+                "update changes through it is not in its gradient, so no derivative here would "
+                "predict a real step; merge or replace that adapter"
+            )
         if not any(id(a) in self.known for a in args) and not any(
             id(a) in self.known for a in kwargs.values()
         ):
@@ -519,6 +525,15 @@ class Anatomy:
         self.direct: set[str] = set()
         self.head_weight = self.trainable_by_id.get(id(self.head.weight), (None,))[0]
         self.head_bias = self.trainable_by_id.get(id(self.head.bias), (None,))[0]
+        self._logits_checked = False
+        if self.blocks[0]._forward_pre_hooks or self.blocks[-1]._forward_hooks:
+            # Elsewhere a hook that changes a hidden state is seen: one block's output is not the
+            # next one's input.
+            raise UnsupportedModelError(
+                f"the first or last block ({type(self.blocks[0]).__name__}) has forward hooks at "
+                "the end of the stack, which a replay would run at the wrong place: remove them, "
+                "or hook a module inside the block"
+            )
         self._tuples = [0] * len(self.blocks)  # length of the tuple block i returns; 0: a tensor
 
     # ----- facts
@@ -559,7 +574,7 @@ class Anatomy:
     # ----- leaving no trace
 
     @contextlib.contextmanager
-    def analysis(self) -> Iterator[None]:
+    def analysis(self, own_attention: bool = True) -> Iterator[None]:
         """Evaluation mode, own attention, no weight gradients; everything restored on exit."""
         _register_attention()
         modes = [(m, m.training) for m in self.model.modules()]
@@ -575,6 +590,13 @@ class Anatomy:
             for key in ("_attn_implementation_internal", "_experts_implementation_internal")
             if hasattr(c, key)
         ]
+        # Some rotary embeddings rewrite their (small) buffers as sequences grow.
+        buffers = [
+            (m, n, b, b.clone())
+            for m, _ in modes
+            for n, b in m._buffers.items()
+            if b is not None and b.numel() <= 1 << 16
+        ]
         own = self.attention
         if own == "lddyn" and not getattr(self.base, "_supports_attention_backend", False):
             own = "eager"
@@ -584,12 +606,17 @@ class Anatomy:
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             for config, key, _ in saved:
-                setattr(config, key, own if key.startswith("_attn") else "eager")
+                if own_attention or not key.startswith("_attn"):
+                    setattr(config, key, own if key.startswith("_attn") else "eager")
             with torch.inference_mode(False), torch.enable_grad(), _no_autocast(self.device):
                 yield
         finally:
             for module, training in modes:
                 module.training = training
+            for module, name, buffer, values in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, values):
+                    buffer.copy_(values)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             for config, key, value in saved:
@@ -665,8 +692,8 @@ class Anatomy:
             watch.segment = f"block {i}"
             result = original(*_join_hidden(x, args), **kwargs)
             watch.segment = TAIL
-            self._tuples[i] = len(result) if isinstance(result, tuple) else 0
-            outputs.append(result[0] if isinstance(result, tuple) else result)
+            self._tuples[i] = len(result) if isinstance(result, tuple | list) else 0
+            outputs.append(result[0] if self._tuples[i] else result)
             return result
 
         def head(h: Tensor) -> Tensor:
@@ -705,7 +732,27 @@ class Anatomy:
         )
         if not bool(torch.isfinite(logits).all()):
             self._explain_non_finite(trace)
+        if not self._logits_checked:
+            self._check_logits(trace)
+            self._logits_checked = True
         return trace
+
+    def _check_logits(self, trace: Trace) -> None:
+        """The same logits must come from the model's own attention, without the last token.
+
+        Tells a model that is not causal, or whose attention takes arguments that ours ignores.
+        """
+        with self.analysis(own_attention=False), torch.no_grad():
+            own = self._selected_logits(trace.ids[:, :-1], trace.positions)
+        own, ours = (x - x.mean(-1, keepdim=True) for x in (own.to(trace.logits), trace.logits))
+        difference = float((own - ours).norm() / ours.norm().clamp(min=1e-30))
+        limit = 1e-3 if trace.hidden.element_size() >= 4 else 0.2
+        if not difference <= limit:
+            raise UnsupportedModelError(
+                f"the logits differ by {difference:.1e} (limit {limit:g}) from those of the "
+                "model's own attention on the sequence without its last token: the model is not "
+                "causal, or its attention is not one that lddyn knows (try attention='eager')"
+            )
 
     def _check_placed(self) -> None:
         for entry in self.ledger.values():
@@ -776,7 +823,10 @@ class Anatomy:
 
     def response_logits(self, example: Example) -> Tensor:
         """Logits (M, V) by the model's own forward, with its graph, in at least float32."""
-        positions = torch.tensor(list(example.positions), device=self.device)
+        ids = torch.tensor([example.ids], device=self.device)
+        return self._selected_logits(ids, torch.tensor(list(example.positions), device=self.device))
+
+    def _selected_logits(self, ids: Tensor, positions: Tensor) -> Tensor:
         original = self.head.forward
 
         def head(h: Tensor) -> Any:
@@ -786,7 +836,6 @@ class Anatomy:
             return forward(*args, **kwargs)
 
         with self._patched(block, head):
-            ids = torch.tensor([example.ids], device=self.device)
             logits: Tensor = self._run(ids).logits[0]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -806,6 +855,17 @@ class Anatomy:
                 self._run(trace.ids[:, :length])
             trace.calls[length] = found
         return trace.calls[length]
+
+    def prefix(self, trace: Trace, length: int) -> int:
+        """How many tokens to replay for cotangents that reach `length` tokens: as many.
+
+        The whole sequence where the blocks' other arguments depend on the length (rotary embeddings
+        that rescale), so that a prefix would not be what the forward pass saw.
+        """
+        with self.analysis():
+            whole = trace.calls[trace.length]
+            short = self.calls(trace, length)
+        return length if _is_slice(short, whole) else trace.length
 
     def replay(self, trace: Trace, segment: int, length: int) -> Replay:
         """Recomputes one segment on a prefix with gradients on. Call inside `analysis()`.
@@ -832,7 +892,7 @@ class Anatomy:
                 args, kwargs = self.calls(trace, length)[segment - 1]
                 with watch:
                     result = self.blocks[segment - 1](*_join_hidden(x, args), **kwargs)
-                captured.append(result[0] if isinstance(result, tuple) else result)
+                captured.append(result[0] if isinstance(result, tuple | list) else result)
             else:
                 if segment > 0:
                     x = trace.inputs[-1][:, :length].detach().requires_grad_(True)
@@ -938,6 +998,23 @@ def _check_side_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                     f"argument {key!r} of the blocks depends on trainable parameters of the "
                     "front; lddyn follows the hidden state only"
                 )
+
+
+def _is_slice(short: Any, whole: Any) -> bool:
+    """Whether nested arguments are those of a longer call, cut to their own sizes."""
+    if isinstance(short, Tensor):
+        if not isinstance(whole, Tensor) or short.dim() != whole.dim():
+            return False
+        cut = whole[tuple(slice(0, n) for n in short.shape)]
+        if not short.is_floating_point() or short.numel() == 0:
+            return torch.equal(short, cut)
+        return torch.allclose(short, cut, rtol=1e-4, atol=1e-5, equal_nan=True)
+    if isinstance(short, dict):
+        return all(_is_slice(v, whole.get(k)) for k, v in short.items())
+    if isinstance(short, tuple | list):
+        same = isinstance(whole, tuple | list) and len(short) == len(whole)
+        return same and all(_is_slice(a, b) for a, b in zip(short, whole, strict=True))
+    return True
 
 
 def _no_autocast(device: torch.device) -> Any:

@@ -11,9 +11,10 @@ pushing the whole step forward, and the two must agree.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,14 @@ from lddyn.anatomy import Anatomy, Trace, UnsupportedModelError, true_float64, u
 from lddyn.examples import Example
 from lddyn.ntk import Side, factored_gram, factored_push, token_gram
 from lddyn.objectives import Objective
-from lddyn.optimizers import Direction, Step, copy_optimizer, make_optimizer, optimizer_step
+from lddyn.optimizers import (
+    Direction,
+    Step,
+    copy_optimizer,
+    make_optimizer,
+    optimizer_kind,
+    optimizer_step,
+)
 from lddyn.pullback import DEFAULT_MEMORY, Pullback, gradient, segments_down
 from lddyn.pushforward import AlongDirection, Pushforward, delta_log_probs, pair_direction
 
@@ -144,9 +152,10 @@ class Observed:
     def __str__(self) -> str:
         total = float(self.delta_logp.sum())
         parts = ", ".join(f"{v.sum():+.4g} from {k}" for k, v in self.by_sequence().items())
+        before = float(self.logp.sum())
         return (
-            f"{self.name}: log π {float(self.logp.sum()):.4g} → {total:+.4g} nats ({parts}); "
-            f"finite-step error ≈ {float(self.error_estimate.sum().abs()):.1g}"
+            f"{self.name}: log π {before:.4f} → {before + total:.4f}, {total:+.4g} nats ({parts}); "
+            f"start − midpoint {float(self.error_estimate.sum()):+.1g}"
         )
 
 
@@ -166,7 +175,9 @@ class Verification:
     """Predictions against real optimizer steps on a copy.
 
     errors[i] is ‖measured − predicted‖ over all observed tokens at learning rate lrs[i], in nats;
-    slope is its log-log slope, to be compared with `expected`.
+    slope is its log-log slope, to be compared with `expected`. answer_error is
+    ‖measured − delta_logp‖ for the numbers of the decomposition itself, at its own learning rate
+    (None when that is not among lrs).
     """
 
     lrs: list[float]
@@ -176,6 +187,7 @@ class Verification:
     slope: float
     expected: int
     dtype: str
+    answer_error: float | None = None
 
     @property
     def relative_error(self) -> float:
@@ -190,7 +202,14 @@ class Verification:
                 self.lrs, self.measured, self.predicted, self.errors, strict=True
             )
         ]
+        if self.answer_error is not None:
+            lines.append(f"the decomposition's own numbers: ‖error‖ {self.answer_error:.3g}")
         lines.append(f"slope {self.slope:.3f} (expected {self.expected}), {self.dtype}")
+        if abs(self.slope - self.expected) > 0.5:
+            lines.append(
+                "the slope is not the expected one: the steps are too large for one power to "
+                "dominate (try smaller lrs), or at the level of rounding"
+            )
         return "\n".join(lines)
 
 
@@ -457,8 +476,7 @@ def _named(observed: Example | Sequence[Example] | Mapping[str, Example]) -> dic
     else:
         named = {}
         for i, example in enumerate(observed):
-            name = example.name or f"observed {i}"
-            named[name if name not in named else f"{name} ({i})"] = example
+            named[_unused(example.name or f"observed {i}", named)] = example
     if not named:
         raise ValueError("observed must hold at least one Example, got none")
     return named
@@ -535,6 +553,7 @@ class _Session:
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper renames parameters
         # A copy of the update, so that its reference stays that of this very step.
         self.model, self.observed, self.update = model, observed, copy.copy(update)
+        self.update.examples, self.update.names = list(update.examples), list(update.names)
         self.max_grad_norm, self.rule, self.memory = max_grad_norm, rule, memory
         self.attention, self.progress = attention, progress
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -552,8 +571,16 @@ class _Session:
                         f"the optimizer's groups have several learning rates {sorted(rates)}: "
                         "leave lr out to use them"
                     )
+                if not max(rates) > 0:
+                    raise ValueError(
+                        "the optimizer's learning rate is 0, so lr cannot rescale it: set the "
+                        "group's lr, or leave lr out"
+                    )
                 optimizer = copy_optimizer(optimizer, trainable, trainable, lr / max(rates))
-        self.optimizer = optimizer
+        # A copy with its state: schedulers and later steps must not change what this one was.
+        self.trainable = sorted(trainable)
+        optimizer_kind(optimizer)
+        self.optimizer = copy_optimizer(optimizer, trainable, trainable) if trainable else optimizer
         self._remember()
 
     # ----- one point
@@ -758,7 +785,8 @@ class _Session:
         predicted = influence.sum(1) + totals["history"] + totals["decay"]
         scale = influence.abs().sum(1) + totals["history"].abs() + totals["decay"].abs()
         difference = (predicted - totals["realised"]).abs()
-        agreement = float(difference.max() / scale.max().clamp(min=1e-300))
+        worst, largest = float(difference.max()), float(scale.max())
+        agreement = worst / largest if largest else worst
         limit = _agreement(self.model)
         if not agreement <= limit:
             row = int(difference.argmax())
@@ -814,6 +842,10 @@ class _Session:
         self.weights = [(p, p._version, p.data_ptr(), _mark(p)) for p in self.model.parameters()]
 
     def _check_unchanged(self) -> None:
+        if sorted(n for n, p in self.model.named_parameters() if p.requires_grad) != self.trainable:
+            raise RuntimeError(
+                "which parameters are trainable has changed since decompose(): decompose again"
+            )
         for parameter, version, address, mark in self.weights:
             touched = parameter._version != version or parameter.data_ptr() != address
             # The forward pass of some adapters touches weights without changing them.
@@ -873,10 +905,11 @@ class _Session:
             new = {n: p for n, p in model.named_parameters() if p.requires_grad}
             base = copy_optimizer(self.optimizer, old, new)
             state = self.state(model, base)
+            plain = self._plain_gradient(model)
             before = [_realised(state.anatomy.trace(e)) for e in self.observed.values()]
             for lr in lrs:
                 factor = lr / self.lr
-                stepped = self._real_step(model, state, factor)
+                stepped = self._real_step(model, plain, factor)
                 direction = {n: factor * d for n, d in state.step.direction().items()}
                 after = Anatomy(stepped, self.attention)
                 measured.append(
@@ -900,19 +933,46 @@ class _Session:
                     total += portion * torch.cat(rows)
                 predicted.append(total)
         errors = [float((m - p).norm()) for m, p in zip(measured, predicted, strict=True)]
+        answer = torch.cat([o.delta_logp for o in dec]).to(measured[0])
+        own = [i for i, lr in enumerate(lrs) if math.isclose(lr, self.lr)]
         return Verification(
-            list(lrs), torch.stack(measured), torch.stack(predicted), errors,
-            _slope(lrs, errors), ORDERS[self.rule], str(dtype or "model dtype"),
-        )  # fmt: skip
+            list(lrs),
+            torch.stack(measured),
+            torch.stack(predicted),
+            errors,
+            _slope(lrs, errors),
+            ORDERS[self.rule],
+            str(dtype or "model dtype"),
+            float((measured[own[0]] - answer).norm()) if own else None,
+        )
 
-    def _real_step(self, model: nn.Module, state: _State, factor: float) -> nn.Module:
+    def _plain_gradient(self, model: nn.Module) -> Direction:
+        """∇θ L by one backward pass through the loss itself, with nothing of this library's own."""
+        anatomy = Anatomy(model, self.attention)
+        parameters = list(anatomy.trainable.values())
+        with anatomy.analysis():
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            log_probs = []
+            for example in self.update.examples:
+                logits = anatomy.response_logits(example)
+                targets = torch.tensor(list(example.targets), device=logits.device)
+                log_probs.append(logits.log_softmax(-1).gather(1, targets[:, None])[:, 0])
+            loss = self.update.loss(log_probs).reshape(())
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return {
+            n: torch.zeros_like(p) if g is None else g
+            for n, p, g in zip(anatomy.trainable, parameters, gradients, strict=True)
+        }
+
+    def _real_step(self, model: nn.Module, gradient: Direction, factor: float) -> nn.Module:
         """A copy of the model after a real step of the real optimizer class."""
         stepped = shifted_copy(model, None)
         own = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         new = {n: p for n, p in stepped.named_parameters() if p.requires_grad}
         optimizer = copy_optimizer(self.optimizer, own, new, factor)
         for name, parameter in new.items():
-            parameter.grad = state.step.gradient[name].clone()
+            parameter.grad = gradient[name].clone()
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(new.values()), self.max_grad_norm)
         optimizer.step()
@@ -987,13 +1047,19 @@ def _merge_experts(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return merged
 
 
+def _unused(name: str, taken: Container[str]) -> str:
+    """The name, with a number where it is taken."""
+    candidates = (f"{name} ({i})" for i in itertools.count(1))
+    return name if name not in taken else next(c for c in candidates if c not in taken)
+
+
 def _slices(update: Objective) -> tuple[list[str], dict[str, slice]]:
     """Unique sequence names and their columns of the influence table."""
     names: list[str] = []
     sequences: dict[str, slice] = {}
     start = 0
     for name, example in zip(update.names, update.examples, strict=True):
-        unique = name if name not in sequences else f"{name} ({len(names)})"
+        unique = _unused(name, {*sequences, "history", "weight decay"})
         names.append(unique)
         sequences[unique] = slice(start, start + len(example))
         start += len(example)

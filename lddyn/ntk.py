@@ -109,7 +109,7 @@ def token_gram(
         total=len(groups) * len(list(segments_down(anatomy))),
         desc="token Gram",
         unit="segment",
-        disable=not progress,
+        disable=None if progress else True,
         leave=False,
     )
     for group in groups:
@@ -213,7 +213,13 @@ def factored_push(
     starts = _offsets(updated)
     vocabulary = 8 * anatomy.vocabulary * max(len(t.positions) for t in observed)
     pushes = [Pushforward(t, keep=_graph_bytes(t) * len(observed) < budget // 2) for t in observed]
-    steps = tqdm(total=starts[-1], desc="pushing", unit="token", disable=not progress, leave=False)
+    steps = tqdm(
+        total=starts[-1],
+        desc="pushing",
+        unit="token",
+        disable=None if progress else True,
+        leave=False,
+    )
     for start, side in zip(starts, updated, strict=False):
         per_row = side.bytes_per_cotangent() * (1 + len(anatomy.blocks) // 2) + vocabulary
         size = max(1, min(CHUNK, budget // 2 // per_row))

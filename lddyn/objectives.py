@@ -199,8 +199,13 @@ class DPO(Objective):
                     f"{type(model).__name__}"
                 )
             disable: Any = model.disable_adapter
-            with disable():
-                values = log_probs(model, self.examples)
+            flags = [(p, p.requires_grad) for p in model.parameters()]
+            try:
+                with disable():
+                    values = log_probs(model, self.examples)
+            finally:  # leaving disable_adapter makes every adapter weight trainable
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
         else:
             values = log_probs(self.reference, self.examples)
         self.reference_log_probs = (float(values[0].sum()), float(values[1].sum()))

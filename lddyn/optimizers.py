@@ -18,6 +18,10 @@ from torch import Tensor
 
 Direction = dict[str, Tensor]
 
+_NOT_OURS = (
+    "the optimizer holds none of the model's trainable parameters: was it built on another copy of "
+    "the model?"
+)
 SUPPORTED = ("SGD", "Adam", "AdamW", "RMSprop")
 
 
@@ -76,6 +80,13 @@ def copy_optimizer(
         params = [new[names[id(p)]] for p in group["params"] if id(p) in names]
         if params:
             groups.append({**group, "params": params, "lr": float(group["lr"]) * lr_factor})
+    if not groups:
+        raise ValueError(_NOT_OURS)
+    if not groups:
+        raise ValueError(
+            "the optimizer holds none of the model's trainable parameters: was it built on "
+            "another copy of the model?"
+        )
     fresh = type(optimizer)(groups)  # type: ignore[call-arg]
     for parameter, state in optimizer.state.items():
         if id(parameter) in names:
@@ -117,12 +128,7 @@ def optimizer_step(
         TypeError: For another optimizer: its step is not linear in the gradient, or not known here.
         ValueError: If the optimizer holds none of the parameters.
     """
-    kind = next((k.__name__ for k in type(optimizer).__mro__ if k.__name__ in SUPPORTED), None)
-    if kind is None or (kind == "Adam" and "decoupled" in type(optimizer).__name__.lower()):
-        raise TypeError(
-            f"optimizer must be one of {', '.join(SUPPORTED)} of torch.optim, got "
-            f"{type(optimizer).__name__}"
-        )
+    kind = optimizer_kind(optimizer)
     names = {id(p): n for n, p in parameters.items()}
     held = [
         (names[id(p)], p, group, optimizer.state.get(p, {}))
@@ -131,10 +137,7 @@ def optimizer_step(
         if id(p) in names
     ]
     if not held:
-        raise ValueError(
-            "the optimizer holds none of the model's trainable parameters: was it built on "
-            "another copy of the model?"
-        )
+        raise ValueError(_NOT_OURS)
     clip = clip_factor(gradient, max_grad_norm)
     terms = {
         name: _TERMS[kind](p.detach(), clip * gradient[name], group, state)
@@ -155,6 +158,20 @@ def optimizer_step(
     history = {n: t[1] for n, t in terms.items() if t[1] is not None}
     decay = {n: t[2] for n, t in terms.items() if t[2] is not None}
     return Step(gradient, clip, rate, precondition, history or None, decay or None)
+
+
+def optimizer_kind(optimizer: torch.optim.Optimizer) -> str:
+    """Which of torch's own optimizers this is; a subclass must not step in a way of its own."""
+    own = {getattr(torch.optim, name): name for name in SUPPORTED}
+    for ancestor in type(optimizer).__mro__:
+        if ancestor in own:
+            return own[ancestor]
+        if "step" in vars(ancestor):
+            break
+    raise TypeError(
+        f"optimizer must be one of {', '.join(SUPPORTED)} of torch.optim, got "
+        f"{type(optimizer).__name__}, whose step is its own ({type(optimizer).__module__})"
+    )
 
 
 # Each returns (factor on −g: a number or a tensor, history, decay), the last two as parts of Δθ.

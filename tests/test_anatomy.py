@@ -272,12 +272,11 @@ def test_operation_without_derivative_raises(make):
     "options",
     [
         {"target_modules": ["embed_tokens", "q_proj"]},
-        {"use_dora": True},
         {"use_rslora": True, "target_modules": ["q_proj", "v_proj"]},
         {"target_modules": ["q_proj"], "bias": "all"},
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     ],
-    ids=["embedding", "dora", "rslora", "bias", "modules_to_save"],
+    ids=["embedding", "rslora", "bias", "modules_to_save"],
 )
 def test_lora_variants(options):
     assert influence_error(zoo.lora("qwen2", **options)) < 5e-6
@@ -379,7 +378,7 @@ def mixed(name):
         if i % 2:
             parameter.grad = torch.randn_like(parameter)
     model.register_forward_hook(lambda *a: None)
-    blocks[1].register_forward_pre_hook(lambda *a: None)
+    list(blocks[1].children())[0].register_forward_pre_hook(lambda *a: None)
     # An own forward on one block, as accelerate and quantisers leave it.
     blocks[0].forward = functools.partial(type(blocks[0]).forward, blocks[0])
     model.config._attn_implementation = "sdpa" if name != "gpt_oss" else "eager"
@@ -672,3 +671,47 @@ def test_forward_that_escapes_the_copy_is_found_out():
     observed, updated = zoo.examples()
     with pytest.raises(UnsupportedModelError, match=r"forward of model\.layers\.0 was replaced"):
         lddyn.decompose(model, observed, lddyn.SFT(updated), lr=1e-3, rule="midpoint")
+
+
+def test_detached_weight_norm_is_refused():
+    # Autograd's rows and every check of ours would share DoRA's detach; a real step does not.
+    observed, updated = zoo.examples()
+    with pytest.raises(UnsupportedModelError, match="detach"):
+        lddyn.decompose(zoo.lora("llama", use_dora=True), observed, lddyn.SFT(updated), lr=1e-4)
+
+
+def test_rotary_angles_that_depend_on_the_length_are_not_cut():
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4,
+        "original_max_position_embeddings": 8,
+        "factor": 8.0,
+    }
+    model = zoo.build("phi3", rope_parameters=rope, original_max_position_embeddings=8)
+    observed, updated = zoo.examples()
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    exact = lddyn.ntk(model, observed, updated).gram(method="pushed")
+    cut = lddyn.ntk(model, observed, updated, memory=1).gram(method="paired")
+    assert (cut - exact).norm() < 1e-5 * exact.norm()
+    assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooked_blocks_are_refused(kind):
+    model = zoo.build("llama")
+    layer = model.model.layers[-1 if kind == "register_forward_hook" else 0]
+    getattr(layer, kind)(lambda *args: None)
+    with pytest.raises(UnsupportedModelError, match="hooks"):
+        lddyn.Anatomy(model)
+
+
+def test_models_that_are_not_causal_are_refused():
+    model = zoo.build("llama")
+    for layer in model.model.layers:
+        forward = layer.self_attn.forward
+        layer.self_attn.forward = lambda *a, f=forward, **k: f(*a, **{**k, "attention_mask": None})
+    observed, updated = zoo.examples()
+    with pytest.raises(UnsupportedModelError, match="not causal"):
+        lddyn.ntk(model, observed, updated)
