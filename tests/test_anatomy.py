@@ -378,7 +378,7 @@ def mixed(name):
         if i % 2:
             parameter.grad = torch.randn_like(parameter)
     model.register_forward_hook(lambda *a: None)
-    list(blocks[1].children())[0].register_forward_pre_hook(lambda *a: None)
+    next(iter(blocks[1].children())).register_forward_pre_hook(lambda *a: None)
     # An own forward on one block, as accelerate and quantisers leave it.
     blocks[0].forward = functools.partial(type(blocks[0]).forward, blocks[0])
     model.config._attn_implementation = "sdpa" if name != "gpt_oss" else "eager"
