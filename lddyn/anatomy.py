@@ -826,6 +826,12 @@ class Anatomy:
         ids = torch.tensor([example.ids], device=self.device)
         return self._selected_logits(ids, torch.tensor(list(example.positions), device=self.device))
 
+    def response_log_probs(self, example: Example) -> Tensor:
+        """Log π(y_m) (M,) by the model's own forward, with its graph; in nats."""
+        logits = self.response_logits(example)
+        targets = torch.tensor(list(example.targets), device=logits.device)
+        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
     def _selected_logits(self, ids: Tensor, positions: Tensor) -> Tensor:
         original = self.head.forward
 

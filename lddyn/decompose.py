@@ -619,7 +619,6 @@ class _Session:
         weights = torch.cat(state.weights)
         sides_u = [Side.log_probs(t) for t in state.updated]
         by_example = dict(zip(self.update.examples, sides_u, strict=True))
-        count = sum(len(e) for e in self.observed.values())
         names, sequences = _slices(self.update)
         totals: dict[str, Tensor] = {}  # accumulated over the points of the rule
 
@@ -674,7 +673,6 @@ class _Session:
             by_parameter,
             names,
             sequences,
-            count,
         )
 
     def _table(
@@ -779,7 +777,6 @@ class _Session:
         parameters: dict[str, Tensor],
         names: list[str],
         sequences: dict[str, slice],
-        count: int,
     ) -> Decomposition:
         influence = totals["influence"]
         predicted = influence.sum(1) + totals["history"] + totals["decay"]
@@ -804,7 +801,7 @@ class _Session:
                 Observed(
                     name=name,
                     token_ids=list(example.targets),
-                    tokens=_counted_texts(example),
+                    tokens=list(example.token_texts),
                     influence=influence[at],
                     history=totals["history"][at],
                     weight_decay=totals["decay"][at],
@@ -821,7 +818,7 @@ class _Session:
             UpdateToken(name, i, target, text, float(w))
             for name, example, ws in zip(names, self.update.examples, state.weights, strict=True)
             for i, (target, text, w) in enumerate(
-                zip(example.targets, _counted_texts(example), ws, strict=True)
+                zip(example.targets, list(example.token_texts), ws, strict=True)
             )
         ]
         settings = {
@@ -955,9 +952,7 @@ class _Session:
                 parameter.requires_grad_(True)
             log_probs = []
             for example in self.update.examples:
-                logits = anatomy.response_logits(example)
-                targets = torch.tensor(list(example.targets), device=logits.device)
-                log_probs.append(logits.log_softmax(-1).gather(1, targets[:, None])[:, 0])
+                log_probs.append(anatomy.response_log_probs(example))
             loss = self.update.loss(log_probs).reshape(())
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         return {
@@ -1032,10 +1027,6 @@ def _slope(lrs: Sequence[float], errors: Sequence[float]) -> float:
 
 def _realised(trace: Trace) -> Tensor:
     return ops.residual(trace.logits, trace.targets)[1]
-
-
-def _counted_texts(example: Example) -> list[str]:
-    return list(example.token_texts)
 
 
 def _merge_experts(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -343,9 +343,7 @@ def gradient(anatomy: Anatomy, examples: Sequence[Example], weights: Sequence[Te
         with anatomy.analysis():
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            logits = anatomy.response_logits(example)
-            targets = torch.tensor(list(example.targets), device=logits.device)
-            logp = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+            logp = anatomy.response_log_probs(example)
             parts = torch.autograd.grad(
                 (logp * weight.to(logp.dtype)).sum(), parameters, allow_unused=True
             )
