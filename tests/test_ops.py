@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lddyn
 from lddyn import ops, reference
+from lddyn.ops import dispatch
 
 INF = float("inf")
 
@@ -533,7 +534,7 @@ def test_the_environment_overrides_and_the_block_wins(monkeypatch):
 def test_a_fallback_is_an_error_when_strict(monkeypatch):
     monkeypatch.setenv("LDDYN_STRICT", "1")
     with pytest.raises(RuntimeError, match="LDDYN_STRICT=1 makes this an error"):
-        ops._report_fallback("a test")
+        dispatch._report_fallback("a test")
 
 
 def test_backends_gives_a_reason_for_every_refusal():

@@ -1,0 +1,299 @@
+"""How an op is registered, checked and sent to a backend: the door to ``_C`` and ``kernels``.
+
+An op is defined in torch.library, runs *check, choose, call* on any device, and is a leaf: it has
+no derivative. A backward through it raises, and so does forward mode (`torch.func.jvp`), because an
+op without a rule would otherwise return a zero tangent in silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+logger = logging.getLogger("lddyn")
+
+BACKENDS = ("cuda", "triton", "cpp", "reference")
+# What is tried without an override, best first; any other device type runs the reference.
+_PREFERRED = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
+_override: ContextVar[str | None] = ContextVar("lddyn_backend", default=None)
+
+# --------------------------------------------------------------------------- backends
+
+
+@functools.cache
+def native() -> Any:
+    """The compiled module, or the reason (a string) why there is none."""
+    try:
+        return importlib.import_module("lddyn._C")
+    except ImportError as error:
+        return f"lddyn._C cannot be imported ({type(error).__name__}); reinstall with a compiler"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # hidden, or blocked by sys.modules["triton"] = None
+        return False
+
+
+def why_not(backend: str, device: torch.device) -> str:
+    """Why a backend cannot run tensors of a device; empty if it can.
+
+    >>> why_not("reference", torch.device("cpu"))
+    ''
+    """
+    if backend == "reference":
+        return ""
+    if backend == "triton":
+        if not _has_triton():
+            return "triton is not installed"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device.type == "cuda" or (device.type == "cpu" and interpreted):
+            return ""
+        return f"triton needs cuda tensors, got {device.type}"
+    found = native()
+    if isinstance(found, str):
+        return found
+    wanted = "cuda" if backend == "cuda" else "cpu"
+    if backend == "cuda" and not found.cuda_archs:
+        return "lddyn._C was built without CUDA (no nvcc, or LDDYN_CUDA=0)"
+    if device.type != wanted:
+        return f"{backend} needs {wanted} tensors, got {device.type}"
+    if backend == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        oldest = min(int(arch.rstrip("af")) for arch in found.cuda_archs.split())
+        if 10 * major + minor < oldest:
+            return f"built for sm_{oldest} and later, this device is sm_{major}{minor}"
+    return ""
+
+
+def choose(device: str, override: str | None, refusals: dict[str, str]) -> str:
+    """Backend to use: the override, or the first preferred one that is not refused.
+
+    Args:
+        device: Device type of the operands.
+        override: A backend that must be used, or None.
+        refusals: Per backend, why it cannot run this call; empty if it can.
+
+    Raises:
+        ValueError: If the override is not a backend.
+        RuntimeError: If the override is refused; nothing falls back.
+
+    >>> choose("cuda", None, {"triton": "not installed", "cuda": "not built", "reference": ""})
+    'reference'
+    """
+    if override is None:
+        preferred = _PREFERRED.get(device, ("reference",))
+        return next(name for name in preferred if not refusals[name])
+    if override not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {override!r}")
+    if refusals[override]:
+        raise RuntimeError(f"backend {override!r} cannot run this call: {refusals[override]}")
+    return override
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on one backend, and raise where that is impossible.
+
+    Args:
+        name: ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``. The environment variable
+            ``LDDYN_BACKEND`` does the same for a whole process; the block wins over it.
+
+    Raises:
+        ValueError: If the name is unknown.
+        RuntimeError: From an op that the backend cannot run. It never falls back.
+
+    Example:
+        >>> from lddyn.ops import gram
+        >>> a, g = torch.ones(2, 3), torch.ones(1, 2, 4)
+        >>> with backend("reference"):
+        ...     gram(a, g, a, g)
+        tensor([[48.]])
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def backends() -> dict[str, dict[str, dict[str, str]]]:
+    """What can run here: ``{op: {device: {backend: reason}}}``; an empty reason means available.
+
+    Example:
+        >>> backends()["gram"]["cpu"]["reference"]
+        ''
+    """
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda", torch.cuda.current_device()))
+    return {
+        op.name: {
+            device.type: {name: op.refusal(name, device) for name in BACKENDS} for device in devices
+        }
+        for op in OPS.values()
+    }
+
+
+def compiled() -> dict[str, str]:
+    """The compiled module: whether it is there, and the GPUs its CUDA kernels were built for."""
+    found = native()
+    if isinstance(found, str):
+        return {"cpu": found, "cuda": found}
+    archs = " ".join(f"sm_{arch}" for arch in found.cuda_archs.split())
+    return {"cpu": "built", "cuda": archs or why_not("cuda", torch.device("cuda"))}
+
+
+# --------------------------------------------------------------------------- registration
+
+
+Normal = Callable[..., Tensor]  # shape -> a normal tensor of the dtype and device under test
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: its checks, its implementations by backend, and operands to try them on."""
+
+    name: str
+    check: Callable[..., None]
+    fake: Callable[..., Any]
+    implementations: dict[str, Callable[..., Any]]
+    sample: Callable[[Normal], tuple[Any, ...]]  # odd-shaped operands, for the self-test
+
+    def refusal(self, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+        """Why a backend cannot run this op; empty if it can."""
+        if backend not in self.implementations:
+            return f"{self.name} has no {backend} implementation"
+        if dtype == torch.float64 and backend in ("cuda", "triton"):
+            return f"{backend} kernels take float32, bfloat16 and float16, got {dtype}"
+        return why_not(backend, device)
+
+    def run(self, *args: Any) -> Any:
+        """Check, choose, call."""
+        self.check(*args)
+        first: Tensor = args[0]
+        device, dtype = first.device, first.dtype
+        override = _override.get() or os.environ.get("LDDYN_BACKEND") or None
+        refusals = {name: self.refusal(name, device, dtype) for name in BACKENDS}
+        name = choose(device.type, override, refusals)
+        if name == "reference" and device.type != "cpu" and override is None:
+            reasons = "; ".join(filter(None, refusals.values()))
+            _report_fallback(f"lddyn::{self.name} runs as plain torch on {device.type}: {reasons}")
+        with torch.autocast(device.type, enabled=False):
+            return self.implementations[name](*args)
+
+
+@functools.cache
+def _report_fallback(message: str) -> None:
+    """Plain torch on an accelerator: logged once, an error under LDDYN_STRICT=1."""
+    if os.environ.get("LDDYN_STRICT") == "1":
+        raise RuntimeError(f"{message} (LDDYN_STRICT=1 makes this an error)")
+    logger.info(message)
+
+
+class _Leaf(torch.autograd.Function):
+    """Runs an op below autograd; its backward raises."""
+
+    @staticmethod
+    def forward(op: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise _not_differentiable(ctx.op)
+
+
+def _not_differentiable(op: Any) -> RuntimeError:
+    name = op.name().split(".")[0]
+    return RuntimeError(
+        f"{name} is not differentiable: detach its inputs, or call the plain-torch "
+        f"lddyn.reference.{name.split('::')[1]}"
+    )
+
+
+_library = torch.library.Library("lddyn", "DEF")
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op, schema: str) -> Any:
+    """Define one op in torch.library: implementation, fake, and a derivative that raises.
+
+    Returns its overload, ``torch.ops.lddyn.NAME.default``.
+    """
+    _library.define(f"{op.name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(op.name, op.run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lddyn::{op.name}", op.fake, lib=_library)
+    overload = getattr(torch.ops.lddyn, op.name).default
+
+    def leaf(*args: Any) -> Any:
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        transformed = tracked and torch._C._are_functorch_transforms_active()  # torch.func.grad
+        if transformed or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise _not_differentiable(overload)
+        if tracked:
+            return _Leaf.apply(overload, *args)  # type: ignore[no-untyped-call]
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    _library.impl(op.name, leaf, "Autograd")
+    OPS[op.name] = op
+    return overload
+
+
+# --------------------------------------------------------------------------- checks and pointers
+
+# Element types as csrc/lddyn.h numbers them.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def check_alike(**tensors: Tensor) -> None:
+    """One supported floating dtype and one device for all."""
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}; cast it"
+            )
+        if x.dtype != first.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first_name} ({first.dtype}), got {x.dtype}; "
+                "cast one of them"
+            )
+        if x.device != first.device:
+            raise ValueError(
+                f"{name} must be on the device of {first_name} ({first.device}), got {x.device}; "
+                "move one of them"
+            )
+
+
+def stream(x: Tensor) -> int:
+    """The raw CUDA stream that work on x belongs to."""
+    return int(torch.cuda.current_stream(x.device).cuda_stream)
+
+
+def launched(status: int) -> None:
+    """Raise for the cudaError_t of a launch."""
+    if status:
+        raise RuntimeError(f"CUDA launch failed: {torch.cuda.CudaError(status)}")

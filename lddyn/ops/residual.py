@@ -1,0 +1,242 @@
+"""`residual` and `residual_gram`: what log-probs see of the logits, and its inner products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lddyn import reference
+from lddyn.ops.dispatch import DTYPES, Normal, Op, check_alike, launched, native, register, stream
+
+_Residual = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _check_residual_shapes(logits: Tensor, targets: Tensor) -> None:
+    check_alike(logits=logits)
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"logits must be (N, V) with V >= 2, got {tuple(logits.shape)}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be int64, got {targets.dtype}; use targets.long()")
+    if targets.shape != logits.shape[:1]:
+        raise ValueError(
+            f"targets must be ({logits.shape[0]},), one per row of logits, "
+            f"got {tuple(targets.shape)}"
+        )
+    if targets.device != logits.device:
+        raise ValueError(
+            f"targets must be on the device of logits ({logits.device}), got {targets.device}; "
+            "move one of them"
+        )
+
+
+def _check_residual(logits: Tensor, targets: Tensor) -> None:
+    _check_residual_shapes(logits, targets)
+    wrong = (targets < 0) | (targets >= logits.shape[1])
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"targets must be in [0, {logits.shape[1]}), got {int(targets[row])} in row {row}; "
+            "drop masked positions (-100) before the call"
+        )
+
+
+def _finite(logits: Tensor, out: _Residual) -> _Residual:
+    """The results, or an error for the first row that has none (its ‖π‖² is NaN)."""
+    wrong = out[3].isnan()
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        values = logits[row]
+        found = "NaN" if values.isnan().any() else f"a maximum of {float(values.max())}"
+        raise ValueError(
+            f"logits must be finite (or -inf for a masked token), got {found} in row {row}; "
+            "look for an overflow in the model (float16 weights, a NaN parameter)"
+        )
+    return out
+
+
+def _residual_fake(logits: Tensor, targets: Tensor) -> _Residual:
+    _check_residual_shapes(logits, targets)
+    (n, vocabulary), dtype = logits.shape, reference.wide(logits.dtype)
+    logp, entropy, squared_norm = (logits.new_empty(n, dtype=dtype) for _ in range(3))
+    full, top = logits.new_empty(n, vocabulary, dtype=dtype), targets.new_empty(n, 2)
+    return full, logp, entropy, squared_norm, top
+
+
+def _residual_reference(logits: Tensor, targets: Tensor) -> _Residual:
+    out = reference.residual(logits, targets)
+    return _finite(logits, out) if logits.device.type == "cpu" else out
+
+
+def _residual_native(logits: Tensor, targets: Tensor, launch: Callable[[Any], Any]) -> _Residual:
+    """Allocate, pack the pointers, launch."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    targets, out = targets.contiguous(), _residual_fake(logits, targets)
+    pointers = [x.data_ptr() for x in (logits, targets, *out)]
+    launch(native().Residual(*pointers, *logits.shape, logits.stride(0), DTYPES[logits.dtype]))
+    return out
+
+
+def _residual_cpp(logits: Tensor, targets: Tensor) -> _Residual:
+    threads = torch.get_num_threads()
+    return _finite(
+        logits,
+        _residual_native(logits, targets, lambda p: native().residual_cpu(p, threads)),
+    )
+
+
+def _residual_cuda(logits: Tensor, targets: Tensor) -> _Residual:
+    with torch.cuda.device(logits.device):
+        current = stream(logits)
+        return _residual_native(
+            logits, targets, lambda p: launched(native().residual_cuda(p, current))
+        )
+
+
+def _residual_triton(logits: Tensor, targets: Tensor) -> _Residual:
+    from lddyn.kernels.residual import residual as launch
+
+    out: _Residual = launch(logits, targets.contiguous())
+    return _finite(logits, out) if logits.device.type == "cpu" else out
+
+
+def _residual_sample(normal: Normal) -> tuple[Any, ...]:
+    logits = normal(3, 1003)
+    return logits, torch.tensor([0, 501, 1002], device=logits.device)
+
+
+_residual = register(
+    Op(
+        "residual",
+        _check_residual,
+        _residual_fake,
+        {
+            "cuda": _residual_cuda,
+            "triton": _residual_triton,
+            "cpp": _residual_cpp,
+            "reference": _residual_reference,
+        },
+        _residual_sample,
+    ),
+    "(Tensor logits, Tensor targets) -> (Tensor residual, Tensor logp, Tensor entropy, "
+    "Tensor squared_norm, Tensor top)",
+)
+
+
+def residual(logits: Tensor, targets: Tensor) -> _Residual:
+    """Softmax residual of every row, with the statistics that come with it.
+
+        residual[n] = e_y - π_n,   π_n = softmax(logits[n]),   y = targets[n]
+
+    The entry of y is the complement sum Σ_{v≠y} π_v, not 1 - π_y: it keeps its digits when π_y → 1,
+    and so do logp and entropy. A logit of -inf is a masked token, with π = 0. This is ∂log π(y)/∂z;
+    the G of SFT in Ren & Sutherland (ICLR 2025) is its negative.
+
+    Args:
+        logits: Shape (N, V), V >= 2, float32/bfloat16/float16/float64, any strides.
+        targets: Realised token of each row, shape (N,), int64, in [0, V).
+
+    Returns:
+        ``residual`` (N, V); ``logp`` (N,), log π(y) in nats; ``entropy`` (N,), nats;
+        ``squared_norm`` (N,), ‖π‖²; all float32, or float64 for float64 logits; and ``top`` (N, 2),
+        int64, the most and the second most probable token, ties to the lower id. Not
+        differentiable: a backward, or forward mode, raises.
+
+    Raises:
+        ValueError: If shapes disagree, a target is out of range (with its row), or, on CPU, a row
+            holds NaN, +inf or nothing but -inf. On a GPU such a row comes back as NaN.
+        TypeError: If a dtype is not supported.
+
+    Cost: about 8 N V flops; reads the logits twice and writes the residual once (8 to 12 bytes per
+    logit); no memory besides the results.
+
+    Example:
+        >>> r, logp, entropy, squared_norm, top = residual(torch.zeros(1, 4), torch.tensor([2]))
+        >>> r
+        tensor([[-0.2500, -0.2500,  0.7500, -0.2500]])
+        >>> top
+        tensor([[0, 1]])
+    """
+    return _residual(logits, targets)  # type: ignore[no-any-return]
+
+
+# --------------------------------------------------------------------------- residual_gram
+
+
+def _check_residual_gram(
+    logits_o: Tensor, targets_o: Tensor, logits_u: Tensor, targets_u: Tensor
+) -> None:
+    _check_residual(logits_o, targets_o)
+    _check_residual(logits_u, targets_u)
+    _check_residual_gram_shapes(logits_o, targets_o, logits_u, targets_u)
+
+
+def _check_residual_gram_shapes(
+    logits_o: Tensor, targets_o: Tensor, logits_u: Tensor, targets_u: Tensor
+) -> None:
+    check_alike(logits_o=logits_o, logits_u=logits_u)
+    _check_residual_shapes(logits_o, targets_o)
+    _check_residual_shapes(logits_u, targets_u)
+    if logits_u.shape[1] != logits_o.shape[1]:
+        raise ValueError(
+            f"logits_u must have the {logits_o.shape[1]} columns of logits_o, got "
+            f"{tuple(logits_u.shape)}; both sides need the same vocabulary"
+        )
+
+
+def _residual_gram_fake(
+    logits_o: Tensor, targets_o: Tensor, logits_u: Tensor, targets_u: Tensor
+) -> Tensor:
+    _check_residual_gram_shapes(logits_o, targets_o, logits_u, targets_u)
+    dtype = reference.wide(logits_o.dtype)
+    return logits_o.new_empty(len(logits_o), len(logits_u), dtype=dtype)
+
+
+def _residual_gram_sample(normal: Normal) -> tuple[Any, ...]:
+    return *_residual_sample(normal), *_residual_sample(normal)
+
+
+_residual_gram = register(
+    Op(
+        "residual_gram",
+        _check_residual_gram,
+        _residual_gram_fake,
+        {"reference": reference.residual_gram},
+        _residual_gram_sample,
+    ),
+    "(Tensor logits_o, Tensor targets_o, Tensor logits_u, Tensor targets_u) -> Tensor",
+)
+
+
+def residual_gram(
+    logits_o: Tensor, targets_o: Tensor, logits_u: Tensor, targets_u: Tensor
+) -> Tensor:
+    """Inner products of softmax residuals, ⟨e_y − π_m, e_y − π_l⟩ for all pairs of rows.
+
+    The V x V identity part of the head's kernel, seen from log-probs on both sides. The entries of
+    the targets are complement sums (see `residual`); π is formed a few columns at a time.
+
+    Args:
+        logits_o: Shape (M, V), V >= 2, float32/bfloat16/float16/float64, any strides.
+        targets_o: Realised tokens, shape (M,), int64.
+        logits_u: Shape (L, V), same dtype and device.
+        targets_u: Realised tokens, shape (L,), int64.
+
+    Returns:
+        Shape (M, L), float32 (float64 for float64). Not differentiable.
+
+    Raises:
+        ValueError: If shapes disagree, a target is out of range, or, on CPU, a row is not finite.
+        TypeError: If a dtype is not supported.
+
+    Cost: 2 M L V flops and (M + L) V exponentials; its floor is reading both logits once. Workspace
+    of a few MiB, whatever V is.
+
+    Example:
+        >>> z, y = torch.zeros(1, 4), torch.tensor([2])
+        >>> residual_gram(z, y, z, y)
+        tensor([[0.7500]])
+    """
+    return _residual_gram(logits_o, targets_o, logits_u, targets_u)  # type: ignore[no-any-return]
