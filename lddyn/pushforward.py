@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lddyn.anatomy import FRONT, Anatomy, Replay, Tap, Trace, project
+from lddyn.ops import preconditioned_push
 from lddyn.pullback import Factors, HeadFactor
 
 Direction = dict[str, Tensor]
@@ -202,14 +203,9 @@ def _push_tap(tap: Tap, source: Tap, delta: Tensor, scale: Tensor | None) -> Ten
     if scale is None:
         similarity = tap.activations @ source.activations.T
         return torch.matmul(similarity, delta)
-    # One gradient of d_out x d_in per source token lives at a time.
-    out = delta.new_empty(len(delta), len(tap.activations), tap.width)
-    for c, row in enumerate(delta):
-        if tap.kind == "linear":
-            out[c] = tap.activations @ (scale * (row.T @ source.activations)).T
-        else:
-            out[c] = tap.activations @ (scale * (source.activations.T @ row))
-    return out
+    scale = scale if tap.kind == "linear" else scale.T
+    moved = preconditioned_push(scale, tap.activations, source.activations, delta)
+    return moved.to(delta.dtype)
 
 
 def _push_head_to_embedding(tap: Tap, head: HeadFactor, scale: Tensor | None) -> Tensor:
@@ -265,9 +261,11 @@ def push(linear: Linearized, source: Source, state: Tensor | None) -> Tensor | N
             given.append(tangent.reshape(len(tangent), *shape).to(gradient.dtype))
     if not outputs:
         return None
-    (out,) = torch.autograd.grad(
-        outputs, linear.u, grad_outputs=given, is_grads_batched=True, retain_graph=True
-    )
+
+    def jvp(*tangents: Tensor) -> Tensor:
+        return torch.autograd.grad(outputs, linear.u, tangents, retain_graph=True)[0]
+
+    out: Tensor = torch.func.vmap(jvp)(*given)
     return out
 
 

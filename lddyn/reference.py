@@ -6,7 +6,8 @@ sums are in float32; float64 stays float64.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,44 +138,68 @@ def preconditioned_push(
     dtype = wide(grads_u.dtype)
     scale, a_o, a_u = (x.to(dtype) for x in (scale, activations_o, activations_u))
     out = torch.empty(len(grads_u), len(a_o), grads_u.shape[2], dtype=dtype, device=grads_u.device)
+    gradient = torch.empty_like(scale, memory_format=torch.contiguous_format)  # one for all sources
     for row, result in zip(grads_u, out, strict=True):
-        torch.mm(a_o, (row.to(dtype).T @ a_u).mul_(scale).T, out=result)
+        torch.mm(row.to(dtype).T, a_u, out=gradient)
+        torch.mm(a_o, gradient.mul_(scale).T, out=result)
     return out
 
 
-def signs(seed: int, side: int, repeats: int, size: int, width: int) -> Tensor:
-    """Random signs ±1 (repeats, size, width), int8, from a counter: SplitMix64.
-
-    Sign (r, i, j) is bit i % 64 of word number (r * width + j) * ceil(size / 64) + i // 64 of the
-    stream (seed, side); side 0 is the activations', 1 the gradients'. A set bit is −1.
-    """
-    golden = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
+def words(seed: int, count: int) -> Tensor:
+    """The first numbers of SplitMix64 (Steele, Lea & Flood 2014), int64: unsigned ones, wrapped."""
 
     def shifted(x: Tensor, by: int) -> Tensor:
         return (x >> by) & ((1 << (64 - by)) - 1)  # a logical shift of signed words
 
-    def mixed(x: Tensor) -> Tensor:
-        x = (x ^ shifted(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
-        x = (x ^ shifted(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-        return x ^ shifted(x, 31)
+    x = torch.arange(1, count + 1, device="cpu") * -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
+    x = x + seed
+    x = (x ^ shifted(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+    x = (x ^ shifted(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+    return x ^ shifted(x, 31)
 
-    words = -(-size // 64)
-    key = mixed(torch.tensor([seed]) + torch.tensor([side + 1]) * golden)  # products wrap around
-    count = torch.arange(1, repeats * width * words + 1, dtype=torch.int64)
-    word = mixed(key + count * golden).view(repeats, width, words, 1)
-    bits = (word >> torch.arange(64)) & 1
-    return (1 - 2 * bits.view(repeats, width, 64 * words)[..., :size]).mT.to(torch.int8)
+
+def sign_key(seed: int, side: int) -> int:
+    """SplitMix64's seed of the stream (seed, side); side 0 is the activations', 1 the gradients'.
+
+    Mixed twice, so that no two seeds a user may count or hash with share a stream: the sides of
+    `seed` and of `seed + 0x9E3779B97F4A7C15` would overlap if it were mixed once.
+    """
+    return int(words(int(words(seed, 1)), side + 1)[side])
+
+
+def signs(seed: int, side: int, repeats: int, size: int, width: int) -> Tensor:
+    """Random signs ±1 (repeats, size, width), int8, from a counter.
+
+    Sign (r, i, j) is bit e % 64, e = r * size + i, of number e // 64 * width + j of SplitMix64
+    seeded with `sign_key(seed, side)`; a set bit is −1. More repeats begin with the same ones.
+    """
+    rows = repeats * size
+    blocks = -(-rows // 64)
+    word = words(sign_key(seed, side), blocks * width).view(blocks, 1, width)
+    byte = ((word >> torch.arange(0, 64, 8, device="cpu")[:, None]) & 255).to(torch.uint8)
+    bit = (byte[:, :, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")[:, None]) & 1
+    flat = (1 - 2 * bit.view(torch.int8)).view(64 * blocks, width)
+    return flat[:rows].view(repeats, size, width)
 
 
 def sketch(
     activations: Tensor, grads: Tensor, size_out: int, size_in: int, repeats: int, seed: int
 ) -> Tensor:
-    """Two-sided random projections of per-token weight gradients; see `lddyn.ops.sketch`."""
+    """Two-sided random projections of per-token weight gradients; see `lddyn.ops.sketch`.
+
+    One product per cotangent, whose bits then do not depend on the others.
+    """
     dtype, device = wide(grads.dtype), grads.device
-    left = signs(seed, 1, repeats, size_out, grads.shape[2]).to(device, dtype) / size_out**0.5
-    right = signs(seed, 0, repeats, size_in, activations.shape[1]).to(device, dtype) / size_in**0.5
-    projected = torch.einsum("ti,rbi->rtb", activations.to(dtype), right)
-    return torch.einsum("ctj,raj,rtb->crab", grads.to(dtype), left, projected)
+    (c, t, d_out), d_in = grads.shape, activations.shape[1]
+    left = signs(seed, 1, repeats, size_out, d_out).to(device, dtype).flatten(0, 1)
+    right = signs(seed, 0, repeats, size_in, d_in).to(device, dtype).flatten(0, 1)
+    projected = (activations.to(dtype) @ right.T).view(t, repeats, size_in).transpose(0, 1)
+    projected = projected / (size_out * size_in) ** 0.5
+    out = grads.new_empty(c, repeats, size_out, size_in, dtype=dtype)
+    for row, result in zip(grads, out, strict=True):
+        pushed = (row.to(dtype) @ left.T).view(t, repeats, size_out)
+        result.copy_(pushed.permute(1, 2, 0) @ projected)
+    return out
 
 
 # --------------------------------------------------------------------------- elementwise layers
@@ -238,12 +263,46 @@ def attention(
     heads, groups = len(query), len(key)
     dtype = wide(query.dtype)
     rows = query.to(dtype).reshape(groups, -1, query.shape[-1])
-    scores = (rows @ key.to(dtype).mT).view(heads, -1, key.shape[1]) * scale
+    scores = (rows @ key.to(dtype).mT).view(heads, query.shape[1], key.shape[1]) * scale
     slope: Tensor | float = 1.0
     if softcap:
         bent = torch.tanh(scores / softcap)
         scores, slope = softcap * bent, 1 - bent * bent
     return torch.softmax(scores + mask.to(dtype), dim=-1), slope
+
+
+# Queries of a tile of attention: what the mask closes to all of them is skipped (half, if causal).
+_QUERIES = 64
+
+
+class _Tile(NamedTuple):
+    """Some queries and the keys open to them; the R = H/G * rows queries of a group are one axis."""
+
+    rows: slice
+    keys: slice
+    p: Tensor  # probabilities (G, R, s)
+    weight: Tensor  # scale cap' ∘ P, (G, R, 1, s)
+    query: Tensor  # (G, R, e)
+    key: Tensor  # (G, s, e)
+    value: Tensor  # (G, s, f)
+
+
+def _tiles(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float
+) -> Iterator[_Tile]:
+    """Tiles of queries, with the keys from the first to the last that the mask opens to them."""
+    groups = len(key)
+    query, key, value = (x.to(wide(x.dtype)) for x in (query, key, value))
+    opened = (mask > -1e4).any(0)
+    for lo in range(0, query.shape[1], _QUERIES):
+        rows = slice(lo, min(lo + _QUERIES, query.shape[1]))
+        seen = opened[rows].any(0).nonzero().flatten().tolist() or [0, -1]
+        keys = slice(seen[0], seen[-1] + 1)
+        q, k, v = query[:, rows], key[:, keys], value[:, keys]
+        p, slope = attention(q, k, mask[:, rows, keys], scale, softcap)
+        weight, r = p * scale * slope, len(query) // groups * q.shape[1]
+        p, weight = p.reshape(groups, r, k.shape[1]), weight.reshape(groups, r, 1, k.shape[1])
+        yield _Tile(rows, keys, p, weight, q.reshape(groups, r, q.shape[2]), k, v)
 
 
 def attention_pullback(
@@ -255,21 +314,28 @@ def attention_pullback(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value for many cotangents; see `lddyn.ops.attention_pullback`."""
-    dtype, groups = wide(grads.dtype), len(key)
-    probabilities, slope = attention(query, key, mask, scale, softcap)
+    """Gradients of query, key and value for many cotangents; see `lddyn.ops.attention_pullback`.
 
-    def grouped(x: Tensor) -> Tensor:  # (…, H, T, n) -> (…, G, H/G * T, n)
-        return x.reshape(*x.shape[:-3], groups, -1, x.shape[-1])
+    Products are laid out as (G, R, C, n), so that each is one large matrix product per group.
+    """
+    count, dtype, groups = len(grads), wide(grads.dtype), len(key)
+    results = [grads.new_zeros(count, *x.shape, dtype=dtype) for x in (query, key, value)]
+    grad_query, grad_key, grad_value = results
+    for rows, keys, p, weight, q, k, v in _tiles(query, key, value, mask, scale, softcap):
+        (_, r, s), e, f = p.shape, k.shape[-1], v.shape[-1]
+        g = grads[:, :, rows].to(dtype).reshape(count, groups, r, f).permute(1, 2, 0, 3)
+        g = g.contiguous()
+        moved = (g.view(groups, r * count, f) @ v.mT).view(groups, r, count, s)
+        moved = (moved - (g * (p @ v)[:, :, None]).sum(-1, keepdim=True)) * weight
 
-    g = grads.to(dtype)
-    p, slope = grouped(probabilities), slope if isinstance(slope, float) else grouped(slope)
-    moved = grouped(g) @ value.to(dtype).mT
-    moved = p * (moved - (p * moved).sum(-1, keepdim=True)) * slope * scale
-    grad_query = (moved @ key.to(dtype)).reshape(len(g), *query.shape)
-    grad_key = moved.mT @ grouped(query.to(dtype))
-    grad_value = p.mT @ grouped(g)
-    return tuple(x.to(grads.dtype) for x in (grad_query, grad_key, grad_value))  # type: ignore[return-value]
+        to_query = (moved.view(groups, r * count, s) @ k).view(groups, r, count, e)
+        to_key = (moved.view(groups, r, count * s).mT @ q).view(groups, count, s, e)
+        to_value = (p.mT @ g.view(groups, r, count * f)).view(groups, s, count, f)
+        shape = grad_query[:, :, rows].shape
+        grad_query[:, :, rows] = to_query.permute(2, 0, 1, 3).reshape(shape)
+        grad_key[:, :, keys] += to_key.transpose(0, 1)
+        grad_value[:, :, keys] += to_value.permute(2, 0, 1, 3)
+    return tuple(x.to(grads.dtype) for x in results)  # type: ignore[return-value]
 
 
 def attention_pushforward(
@@ -284,16 +350,20 @@ def attention_pushforward(
     softcap: float,
 ) -> Tensor:
     """Tangent of attention's output for many tangents; see `lddyn.ops.attention_pushforward`."""
-    dtype, groups = wide(query.dtype), len(key)
-    probabilities, slope = attention(query, key, mask, scale, softcap)
+    count, dtype, groups = len(tangent_query), wide(query.dtype), len(key)
+    out = tangent_query.new_zeros(*tangent_query.shape[:3], value.shape[-1], dtype=dtype)
+    for rows, keys, p, weight, q, k, v in _tiles(query, key, value, mask, scale, softcap):
+        (_, r, s), e, f = p.shape, k.shape[-1], v.shape[-1]
+        t_q = tangent_query[:, :, rows].to(dtype).reshape(count, groups, r, e).permute(1, 2, 0, 3)
+        t_k = tangent_key[:, :, keys].to(dtype).transpose(0, 1)  # (G, C, s, e)
+        t_v = tangent_value[:, :, keys].to(dtype).permute(1, 2, 0, 3)  # (G, s, C, f)
 
-    def grouped(x: Tensor) -> Tensor:
-        x = x.to(dtype)
-        return x.reshape(*x.shape[:-3], groups, -1, x.shape[-1])
-
-    p, slope = grouped(probabilities), slope if isinstance(slope, float) else grouped(slope)
-    moved = grouped(tangent_query) @ key.to(dtype).mT + grouped(query) @ tangent_key.to(dtype).mT
-    moved = moved * slope * scale
-    moved = p * (moved - (p * moved).sum(-1, keepdim=True))
-    out = moved @ value.to(dtype) + p @ tangent_value.to(dtype)
-    return out.reshape(len(tangent_query), *query.shape[:2], -1).to(tangent_query.dtype)
+        moved = (t_q.reshape(groups, r * count, e) @ k.mT).view(groups, r, count, s)
+        moved = moved + (q @ t_k.reshape(groups, count * s, e).mT).view(moved.shape)
+        moved = moved * weight
+        # (Ṡ∘P − P rowsum(P∘Ṡ)) V: the second term needs P V alone
+        tangent = (moved.view(groups, r * count, s) @ v).view(groups, r, count, f)
+        tangent = tangent - moved.sum(-1, keepdim=True) * (p @ v)[:, :, None]
+        tangent = tangent + (p @ t_v.reshape(groups, s, count * f)).view(tangent.shape)
+        out[:, :, rows] = tangent.permute(2, 0, 1, 3).reshape(out[:, :, rows].shape)
+    return out.to(tangent_query.dtype)
