@@ -276,7 +276,7 @@ _QUERIES = 64
 
 
 class _Tile(NamedTuple):
-    """Some queries and the keys open to them; the R = H/G * rows queries of a group are one axis."""
+    """Some queries and the keys open to them; R = H/G * rows is a group's share."""
 
     rows: slice
     keys: slice
