@@ -28,6 +28,48 @@ lddyn::Residual residual(uintptr_t logits, uintptr_t targets, uintptr_t residual
           static_cast<lddyn::Dtype>(dtype)};
 }
 
+lddyn::Batch batch(uintptr_t data, int64_t c_stride, int64_t t_stride) {
+  return {pointer<const void>(data), c_stride, t_stride};
+}
+
+lddyn::Sizes sizes(int64_t c, int64_t t, int64_t n, int dtype) {
+  return {c, t, n, static_cast<lddyn::Dtype>(dtype)};
+}
+
+void gated_pullback_cpu(uintptr_t value, uintptr_t slope, const lddyn::Batch& grads, uintptr_t gate,
+                        uintptr_t up, const lddyn::Sizes& s, int threads) {
+  lddyn::gated_pullback_cpu(pointer<void>(value), pointer<void>(slope), grads, pointer<void>(gate),
+                            pointer<void>(up), s, threads);
+}
+
+void gated_pushforward_cpu(uintptr_t value, uintptr_t slope, const lddyn::Batch& gate,
+                           const lddyn::Batch& up, uintptr_t out, const lddyn::Sizes& s,
+                           int threads) {
+  lddyn::gated_pushforward_cpu(pointer<void>(value), pointer<void>(slope), gate, up,
+                               pointer<void>(out), s, threads);
+}
+
+void norm_pullback_cpu(uintptr_t normalized, uintptr_t rstd, uintptr_t weight,
+                       const lddyn::Batch& grads, uintptr_t grad_input, uintptr_t grad_weight,
+                       bool centred, const lddyn::Sizes& s, int threads) {
+  lddyn::norm_pullback_cpu(pointer<void>(normalized), pointer<void>(rstd), pointer<void>(weight),
+                           grads, pointer<void>(grad_input), pointer<void>(grad_weight), centred, s,
+                           threads);
+}
+
+void norm_pushforward_cpu(uintptr_t normalized, uintptr_t rstd, uintptr_t weight,
+                          const lddyn::Batch& tangents, uintptr_t out, bool centred,
+                          const lddyn::Sizes& s, int threads) {
+  lddyn::norm_pushforward_cpu(pointer<void>(normalized), pointer<void>(rstd), pointer<void>(weight),
+                              tangents, pointer<void>(out), centred, s, threads);
+}
+
+void rotary_cpu(const lddyn::Batch& x, int64_t heads, int64_t h_stride, uintptr_t cos,
+                uintptr_t sin, uintptr_t out, bool transpose, const lddyn::Sizes& s, int threads) {
+  lddyn::rotary_cpu(x, heads, h_stride, pointer<void>(cos), pointer<void>(sin), pointer<void>(out),
+                    transpose, s, threads);
+}
+
 #ifdef LDDYN_CUDA
 lddyn::Gram gram(uintptr_t activations_o, uintptr_t grads_o, uintptr_t activations_u,
                  uintptr_t grads_u, uintptr_t similarity, uintptr_t pushed, uintptr_t partial,
@@ -60,6 +102,14 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = LDDYN_CUDA_ARCHS;
   py::class_<lddyn::Residual>(m, "Residual").def(py::init(&residual));
   m.def("residual_cpu", &lddyn::residual_cpu, py::call_guard<py::gil_scoped_release>());
+  py::class_<lddyn::Batch>(m, "Batch").def(py::init(&batch));
+  py::class_<lddyn::Sizes>(m, "Sizes").def(py::init(&sizes));
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("gated_pullback_cpu", &gated_pullback_cpu, release());
+  m.def("gated_pushforward_cpu", &gated_pushforward_cpu, release());
+  m.def("norm_pullback_cpu", &norm_pullback_cpu, release());
+  m.def("norm_pushforward_cpu", &norm_pushforward_cpu, release());
+  m.def("rotary_cpu", &rotary_cpu, release());
 #ifdef LDDYN_CUDA
   py::class_<lddyn::Gram>(m, "Gram").def(py::init(&gram));
   m.def("residual_cuda", &lddyn::residual_cuda, py::call_guard<py::gil_scoped_release>());

@@ -33,6 +33,36 @@ void residual_cpu(const Residual& p, int threads);
 // residual.cu: one block per row; not float64.
 int residual_cuda(const Residual& p, uintptr_t stream);
 
+// A batch (c, t, n) of cotangents or tangents; its rows of n are contiguous.
+struct Batch {
+  const void* data;
+  int64_t c_stride;
+  int64_t t_stride;
+};
+struct Sizes {
+  int64_t c;
+  int64_t t;
+  int64_t n;
+  Dtype dtype;
+};
+
+// elementwise.cpp. What the batch shares, (t, n) or (n), and the results, (c, t, n), are
+// contiguous; rstd (t) and grad_weight (c, n), which is added to, are float64 for float64, else
+// float32.
+void gated_pullback_cpu(const void* value, const void* slope, const Batch& grads, void* gate,
+                        void* up, const Sizes& s, int threads);
+void gated_pushforward_cpu(const void* value, const void* slope, const Batch& gate, const Batch& up,
+                           void* out, const Sizes& s, int threads);
+void norm_pullback_cpu(const void* normalized, const void* rstd, const void* weight,
+                       const Batch& grads, void* grad_input, void* grad_weight, bool centred,
+                       const Sizes& s, int threads);
+void norm_pushforward_cpu(const void* normalized, const void* rstd, const void* weight,
+                          const Batch& tangents, void* out, bool centred, const Sizes& s,
+                          int threads);
+// x: (c, heads, t, n); out: (c, t, heads, n).
+void rotary_cpu(const Batch& x, int64_t heads, int64_t h_stride, const void* cos, const void* sin,
+                void* out, bool transpose, const Sizes& s, int threads);
+
 // Operands of `gram`, all contiguous: activations_o (s, d_in), grads_o (m, s, d_out), activations_u
 // (t, d_in), grads_u (n, t, d_out); result out (m, n) float32. Workspaces: similarity (t, s) and
 // pushed (m, t, d_out), bfloat16 for bfloat16 operands, else float32; partial (splits, m, n)

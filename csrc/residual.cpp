@@ -5,51 +5,14 @@
 // partition = 1 + tail and nothing cancels when pi_top -> 1. Sums run in float over kChunk columns
 // and in double over chunks; the order is fixed, so the bits do not depend on `threads`.
 #include <cmath>
-#include <cstring>
 #include <limits>
 
-#include "lddyn.h"
-
-// One body, compiled for several instruction sets and chosen at load time.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define LDDYN_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define LDDYN_SIMD
-#endif
-#define LDDYN_INLINE inline __attribute__((always_inline))
+#include "element.h"
 
 namespace lddyn {
 namespace {
 
 constexpr int64_t kChunk = 256;  // columns summed in float, and searched for the index of a maximum
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-LDDYN_INLINE float from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-LDDYN_INLINE uint32_t to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-LDDYN_INLINE double widen(double x) { return x; }
-LDDYN_INLINE float widen(float x) { return x; }
-LDDYN_INLINE float widen(BFloat16 x) { return from_bits(uint32_t{x.bits} << 16); }
-LDDYN_INLINE float widen(Float16 x) {
-  // Exponent rebased by a product, which is right for subnormals too; 65536 and up are inf or NaN.
-  const float magnitude = from_bits((x.bits & 0x7fffu) << 13) * 0x1p112f;
-  const uint32_t special = magnitude >= 65536.0f ? 0x7f800000u : 0u;
-  return from_bits(to_bits(magnitude) | special | (x.bits & 0x8000u) << 16);
-}
 
 LDDYN_INLINE double exponential(double x) { return std::exp(x); }
 // exp(x) for x <= 0 within 2 ulp; 0 below the normal range. Branch-free, so that loops vectorise.

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lddyn import reference
-from lddyn.ops.dispatch import Normal, Op, check_alike, register
+from lddyn.ops.dispatch import DTYPES, Normal, Op, check_alike, native, register
 
 
 def _check_batch(name: str, x: Tensor, shared_name: str, shared: Tensor) -> None:
@@ -23,6 +24,20 @@ def _check_batch(name: str, x: Tensor, shared_name: str, shared: Tensor) -> None
             f"{name} must be (C, {shared.shape[0]}, {shared.shape[1]}), a batch of the shape of "
             f"{shared_name}, got {tuple(x.shape)}; check that both come from the same layer"
         )
+
+
+def _batch(x: Tensor) -> Any:
+    """A batch (C, T, n) for lddyn._C, which takes any strides but that of the rows."""
+    return native().Batch(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _sizes(x: Tensor) -> Any:
+    return native().Sizes(*x.shape, DTYPES[x.dtype])
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """The tensor with contiguous rows: itself, or a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # --------------------------------------------------------------------------- gated activations
@@ -56,12 +71,43 @@ def _gated_pushforward_fake(value: Tensor, slope: Tensor, gate: Tensor, up: Tens
     return gate.new_empty(gate.shape)
 
 
+def _gated_pullback_cpp(value: Tensor, slope: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    value, slope, grads = value.contiguous(), slope.contiguous(), _with_rows(grads)
+    gate, up = grads.new_empty(grads.shape), grads.new_empty(grads.shape)
+    native().gated_pullback_cpu(
+        value.data_ptr(),
+        slope.data_ptr(),
+        _batch(grads),
+        gate.data_ptr(),
+        up.data_ptr(),
+        _sizes(grads),
+        torch.get_num_threads(),
+    )
+    return gate, up
+
+
+def _gated_pushforward_cpp(value: Tensor, slope: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    value, slope = value.contiguous(), slope.contiguous()
+    gate, up = _with_rows(gate), _with_rows(up)
+    out = gate.new_empty(gate.shape)
+    native().gated_pushforward_cpu(
+        value.data_ptr(),
+        slope.data_ptr(),
+        _batch(gate),
+        _batch(up),
+        out.data_ptr(),
+        _sizes(gate),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 _gated_pullback = register(
     Op(
         "gated_pullback",
         _check_gated_pullback,
         _gated_pullback_fake,
-        {"reference": reference.gated_pullback},
+        {"cpp": _gated_pullback_cpp, "reference": reference.gated_pullback},
         lambda normal: (normal(5, 7), normal(5, 7), normal(3, 5, 7)),
     ),
     "(Tensor value, Tensor slope, Tensor grads) -> (Tensor gate, Tensor up)",
@@ -71,7 +117,7 @@ _gated_pushforward = register(
         "gated_pushforward",
         _check_gated_pushforward,
         _gated_pushforward_fake,
-        {"reference": reference.gated_pushforward},
+        {"cpp": _gated_pushforward_cpp, "reference": reference.gated_pushforward},
         lambda normal: (normal(5, 7), normal(5, 7), normal(3, 5, 7), normal(3, 5, 7)),
     ),
     "(Tensor value, Tensor slope, Tensor gate, Tensor up) -> Tensor",
@@ -170,6 +216,46 @@ def _norm_pushforward_fake(
     return tangents.new_empty(tangents.shape)
 
 
+def _norm_pullback_cpp(
+    normalized: Tensor, rstd: Tensor, weight: Tensor, grads: Tensor, centred: bool
+) -> tuple[Tensor, Tensor]:
+    normalized, rstd, weight = normalized.contiguous(), rstd.contiguous(), weight.contiguous()
+    grads = _with_rows(grads)
+    grad_input = grads.new_empty(grads.shape)
+    grad_weight = rstd.new_zeros(grads.shape[0], grads.shape[2])
+    native().norm_pullback_cpu(
+        normalized.data_ptr(),
+        rstd.data_ptr(),
+        weight.data_ptr(),
+        _batch(grads),
+        grad_input.data_ptr(),
+        grad_weight.data_ptr(),
+        centred,
+        _sizes(grads),
+        torch.get_num_threads(),
+    )
+    return grad_input, grad_weight
+
+
+def _norm_pushforward_cpp(
+    normalized: Tensor, rstd: Tensor, weight: Tensor, tangents: Tensor, centred: bool
+) -> Tensor:
+    normalized, rstd, weight = normalized.contiguous(), rstd.contiguous(), weight.contiguous()
+    tangents = _with_rows(tangents)
+    out = tangents.new_empty(tangents.shape)
+    native().norm_pushforward_cpu(
+        normalized.data_ptr(),
+        rstd.data_ptr(),
+        weight.data_ptr(),
+        _batch(tangents),
+        out.data_ptr(),
+        centred,
+        _sizes(tangents),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def _norm_sample(normal: Normal) -> tuple[Any, ...]:
     rstd = normal(5).to(reference.wide(normal(1).dtype)).abs()
     return normal(5, 7), rstd, normal(7), normal(3, 5, 7), True
@@ -180,7 +266,7 @@ _norm_pullback = register(
         "norm_pullback",
         _check_norm,
         _norm_pullback_fake,
-        {"reference": reference.norm_pullback},
+        {"cpp": _norm_pullback_cpp, "reference": reference.norm_pullback},
         _norm_sample,
     ),
     "(Tensor normalized, Tensor rstd, Tensor weight, Tensor grads, bool centred) -> "
@@ -191,7 +277,7 @@ _norm_pushforward = register(
         "norm_pushforward",
         _check_norm,
         _norm_pushforward_fake,
-        {"reference": reference.norm_pushforward},
+        {"cpp": _norm_pushforward_cpp, "reference": reference.norm_pushforward},
         _norm_sample,
     ),
     "(Tensor normalized, Tensor rstd, Tensor weight, Tensor tangents, bool centred) -> Tensor",
@@ -289,12 +375,30 @@ def _rotary_fake(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor
     return x.new_empty(c, t, h, e).transpose(1, 2)
 
 
+def _rotary_cpp(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:
+    x, cos, sin = _with_rows(x), cos.contiguous(), sin.contiguous()
+    c, heads, t, e = x.shape
+    out = x.new_empty(c, t, heads, e)
+    native().rotary_cpu(
+        native().Batch(x.data_ptr(), x.stride(0), x.stride(2)),
+        heads,
+        x.stride(1),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        out.data_ptr(),
+        transpose,
+        native().Sizes(c, t, e, DTYPES[x.dtype]),
+        torch.get_num_threads(),
+    )
+    return out.transpose(1, 2)
+
+
 _rotary = register(
     Op(
         "rotary",
         _check_rotary,
         _rotary_fake,
-        {"reference": reference.rotary},
+        {"cpp": _rotary_cpp, "reference": reference.rotary},
         lambda normal: (normal(3, 2, 5, 6), normal(5, 6), normal(5, 6), True),
     ),
     "(Tensor x, Tensor cos, Tensor sin, bool transpose) -> Tensor",
