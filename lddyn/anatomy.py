@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar, cast
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from lddyn import layers
 from lddyn.examples import Example
 
 _P = ParamSpec("_P")
@@ -62,13 +64,25 @@ def attention(
     """Attention out of differentiable parts, for transformers' AttentionInterface.
 
     O = softmax(cap(scaling Q Kᵀ) + mask) V. Grouped queries are folded into rows, so K and V are
-    never repeated. Query (B, H, T, d), key and value (B, G, T, d) -> (B, T, H, d). Unlike the fused
-    kernels it can be differentiated twice and pulled back for many cotangents at once.
+    never repeated. Query (B, H, T, d), key and value (B, G, T, d) -> (B, T, H, d). One sequence
+    goes through `layers.attend`, whose pullback takes many cotangents at once; a batch, or learned
+    sinks, are put together from differentiable parts.
     """
     batch, heads, length, width = query.shape
     groups = key.shape[1]
-    rows = query.reshape(batch, groups, heads // groups * length, width)
     scale = width**-0.5 if scaling is None else scaling
+    learned = attention_mask is not None and attention_mask.requires_grad
+    if batch == 1 and s_aux is None and not learned:
+        if attention_mask is None:
+            mask = query.new_zeros(1, length, key.shape[2])
+        else:
+            mask = attention_mask[0, ..., : key.shape[2]]
+        with torch._C.DisableTorchFunction():  # a watch has nothing to see here
+            # squeeze and unsqueeze, not [0] and [None]: the pullback of a selection fills zeros
+            operands = (x.squeeze(0) for x in (query, key, value))
+            out = layers.attend(*operands, mask, scale, softcap or 0.0)
+        return out.transpose(0, 1).unsqueeze(0), None
+    rows = query.reshape(batch, groups, heads // groups * length, width)
     scores = torch.matmul(rows * scale, key.transpose(-1, -2))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -221,6 +235,7 @@ class _Watch(TorchFunctionMode):
         self.segment = FRONT
         self.taps: list[Tap] = []
         self.work: dict[str, Work] = {}  # what the products of each segment cost
+        self.activated: dict[int, tuple[Tensor, layers.Activated]] = {}  # by id of φ(a)
         # id -> (tensor, parameter name, suffix such as "[3]", transposed); tensors are kept alive
         # so that an id cannot be reused while we hold it.
         self.known: dict[int, tuple[Tensor, str, str, bool]] = {
@@ -239,6 +254,10 @@ class _Watch(TorchFunctionMode):
         if not self.active:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
+        if self.activated and name in ("mul", "__mul__", "__rmul__"):
+            gated = self._gate(args)
+            if gated is not None:
+                return gated
         if name == "detach" and self.tapping and args[0].requires_grad:
             raise UnsupportedModelError(
                 f"{self.segment} stops a gradient with detach() (DoRA's weight norm does): what an "
@@ -261,6 +280,24 @@ class _Watch(TorchFunctionMode):
         if name in _PRODUCTS and not self.tapping:
             self.work.setdefault(self.segment, Work()).add(name, args, result)
         return result
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """A stretch of code that is the library's own, not the model's."""
+        active, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = active
+
+    def _gate(self, args: tuple[Any, ...]) -> Tensor | None:
+        """The product φ(a) ∘ u as one layer, where φ(a) came from a recognised activation."""
+        for output, other in (args, args[::-1]):
+            if id(output) in self.activated and isinstance(other, Tensor):
+                if other.shape == output.shape and id(other) not in self.activated:
+                    with torch._C.DisableTorchFunction():
+                        return self.activated[id(output)][1].gate(other)
+        return None
 
     def _use(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in _PRODUCTS:
@@ -535,6 +572,10 @@ class Anatomy:
                 "or hook a module inside the block"
             )
         self._tuples = [0] * len(self.blocks)  # length of the tuple block i returns; 0: a tensor
+        # What the modules of a block were recognised as, on their first replay.
+        self._norms: dict[nn.Module, layers.Norm | None] = {}
+        self._activations: dict[nn.Module, bool] = {}
+        self._rotary: dict[str, bool] = {}  # by the Python module that defines the function
 
     # ----- facts
 
@@ -643,6 +684,96 @@ class Anatomy:
                     module.__dict__.pop("forward", None)
                 else:
                     module.forward = old
+
+    @contextlib.contextmanager
+    def _recognised(self, watch: _Watch) -> Iterator[None]:
+        """Norms, activations and rotary embeddings replaced by their closed forms in `layers`.
+
+        A module is recognised by what it computes: on its first replay its output is compared with
+        the closed form, and it stays as it is where they differ.
+        """
+        with contextlib.ExitStack() as stack:
+            for module in self.base.modules():
+                if module is self.head or list(module.children()):
+                    continue
+                bind: Any = None
+                if type(module).__module__.split(".")[-1] in ("activation", "activations"):
+                    bind = self._activation(module, module.forward, watch)
+                elif {n for n, _ in module.named_parameters()} in ({"weight"}, {"weight", "bias"}):
+                    if module.weight.dim() == 1:
+                        bind = self._norm(module, module.forward)
+                if bind is not None:
+                    stack.enter_context(_replaced(module, "forward", bind))
+            for name in {type(m).__module__ for b in self.blocks for m in b.modules()}:
+                function = getattr(sys.modules[name], "apply_rotary_pos_emb", None)
+                if function is not None:
+                    bind = self._rotation(name, function)
+                    stack.enter_context(_replaced(sys.modules[name], "apply_rotary_pos_emb", bind))
+            yield
+
+    def _norm(self, module: nn.Module, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def norm(*args: Any, **kwargs: Any) -> Tensor:
+            x = args[0] if len(args) == 1 and not kwargs else None
+            if not isinstance(x, Tensor):
+                return original(*args, **kwargs)
+            if module not in self._norms:
+                expected = original(x)
+                with torch._C.DisableTorchFunction():
+                    self._norms[module] = layers.recognise_norm(module, x, expected)
+            found = self._norms[module]
+            if found is None:
+                return original(x)
+            with torch._C.DisableTorchFunction():
+                return found(x)
+
+        return norm
+
+    def _activation(
+        self, module: nn.Module, original: Callable[..., Tensor], watch: _Watch
+    ) -> Callable[..., Tensor]:
+        def activation(*args: Any, **kwargs: Any) -> Tensor:
+            x = args[0] if len(args) == 1 and not kwargs else None
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                return original(*args, **kwargs)
+            with watch.paused():
+                if module not in self._activations:
+                    self._activations[module] = layers.is_elementwise(original, x)
+                found = layers.activate(original, x) if self._activations[module] else None
+            if found is None:
+                return original(x)
+            with torch._C.DisableTorchFunction():
+                out = found.output
+            watch.activated[id(out)] = (out, found)
+            return out
+
+        return activation
+
+    def _rotation(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any) -> Any:
+            plain = (
+                self._rotary.get(name, True)
+                and not rest
+                and not more
+                and q.shape[0] == k.shape[0] == 1
+                and cos.shape == sin.shape == (1, q.shape[2], q.shape[3])
+                and k.shape[2:] == q.shape[2:]
+            )
+            if not plain:
+                return original(q, k, cos, sin, *rest, **more)
+            with torch._C.DisableTorchFunction():
+                found = tuple(layers.rotate(x, cos[0], sin[0]) for x in (q, k))
+            if name not in self._rotary:
+                expected = original(q, k, cos, sin)
+                limit = 64 * torch.finfo(q.dtype).eps
+                self._rotary[name] = all(
+                    bool(((x - y).abs().max() <= limit * y.abs().max()).item())
+                    for x, y in zip(found, expected, strict=True)
+                )
+                if not self._rotary[name]:
+                    return expected
+            return found
+
+        return rotation
 
     def _output(self, i: int, x: Tensor) -> Any:
         """X in the shape in which block i returns its output."""
@@ -896,7 +1027,7 @@ class Anatomy:
             if 0 < segment < len(names) - 1:
                 x = trace.inputs[segment - 1][:, :length].detach().requires_grad_(True)
                 args, kwargs = self.calls(trace, length)[segment - 1]
-                with watch:
+                with watch, self._recognised(watch):
                     result = self.blocks[segment - 1](*_join_hidden(x, args), **kwargs)
                 captured.append(result[0] if isinstance(result, tuple | list) else result)
             else:
@@ -918,7 +1049,7 @@ class Anatomy:
                     return self._dummy(h)
 
                 watch.active = segment == 0
-                with watch, self._patched(block, head):
+                with watch, self._recognised(watch), self._patched(block, head):
                     self._run(trace.ids[:, :length])
         finally:
             for _, parameter in direct:
@@ -939,6 +1070,21 @@ class Anatomy:
             }
             for e in self.ledger.values()
         ]
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute of a module, or of a Python module, and puts back what was there."""
+    missing = object()
+    previous = owner.__dict__.get(name, missing)
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if previous is missing:
+            owner.__dict__.pop(name, None)
+        else:
+            owner.__dict__[name] = previous
 
 
 def project(hidden: Tensor, weight: Tensor, budget: int = 1 << 28) -> Tensor:

@@ -73,11 +73,18 @@ class Factors:
     """Token gradients of one segment for one chunk of cotangents, as factors.
 
     taps: (tap, δ) with δ of shape (c, rows, d_out); direct: name -> (c, *shape) materialised.
+    lengths (c,): cotangent m reaches tokens t < lengths[m] of the `tokens` replayed ones.
     """
 
     taps: list[tuple[Tap, Tensor]] = field(default_factory=list)
     direct: dict[str, Tensor] = field(default_factory=dict)
     head: HeadFactor | None = None
+    lengths: Tensor | None = None
+    tokens: int = 0
+
+    def reach(self, tap: Tap) -> Tensor | None:
+        """Lengths of the tap's rows, or None where its rows are not the replayed tokens."""
+        return self.lengths if len(tap.activations) == self.tokens else None
 
     def __len__(self) -> int:
         if self.head is not None:
@@ -102,7 +109,8 @@ def pair(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> No
     for tap, delta in one.taps:
         if tap.weight is not None:
             for tap_u, delta_u in weights.get(tap.weight, ()):
-                add(tap.weight, _pair_tap(tap, delta, tap_u, delta_u))
+                lengths = one.reach(tap), other.reach(tap_u)
+                add(tap.weight, _pair_tap(tap, delta, tap_u, delta_u, *lengths))
         if tap.bias is not None:
             for summed in biases.get(tap.bias, ()):
                 add(tap.bias, _wide(delta.sum(1)) @ _wide(summed).T)
@@ -131,15 +139,19 @@ def merge(chunks: list[tuple[Tensor, Factors]]) -> list[tuple[Tensor, Factors]]:
             if not _is_prefix(tap.activations, reference.activations):
                 return chunks
     rows = torch.cat([r for r, _ in chunks])
+    known = [f.lengths for _, f in chunks if f.lengths is not None]
     joined = Factors(
-        direct={n: torch.cat([f.direct[n] for _, f in chunks]) for n in longest.direct}
+        direct={n: torch.cat([f.direct[n] for _, f in chunks]) for n in longest.direct},
+        lengths=torch.cat(known) if len(known) == len(chunks) else None,
+        tokens=longest.tokens,
     )
     for i, (tap, delta) in enumerate(longest.taps):
-        out = delta.new_zeros(len(rows), *delta.shape[1:])
+        out = delta.new_empty(len(rows), *delta.shape[1:])
         start = 0
         for _, factors in chunks:
             part = factors.taps[i][1]
             out[start : start + len(part), : part.shape[1]] = part
+            out[start : start + len(part), part.shape[1] :] = 0
             start += len(part)
         joined.taps.append((tap, out))
     return [(rows, joined)]
@@ -184,7 +196,14 @@ def _pair_embedding_head(tap: Tap, delta: Tensor, head: HeadFactor) -> Tensor:
     return torch.einsum("mtl,lt->ml", projected, picked)
 
 
-def _pair_tap(tap_o: Tap, delta_o: Tensor, tap_u: Tap, delta_u: Tensor) -> Tensor:
+def _pair_tap(
+    tap_o: Tap,
+    delta_o: Tensor,
+    tap_u: Tap,
+    delta_u: Tensor,
+    lengths_o: Tensor | None,
+    lengths_u: Tensor | None,
+) -> Tensor:
     if tap_o.kind == tap_u.kind == "embedding":
         same = tap_o.activations[:, None] == tap_u.activations[None, :]
         same &= tap_u.updated()[None, :]
@@ -192,7 +211,9 @@ def _pair_tap(tap_o: Tap, delta_o: Tensor, tap_u: Tap, delta_u: Tensor) -> Tenso
         return _wide(pushed.flatten(1)) @ _wide(delta_u.flatten(1)).T
     if tap_o.kind != tap_u.kind:
         raise NotImplementedError(f"{tap_o.weight}: {tap_o.kind} and {tap_u.kind} uses mixed")
-    return ops.gram(tap_o.activations, delta_o, tap_u.activations, delta_u)
+    return ops.gram(
+        tap_o.activations, delta_o, tap_u.activations, delta_u, lengths_o, lengths_u
+    )
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -293,7 +314,10 @@ class Pullback:
 
     def _pull(self, segment: int, chunk: Chunk) -> tuple[Tensor, Factors]:
         replay = self.anatomy.replay(self.trace, segment, chunk.length)
-        return pull(replay, chunk.state)
+        state, factors = pull(replay, chunk.state)
+        factors.lengths = self.trace.positions[chunk.rows] + 1
+        factors.tokens = chunk.length
+        return state, factors
 
 
 def pull(replay: Replay, cotangents: Tensor) -> tuple[Tensor, Factors]:
@@ -304,13 +328,18 @@ def pull(replay: Replay, cotangents: Tensor) -> tuple[Tensor, Factors]:
         targets.append(replay.input)
     if not targets:
         return cotangents, Factors()
-    gradients = torch.autograd.grad(
-        replay.output,
-        targets,
-        grad_outputs=cotangents.view(len(cotangents), *replay.output.shape),
-        is_grads_batched=True,
-        allow_unused=True,
-    )
+    gradients: list[Tensor | None] = [None] * len(targets)
+    reached: list[int] = []
+
+    def vjp(cotangent: Tensor) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(replay.output, targets, cotangent, allow_unused=True)
+        reached[:] = [i for i, x in enumerate(found) if x is not None]
+        return tuple(x for x in found if x is not None)
+
+    batch = cotangents.view(len(cotangents), *replay.output.shape)
+    results = torch.func.vmap(vjp)(batch)
+    for i, result in zip(reached, results, strict=True):
+        gradients[i] = result
     factors = Factors()
     for tap, gradient in zip(replay.taps, gradients, strict=False):
         if gradient is not None:

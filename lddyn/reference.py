@@ -87,23 +87,50 @@ def gram(
     if order == "materialise":
         return _gram_materialise(activations_o, grads_o, activations_u, grads_u)
     if order == "push_u":
-        return _gram_push(activations_u, grads_u, activations_o, grads_o).T.contiguous()
-    return _gram_push(activations_o, grads_o, activations_u, grads_u)
+        return _gram_push(activations_u, grads_u, activations_o, grads_o, lengths_o).T.contiguous()
+    return _gram_push(activations_o, grads_o, activations_u, grads_u, lengths_u)
 
 
-def _gram_push(a_o: Tensor, g_o: Tensor, a_u: Tensor, g_u: Tensor) -> Tensor:
-    """G = <Sᵀ g_o, g_u> with S = a_o a_uᵀ, a chunk of rows of g_o at a time."""
+def _gram_push(
+    a_o: Tensor, g_o: Tensor, a_u: Tensor, g_u: Tensor, lengths_u: Tensor | None
+) -> Tensor:
+    """G = <Sᵀ g_o, g_u> with S = a_o a_uᵀ, a chunk of rows of g_o and a stretch of u at a time."""
     dtype = wide(g_o.dtype)
-    m, t = len(g_o), len(a_u)
+    m, d_out = len(g_o), g_o.shape[2]
     similarity = a_u.to(dtype) @ a_o.to(dtype).T  # (t, s)
-    paired = g_u.to(dtype).flatten(1).T  # (t * d_out, n)
-    out = torch.empty(m, len(g_u), dtype=dtype, device=g_o.device)
-    rows = max(1, _WORKSPACE // max(1, t * g_o.shape[2]))
-    for lo in range(0, m, rows):
-        chunk = g_o[lo : lo + rows].to(dtype)
-        pushed = torch.bmm(similarity.expand(len(chunk), -1, -1), chunk)  # (rows, t, d_out)
-        torch.mm(pushed.flatten(1), paired, out=out[lo : lo + rows])
+    g_u = g_u.to(dtype)
+    out = torch.zeros(m, len(g_u), dtype=dtype, device=g_o.device)
+    for start, stop, first in _stretches(len(a_u), len(g_u), lengths_u):
+        paired = g_u[first:, start:stop].flatten(1).T
+        rows = max(1, _WORKSPACE // max(1, (stop - start) * d_out))
+        for lo in range(0, m, rows):
+            chunk = g_o[lo : lo + rows].to(dtype)
+            pushed = torch.matmul(similarity[start:stop], chunk)  # (rows, stretch, d_out)
+            out[lo : lo + rows, first:].addmm_(pushed.flatten(1), paired)
     return out
+
+
+def _stretches(t: int, n: int, lengths: Tensor | None) -> list[tuple[int, int, int]]:
+    """Stretches (start, stop, first) of t tokens that cotangents first, first + 1, … reach."""
+    if lengths is None:
+        return [(0, t, 0)]
+    reach = [min(t, int(x)) for x in lengths.tolist()]
+    if reach != sorted(reach):
+        return [(0, max(reach, default=0), 0)]
+    # Stops are a sixteenth of the tokens apart at least: short stretches make slow products.
+    stops, first, found = [], 0, []
+    for length in reach:
+        if not stops or length >= stops[-1] + max(8, t // 16):
+            stops.append(length)
+        else:
+            stops[-1] = max(stops[-1], length)
+    start = 0
+    for stop in stops:
+        if stop > start:
+            found.append((start, stop, first))
+        first = next((i for i, length in enumerate(reach) if length > stop), n)
+        start = stop
+    return found
 
 
 def _gram_materialise(a_o: Tensor, g_o: Tensor, a_u: Tensor, g_u: Tensor) -> Tensor:
@@ -196,9 +223,9 @@ def sketch(
     projected = (activations.to(dtype) @ right.T).view(t, repeats, size_in).transpose(0, 1)
     projected = projected / (size_out * size_in) ** 0.5
     out = grads.new_empty(c, repeats, size_out, size_in, dtype=dtype)
-    for row, result in zip(grads, out, strict=True):
+    for index, row in enumerate(grads):
         pushed = (row.to(dtype) @ left.T).view(t, repeats, size_out)
-        result.copy_(pushed.permute(1, 2, 0) @ projected)
+        out[index] = pushed.permute(1, 2, 0) @ projected
     return out
 
 

@@ -22,6 +22,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"reference"},
     {"ops"},
+    {"layers"},
     {"anatomy", "objectives", "optimizers", "examples"},
     {"pullback", "pushforward"},
     {"ntk", "store", "plan", "sketch"},

@@ -1,0 +1,299 @@
+"""The pieces of a decoder block that are not products, differentiable for many cotangents at once.
+
+Attention, norms, gated activations and rotary embeddings are linear in their cotangents once the
+forward pass is fixed. Each is an autograd Function whose backward is one op of `lddyn.ops` over the
+whole batch of cotangents (under `torch.func.vmap`), whose derivative of that backward with respect
+to the cotangent is the matching pushforward, and whose forward mode is the same pushforward. Second
+derivatives with respect to the layer's own inputs are refused, not returned as zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lddyn import ops, reference
+
+Batched = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear map and its transpose, on batches: every operand and result is (C, *shape)."""
+
+    pull: Batched
+    push: Batched
+
+
+class _Apply(torch.autograd.Function):
+    """Applies `linear.pull` to cotangents; differentiates by `linear.push`.
+
+    `guards` are the inputs of the layer, which the map depends on too: they are not used, and a
+    derivative with respect to them raises.
+    """
+
+    @staticmethod
+    def forward(linear: Linear, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x[0] for x in linear.pull(*(x[None] for x in tensors[:count])))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.linear, ctx.count, *tensors = inputs
+        ctx.guards = len(tensors) - ctx.count
+        ctx.shapes = [x.shape for x in tensors[ctx.count :]]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, linear: Linear, count: int, *tensors: Tensor) -> Any:
+        if any(dim is not None for dim in in_dims[2 + count :]):
+            raise RuntimeError("cotangents are batched, but so is the forward pass they belong to")
+        batched = [
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(tensors[:count], in_dims[2:], strict=False)
+        ]
+        results = linear.pull(*batched)
+        return results, (0,) * len(results)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor) -> Any:
+        transposed = Linear(ctx.linear.push, ctx.linear.pull)
+        moved = _Apply.apply(transposed, len(tangents), *tangents)  # type: ignore[no-untyped-call]
+        refused = [tangents[0].new_zeros(()).expand(shape) for shape in ctx.shapes]
+        return None, None, *moved, *refused
+
+
+class _Guard(torch.autograd.Function):
+    """The identity; a derivative through it raises."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        return
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "lddyn's layers have no second derivative with respect to their inputs: use "
+            "attention='eager' and the model's own modules"
+        )
+
+
+class _Layer(torch.autograd.Function):
+    """A layer whose value is known and whose Jacobian is `linear`: (linear, values, *inputs)."""
+
+    @staticmethod
+    def forward(linear: Linear, value: Tensor, *inputs: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.linear = inputs[0]
+        ctx.save_for_backward(*inputs[2:])
+        ctx.save_for_forward(*inputs[2:])
+        ctx.needed = [x.requires_grad for x in inputs[2:]]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        guards = []
+        if torch.is_grad_enabled():
+            guards = [_Guard.apply(x) for x in ctx.saved_tensors if x.requires_grad]  # type: ignore[no-untyped-call]
+        return None, None, *_Apply.apply(ctx.linear, 1, *grads, *guards)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, _linear: Any, _value: Any, *tangents: Tensor | None) -> Tensor:
+        given = [
+            torch.zeros_like(x) if t is None else t
+            for x, t in zip(ctx.saved_tensors, tangents, strict=True)
+        ]
+        transposed = Linear(ctx.linear.push, ctx.linear.pull)
+        (out,) = _Apply.apply(transposed, len(given), *given)  # type: ignore[no-untyped-call]
+        return out  # type: ignore[no-any-return]
+
+
+def _layer(linear: Linear, value: Tensor, *inputs: Tensor) -> Tensor:
+    return _Layer.apply(linear, value, *inputs)  # type: ignore[no-untyped-call, no-any-return]
+
+
+# --------------------------------------------------------------------------- attention
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float
+) -> Tensor:
+    """Attention of one sequence: (H, T, e), (G, S, e), (G, S, f), (1 or H, T, S) -> (H, T, f)."""
+    with torch.no_grad():
+        probabilities, _ = reference.attention(query, key, mask, scale, softcap)
+        rows = probabilities.to(value.dtype).reshape(len(key), -1, key.shape[1])
+        out = (rows @ value).view(*query.shape[:2], -1)
+    shared = [x.detach() for x in (query, key, value, mask)]
+    linear = Linear(
+        lambda g: ops.attention_pullback(*shared, g, scale, softcap),
+        lambda q, k, v: (ops.attention_pushforward(*shared, q, k, v, scale, softcap),),
+    )
+    return _layer(linear, out, query, key, value)
+
+
+# --------------------------------------------------------------------------- norms
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a recognised norm module computes: x̂ ∘ (shift + weight) + bias."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    shift: float
+    centred: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The norm of x (…, n), differentiable for many cotangents."""
+        precise = torch.promote_types(x.dtype, torch.float32)
+        with torch.no_grad():
+            rows = x.detach().reshape(-1, x.shape[-1]).to(precise)
+            if self.centred:
+                rows = rows - rows.mean(-1, keepdim=True)
+            rstd = (rows.square().mean(-1) + self.eps).rsqrt()
+            normalized = rows * rstd[:, None]
+            if self.weight is None:
+                gain = torch.ones_like(normalized[0])
+            else:
+                gain = self.shift + self.weight.detach().to(precise)
+            out = normalized * gain
+            if self.bias is not None:
+                out = out + self.bias.detach().to(precise)
+            out = out.to(x.dtype).view(x.shape)
+            normalized, gain = normalized.to(x.dtype), gain.to(x.dtype)
+        inputs = [x, *(p for p in (self.weight, self.bias) if p is not None)]
+        weighted, biased, centred = self.weight is not None, self.bias is not None, self.centred
+
+        def pull(g: Tensor) -> tuple[Tensor, ...]:
+            batch = g.reshape(len(g), *normalized.shape)
+            moved, grad_weight = ops.norm_pullback(normalized, rstd, gain, batch, centred)
+            results = [moved.view(g.shape)]
+            if weighted:
+                results.append(grad_weight.to(g.dtype))
+            if biased:
+                results.append(batch.sum(1))
+            return tuple(results)
+
+        def push(t: Tensor, *parameters: Tensor) -> tuple[Tensor]:
+            batch = t.reshape(len(t), *normalized.shape)
+            out = ops.norm_pushforward(normalized, rstd, gain, batch, centred)
+            moved = list(parameters)
+            if weighted:
+                out = torch.addcmul(out, normalized, moved.pop(0)[:, None])
+            if biased:
+                out = out + moved.pop(0)[:, None]
+            return (out.view(t.shape),)
+
+        return _layer(Linear(pull, push), out, *inputs)
+
+
+def recognise_norm(module: nn.Module, x: Tensor, expected: Tensor) -> Norm | None:
+    """The closed form of a norm module, if it reproduces its output on x; else None.
+
+    Nothing is taken from the module's name but the order of trying: the parameters must be at most
+    a gain and a bias over the last axis, and the numbers must agree.
+    """
+    parameters = dict(module.named_parameters(recurse=False))
+    width = x.shape[-1]
+    known = {"weight", "bias"}
+    if (
+        list(module.children())
+        or set(parameters) - known
+        or any(p.shape != (width,) for p in parameters.values())
+        or expected.shape != x.shape
+    ):
+        return None
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    names = ("variance_epsilon", "eps", "epsilon")
+    eps = next((getattr(module, n) for n in names if isinstance(getattr(module, n, 0), float)), 0.0)
+    limit = 8 * torch.finfo(x.dtype).eps * float(expected.detach().abs().max())
+    limit = max(limit, 1e-5 * float(expected.detach().abs().max()))
+    for centred in (False, True):
+        for shift in (0.0, 1.0):
+            norm = Norm(weight, bias, eps, shift, centred)
+            with torch.no_grad():
+                if float((norm(x) - expected).abs().max()) <= limit:
+                    return norm
+    return None
+
+
+# --------------------------------------------------------------------------- activations
+
+
+@dataclass(frozen=True)
+class Activated:
+    """φ(a) of an elementwise activation, with a and the slope φ'(a)."""
+
+    argument: Tensor
+    value: Tensor
+    slope: Tensor
+
+    @property
+    def output(self) -> Tensor:
+        """φ(a), differentiable."""
+        slope = self.slope
+
+        def scaled(g: Tensor) -> tuple[Tensor]:
+            return (g * slope,)
+
+        return _layer(Linear(scaled, scaled), self.value, self.argument)
+
+    def gate(self, up: Tensor) -> Tensor:
+        """φ(a) ∘ u, differentiable."""
+        width = up.shape[-1]
+        value = self.value.reshape(-1, width)
+        slope = self.slope.reshape(-1, width) * up.detach().reshape(-1, width)
+
+        def pull(g: Tensor) -> tuple[Tensor, ...]:
+            results = ops.gated_pullback(value, slope, g.reshape(len(g), *value.shape))
+            return tuple(x.view(g.shape) for x in results)
+
+        def push(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+            rows = (x.reshape(len(x), *value.shape) for x in (gate, up))
+            return (ops.gated_pushforward(value, slope, *rows).view(gate.shape),)
+
+        out = self.value * up.detach()
+        return _layer(Linear(pull, push), out, self.argument, up)
+
+
+def activate(function: Callable[[Tensor], Tensor], x: Tensor) -> Activated:
+    """An elementwise function of x, with its slope by autograd."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_(True)
+        value = function(leaf)
+        (slope,) = torch.autograd.grad(value, leaf, torch.ones_like(value))
+    return Activated(x, value.detach(), slope)
+
+
+def is_elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether a function treats every entry alone: half of the entries move, the others' stay."""
+    with torch.no_grad():
+        before = function(x.detach())
+        moved = x.detach().clone()
+        moved[..., ::2] += 0.5
+        after = function(moved)
+    return before.shape == x.shape and torch.equal(after[..., 1::2], before[..., 1::2])
+
+
+# --------------------------------------------------------------------------- rotary embedding
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (1, H, T, e) by angles (T, e), differentiable for many cotangents."""
+    cos, sin = (angle.detach().to(x.dtype) for angle in (cos, sin))
+
+    def turn(transpose: bool) -> Batched:
+        return lambda g: (ops.rotary(g[:, 0], cos, sin, transpose)[:, None],)
+
+    with torch.no_grad():
+        out = ops.rotary(x.detach(), cos, sin, False)
+    return _layer(Linear(turn(True), turn(False)), out, x)
