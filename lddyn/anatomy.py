@@ -22,7 +22,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,80 +31,34 @@ from torch.overrides import TorchFunctionMode
 
 from lddyn import layers
 from lddyn.examples import Example
+from lddyn.ledger import (
+    FRONT,
+    HEAD,
+    POST,
+    TAIL,
+    LedgerEntry,
+    Tap,
+    UnsupportedModelError,
+    Watch,
+    Work,
+)
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-
-FRONT, TAIL, HEAD, POST = "front", "tail", "head", "after the head"
-
-
-class UnsupportedModelError(ValueError):
-    """The model cannot be opened at its seams; the message names what could not be placed."""
 
 
 class NonFiniteError(ValueError):
     """A weight, activation or logit is NaN or infinite; the message names the first one."""
 
 
-# --------------------------------------------------------------------------- attention
-
-
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **unused: Any,
-) -> tuple[Tensor, None]:
-    """Attention out of differentiable parts, for transformers' AttentionInterface.
-
-    O = softmax(cap(scaling Q Kᵀ) + mask) V. Grouped queries are folded into rows, so K and V are
-    never repeated. Query (B, H, T, d), key and value (B, G, T, d) -> (B, T, H, d). One sequence
-    goes through `layers.attend`, whose pullback takes many cotangents at once; a batch, or learned
-    sinks, are put together from differentiable parts.
-    """
-    batch, heads, length, width = query.shape
-    groups = key.shape[1]
-    scale = width**-0.5 if scaling is None else scaling
-    learned = attention_mask is not None and attention_mask.requires_grad
-    if batch == 1 and s_aux is None and not learned:
-        if attention_mask is None:
-            mask = query.new_zeros(1, length, key.shape[2])
-        else:
-            mask = attention_mask[0, ..., : key.shape[2]]
-        with torch._C.DisableTorchFunction():  # a watch has nothing to see here
-            # squeeze and unsqueeze, not [0] and [None]: the pullback of a selection fills zeros
-            operands = (x.squeeze(0) for x in (query, key, value))
-            out = layers.attend(*operands, mask, scale, softcap or 0.0)
-        return out.transpose(0, 1).unsqueeze(0), None
-    rows = query.reshape(batch, groups, heads // groups * length, width)
-    scores = torch.matmul(rows * scale, key.transpose(-1, -2))
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.view(batch, heads, length, -1)
-    if attention_mask is not None:
-        scores = scores + attention_mask[..., : scores.shape[-1]]
-    if s_aux is not None:
-        sinks = s_aux.reshape(1, -1, 1, 1).expand(batch, -1, length, -1).to(scores.dtype)
-        scores = torch.cat([scores, sinks], dim=-1)
-    precise = torch.promote_types(scores.dtype, torch.float32)
-    weights = torch.softmax(scores, dim=-1, dtype=precise).to(query.dtype)
-    if s_aux is not None:
-        weights = weights[..., :-1]
-    mixed = torch.matmul(weights.view(batch, groups, -1, weights.shape[-1]), value)
-    return mixed.view(batch, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
+# --------------------------------------------------------------------------- leaving no trace
 
 
 def _register_attention() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-    AttentionInterface.register("lddyn", attention)
+    AttentionInterface.register("lddyn", layers.attention)
     AttentionMaskInterface.register("lddyn", eager_mask)
 
 
@@ -149,321 +103,6 @@ class true_float64(TorchFunctionMode):
             return torch.float64 if value is torch.float32 else value
 
         return func(*map(up, args), **{k: up(v) for k, v in (kwargs or {}).items()})
-
-
-# --------------------------------------------------------------------------- taps and ledger
-
-
-@dataclass
-class Tap:
-    """One product with a trainable weight inside a segment.
-
-    kind "linear": y = x Wᵀ + b; "matmul": y = x W + b; "embedding": y = W[ids].
-    """
-
-    kind: str
-    weight: str | None  # canonical parameter name, with "[e]" for a packed expert; None: frozen
-    bias: str | None
-    activations: Tensor  # (rows, d_in), or the token ids (rows,) of an embedding
-    edge: Any  # gradient edge of the product's output
-    shape: torch.Size  # shape of the output
-    padding: int | None = None  # the embedding row that autograd never updates
-
-    @property
-    def width(self) -> int:
-        """Features of the output."""
-        return self.shape[-1]
-
-    def updated(self) -> Tensor:
-        """Rows (bool) whose weight an update moves: all but the embedding's padding token."""
-        if self.padding is None:
-            return torch.ones_like(self.activations, dtype=torch.bool)
-        return self.activations != self.padding
-
-
-@dataclass
-class Work:
-    """What the products of one segment cost in one forward pass: FLOPs, and output elements."""
-
-    linear: int = 0  # FLOPs of products with a matrix that all positions share
-    mixing: int = 0  # FLOPs of products between activations (attention)
-    width: int = 0  # elements of the outputs of linear products, over all positions
-    elements: int = 0  # elements of all products' outputs
-
-    def add(self, op: str, args: tuple[Any, ...], result: Tensor) -> None:
-        """Counts one product."""
-        self.elements += result.numel()
-        if op == "embedding":
-            self.width += result.numel()
-            return
-        x = args[1] if op == "addmm" else args[0]
-        other = args[2] if op == "addmm" else args[1]
-        flops = 2 * result.numel() * x.shape[-1]
-        if other.dim() > 2:
-            self.mixing += flops
-        else:
-            self.linear += flops
-            self.width += result.numel()
-
-
-@dataclass
-class LedgerEntry:
-    """How one trainable parameter is accounted for."""
-
-    parameter: str
-    shape: tuple[int, ...]
-    ops: set[str] = field(default_factory=set)
-    segments: set[str] = field(default_factory=set)
-    direct: bool = False
-
-    @property
-    def rule(self) -> str:
-        """Factored, direct, or not reached by the traced inputs."""
-        if not self.ops:
-            return "not reached (zero gradient)"
-        return "direct" if self.direct else "factored"
-
-
-class _Watch(TorchFunctionMode):
-    """Sees every use of a trainable parameter; records it, and makes taps where asked."""
-
-    def __init__(self, anatomy: Anatomy, tapping: bool):
-        super().__init__()
-        self.anatomy = anatomy
-        self.tapping = tapping
-        self.active = True
-        self.segment = FRONT
-        self.taps: list[Tap] = []
-        self.work: dict[str, Work] = {}  # what the products of each segment cost
-        self.activated: dict[int, tuple[Tensor, layers.Activated]] = {}  # by id of φ(a)
-        # id -> (tensor, parameter name, suffix such as "[3]", transposed); tensors are kept alive
-        # so that an id cannot be reused while we hold it.
-        self.known: dict[int, tuple[Tensor, str, str, bool]] = {
-            key: (parameter, name, "", False)
-            for key, (name, parameter) in anatomy.trainable_by_id.items()
-        }
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not self.active:
-            return func(*args, **kwargs)
-        name = getattr(func, "__name__", str(func))
-        if self.activated and name in ("mul", "__mul__", "__rmul__"):
-            gated = self._gate(args)
-            if gated is not None:
-                return gated
-        if name == "detach" and self.tapping and args[0].requires_grad:
-            raise UnsupportedModelError(
-                f"{self.segment} stops a gradient with detach() (DoRA's weight norm does): what an "
-                "update changes through it is not in its gradient, so no derivative here would "
-                "predict a real step; merge or replace that adapter"
-            )
-        if not any(id(a) in self.known for a in args) and not any(
-            id(a) in self.known for a in kwargs.values()
-        ):
-            if any(
-                isinstance(a, list | tuple) and any(id(b) in self.known for b in a) for a in args
-            ):
-                flat = [b for a in args if isinstance(a, list | tuple) for b in a]
-                self._direct(name, flat)
-            result = func(*args, **kwargs)
-        else:
-            if name == "__get__":
-                name = getattr(getattr(func, "__self__", None), "__name__", name)
-            result = self._use(func, name, args, kwargs)
-        if name in _PRODUCTS and not self.tapping:
-            self.work.setdefault(self.segment, Work()).add(name, args, result)
-        return result
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """A stretch of code that is the library's own, not the model's."""
-        active, self.active = self.active, False
-        try:
-            yield
-        finally:
-            self.active = active
-
-    def _gate(self, args: tuple[Any, ...]) -> Tensor | None:
-        """The product φ(a) ∘ u as one layer, where φ(a) came from a recognised activation."""
-        for output, other in (args, args[::-1]):
-            if id(output) in self.activated and isinstance(other, Tensor):
-                if other.shape == output.shape and id(other) not in self.activated:
-                    with torch._C.DisableTorchFunction():
-                        return self.activated[id(output)][1].gate(other)
-        return None
-
-    def _use(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in _PRODUCTS:
-            product = _as_product(name, args, kwargs)
-            # The weight must be a weight we know; or it is frozen and only the bias is trainable.
-            if product is not None and (
-                id(product[1]) in self.known or id(product[2]) in self.known
-            ):
-                return self._product(func, name, args, kwargs, *product)
-        if name in ("T", "mT", "t", "transpose", "__getitem__", "select"):
-            view = self._view(func, name, args, kwargs)
-            if view is not None:
-                return view
-        if name in _METADATA:
-            return func(*args, **kwargs)
-        self._direct(name, [*args, *kwargs.values()])
-        return func(*args, **kwargs)
-
-    def _view(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> Tensor | None:
-        """A transposed weight or one packed expert is still a weight: follow it."""
-        if id(args[0]) not in self.known:
-            return None
-        result: Tensor
-        base, parameter, suffix, transposed = self.known[id(args[0])]
-        if parameter in self.anatomy.direct:
-            return None
-        if name in ("T", "mT", "t", "transpose") and base.dim() == 2:
-            result = func(*args, **kwargs)
-            self.known[id(result)] = (result, parameter, suffix, not transposed)
-            return result
-        if name in ("__getitem__", "select") and base.dim() == 3 and not suffix:
-            index = args[1] if name == "__getitem__" else args[2]
-            if name == "select" and args[1] != 0:
-                return None
-            if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
-                result = func(*args, **kwargs)
-                self.known[id(result)] = (result, parameter, f"[{int(index)}]", False)
-                return result
-        return None
-
-    def _direct(self, op: str, values: list[Any]) -> None:
-        for value in values:
-            if id(value) in self.known:
-                entry = self.anatomy.ledger[self.known[id(value)][1]]
-                entry.ops.add(op)
-                entry.segments.add(self.segment)
-                if not entry.direct:
-                    entry.direct = True
-                    self.anatomy.direct.add(entry.parameter)
-                    if self.tapping:
-                        raise UnsupportedModelError(
-                            f"{entry.parameter} met operation {op!r} only in a replay of "
-                            f"{self.segment}, not in the forward pass: the model's code depends "
-                            "on more than its inputs"
-                        )
-
-    def _product(
-        self,
-        func: Any,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        padding: int | None,
-    ) -> Tensor:
-        known = self.known.get(id(weight))
-        if id(x) in self.known or (name == "embedding" and known is not None and known[3]):
-            # A product of two parameters, or rows picked from a transposed one: no factor rule.
-            self._direct(name, [x, weight, bias])
-            return cast(Tensor, func(*args, **kwargs))
-        names: list[str | None] = [None, None]
-        for slot, tensor in enumerate((weight, bias)):
-            if tensor is not None and id(tensor) in self.known:
-                _, parameter, suffix, _ = self.known[id(tensor)]
-                entry = self.anatomy.ledger[parameter]
-                entry.ops.add(name)
-                entry.segments.add(self.segment)
-                if parameter not in self.anatomy.direct:
-                    names[slot] = parameter + suffix
-        out: Tensor = func(*args, **kwargs)
-        if not self.tapping or names == [None, None]:
-            return out
-        transposed = known is not None and known[3]
-        linear = (name == "linear") != transposed
-        kind = "embedding" if name == "embedding" else "linear" if linear else "matmul"
-        rows = x.reshape(-1) if kind == "embedding" else x.detach().reshape(-1, x.shape[-1])
-        if not out.requires_grad:
-            # The input carries no gradient (embeddings, first layer): start the graph here.
-            leaf = out.detach().requires_grad_(True)
-            edge, out = get_gradient_edge(leaf), leaf.clone()
-        else:
-            edge = get_gradient_edge(out)
-        self.taps.append(Tap(kind, names[0], names[1], rows, edge, out.shape, padding))
-        return out
-
-
-_PRODUCTS = frozenset(("linear", "addmm", "matmul", "__matmul__", "mm", "embedding"))
-
-# Attribute reads and predicates that touch a parameter without using its values.
-_METADATA = frozenset(
-    (
-        "shape",
-        "dtype",
-        "device",
-        "ndim",
-        "is_cuda",
-        "layout",
-        "requires_grad",
-        "grad",
-        "data_ptr",
-        "size",
-        "dim",
-        "numel",
-        "stride",
-        "is_contiguous",
-        "is_floating_point",
-        "is_complex",
-        "element_size",
-        "__len__",
-        "__hash__",
-        "__repr__",
-        "__bool__",
-        "is_leaf",
-        "grad_fn",
-        "_base",
-        "names",
-        "nelement",
-        "type",
-        "is_meta",
-        "is_sparse",
-        "is_quantized",
-        "storage_offset",
-        "untyped_storage",
-        "_version",
-    )
-)
-
-
-def _as_product(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor | None, int | None] | None:
-    """(x, weight, bias, padding id) of an operation that is a plain product, else None."""
-    arguments = dict(enumerate(args))
-
-    def get(position: int, *keys: str) -> Any:
-        return arguments.get(position, next((kwargs[k] for k in keys if k in kwargs), None))
-
-    if name == "linear":
-        return get(0, "input"), get(1, "weight"), get(2, "bias"), None
-    if name == "addmm":
-        if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
-            return None
-        bias, x, weight = get(0, "input"), get(1, "mat1"), get(2, "mat2")
-        return (x, weight, bias, None) if bias.dim() == 1 else None
-    if name == "embedding":
-        padding, max_norm, scale = get(2, "padding_idx"), get(3, "max_norm"), get(5, "-")
-        if max_norm is not None or scale or kwargs.get("scale_grad_by_freq"):
-            return None
-        weight = get(1, "weight")
-        if padding is not None and padding < 0:
-            padding += weight.shape[0]
-        return get(0, "input"), weight, None, padding
-    x, weight = get(0, "input", "self"), get(1, "other", "mat2")
-    return (x, weight, None, None) if weight.dim() == 2 else None
 
 
 # --------------------------------------------------------------------------- the anatomy
@@ -686,7 +325,7 @@ class Anatomy:
                     module.forward = old
 
     @contextlib.contextmanager
-    def _recognised(self, watch: _Watch) -> Iterator[None]:
+    def _recognised(self, watch: Watch) -> Iterator[None]:
         """Norms, activations and rotary embeddings replaced by their closed forms in `layers`.
 
         A module is recognised by what it computes: on its first replay its output is compared with
@@ -699,9 +338,8 @@ class Anatomy:
                 bind: Any = None
                 if type(module).__module__.split(".")[-1] in ("activation", "activations"):
                     bind = self._activation(module, module.forward, watch)
-                elif {n for n, _ in module.named_parameters()} in ({"weight"}, {"weight", "bias"}):
-                    if module.weight.dim() == 1:
-                        bind = self._norm(module, module.forward)
+                elif all(p.dim() == 1 for p in module.parameters()):
+                    bind = self._norm(module, module.forward)
                 if bind is not None:
                     stack.enter_context(_replaced(module, "forward", bind))
             for name in {type(m).__module__ for b in self.blocks for m in b.modules()}:
@@ -729,7 +367,7 @@ class Anatomy:
         return norm
 
     def _activation(
-        self, module: nn.Module, original: Callable[..., Tensor], watch: _Watch
+        self, module: nn.Module, original: Callable[..., Tensor], watch: Watch
     ) -> Callable[..., Tensor]:
         def activation(*args: Any, **kwargs: Any) -> Tensor:
             x = args[0] if len(args) == 1 and not kwargs else None
@@ -749,7 +387,9 @@ class Anatomy:
         return activation
 
     def _rotation(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any) -> Any:
+        def rotation(
+            q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any
+        ) -> Any:
             plain = (
                 self._rotary.get(name, True)
                 and not rest
@@ -807,7 +447,7 @@ class Anatomy:
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         outputs: list[Tensor] = []
         captured: list[Tensor] = []
-        watch = _Watch(self, tapping=False)
+        watch = Watch(self, tapping=False)
 
         def block(i: int, original: Any, args: Any, kwargs: Any) -> Any:
             x, args, kwargs = _split_hidden(args, kwargs)
@@ -1015,7 +655,7 @@ class Anatomy:
         direct = [
             (n, self.trainable[n]) for n in sorted(self.direct) if label in self.ledger[n].segments
         ]
-        watch = _Watch(self, tapping=True)
+        watch = Watch(self, tapping=True)
         watch.segment = label
         captured: list[Tensor] = []
         x: Tensor | None = None

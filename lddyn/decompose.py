@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from lddyn import ops
-from lddyn.anatomy import Anatomy, Trace, UnsupportedModelError, true_float64, undisturbed
+from lddyn.anatomy import Anatomy, Trace, true_float64, undisturbed
 from lddyn.examples import Example
+from lddyn.ledger import UnsupportedModelError
 from lddyn.ntk import Side, factored_gram, factored_push, token_gram
 from lddyn.objectives import Objective
 from lddyn.optimizers import (

@@ -131,12 +131,63 @@ def attend(
         probabilities, _ = reference.attention(query, key, mask, scale, softcap)
         rows = probabilities.to(value.dtype).reshape(len(key), -1, key.shape[1])
         out = (rows @ value).view(*query.shape[:2], -1)
-    shared = [x.detach() for x in (query, key, value, mask)]
+    shared = (query.detach(), key.detach(), value.detach(), mask.detach())
     linear = Linear(
         lambda g: ops.attention_pullback(*shared, g, scale, softcap),
         lambda q, k, v: (ops.attention_pushforward(*shared, q, k, v, scale, softcap),),
     )
     return _layer(linear, out, query, key, value)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Attention out of differentiable parts, for transformers' AttentionInterface.
+
+    O = softmax(cap(scaling Q Kᵀ) + mask) V. Grouped queries are folded into rows, so K and V are
+    never repeated. Query (B, H, T, d), key and value (B, G, T, d) -> (B, T, H, d). One sequence
+    goes through `attend`, whose pullback takes many cotangents at once; a batch, or learned
+    sinks, are put together from differentiable parts.
+    """
+    batch, heads, length, width = query.shape
+    groups = key.shape[1]
+    scale = width**-0.5 if scaling is None else scaling
+    learned = attention_mask is not None and attention_mask.requires_grad
+    if batch == 1 and s_aux is None and not learned:
+        if attention_mask is None:
+            mask = query.new_zeros(1, length, key.shape[2])
+        else:
+            mask = attention_mask[0, ..., : key.shape[2]]
+        with torch._C.DisableTorchFunction():  # a watch has nothing to see here
+            # squeeze and unsqueeze, not [0] and [None]: the pullback of a selection fills zeros
+            q, k, v = query.squeeze(0), key.squeeze(0), value.squeeze(0)
+            out = attend(q, k, v, mask, scale, softcap or 0.0)
+        return out.transpose(0, 1).unsqueeze(0), None
+    rows = query.reshape(batch, groups, heads // groups * length, width)
+    scores = torch.matmul(rows * scale, key.transpose(-1, -2))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.view(batch, heads, length, -1)
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : scores.shape[-1]]
+    if s_aux is not None:
+        sinks = s_aux.reshape(1, -1, 1, 1).expand(batch, -1, length, -1).to(scores.dtype)
+        scores = torch.cat([scores, sinks], dim=-1)
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.softmax(scores, dim=-1, dtype=precise).to(query.dtype)
+    if s_aux is not None:
+        weights = weights[..., :-1]
+    mixed = torch.matmul(weights.view(batch, groups, -1, weights.shape[-1]), value)
+    return mixed.view(batch, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 # --------------------------------------------------------------------------- norms

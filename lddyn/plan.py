@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lddyn.anatomy import HEAD
+from lddyn.ledger import HEAD
 from lddyn.ntk import CHUNK, Side
 
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from lddyn import ops
-from lddyn.anatomy import Anatomy, Replay, Tap, Trace, back_project
+from lddyn.anatomy import Anatomy, Replay, Trace, back_project
 from lddyn.examples import Example
+from lddyn.ledger import Tap
 
 Gradient = dict[str, Tensor]  # parameter name -> tensor of its shape
 
@@ -211,9 +212,7 @@ def _pair_tap(
         return _wide(pushed.flatten(1)) @ _wide(delta_u.flatten(1)).T
     if tap_o.kind != tap_u.kind:
         raise NotImplementedError(f"{tap_o.weight}: {tap_o.kind} and {tap_u.kind} uses mixed")
-    return ops.gram(
-        tap_o.activations, delta_o, tap_u.activations, delta_u, lengths_o, lengths_u
-    )
+    return ops.gram(tap_o.activations, delta_o, tap_u.activations, delta_u, lengths_o, lengths_u)
 
 
 def _wide(x: Tensor) -> Tensor:

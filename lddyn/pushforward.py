@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lddyn.anatomy import FRONT, Anatomy, Replay, Tap, Trace, project
+from lddyn.anatomy import Anatomy, Replay, Trace, project
+from lddyn.ledger import FRONT, Tap
 from lddyn.ops import preconditioned_push
 from lddyn.pullback import Factors, HeadFactor
 

@@ -118,13 +118,13 @@ def _stretches(t: int, n: int, lengths: Tensor | None) -> list[tuple[int, int, i
     if reach != sorted(reach):
         return [(0, max(reach, default=0), 0)]
     # Stops are a sixteenth of the tokens apart at least: short stretches make slow products.
-    stops, first, found = [], 0, []
+    stops: list[int] = []
     for length in reach:
         if not stops or length >= stops[-1] + max(8, t // 16):
             stops.append(length)
         else:
             stops[-1] = max(stops[-1], length)
-    start = 0
+    found, first, start = [], 0, 0
     for stop in stops:
         if stop > start:
             found.append((start, stop, first))

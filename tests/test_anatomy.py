@@ -12,8 +12,9 @@ import zoo
 from torch import nn
 
 import lddyn
-from lddyn.anatomy import Anatomy, NonFiniteError, UnsupportedModelError, true_float64
+from lddyn.anatomy import Anatomy, NonFiniteError, true_float64
 from lddyn.decompose import DisagreementError
+from lddyn.ledger import UnsupportedModelError
 from lddyn.ntk import Side, factored_gram, token_gram
 from lddyn.pullback import Pullback, gradient, segments_down
 from lddyn.pushforward import AlongDirection, pair_direction

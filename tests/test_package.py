@@ -23,6 +23,7 @@ LAYERS = [
     {"reference"},
     {"ops"},
     {"layers"},
+    {"ledger"},
     {"anatomy", "objectives", "optimizers", "examples"},
     {"pullback", "pushforward"},
     {"ntk", "store", "plan", "sketch"},
