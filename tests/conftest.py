@@ -43,7 +43,8 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     """test_<op>_<property>(use): once per backend that the op has for this machine's device."""
     if "use" in metafunc.fixturenames:
-        op = metafunc.function.__name__.split("_")[1]
+        test = metafunc.function.__name__.removeprefix("test_")
+        op = max((name for name in lddyn.ops.OPS if test.startswith(name)), key=len)
         other = "cpp" if DEVICE == "cuda" else "cuda"
         names = [name for name in lddyn.ops.OPS[op].implementations if name != other]
         metafunc.parametrize("backend", names)

@@ -175,6 +175,7 @@ class Op:
     fake: Callable[..., Any]
     implementations: dict[str, Callable[..., Any]]
     sample: Callable[[Normal], tuple[Any, ...]]  # odd-shaped operands, for the self-test
+    leading: int = 0  # the operand whose device and dtype choose the backend
 
     def refusal(self, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
         """Why a backend cannot run this op; empty if it can."""
@@ -187,8 +188,8 @@ class Op:
     def run(self, *args: Any) -> Any:
         """Check, choose, call."""
         self.check(*args)
-        first: Tensor = args[0]
-        device, dtype = first.device, first.dtype
+        operand: Tensor = args[self.leading]
+        device, dtype = operand.device, operand.dtype
         override = _override.get() or os.environ.get("LDDYN_BACKEND") or None
         refusals = {name: self.refusal(name, device, dtype) for name in BACKENDS}
         name = choose(device.type, override, refusals)

@@ -46,13 +46,23 @@ def _preconditioned_push_fake(
     return grads_u.new_empty(shape, dtype=reference.wide(grads_u.dtype))
 
 
+def _preconditioned_push_triton(
+    scale: Tensor, activations_o: Tensor, activations_u: Tensor, grads_u: Tensor
+) -> Tensor:
+    from lddyn.kernels.precondition import preconditioned_push as launch
+
+    out: Tensor = launch(scale, activations_o, activations_u, grads_u)
+    return out
+
+
 _preconditioned_push = register(
     Op(
         "preconditioned_push",
         _check_preconditioned_push,
         _preconditioned_push_fake,
-        {"reference": reference.preconditioned_push},
+        {"triton": _preconditioned_push_triton, "reference": reference.preconditioned_push},
         lambda normal: (normal(13, 5).abs(), normal(7, 5), normal(9, 5), normal(3, 9, 13)),
+        leading=3,  # P may have a dtype of its own
     ),
     "(Tensor scale, Tensor activations_o, Tensor activations_u, Tensor grads_u) -> Tensor",
 )
