@@ -28,6 +28,23 @@ lddyn::Residual residual(uintptr_t logits, uintptr_t targets, uintptr_t residual
           static_cast<lddyn::Dtype>(dtype)};
 }
 
+lddyn::ResidualRows residual_rows(uintptr_t logits, uintptr_t targets, uintptr_t peak,
+                                  uintptr_t others, int64_t n, int64_t vocabulary,
+                                  int64_t row_stride, int dtype) {
+  return {pointer<const void>(logits),
+          pointer<const int64_t>(targets),
+          pointer<void>(peak),
+          pointer<double>(others),
+          n,
+          vocabulary,
+          row_stride,
+          static_cast<lddyn::Dtype>(dtype)};
+}
+
+lddyn::Tile tile(uintptr_t data, int64_t row_stride, int64_t lo, int64_t hi) {
+  return {pointer<void>(data), row_stride, lo, hi};
+}
+
 lddyn::Batch batch(uintptr_t data, int64_t c_stride, int64_t t_stride) {
   return {pointer<const void>(data), c_stride, t_stride};
 }
@@ -71,24 +88,26 @@ void rotary_cpu(const lddyn::Batch& x, int64_t heads, int64_t h_stride, uintptr_
 }
 
 #ifdef LDDYN_CUDA
-lddyn::Gram gram(uintptr_t activations_o, uintptr_t grads_o, uintptr_t activations_u,
-                 uintptr_t grads_u, uintptr_t similarity, uintptr_t pushed, uintptr_t partial,
-                 uintptr_t out, int64_t s, int64_t t, int64_t d_in, int64_t d_out, int64_t m,
-                 int64_t n, int64_t splits, int dtype) {
-  return {pointer<const void>(activations_o),
+lddyn::Gram gram(uintptr_t similarity, uintptr_t grads_o, uintptr_t grads_u, uintptr_t lengths_o,
+                 uintptr_t lengths_u, uintptr_t reach_u, uintptr_t pushed, uintptr_t partial,
+                 uintptr_t out, int64_t s, int64_t t, int64_t d_out, int64_t m, int64_t n,
+                 int64_t pitch_s, int64_t pitch, int64_t splits, int dtype) {
+  return {pointer<const void>(similarity),
           pointer<const void>(grads_o),
-          pointer<const void>(activations_u),
           pointer<const void>(grads_u),
-          pointer<void>(similarity),
+          pointer<const int64_t>(lengths_o),
+          pointer<const int64_t>(lengths_u),
+          pointer<const int64_t>(reach_u),
           pointer<void>(pushed),
           pointer<float>(partial),
           pointer<float>(out),
           s,
           t,
-          d_in,
           d_out,
           m,
           n,
+          pitch_s,
+          pitch,
           splits,
           static_cast<lddyn::Dtype>(dtype)};
 }
@@ -102,6 +121,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = LDDYN_CUDA_ARCHS;
   py::class_<lddyn::Residual>(m, "Residual").def(py::init(&residual));
   m.def("residual_cpu", &lddyn::residual_cpu, py::call_guard<py::gil_scoped_release>());
+  py::class_<lddyn::ResidualRows>(m, "ResidualRows").def(py::init(&residual_rows));
+  py::class_<lddyn::Tile>(m, "Tile").def(py::init(&tile));
+  m.def("residual_gram_peaks_cpu", &lddyn::residual_gram_peaks_cpu,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("residual_gram_fill_cpu", &lddyn::residual_gram_fill_cpu,
+        py::call_guard<py::gil_scoped_release>());
   py::class_<lddyn::Batch>(m, "Batch").def(py::init(&batch));
   py::class_<lddyn::Sizes>(m, "Sizes").def(py::init(&sizes));
   using release = py::call_guard<py::gil_scoped_release>;

@@ -30,6 +30,29 @@ struct Residual {
 // residual.cpp: one row per OpenMP task, `threads` at most.
 void residual_cpu(const Residual& p, int threads);
 
+// One side of `residual_gram` on CPU: logits and dtypes as above; peak (n), the largest logit but
+// the target's; others (n), the sum of exp(z - peak) over all but the target, which filling adds
+// to.
+struct ResidualRows {
+  const void* logits;
+  const int64_t* targets;
+  void* peak;
+  double* others;
+  int64_t n;
+  int64_t vocabulary;
+  int64_t row_stride;
+  Dtype dtype;
+};
+// Columns [lo, hi) of exp(z - peak) with 0 for the targets: n rows, `row_stride` apart.
+struct Tile {
+  void* data;
+  int64_t row_stride;
+  int64_t lo;
+  int64_t hi;
+};
+void residual_gram_peaks_cpu(const ResidualRows& p, int threads);
+void residual_gram_fill_cpu(const ResidualRows& p, const Tile& tile, int threads);
+
 // residual.cu: one block per row; not float64.
 int residual_cuda(const Residual& p, uintptr_t stream);
 
@@ -63,30 +86,33 @@ void norm_pushforward_cpu(const void* normalized, const void* rstd, const void* 
 void rotary_cpu(const Batch& x, int64_t heads, int64_t h_stride, const void* cos, const void* sin,
                 void* out, bool transpose, const Sizes& s, int threads);
 
-// Operands of `gram`, all contiguous: activations_o (s, d_in), grads_o (m, s, d_out), activations_u
-// (t, d_in), grads_u (n, t, d_out); result out (m, n) float32. Workspaces: similarity (t, s) and
-// pushed (m, t, d_out), bfloat16 for bfloat16 operands, else float32; partial (splits, m, n)
-// float32.
+// Operands of `gram`, contiguous but for `similarity`, a_u a_o^T (t, s) with rows pitch_s apart, a
+// multiple of 8: grads_o (m, s, d_out), grads_u (n, t, d_out), lengths_o (m) and lengths_u (n),
+// each null for none, and reach_u, null or the largest of lengths_u; result out (m, n) float32.
+// Workspaces: pushed (m, t, pitch), pitch a multiple of 64, and partial (splits, m, n) float32.
+// similarity and pushed are bfloat16 for bfloat16 operands, else float32.
 struct Gram {
-  const void* activations_o;
+  const void* similarity;
   const void* grads_o;
-  const void* activations_u;
   const void* grads_u;
-  void* similarity;
+  const int64_t* lengths_o;
+  const int64_t* lengths_u;
+  const int64_t* reach_u;
   void* pushed;
   float* partial;
   float* out;
   int64_t s;
   int64_t t;
-  int64_t d_in;
   int64_t d_out;
   int64_t m;
   int64_t n;
+  int64_t pitch_s;
+  int64_t pitch;
   int64_t splits;
   Dtype dtype;
 };
 
-// gram.cu: push, pair and a sum over splits; not float64; no size may be 0, and m <= 65535.
+// gram.cu: push, pair and a sum over splits; not float64; no size may be 0, m and splits <= 65535.
 int gram_cuda(const Gram& p, uintptr_t stream);
 
 }  // namespace lddyn

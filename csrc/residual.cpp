@@ -138,6 +138,51 @@ LDDYN_INLINE void row(const Residual& p, int64_t n) {
   out[y] = A(others / partition);
 }
 
+// residual_gram: the largest logit but the target's, so that no other entry is lost when pi_y -> 1.
+template <typename T>
+LDDYN_INLINE void find_peak(const ResidualRows& p, int64_t n) {
+  using A = decltype(widen(T{}));
+  const T* z = static_cast<const T*>(p.logits) + n * p.row_stride;
+  const int64_t y = p.targets[n];
+  const A left = largest(z, 0, y), right = largest(z, y + 1, p.vocabulary), own = widen(z[y]);
+  A peak = left > right ? left : right;
+  if (peak == -std::numeric_limits<A>::infinity()) peak = own;  // all others are masked
+  if (!std::isfinite(peak) || own > std::numeric_limits<A>::max()) {
+    peak = std::numeric_limits<A>::quiet_NaN();  // lddyn/ops/residual.py reports it
+  }
+  static_cast<A*>(p.peak)[n] = peak;
+}
+
+// residual_gram: columns [lo, hi) of exp(z - peak), 0 for the target, and their sum.
+template <typename T>
+LDDYN_INLINE void fill_row(const ResidualRows& p, const Tile& tile, int64_t n) {
+  using A = decltype(widen(T{}));
+  const T* z = static_cast<const T*>(p.logits) + n * p.row_stride + tile.lo;
+  A* out = static_cast<A*>(tile.data) + n * tile.row_stride;
+  const int64_t columns = tile.hi - tile.lo, y = p.targets[n] - tile.lo;
+  const A peak = static_cast<const A*>(p.peak)[n];
+  Sums<A> sums;
+  if (y < 0 || y >= columns) {
+    exponentials(z, peak, 0, columns, out, &sums);
+  } else {
+    exponentials(z, peak, 0, y, out, &sums);
+    exponentials(z, peak, y + 1, columns, out, &sums);
+    out[y] = 0;
+  }
+  p.others[n] += sums.tail;
+}
+
+LDDYN_SIMD void peak(const ResidualRows& p, int64_t n) {
+  with_element(p.dtype, [&](auto element)
+                            __attribute__((always_inline)) { find_peak<decltype(element)>(p, n); });
+}
+
+LDDYN_SIMD void fill(const ResidualRows& p, const Tile& tile, int64_t n) {
+  with_element(p.dtype, [&](auto element) __attribute__((always_inline)) {
+    fill_row<decltype(element)>(p, tile, n);
+  });
+}
+
 LDDYN_SIMD void row_float32(const Residual& p, int64_t n) { row<float, float>(p, n); }
 LDDYN_SIMD void row_bfloat16(const Residual& p, int64_t n) { row<BFloat16, float>(p, n); }
 LDDYN_SIMD void row_float16(const Residual& p, int64_t n) { row<Float16, float>(p, n); }
@@ -153,6 +198,18 @@ void residual_cpu(const Residual& p, int threads) {
   const bool parallel = p.n > 1 && p.n * p.vocabulary > 1 << 15;
 #pragma omp parallel for num_threads(threads) schedule(static) if (parallel)
   for (int64_t n = 0; n < p.n; ++n) compute(p, n);
+}
+
+void residual_gram_peaks_cpu(const ResidualRows& p, int threads) {
+  const bool parallel = p.n > 1 && p.n * p.vocabulary > 1 << 15;
+#pragma omp parallel for num_threads(threads) schedule(static) if (parallel)
+  for (int64_t n = 0; n < p.n; ++n) peak(p, n);
+}
+
+void residual_gram_fill_cpu(const ResidualRows& p, const Tile& tile, int threads) {
+  const bool parallel = p.n > 1 && p.n * (tile.hi - tile.lo) > 1 << 15;
+#pragma omp parallel for num_threads(threads) schedule(static) if (parallel)
+  for (int64_t n = 0; n < p.n; ++n) fill(p, tile, n);
 }
 
 }  // namespace lddyn

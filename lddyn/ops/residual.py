@@ -43,17 +43,23 @@ def _check_residual(logits: Tensor, targets: Tensor) -> None:
         )
 
 
-def _finite(logits: Tensor, out: _Residual) -> _Residual:
-    """The results, or an error for the first row that has none (its ‖π‖² is NaN)."""
-    wrong = out[3].isnan()
+def _check_finite(name: str, logits: Tensor) -> None:
+    """Raise for the first row without a finite largest logit; reads them all."""
+    wrong = ~logits.amax(1).isfinite()
     if wrong.any():
         row = int(wrong.nonzero()[0])
         values = logits[row]
         found = "NaN" if values.isnan().any() else f"a maximum of {float(values.max())}"
         raise ValueError(
-            f"logits must be finite (or -inf for a masked token), got {found} in row {row}; "
+            f"{name} must be finite (or -inf for a masked token), got {found} in row {row}; "
             "look for an overflow in the model (float16 weights, a NaN parameter)"
         )
+
+
+def _finite(logits: Tensor, out: _Residual) -> _Residual:
+    """The results, or an error for the first row that has none (its ‖π‖² is NaN)."""
+    if out[3].isnan().any():
+        _check_finite("logits", logits)
     return out
 
 
@@ -194,6 +200,85 @@ def _residual_gram_fake(
     return logits_o.new_empty(len(logits_o), len(logits_u), dtype=dtype)
 
 
+def _finite_gram(logits_o: Tensor, logits_u: Tensor, out: Tensor) -> Tensor:
+    """The products, or an error for the first row of logits that has none."""
+    if out.isnan().any():
+        _check_finite("logits_o", logits_o)
+        _check_finite("logits_u", logits_u)
+    return out
+
+
+def _residual_gram_reference(
+    logits_o: Tensor, targets_o: Tensor, logits_u: Tensor, targets_u: Tensor
+) -> Tensor:
+    out = reference.residual_gram(logits_o, targets_o, logits_u, targets_u)
+    return _finite_gram(logits_o, logits_u, out) if out.device.type == "cpu" else out
+
+
+# Tiles of `residual_gram`: elements of both sides together (1 MiB of float32), fewest columns.
+_WORKSPACE = 1 << 18
+_MIN_COLUMNS = 128
+
+
+class _Side:
+    """One side of `residual_gram` on CPU: rows w = exp(z - peak), 0 for the target, unnormalised.
+
+    With others = Σ w and Z = others + exp(z_y - peak): r_y = others / Z, and r_v = -w_v / Z
+    elsewhere. The peak leaves the target out, so that nothing is lost when π_y → 1.
+    """
+
+    def __init__(self, logits: Tensor, targets: Tensor):
+        self.logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        self.targets, self.threads = targets.contiguous(), torch.get_num_threads()
+        self.peak = logits.new_empty(len(logits), dtype=reference.wide(logits.dtype))
+        self.others = logits.new_zeros(len(logits), dtype=torch.float64)
+        tensors = self.logits, self.targets, self.peak, self.others
+        pointers = [x.data_ptr() for x in tensors]
+        sizes = *logits.shape, self.logits.stride(0), DTYPES[logits.dtype]
+        self.rows = native().ResidualRows(*pointers, *sizes)
+        native().residual_gram_peaks_cpu(self.rows, self.threads)
+
+    def fill(self, out: Tensor, lo: int, hi: int) -> Tensor:
+        """Columns [lo, hi) of w, in the space of out; their sums are added to others."""
+        tile = native().Tile(out.data_ptr(), out.stride(0), lo, hi)
+        native().residual_gram_fill_cpu(self.rows, tile, self.threads)
+        return out[:, : hi - lo]
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """After all columns: 1 / Z, and r of the targets."""
+        top = self.logits.gather(1, self.targets[:, None]).squeeze(1).double() - self.peak
+        partition = self.others + top.exp()
+        scale, own = 1 / partition, self.others / partition
+        return scale.to(self.peak.dtype), own.to(self.peak.dtype)
+
+    def probabilities(self, tokens: Tensor, scale: Tensor) -> Tensor:
+        """π of some tokens in every row; not of its target."""
+        z = self.logits[:, tokens].to(self.peak.dtype)
+        return z.sub_(self.peak[:, None]).exp_().mul_(scale[:, None])
+
+
+def _residual_gram_cpp(
+    logits_o: Tensor, targets_o: Tensor, logits_u: Tensor, targets_u: Tensor
+) -> Tensor:
+    """C++ fills tiles of columns that stay in cache, BLAS multiplies them; then the targets'."""
+    o, u = _Side(logits_o, targets_o), _Side(logits_u, targets_u)
+    rows, vocabulary = len(logits_o) + len(logits_u), logits_o.shape[1]
+    width = min(vocabulary, max(_MIN_COLUMNS, _WORKSPACE // max(1, rows)))
+    space_o, space_u = o.peak.new_empty(rows, width).split([len(logits_o), len(logits_u)])
+    out = o.peak.new_zeros(len(logits_o), len(logits_u))
+    for lo in range(0, vocabulary, width):
+        hi = min(lo + width, vocabulary)
+        out.addmm_(o.fill(space_o, lo, hi), u.fill(space_u, lo, hi).T)
+
+    (scale_o, own_o), (scale_u, own_u) = o.finish(), u.finish()
+    out.mul_(scale_o[:, None]).mul_(scale_u)
+    crossed = own_o[:, None] * u.probabilities(targets_o, scale_u).T
+    crossed.addcmul_(o.probabilities(targets_u, scale_o), own_u)
+    same = targets_o[:, None] == targets_u
+    out.sub_(torch.where(same, -own_o[:, None] * own_u, crossed))
+    return _finite_gram(logits_o, logits_u, out)
+
+
 def _residual_gram_sample(normal: Normal) -> tuple[Any, ...]:
     return *_residual_sample(normal), *_residual_sample(normal)
 
@@ -203,7 +288,7 @@ _residual_gram = register(
         "residual_gram",
         _check_residual_gram,
         _residual_gram_fake,
-        {"reference": reference.residual_gram},
+        {"cpp": _residual_gram_cpp, "reference": _residual_gram_reference},
         _residual_gram_sample,
     ),
     "(Tensor logits_o, Tensor targets_o, Tensor logits_u, Tensor targets_u) -> Tensor",
