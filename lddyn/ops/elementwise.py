@@ -59,6 +59,10 @@ def _check_gated_pullback(value: Tensor, slope: Tensor, grads: Tensor) -> None:
 
 def _check_gated_pushforward(value: Tensor, slope: Tensor, gate: Tensor, up: Tensor) -> None:
     _check_gated(value, slope, gate=gate, up=up)
+    if up.shape != gate.shape:
+        raise ValueError(
+            f"up must have the shape of gate {tuple(gate.shape)}, got {tuple(up.shape)}"
+        )
 
 
 def _gated_pullback_fake(value: Tensor, slope: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
