@@ -1,11 +1,13 @@
-"""Exact M x L influence tables: lddyn against the ways to get one with torch alone.
+"""Exact M x L influence tables: lddyn against the other ways to get one (`opponents.py`).
 
-    python benchmarks/influence.py --out benchmarks/results/NAME.json    # the comparison
-    python benchmarks/influence.py --scaling --out …                     # against L, T, V, depth
+    python benchmarks/influence.py --preset d512 --out benchmarks/results/NAME.json
+    python benchmarks/influence.py --all --out …       # every preset, both tasks: 35 minutes
+    python benchmarks/influence.py --scaling --out …     # against L, T, V, depth
 
 Every method runs in a process of its own, on the same model, sequences and threads; its peak memory
 is the growth of the resident set over the loaded model. The result of each is compared with the
-textbook route's.
+textbook route's. With --self one sequence is on both sides: what libraries that give the Gram of a
+batch with itself can do. --peers names another Python, for the libraries.
 """
 
 from __future__ import annotations
@@ -14,37 +16,50 @@ import argparse
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from opponents import METHODS as OPPONENTS
+from opponents import Tokens
 
-SIZES = {"hidden": 512, "layers": 6, "length": 128, "response": 64, "vocabulary": 16384}
-METHODS = {
+KEYS = ("hidden", "layers", "length", "response", "vocabulary")
+PRESETS = {  # sizes, and seconds an opponent may take
+    "toy": ((64, 2, 32, 16, 512), 60),
+    "small": ((256, 4, 64, 32, 8192), 60),
+    "d512": ((512, 6, 128, 64, 16384), 180),
+    "d768": ((768, 6, 256, 128, 32768), 150),
+    "t512": ((256, 4, 512, 32, 8192), 120),
+}
+ALL = (("toy", False), ("small", False), ("small", True), ("t512", False), ("d512", False),
+       ("d512", True), ("d768", False))  # fmt: skip
+OWN = {
     "lddyn": "factors of both sides, paired block by block",
     "lddyn, pushed": "factored NTK-vector product: also gives every vocabulary token",
-    "torch.func eager": "vmap(vjp) Jacobian rows of log-probs, materialised, one GEMM a parameter",
-    "torch.func sdpa": "the same with the model's fused attention",
-    "batched grads eager": "is_grads_batched and hooks, one whole graph, factored contraction",
-    "batched grads sdpa": "the same with the model's fused attention",
 }
+OWN_TIMEOUT = 600
+ENOUGH = 20  # seconds of repeats after which no other is begun
+
+
+def intermediate(hidden: int) -> int:
+    """Width of the MLP."""
+    return int(hidden * 8 / 3) // 16 * 16
 
 
 def build(sizes: dict, attention: str = "eager"):
     """A random Llama of these sizes and two sequences."""
     import transformers
 
-    import lddyn
-
     torch.manual_seed(0)
     hidden = sizes["hidden"]
     config = transformers.LlamaConfig(
         vocab_size=sizes["vocabulary"], hidden_size=hidden, num_hidden_layers=sizes["layers"],
-        intermediate_size=int(hidden * 8 / 3) // 16 * 16, num_attention_heads=max(1, hidden // 64),
+        intermediate_size=intermediate(hidden), num_attention_heads=max(1, hidden // 64),
         max_position_embeddings=max(256, sizes["length"]), pad_token_id=None,
         tie_word_embeddings=False,
     )  # fmt: skip
@@ -53,92 +68,27 @@ def build(sizes: dict, attention: str = "eager"):
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(sizes["vocabulary"], (2, sizes["length"]), generator=generator).tolist()
     split = sizes["length"] - sizes["response"]
-    pair = [lddyn.Example(prompt_ids=i[:split], response_ids=i[split:]) for i in ids]
-    return model, pair
+    return model, [Tokens(i[:split], i[split:]) for i in ids]
 
 
-def log_probs(model, example, parameters=None) -> Tensor:
-    """log π(y_m) of the response tokens by a plain forward."""
-    ids = torch.tensor([example.ids])
-    arguments = {"use_cache": False, "logits_to_keep": torch.tensor(list(example.positions))}
-    if parameters is None:
-        out = model(input_ids=ids, **arguments)
-    else:
-        out = torch.func.functional_call(model, parameters, (ids,), arguments)
-    return out.logits[0].log_softmax(-1).gather(1, torch.tensor(example.targets)[:, None])[:, 0]
+def least_bytes(sizes: dict, own: bool = False) -> int:
+    """What the algorithm must hold beyond the model: its inputs, and one block's factors.
 
-
-def textbook(model, pair) -> Tensor:
-    """Per-token Jacobian rows by vmap(vjp); the Gram of the rows, parameter by parameter.
-
-    One side's rows are materialised; the other's come 16 at a time, which halves the memory.
+    Inputs: the stored inputs of the blocks, logits and cotangents (M + L, V), states (M + L, T, d).
+    Factors: (M + L) T Σ d_out of a block's weights. float32; `own`: one sequence on both sides.
     """
-    parameters = {n: p.detach() for n, p in model.named_parameters()}
-    pulls = [
-        torch.func.vjp(lambda p, e=example: log_probs(model, e, p), parameters) for example in pair
-    ]
-    rows = torch.func.vmap(pulls[0][1])(torch.eye(len(pulls[0][0])))[0]
-    columns = []
-    for part in torch.eye(len(pulls[1][0])).split(16):
-        other = torch.func.vmap(pulls[1][1])(part)[0]
-        columns.append(sum(rows[n].flatten(1) @ other[n].flatten(1).T for n in parameters))
-    return torch.cat(columns, dim=1)
-
-
-def batched_grads(model, pair) -> Tensor:
-    """One whole graph per sequence, hooks on every module with weights, is_grads_batched."""
-    sides = []
-    for example in pair:
-        captured: list[tuple[str, torch.nn.Module, Tensor, Tensor]] = []
-        gains = {n: p for n, p in model.named_parameters() if "norm" in n}
-        hooks = [
-            module.register_forward_hook(
-                lambda m, args, out, name=name, at=captured: at.append(
-                    (name, m, args[0].detach(), out)
-                )
-            )
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear | torch.nn.Embedding) and name != "lm_head"
-        ]
-        head: list[Tensor] = []
-        hooks.append(
-            model.lm_head.register_forward_hook(lambda m, args, out, at=head: at.append(args[0]))
-        )
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in (*gains.values(), model.model.embed_tokens.weight):
-            parameter.requires_grad_(True)
-        values = log_probs(model, example)
-        for hook in hooks:
-            hook.remove()
-        targets = [c[3] for c in captured] + list(gains.values())
-        gradients = torch.autograd.grad(
-            values, targets, torch.eye(len(values)), is_grads_batched=True
-        )
-        with torch.no_grad():
-            h = head[0][0]
-            logits = h @ model.lm_head.weight.T
-            v = -logits.softmax(-1)
-            v[torch.arange(len(v)), list(example.targets)] += 1
-        factors = {c[0]: (c[2].reshape(-1, *c[2].shape[2:]), g[:, 0])
-                   for c, g in zip(captured, gradients, strict=False)}  # fmt: skip
-        direct = dict(zip(gains, gradients[len(captured) :], strict=True))
-        sides.append((factors, direct, h.detach(), v))
-    (fo, do, ho, vo), (fu, du, hu, vu) = sides
-    total = (ho @ hu.T) * (vo @ vu.T)
-    for name, (a_o, g_o) in fo.items():
-        a_u, g_u = fu[name]
-        same = (a_o[:, None] == a_u[None]).float() if a_o.dim() == 1 else a_o @ a_u.T
-        pushed = torch.matmul(same.T, g_o)
-        total += pushed.flatten(1) @ g_u.flatten(1).T
-    for name in do:
-        total += do[name].flatten(1) @ du[name].flatten(1).T
-    return total
+    hidden, layers, length, response, vocabulary = (sizes[k] for k in KEYS)
+    sides = 1 if own else 2
+    rows = sides * response
+    inputs = sides * (layers + 1) * length * hidden
+    inputs += 2 * rows * vocabulary + rows * length * hidden
+    widths = 5 * hidden + 2 * intermediate(hidden)  # q, k, v, o, down; gate, up
+    return 4 * (inputs + rows * length * widths)
 
 
 def gemm_rate(hidden: int) -> float:
     """FLOP/s of a product like the pullback's: 2048 rows through an MLP weight, float32."""
-    a, b = torch.randn(2048, hidden), torch.randn(int(hidden * 8 / 3) // 16 * 16, hidden)
+    a, b = torch.randn(2048, hidden), torch.randn(intermediate(hidden), hidden)
     best = 0.0
     for _ in range(12):
         start = time.perf_counter()
@@ -153,43 +103,58 @@ def resident(key: str) -> int:
     return int(re.search(rf"{key}:\s+(\d+)", text)[1]) * 1024  # type: ignore[index]
 
 
-def worker(method: str, sizes: dict, threads: int, repeats: int, path: str) -> None:
+def lddyn_run(model, pair: list[Tokens], method: str):
+    """lddyn's table as a function of nothing, and the FLOPs of its plan."""
+    import lddyn
+    from lddyn.ntk import Side
+    from lddyn.plan import gram_cost
+
+    made = {id(x): lddyn.Example(prompt_ids=x.prompt, response_ids=x.response) for x in pair}
+    one, other = (made[id(x)] for x in pair)
+    anatomy = lddyn.Anatomy(model)
+    sides = {id(x): Side.log_probs(anatomy.trace(x)) for x in made.values()}
+    flops = gram_cost([sides[id(one)]], [sides[id(other)]]).flops
+    how = "pushed" if method.endswith("pushed") else "paired"
+    return (lambda: lddyn.ntk(model, one, other).gram(method=how)), flops
+
+
+def limit_memory() -> None:
+    """An allocation beyond what the machine has fails here, and does not end another process."""
+    free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])  # type: ignore[index]
+    size = resident("VmSize") + int(0.92 * free * 1024)
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def worker(method: str, sizes: dict, own: bool, threads: int, repeats: int, path: str) -> None:
     """Runs one method in this process and writes its figures and its table."""
+    warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
-    model, pair = build(sizes, "sdpa" if method.endswith("sdpa") else "eager")
     figures: dict = {}
-    if method.startswith("lddyn"):
-        from lddyn import ntk
-        from lddyn.plan import gram_cost
-
-        def run() -> Tensor:
-            how = "pushed" if method.endswith("pushed") else "paired"
-            return lddyn_ntk(model, *pair).gram(method=how)
-
-        import lddyn
-
-        lddyn_ntk = lddyn.ntk
-        anatomy = lddyn.Anatomy(model)
-        sides = [ntk_side(anatomy, e) for e in pair]
-        figures["planned_flops"] = gram_cost(sides[:1], sides[1:]).flops
-        del sides, anatomy, ntk
-    else:
-
-        def run() -> Tensor:
-            return (textbook if method.startswith("torch.func") else batched_grads)(model, pair)
+    opponent = OPPONENTS.get(method)
+    if opponent and opponent.missing:
+        Path(path).write_text(json.dumps({"error": "not installed"}))
+        return
+    model, pair = build(sizes, opponent.attention if opponent else "eager")
+    pair = [pair[0], pair[0]] if own else pair
+    if not opponent:
+        ours, figures["planned_flops"] = lddyn_run(model, pair, method)
 
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
+    limit_memory()
     seconds, rates, table = [], [gemm_rate(sizes["hidden"])], None
-    for _ in range(repeats):
+    while len(seconds) < repeats and sum(seconds) < ENOUGH:
+        if seconds and opponent and opponent.needs:  # libraries leave hooks in the model
+            model = build(sizes, opponent.attention)[0]
         start = time.perf_counter()
-        table = run()
+        table = opponent.run(model, *pair) if opponent else ours()
         seconds.append(time.perf_counter() - start)
         rates.append(gemm_rate(sizes["hidden"]))
     figures |= {
         "seconds": min(seconds),
         "peak_bytes": resident("VmHWM") - before,
         "gemm_flops_per_second": max(rates),
+        "covers": opponent.covers if opponent else "all",
     }
     assert table is not None
     from safetensors.torch import save_file
@@ -198,21 +163,17 @@ def worker(method: str, sizes: dict, threads: int, repeats: int, path: str) -> N
     Path(path).write_text(json.dumps(figures))
 
 
-def ntk_side(anatomy, example):
-    """The log-prob rows of one example."""
-    from lddyn.ntk import Side
-
-    return Side.log_probs(anatomy.trace(example))
-
-
-def measure(method: str, sizes: dict, threads: int, repeats: int, timeout: float) -> dict:
+def measure(
+    method: str, sizes: dict, *, own: bool, threads: int, repeats: int, timeout: float,
+    python: str = sys.executable,
+) -> dict:  # fmt: skip
     """Runs a worker process; returns its figures, or the error it died of."""
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/result.json"
-        command = [sys.executable, __file__, "--worker", method, "--threads", str(threads),
-                   "--repeats", str(repeats), "--worker-out", path,
+        command = [python, __file__, "--worker", method, "--threads", str(threads),
+                   "--repeats", str(repeats), "--worker-out", path, *(["--self"] if own else []),
                    *[str(x) for k, v in sizes.items() for x in (f"--{k}", v)]]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         try:
@@ -223,22 +184,38 @@ def measure(method: str, sizes: dict, threads: int, repeats: int, timeout: float
             return {"error": f"no result within {timeout:.0f} s"}
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}"]
-            return {"error": lines[-1][:200]}
+            short = "DefaultCPUAllocator" in done.stderr or "MemoryError" in done.stderr
+            return {"error": "out of memory" if short else lines[-1][:200]}
         figures = json.loads(Path(path).read_text())
-        figures["table"] = load_file(path + ".safetensors")["table"]
+        if "error" not in figures:
+            figures["table"] = load_file(path + ".safetensors")["table"]
         return figures
 
 
-def compare(sizes: dict, threads: int, repeats: int, timeout: float) -> dict:
+def compare(
+    sizes: dict, *, own: bool, threads: int, repeats: int, timeout: float, peers: str
+) -> dict:
     """All methods on one problem; ratios are to lddyn."""
     rows: dict[str, dict] = {}
-    for method in METHODS:
-        rows[method] = measure(method, sizes, threads, repeats if "lddyn" in method else 1, timeout)
+    for method in (*OWN, *OPPONENTS):
+        opponent = OPPONENTS.get(method)
+        if opponent and opponent.self_only and not own:
+            continue
+        long = not opponent or method.startswith("hand-written")
+        rows[method] = measure(
+            method, sizes, own=own, threads=threads, repeats=repeats,
+            timeout=OWN_TIMEOUT if long else timeout,
+            python=peers if opponent and opponent.needs else sys.executable,
+        )  # fmt: skip
         shown = {k: v for k, v in rows[method].items() if k != "table"}
-        print(f"{method:22s} {shown}", flush=True)
-    textbooks = [r["table"] for n, r in rows.items() if "torch.func" in n and "table" in r]
-    truth = textbooks[0] if textbooks else rows["lddyn"]["table"]
+        print(f"{method:28s} {shown}", flush=True)
     best = rows["lddyn"]
+    if "error" in best:
+        raise RuntimeError(f"lddyn failed: {best['error']}")
+    # Where no textbook route fits into memory, the yardstick stands in: it shares no code with us.
+    truths = ("torch.func eager", "torch.func sdpa", "batched grads eager", "hand-written Llama")
+    name = next(n for n in truths if "table" in rows[n])
+    truth = rows[name]["table"]
     for row in rows.values():
         table = row.pop("table", None)
         if table is not None:
@@ -247,8 +224,10 @@ def compare(sizes: dict, threads: int, repeats: int, timeout: float) -> dict:
             row["memory_over_lddyn"] = row["peak_bytes"] / best["peak_bytes"]
     planned = best["planned_flops"] / best["gemm_flops_per_second"]
     return {
-        "sizes": sizes, "threads": threads, "methods": rows,
+        "sizes": sizes, "self": own, "threads": threads, "methods": rows, "truth": name,
         "planned_seconds": planned, "over_plan": best["seconds"] / planned,
+        "least_bytes": least_bytes(sizes, own),
+        "over_least_bytes": best["peak_bytes"] / least_bytes(sizes, own),
     }  # fmt: skip
 
 
@@ -265,42 +244,68 @@ def scaling(threads: int, timeout: float) -> list[dict]:
     for key, values in sweep.items():
         for value in values:
             sizes = {**base, key: value}
-            row = measure("lddyn", sizes, threads, 2, timeout)
+            row = measure("lddyn", sizes, own=False, threads=threads, repeats=2, timeout=timeout)
             row.pop("table", None)
             points.append({"varied": key, "value": value, **row})
             print(points[-1], flush=True)
     return points
 
 
+def section(preset: str, own: bool) -> str:
+    """Name in the results file; the README shows "influence"."""
+    name = "influence" if preset == "d512" else f"influence-{preset}"
+    return f"{name}-self" if own else name
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for key, value in SIZES.items():
-        parser.add_argument(f"--{key}", type=int, default=value)
+    parser.add_argument("--preset", choices=PRESETS, default="d512")
+    for key in KEYS:
+        parser.add_argument(f"--{key}", type=int, help="instead of the preset's")
+    parser.add_argument("--self", action="store_true", help="one sequence on both sides")
+    parser.add_argument("--all", action="store_true", help="every preset, both tasks")
+    parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--timeout", type=float, default=900)
-    parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--timeout", type=float, help="seconds an opponent may take")
+    parser.add_argument(
+        "--peers", default=os.environ.get("LDDYN_PEERS", sys.executable), metavar="PYTHON",
+        help="interpreter that has torchjd, opacus and dattri-llm (default: this one)",
+    )  # fmt: skip
     parser.add_argument("--out", default="")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     parser.add_argument("--worker-out", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sizes = {key: getattr(args, key) for key in SIZES}
-    if args.worker:
-        worker(args.worker, sizes, args.threads, args.repeats, args.worker_out)
-        return
-    key = "scaling" if args.scaling else "influence"
-    result = (
-        scaling(args.threads, args.timeout)
-        if args.scaling
-        else compare(sizes, args.threads, args.repeats, args.timeout)
-    )
-    if args.out:
-        from record import record
+    own, given = args.self, {k: getattr(args, k) for k in KEYS}
 
-        record(args.out, key, result)
+    def sizes_of(preset: str) -> dict:
+        defaults = dict(zip(KEYS, PRESETS[preset][0], strict=True))
+        return {k: given[k] or defaults[k] for k in KEYS}
+
+    def save(name: str, result) -> None:
+        if args.out:
+            from record import record
+
+            record(args.out, name, result)
+        else:
+            print(json.dumps({name: result}, indent=1))
+
+    if args.worker:
+        sizes = sizes_of(args.preset)
+        worker(args.worker, sizes, own, args.threads, args.repeats, args.worker_out)
+    elif args.scaling:
+        save("scaling", scaling(args.threads, args.timeout or OWN_TIMEOUT))
     else:
-        print(json.dumps(result, indent=1))
+        start = time.perf_counter()
+        for preset, both in ALL if args.all else ((args.preset, own),):
+            print(f"-- {section(preset, both)}", flush=True)
+            result = compare(
+                sizes_of(preset), own=both, threads=args.threads, peers=args.peers,
+                repeats=args.repeats, timeout=args.timeout or PRESETS[preset][1],
+            )  # fmt: skip
+            save(section(preset, both), result)
+            print(f"   {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
