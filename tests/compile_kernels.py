@@ -15,19 +15,41 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lddyn.kernels import gram, residual
+from lddyn.kernels import gram, precondition, residual, sketch
 
 ELEMENTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def cases():
-    """(name, jit function, pointer types, constants, launch options) of each variant."""
+    """(name, jit function, pointer types, constants and options, multiples of 16) of each variant.
+
+    Where the last is given, pointers are aligned too, and can be read 16 bytes at a time.
+    """
     for dtype, element in ELEMENTS.items():
         config = residual._config(151_936)
         pointers = [element, "i64", *["fp32"] * 4, "i64"]
         yield f"residual-{element}", residual._residual_kernel, pointers, config
-        config = gram._config(dtype)
-        yield f"gram-{element}", gram._gram_kernel, ["fp32", element, element, "fp32"], config
+        work = "bf16" if element == "bf16" else "fp32"
+        for aligned, suffix in ((True, ""), (False, "-ragged")):
+            push, pair = gram._config(dtype, aligned)
+            step = ["WIDTH", "PITCH", "stride_st", "stride_om", "stride_os"] if aligned else []
+            flags = {"HAS_O": True, "HAS_U": True}
+            pointers = [work, element, work, "i64", "i64"]
+            name = f"gram-push-{element}{suffix}"
+            yield name, gram._push_kernel, pointers, flags | push, step
+            step = ["WIDTH", "PITCH", "stride_ul", "stride_ut"] if aligned else []
+            flags = {"HAS_U": True, "FIRST": False}
+            pointers = [work, element, "fp32", "i64"]
+            name = f"gram-pair-{element}{suffix}"
+            yield name, gram._pair_kernel, pointers, flags | pair, step
+        for tokens in (64, 1000):
+            name = f"preconditioned_push-{element}-{tokens}"
+            pointers = ["fp32", element, element, element, "fp32"]
+            yield name, precondition._push_kernel, pointers, precondition._config(dtype, tokens)
+        config, pointers = sketch._config(dtype), [element, work]
+        pair = config | sketch._pairing(config)
+        yield f"sketch-project-{element}", sketch._project_kernel, pointers, config
+        yield f"sketch-pair-{element}", sketch._sketch_kernel, [*pointers, "fp32"], pair
 
 
 def usage(cubin):
@@ -46,15 +68,18 @@ def usage(cubin):
 def main():
     assert os.environ.get("TRITON_INTERPRET") != "1"
     for capability in map(int, sys.argv[1:]):
-        for name, kernel, pointers, config in cases():
+        for name, kernel, pointers, config, *multiples in cases():
             options = {"num_warps": config.pop("num_warps")}
             names = kernel.arg_names
             types = [f"*{pointer}" for pointer in pointers]
             types += ["i64"] * (len(names) - len(types) - len(config)) + ["constexpr"] * len(config)
+            aligned = [names.index(x) for m in multiples for x in m]
+            aligned += range(len(pointers)) if aligned else []
             source = ASTSource(
                 kernel,
                 dict(zip(names, types, strict=True)),
                 {(names.index(k),): v for k, v in config.items()},
+                {(i,): [["tt.divisibility", 16]] for i in aligned},
             )
             built = triton.compile(
                 source, target=GPUTarget("cuda", capability, 32), options=options

@@ -16,8 +16,22 @@ CAPABILITIES = ("80", "90", "100")
 # Shared memory a block may ask for, bytes (CUDA programming guide, table of compute capabilities).
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
-KERNELS = [
-    f"{kernel}-{element}" for kernel in ("residual", "gram") for element in ("fp32", "bf16", "fp16")
+ELEMENTS = ("fp32", "bf16", "fp16")
+KERNELS = [f"residual-{element}" for element in ELEMENTS] + [
+    f"gram-{product}-{element}{rows}"
+    for product in ("push", "pair")
+    for element in ELEMENTS
+    for rows in ("", "-ragged")
+]
+KERNELS += [
+    f"{kernel}-{element}{tokens}"
+    for kernel, sizes in (
+        ("preconditioned_push", ("-64", "-1000")),
+        ("sketch-project", ("",)),
+        ("sketch-pair", ("",)),
+    )
+    for element in ELEMENTS
+    for tokens in sizes
 ]
 
 
@@ -46,7 +60,7 @@ def test_triton_kernel_compiles_without_spills(kernel, capability):
     row = compiled()[kernel, capability]
     assert row["STACK"] == 0 and row["LOCAL"] == 0
     assert row["shared"] + row["SHARED"] <= SHARED_LIMIT[capability]
-    if kernel in ("gram-bf16", "gram-fp16"):
+    if not kernel.startswith("residual") and "fp32" not in kernel:
         assert row["mma"] == TENSOR_CORES[capability]
 
 

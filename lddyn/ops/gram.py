@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +67,88 @@ def _gram_fake(
     return g_o.new_empty(g_o.shape[0], g_u.shape[0], dtype=reference.wide(g_o.dtype))
 
 
+# Elements of the pushed gradients that are kept at once: 64 MiB in bfloat16, about a large cache.
+_PUSHED = 1 << 25
+_TILE = 128  # of cotangents, in both kernels
+
+# (similarity, grads_o, grads_u, lengths_o, lengths_u, workspace, splits) -> out (m, n)
+_Launch = Callable[[Tensor, Tensor, Tensor, _Lengths, _Lengths, Tensor, int], Tensor]
+
+
+def _workspace(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of S and of pushed gradients: beyond the range of float16."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """A product of matrices, or of batches of them, accumulated and returned in float32."""
+    if x.is_cuda and x.dtype != torch.float32:
+        product = torch.bmm if x.ndim == 3 else torch.mm
+        return product(x, y, out_dtype=torch.float32)
+    return x.float() @ y.float()
+
+
+def _push(
+    launch: _Launch,
+    a_o: Tensor,
+    g_o: Tensor,
+    a_u: Tensor,
+    g_u: Tensor,
+    lengths_o: _Lengths,
+    lengths_u: _Lengths,
+) -> Tensor:
+    """S = a_u a_oᵀ, then `launch` on chunks of observed cotangents whose workspaces are bounded."""
+    (m, s, d_out), (n, t, _) = g_o.shape, g_u.shape
+    similarity = g_o.new_zeros(t, s + -s % 16, dtype=_workspace(g_o.dtype))  # aligned rows
+    similarity[:, :s] = _product(a_u, a_o.T)
+    columns = max(64, min(d_out + -d_out % 64, _PUSHED // (m * t) // 64 * 64))
+    rows = min(m, 65535, max(1, _PUSHED // (t * columns)))
+    # Tokens t are split so that the pair has about a block for each multiprocessor of a large GPU.
+    splits = max(1, min(t, 128 // (-(-rows // _TILE) * -(-n // _TILE))))
+    pushed = similarity.new_empty(rows, t, columns)
+    out = g_o.new_empty(m, n, dtype=torch.float32)
+    for lo in range(0, m, rows):
+        chunk = slice(lo, lo + rows)
+        lengths = None if lengths_o is None else lengths_o[chunk]
+        out[chunk] = launch(similarity, g_o[chunk], g_u, lengths, lengths_u, pushed, splits)
+    return out
+
+
+def _materialise(a_o: Tensor, g_o: Tensor, a_u: Tensor, g_u: Tensor) -> Tensor:
+    """<a_oᵀ g_o, a_uᵀ g_u> by torch's products, a chunk of input features at a time."""
+    out = g_o.new_zeros(len(g_o), len(g_u), dtype=torch.float32)
+    rows = max(1, _PUSHED // ((len(g_o) + len(g_u)) * g_o.shape[2]))
+    for lo in range(0, a_o.shape[1], rows):
+        formed = (
+            _product(a[:, lo : lo + rows].T.expand(len(g), -1, -1), g).to(_workspace(g.dtype))
+            for a, g in ((a_o, g_o), (a_u, g_u))
+        )
+        left, right = (x.flatten(1) for x in formed)
+        out += _product(left, right.T)
+    return out
+
+
+def _gram_on_gpu(
+    launch: _Launch,
+    a_o: Tensor,
+    g_o: Tensor,
+    a_u: Tensor,
+    g_u: Tensor,
+    lengths_o: _Lengths,
+    lengths_u: _Lengths,
+) -> Tensor:
+    """The cheapest order, around a kernel that pushes and pairs."""
+    (m, s, d_out), (n, t, _) = g_o.shape, g_u.shape
+    if 0 in (m, n, s, t, a_o.shape[1], d_out):
+        return g_o.new_zeros(m, n, dtype=torch.float32)
+    order = reference.gram_order(s, t, a_o.shape[1], d_out, m, n)
+    if order == "materialise":
+        return _materialise(a_o, g_o, a_u, g_u)
+    if order == "push_u":
+        return _push(launch, a_u, g_u, a_o, g_o, lengths_u, lengths_o).T.contiguous()
+    return _push(launch, a_o, g_o, a_u, g_u, lengths_o, lengths_u)
+
+
 def _gram_triton(
     a_o: Tensor,
     g_o: Tensor,
@@ -76,12 +159,31 @@ def _gram_triton(
 ) -> Tensor:
     from lddyn.kernels.gram import gram as launch
 
-    out: Tensor = launch(a_o, g_o, a_u, g_u)
+    g_o, g_u = (x if x.stride(2) == 1 else x.contiguous() for x in (g_o, g_u))
+    return _gram_on_gpu(launch, a_o, g_o, a_u, g_u, lengths_o, lengths_u)
+
+
+def _launch_cuda(
+    similarity: Tensor,
+    g_o: Tensor,
+    g_u: Tensor,
+    lengths_o: _Lengths,
+    lengths_u: _Lengths,
+    pushed: Tensor,
+    splits: int,
+) -> Tensor:
+    """csrc/gram.cu on contiguous operands; similarity may have longer rows."""
+    (m, s, d_out), (n, t, _) = g_o.shape, g_u.shape
+    out = g_o.new_empty(m, n, dtype=torch.float32)
+    partial = out.new_empty(splits, m, n)
+    lengths_o, lengths_u = (x if x is None else x.contiguous() for x in (lengths_o, lengths_u))
+    reach_u = None if lengths_u is None else lengths_u.amax()
+    tensors = (similarity, g_o, g_u, lengths_o, lengths_u, reach_u, pushed, partial, out)
+    pointers = (0 if x is None else x.data_ptr() for x in tensors)
+    sizes = (s, t, d_out, m, n, similarity.shape[1], pushed.shape[2], splits, DTYPES[g_o.dtype])
+    with torch.cuda.device(out.device):
+        launched(native().gram_cuda(native().Gram(*pointers, *sizes), stream(out)))
     return out
-
-
-# Elements of the pushed gradients that one CUDA launch keeps: 512 MiB in bfloat16.
-_PUSHED = 1 << 28
 
 
 def _gram_cuda(
@@ -92,25 +194,8 @@ def _gram_cuda(
     lengths_o: _Lengths = None,
     lengths_u: _Lengths = None,
 ) -> Tensor:
-    out = _gram_fake(a_o, g_o, a_u, g_u)
-    (m, s, d_out), (n, t, _) = g_o.shape, g_u.shape
-    if 0 in (m, n, s, t, a_o.shape[1], d_out):
-        return out.zero_()
-    a_o, g_o, a_u, g_u = (x.contiguous() for x in (a_o, g_o, a_u, g_u))
-    rows = min(m, 65535, max(1, _PUSHED // (t * d_out)))
-    splits = min(512, -(-t * d_out // 1024))  # at least 1024 products a split, in a fixed order
-    workspace = g_o.dtype if g_o.dtype == torch.bfloat16 else torch.float32
-    similarity = g_o.new_empty(t, s, dtype=workspace)
-    pushed = g_o.new_empty(rows, t, d_out, dtype=workspace)
-    partial = out.new_empty(splits, rows, n)
-    with torch.cuda.device(out.device):
-        for lo in range(0, m, rows):
-            chunk, chunk_out = g_o[lo : lo + rows], out[lo : lo + rows]
-            tensors = (a_o, chunk, a_u, g_u, similarity, pushed, partial, chunk_out)
-            sizes = (s, t, a_o.shape[1], d_out, len(chunk), n, splits, DTYPES[g_o.dtype])
-            operands = native().Gram(*(x.data_ptr() for x in tensors), *sizes)
-            launched(native().gram_cuda(operands, stream(out)))
-    return out
+    g_o, g_u = g_o.contiguous(), g_u.contiguous()
+    return _gram_on_gpu(_launch_cuda, a_o, g_o, a_u, g_u, lengths_o, lengths_u)
 
 
 def _gram_sample(normal: Normal) -> tuple[Any, ...]:
@@ -154,7 +239,8 @@ def gram(
         activations_u: Layer input of the updated sequence, shape (T, d_in).
         grads_u: L cotangents, shape (L, T, d_out).
         lengths_o: A promise, int64 of shape (M,): grads_o[m, s] = 0 for s >= lengths_o[m], as
-            causality has it. Rows beyond it need not be read; fastest if sorted.
+            causality has it. Rows beyond it need not be read; fastest if sorted. On a GPU nothing
+            waits for its values.
         lengths_u: The same for grads_u, shape (L,).
 
     Returns:
