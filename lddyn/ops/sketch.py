@@ -32,12 +32,22 @@ def _sketch_fake(
     return grads.new_empty(shape, dtype=reference.wide(grads.dtype))
 
 
+def _sketch_triton(
+    activations: Tensor, grads: Tensor, size_out: int, size_in: int, repeats: int, seed: int
+) -> Tensor:
+    from lddyn.kernels.sketch import sketch as launch
+
+    keys = reference.sign_key(seed, 1), reference.sign_key(seed, 0)
+    out: Tensor = launch(activations, grads, size_out, size_in, repeats, *keys)
+    return out
+
+
 _sketch = register(
     Op(
         "sketch",
         _check_sketch,
         _sketch_fake,
-        {"reference": reference.sketch},
+        {"triton": _sketch_triton, "reference": reference.sketch},
         lambda normal: (normal(9, 5), normal(3, 9, 13), 4, 3, 2, 7),
     ),
     "(Tensor activations, Tensor grads, SymInt size_out, SymInt size_in, SymInt repeats, "
