@@ -161,7 +161,8 @@ def _config(
 def gram(similarity, grads_o, grads_u, lengths_o, lengths_u, pushed, splits):
     """Launch: S (T, ≥ S: zeros), (M, S, d_out), (L, T, d_out), lengths or None → (M, L) float32.
 
-    The last axis of grads is contiguous. pushed is a workspace, (≥ M, T, columns) in the dtype of S; columns a multiple of 64.
+    The last axis of grads is contiguous. pushed is a workspace, (≥ M, T, columns) in the dtype of
+    S; columns a multiple of 64.
     """
     m, s, d_out = grads_o.shape
     n, t, _ = grads_u.shape
