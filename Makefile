@@ -5,6 +5,8 @@
 #   make test PYTHON=python3.12              another Python
 #   LDDYN_CUDA=0 make test                   no CUDA kernels, even where nvcc is found
 
+# Where `make bench` puts its section "ops": benchmarks/results/NAME.json for the tables of the docs.
+RESULTS ?= .benchmarks/results.json
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	&& echo $$p && break; done)
@@ -16,7 +18,7 @@ STAMP := .venv/$(subst =,-,$(LDDYN_TORCH))
 FREED := $(if $(filter $(PINNED),$(LDDYN_TORCH)),^torch==,^torch==|^triton==)
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint lint-ruff lint-format lint-types lint-csrc bench format clean
+.PHONY: demo test lint lint-ruff lint-format lint-types lint-csrc bench gpu-check format clean
 
 demo: .venv/installed
 	$(BIN)/lddyn demo
@@ -40,6 +42,11 @@ lint-csrc: .venv/installed
 
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest benchmarks --benchmark-json=.benchmarks/latest.json
+	$(BIN)/python benchmarks/record.py .benchmarks/latest.json $(RESULTS)
+
+# Needs torch, triton, pybind11, ninja and nvcc; makes no virtual environment, fetches nothing.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -19,10 +19,22 @@ GRAM_SIZES = [
 ]
 
 
-def way_to_call(op, way, opponents, device, dtype):
-    """The op on a backend, or an opponent; skips what cannot run here."""
+# (C, H, G, T, e): short and wide, long, grouped keys.
+ATTENTION_SIZES = [(64, 8, 8, 128, 64), (16, 4, 4, 512, 64), (16, 8, 2, 256, 64)]
+# (C, T, d_in, d_out, size of each side).
+SKETCH_SIZES = [(64, 128, 256, 256, 16), (32, 128, 1024, 512, 16)]
+# (L, S = T, d_in, d_out).
+PRECONDITION_SIZES = [(16, 128, 512, 512), (8, 128, 1024, 1024), (8, 512, 512, 512)]
+
+
+def way_to_call(op, way, opponents, device, dtype, small=False):
+    """The op on a backend, its compiled reference, or an opponent; skips what cannot run here."""
     if way in opponents:
         return opponents[way]
+    if way == "compile":
+        torch.compiler.reset()
+        # A smoke run traces; it does not wait for a compiler.
+        return torch.compile(getattr(reference, op), backend="eager" if small else "inductor")
     reason = ops.OPS[op].refusal(way, torch.device(device), dtype)
     if reason or (way == "triton" and device == "cpu"):
         pytest.skip(reason or "the Triton interpreter is no opponent")
@@ -45,14 +57,14 @@ def eager_residual(logits, targets):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("size", RESIDUAL_SIZES, ids="N{0[0]}-V{0[1]}".format)
-@pytest.mark.parametrize("way", ["cuda", "triton", "cpp", "reference", "softmax-onehot"])
+@pytest.mark.parametrize("way", ["cuda", "triton", "cpp", "reference", "compile", "softmax-onehot"])
 def bench_residual(benchmark, run, device, small, size, dtype, way):
     n, vocabulary = (2, 300) if small else size
     logits = (3 * torch.randn(n, vocabulary, device=device)).to(dtype)
     targets = torch.randint(0, vocabulary, (n,), device=device)
     benchmark.group = f"residual N={n} V={vocabulary} {dtype}"
     opponents = {"softmax-onehot": eager_residual}
-    call = way_to_call("residual", way, opponents, device, dtype)
+    call = way_to_call("residual", way, opponents, device, dtype, small)
     run(
         lambda: call(logits, targets),
         truth=reference.residual(logits.double(), targets)[0],
@@ -89,7 +101,7 @@ def gram_flops(s, d_in, d_out, m):
 
 
 @pytest.mark.parametrize("size", GRAM_SIZES, ids="S{0[0]}-M{0[1]}-d{0[2]}x{0[3]}".format)
-@pytest.mark.parametrize("way", ["cuda", "triton", "reference", "gradients", "ghost"])
+@pytest.mark.parametrize("way", ["cuda", "triton", "reference", "compile", "gradients", "ghost"])
 def bench_gram(benchmark, run, device, small, size, way):
     s, m, d_in, d_out = (8, 3, 5, 7) if small else size
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -99,7 +111,7 @@ def bench_gram(benchmark, run, device, small, size, way):
         pytest.skip("the (M, L, S, T) tensor is beyond 2 GiB")
     benchmark.group = f"gram S=T={s} M=L={m} d_in={d_in} d_out={d_out} {dtype}"
     opponents = {"gradients": gradient_gram, "ghost": ghost_gram}
-    call = way_to_call("gram", way, opponents, device, dtype)
+    call = way_to_call("gram", way, opponents, device, dtype, small)
     run(
         lambda: call(*args),
         truth=gradient_gram(*(x.double() for x in args)),
@@ -107,6 +119,127 @@ def bench_gram(benchmark, run, device, small, size, way):
         dtype=dtype,
         flops=gram_flops(s, d_in, d_out, m),
         traffic=args[0].element_size() * sum(x.numel() for x in args),
+        bound="flops",
+        must_match=way not in opponents,
+    )
+
+
+# --------------------------------------------------------------------------- attention_pullback
+
+
+def looped_sdpa(query, key, value, mask, grads, scale):
+    """One backward pass of torch's fused attention per cotangent, through one forward pass."""
+    leaves = [x.detach()[None].requires_grad_() for x in (query, key, value)]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *leaves, is_causal=True, scale=scale, enable_gqa=len(key) != len(query)
+    )
+    rows = [torch.autograd.grad(out, leaves, g[None], retain_graph=True) for g in grads]
+    return tuple(torch.cat(x) for x in zip(*rows, strict=True))
+
+
+def expanded_sdpa(query, key, value, mask, grads, scale):
+    """The same attention once per cotangent in a batch, and one backward pass."""
+    leaves = [x.detach().expand(len(grads), -1, -1, -1).contiguous().requires_grad_()
+              for x in (query, key, value)]  # fmt: skip
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *leaves, is_causal=True, scale=scale, enable_gqa=len(key) != len(query)
+    )
+    return torch.autograd.grad(out, leaves, grads)
+
+
+@pytest.mark.parametrize("size", ATTENTION_SIZES, ids="C{0[0]}-H{0[1]}-G{0[2]}-T{0[3]}".format)
+@pytest.mark.parametrize("way", ["cuda", "triton", "cpp", "reference", "looped", "expanded"])
+def bench_attention_pullback(benchmark, run, device, small, size, way):
+    c, heads, groups, t, e = (2, 4, 2, 7, 4) if small else size
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    shapes = ((heads, t, e), (groups, t, e), (groups, t, e))
+    q, k, v = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    grads = torch.randn(c, heads, t, e, device=device).to(dtype)
+    mask = torch.full((1, t, t), -torch.inf, device=device, dtype=dtype).triu(1)
+    args = (q, k, v, mask, grads, e**-0.5)
+    benchmark.group = f"attention_pullback C={c} H={heads} G={groups} T={t} e={e} {dtype}"
+    opponents = {"looped": looped_sdpa, "expanded": expanded_sdpa}
+    call = way_to_call("attention_pullback", way, opponents, device, dtype)
+    exact = (x.double() if isinstance(x, torch.Tensor) else x for x in args)
+    run(
+        lambda: call(*args),
+        truth=reference.attention_pullback(*exact, 0.0),
+        plain=expanded_sdpa(*args),
+        dtype=dtype,
+        flops=4 * c * heads * t * t * e,  # four products, half of each closed
+        traffic=grads.element_size() * 3 * grads.numel(),
+        bound="flops",
+        must_match=way not in opponents,
+    )
+
+
+# --------------------------------------------------------------------------- sketch
+
+
+@pytest.mark.parametrize("size", SKETCH_SIZES, ids="C{0[0]}-T{0[1]}-d{0[2]}x{0[3]}".format)
+@pytest.mark.parametrize("way", ["cuda", "triton", "cpp", "reference", "dense"])
+def bench_sketch(benchmark, run, device, small, size, way):
+    c, t, d_in, d_out, k = (2, 5, 6, 7, 3) if small else size
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    a = torch.randn(t, d_in, device=device).to(dtype)
+    g = torch.randn(c, t, d_out, device=device).to(dtype)
+    args = (a, g, k, k, 1, 7)
+    dense = None
+    if way == "dense":
+        if 4 * k * k * d_in * d_out > 1 << 30:
+            pytest.skip("the dense matrix of signs is beyond 1 GiB")
+        # The same signs as one matrix, made beforehand: what TRAK's projectors multiply by.
+        left, right = (reference.signs(7, side, 1, k, d)[0].float() / k**0.5
+                       for side, d in ((1, d_out), (0, d_in)))  # fmt: skip
+        dense = torch.einsum("aj,bi->abji", left, right).view(k * k, -1).to(device)
+
+    def projected_gradients(a, g, *_):
+        gradients = torch.einsum("ctj,ti->cji", g.float(), a.float()).flatten(1)
+        return (gradients @ dense.T).view(len(g), 1, k, k)
+
+    benchmark.group = f"sketch C={c} T={t} d_in={d_in} d_out={d_out} {k}x{k} {dtype}"
+    opponents = {"dense": projected_gradients}
+    call = way_to_call("sketch", way, opponents, device, dtype)
+    run(
+        lambda: call(*args),
+        truth=reference.sketch(a.double(), g.double(), *args[2:]),
+        plain=reference.sketch(*args),
+        dtype=torch.float32,  # low-precision factors are widened exactly
+        flops=2 * c * t * k * (d_out + k) + 2 * t * k * d_in,
+        traffic=g.element_size() * (g.numel() + a.numel()),
+        bound="bytes",
+        must_match=way not in opponents,
+    )
+
+
+# --------------------------------------------------------------------------- preconditioned_push
+
+
+def blas_chain(scale, a_o, a_u, g_u):
+    """All gradients of the sources at once, weighted, applied: an (L, d_out, d_in) tensor."""
+    gradients = torch.matmul(g_u.mT, a_u)
+    return torch.matmul(a_o, (gradients * scale).mT)
+
+
+@pytest.mark.parametrize("size", PRECONDITION_SIZES, ids="L{0[0]}-S{0[1]}-d{0[2]}x{0[3]}".format)
+@pytest.mark.parametrize("way", ["cuda", "triton", "cpp", "reference", "compile", "chain"])
+def bench_preconditioned_push(benchmark, run, device, small, size, way):
+    n, s, d_in, d_out = (2, 5, 6, 7) if small else size
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    scale = torch.rand(d_out, d_in, device=device)
+    shapes = ((s, d_in), (s, d_in), (n, s, d_out))
+    factors = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    benchmark.group = f"preconditioned_push L={n} S=T={s} d_in={d_in} d_out={d_out} {dtype}"
+    opponents = {"chain": blas_chain}
+    call = way_to_call("preconditioned_push", way, opponents, device, dtype, small)
+    plain = blas_chain(scale.to(dtype), *factors)
+    run(
+        lambda: call(scale.to(dtype) if way == "chain" else scale, *factors),
+        truth=blas_chain(scale.double(), *(x.double() for x in factors)),
+        plain=plain,
+        dtype=dtype,
+        flops=4 * n * d_out * d_in * s,
+        traffic=factors[0].element_size() * (2 * s * d_in + n * s * d_out) + 4 * scale.numel(),
         bound="flops",
         must_match=way not in opponents,
     )

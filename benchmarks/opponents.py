@@ -107,9 +107,10 @@ def textbook(model, observed: Tokens, updated: Tokens) -> Tensor:
         torch.func.vjp(lambda p, e=example: log_probs(model, e, p), parameters)
         for example in (observed, updated)
     ]
-    rows = torch.func.vmap(pulls[0][1])(torch.eye(len(pulls[0][0])))[0]
+    unit_rows = [torch.eye(len(values), dtype=values.dtype) for values, _ in pulls]
+    rows = torch.func.vmap(pulls[0][1])(unit_rows[0])[0]
     columns = []
-    for part in torch.eye(len(pulls[1][0])).split(16):
+    for part in unit_rows[1].split(16):
         other = torch.func.vmap(pulls[1][1])(part)[0]
         columns.append(sum(rows[n].flatten(1) @ other[n].flatten(1).T for n in parameters))
     return torch.cat(columns, dim=1)

@@ -1,4 +1,7 @@
-"""Adds one section to a results file, with the machine, versions and commit that made it."""
+"""Adds one section to a results file, with the machine, versions and commit that made it.
+
+python benchmarks/record.py .benchmarks/latest.json benchmarks/results/NAME.json    # section "ops"
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import datetime
 import json
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +51,29 @@ def record(path: str | Path, section: str, result: Any) -> None:
     content = json.loads(path.read_text()) if path.exists() else {}
     content[section] = {"made_by": provenance(), "result": result}
     path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def ops_section(run: dict[str, Any]) -> dict[str, Any]:
+    """What pytest-benchmark measured: one case per op, sizes and way, ratios to the reference."""
+    from lddyn import ops
+
+    cases = []
+    for entry in run["benchmarks"]:
+        info = entry["extra_info"]
+        op = entry["name"].split("[")[0].removeprefix("bench_")
+        cases.append({
+            "op": op, "case": entry["group"].removeprefix(f"{op} "), "way": entry["params"]["way"],
+            "seconds": entry["stats"]["median"], "match": info["match"], "error": info["error"],
+            "bound": info["bound"], "device": info["device"],
+            "percent_of_ceiling": info[f"percent_of_{info['bound']}_ceiling"],
+        })  # fmt: skip
+    reference = {(c["op"], c["case"]): c["seconds"] for c in cases if c["way"] == "reference"}
+    for case in cases:
+        case["times_reference"] = case["seconds"] / reference[case["op"], case["case"]]
+    names = dict.fromkeys(c["op"] for c in cases)
+    about = {name: getattr(ops, name).__doc__.splitlines()[0].rstrip(".") for name in names}
+    return {"about": about, "cases": cases}
+
+
+if __name__ == "__main__":
+    record(sys.argv[2], "ops", ops_section(json.loads(Path(sys.argv[1]).read_text())))

@@ -1,7 +1,7 @@
-"""Renders benchmarks/results/*.json: tables into the README, plots beside the results.
+"""Renders benchmarks/results/*.json: tables into the README and docs/, plots beside the results.
 
-python benchmarks/report.py                 # rewrites README.md between its markers
-python benchmarks/report.py --check         # fails if the README is not what the results say
+python benchmarks/report.py                 # rewrites each page between its markers
+python benchmarks/report.py --check         # fails if a page is not what the results say
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "kernels.md"]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -30,6 +31,13 @@ def made_by(section: dict) -> str:
     )
 
 
+def duration(seconds: float) -> str:
+    """Seconds in the unit that fits."""
+    if seconds >= 1:
+        return f"{seconds:.1f} s"
+    return f"{1e3 * seconds:.0f} ms" if seconds >= 0.01 else f"{1e3 * seconds:.2g} ms"
+
+
 def megabytes(value: float) -> str:
     """Bytes as MB."""
     return f"{value / 1e6:,.0f} MB"
@@ -44,22 +52,65 @@ def influence(section: dict) -> str:
         if "error" in row:
             rows.append([name, "–", "–", "–", "–", row["error"].replace("|", "/")[:80]])
             continue
+        covers = row.get("covers", "all")
         rows.append([
-            name, f"{row['seconds']:.1f} s", f"{row['times_lddyn']:.1f}×",
+            name, duration(row["seconds"]), f"{row['times_lddyn']:.1f}×",
             megabytes(row["peak_bytes"]), f"{row['memory_over_lddyn']:.1f}×",
-            f"{row['relative_difference']:.0e}",
+            f"{row['relative_difference']:.0e}" + ("" if covers == "all" else f" ({covers})"),
         ])  # fmt: skip
     best = result["methods"]["lddyn"]
+    memory = (
+        f" Its peak memory is **{result['over_least_bytes']:.2f}×** the "
+        f"{megabytes(result['least_bytes'])} of its inputs and one block's factors."
+        if "least_bytes" in result
+        else ""
+    )
+    truth = f" Differences are to {result['truth']}." if "truth" in result else ""
     return (
         f"d = {sizes['hidden']}, {sizes['layers']} layers, T = {sizes['length']}, M = L = "
         f"{sizes['response']}, V = {sizes['vocabulary']:,}, float32, {result['threads']} thread"
-        f"{'s' if result['threads'] > 1 else ''}.\n\n"
+        f"{'s' if result['threads'] > 1 else ''}"
+        f"{'; one sequence on both sides' if result.get('self') else ''}.{truth}\n\n"
         + table(["method", "time", "/ lddyn", "peak memory", "/ lddyn", "difference"], rows)
-        + f"\n\nAgainst the planner: {best['planned_flops'] / 1e9:.0f} GFLOP at the "
+        + f"\n\nAgainst the planner: {best['planned_flops'] / 1e9:.3g} GFLOP at the "
         f"{best['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s of a matrix product measured in the "
-        f"same process is {result['planned_seconds']:.1f} s; lddyn takes "
-        f"**{result['over_plan']:.2f}×** that.\n\n<sub>{made_by(section)}</sub>"
+        f"same process is {duration(result['planned_seconds'])}; lddyn takes "
+        f"**{result['over_plan']:.2f}×** that.{memory}\n\n<sub>{made_by(section)}</sub>"
     )
+
+
+def ops(section: dict) -> str:
+    """What each op does, what bounds it, and how close each backend comes; its largest case."""
+    result = section["result"]
+    backends = ("reference", "cpp", "triton", "cuda")
+    rows = []
+    for op, about in result["about"].items():
+        some = [c for c in result["cases"] if c["op"] == op]
+        largest = max(some, key=lambda c: c["seconds"] if c["way"] == "reference" else 0)["case"]
+        ways = {c["way"]: c for c in some if c["case"] == largest}
+        others = [c for way, c in ways.items() if way not in backends]
+        best = min(others, key=lambda c: c["seconds"], default=None)
+        rows.append([
+            f"`{op}`", about.replace("|", "/"), largest.replace("torch.", ""),
+            ways["reference"]["bound"],
+            *(closeness(ways.get(way)) for way in backends),
+            f"{best['way']}: {closeness(best)}" if best else "–",
+        ])  # fmt: skip
+    header = ["op", "what it does", "case", "bound", *backends, "best opponent"]
+    return (
+        "The slowest case of each op: median time, and the share of the ceiling (FLOP/s of a "
+        "square product, or bytes/s of a copy) measured in the same run. ✗: further from float64 "
+        "than twice plain torch. All cases are in the results file.\n\n"
+        f"{table(header, rows)}\n\n<sub>{made_by(section)}</sub>"
+    )
+
+
+def closeness(case: dict | None) -> str:
+    """Time and share of the ceiling of one measured case."""
+    if case is None:
+        return "–"
+    wrong = "" if case["match"] else " ✗"
+    return f"{duration(case['seconds'])}, {case['percent_of_ceiling']:.0f} %{wrong}"
 
 
 def scaling(section: dict) -> str:
@@ -152,7 +203,13 @@ SECTIONS = {
     "scaling": scaling,
     "exactness": exactness,
     "orders": orders,
+    "ops": ops,
 }
+
+
+def renderer(name: str):
+    """The function that renders a section, or None."""
+    return influence if name.startswith("influence-") else SECTIONS.get(name)
 
 
 def plot_scaling(section: dict, path: Path) -> None:
@@ -196,23 +253,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = original = readme.read_text(encoding="utf-8")
+    pages = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    original = dict(pages)
     for path in sorted(RESULTS.glob("*.json")):
         for name, section in json.loads(path.read_text()).items():
-            start, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-            if name in SECTIONS and start in text:
-                before, rest = text.split(start, 1)
-                after = rest.split(end, 1)[1]
-                text = f"{before}{start}\n{SECTIONS[name](section)}\n{end}{after}"
+            start, end, render = f"<!-- {name}:begin -->", f"<!-- {name}:end -->", renderer(name)
+            for page, text in pages.items():
+                if render and start in text:
+                    before, rest = text.split(start, 1)
+                    after = rest.split(end, 1)[1]
+                    pages[page] = f"{before}{start}\n{render(section)}\n{end}{after}"
             if name == "scaling" and not args.check:
                 plot_scaling(section, RESULTS / "scaling.png")
-    if args.check:
-        if text != original:
-            print("README.md is not what benchmarks/results says: run benchmarks/report.py")
-        return int(text != original)
-    readme.write_text(text, encoding="utf-8")
-    return 0
+    stale = [page for page in PAGES if pages[page] != original[page]]
+    for page in stale:
+        if args.check:
+            print(f"{page.relative_to(ROOT)} is not what benchmarks/results says: "
+                  "run benchmarks/report.py")  # fmt: skip
+        else:
+            page.write_text(pages[page], encoding="utf-8")
+    return int(args.check and bool(stale))
 
 
 if __name__ == "__main__":
