@@ -36,6 +36,7 @@ from lddyn.ledger import (
     HEAD,
     POST,
     TAIL,
+    Gain,
     LedgerEntry,
     Tap,
     UnsupportedModelError,
@@ -143,6 +144,8 @@ class Replay:
     input: Tensor | None
     taps: list[Tap]
     direct: list[tuple[str, Any, torch.Size]]  # name, gradient edge, shape
+    gains: list[Gain] = field(default_factory=list)
+    routed: bool = False  # whether tokens were picked by their values
 
 
 class Anatomy:
@@ -215,6 +218,7 @@ class Anatomy:
         self._norms: dict[nn.Module, layers.Norm | None] = {}
         self._activations: dict[nn.Module, bool] = {}
         self._rotary: dict[str, bool] = {}  # by the Python module that defines the function
+        self.rowwise: dict[str, bool] = {}  # segments known to act on every position by itself
 
     # ----- facts
 
@@ -339,7 +343,7 @@ class Anatomy:
                 if type(module).__module__.split(".")[-1] in ("activation", "activations"):
                     bind = self._activation(module, module.forward, watch)
                 elif all(p.dim() == 1 for p in module.parameters()):
-                    bind = self._norm(module, module.forward)
+                    bind = self._norm(module, module.forward, watch)
                 if bind is not None:
                     stack.enter_context(_replaced(module, "forward", bind))
             for name in {type(m).__module__ for b in self.blocks for m in b.modules()}:
@@ -349,7 +353,9 @@ class Anatomy:
                     stack.enter_context(_replaced(sys.modules[name], "apply_rotary_pos_emb", bind))
             yield
 
-    def _norm(self, module: nn.Module, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _norm(
+        self, module: nn.Module, original: Callable[..., Tensor], watch: Watch
+    ) -> Callable[..., Tensor]:
         def norm(*args: Any, **kwargs: Any) -> Tensor:
             x = args[0] if len(args) == 1 and not kwargs else None
             if not isinstance(x, Tensor):
@@ -362,7 +368,14 @@ class Anatomy:
             if found is None:
                 return original(x)
             with torch._C.DisableTorchFunction():
-                return found(x)
+                out, normalized = found(x)
+                weight, bias = (
+                    self.trainable_by_id.get(id(p), (None,))[0] for p in (found.weight, found.bias)
+                )
+                if out.requires_grad and watch.active:
+                    edge = get_gradient_edge(out)
+                    watch.gains.append(Gain(weight, bias, normalized, edge))
+                return out
 
         return norm
 
@@ -644,17 +657,22 @@ class Anatomy:
             short = self.calls(trace, length)
         return length if _is_slice(short, whole) else trace.length
 
-    def replay(self, trace: Trace, segment: int, length: int) -> Replay:
+    def replay(self, trace: Trace, segment: int, length: int, rows: Tensor | None = None) -> Replay:
         """Recomputes one segment on a prefix with gradients on. Call inside `analysis()`.
 
         segment 0 is the front, 1 … B the blocks, B + 1 the tail. The output has the shape of a
-        hidden state (1, length, d); the tail's output is the head's input at every position.
+        hidden state (1, length, d); the tail's output is the head's input at every position. With
+        `rows`, a block or the tail runs on these positions alone, (1, rows, d), and gains are
+        differentiated at the outputs of their norms instead of directly (see `rowwise`).
         """
         names = self.segments
         label = names[segment]
         direct = [
-            (n, self.trainable[n]) for n in sorted(self.direct) if label in self.ledger[n].segments
+            (n, self.trainable[n])
+            for n in sorted(self.direct)
+            if rows is None and label in self.ledger[n].segments
         ]
+        kept = slice(0, length) if rows is None else rows
         watch = Watch(self, tapping=True)
         watch.segment = label
         captured: list[Tensor] = []
@@ -665,14 +683,19 @@ class Anatomy:
             edges.append((name, get_gradient_edge(parameter), parameter.shape))
         try:
             if 0 < segment < len(names) - 1:
-                x = trace.inputs[segment - 1][:, :length].detach().requires_grad_(True)
+                x = trace.inputs[segment - 1][:, kept].detach().requires_grad_(True)
                 args, kwargs = self.calls(trace, length)[segment - 1]
+                if rows is not None:
+                    args, kwargs = _at_rows((args, kwargs), length, rows)
                 with watch, self._recognised(watch):
-                    result = self.blocks[segment - 1](*_join_hidden(x, args), **kwargs)
+                    try:
+                        result = self.blocks[segment - 1](*_join_hidden(x, args), **kwargs)
+                    except layers.Stopped:
+                        result = x
                 captured.append(result[0] if isinstance(result, tuple | list) else result)
             else:
                 if segment > 0:
-                    x = trace.inputs[-1][:, :length].detach().requires_grad_(True)
+                    x = trace.inputs[-1][:, kept].detach().requires_grad_(True)
 
                 def block(i: int, original: Any, args: Any, kwargs: Any) -> Any:
                     hidden, args, kwargs = _split_hidden(args, kwargs)
@@ -689,12 +712,13 @@ class Anatomy:
                     return self._dummy(h)
 
                 watch.active = segment == 0
+                tokens = length if rows is None else len(rows)  # models reshape by their input's
                 with watch, self._recognised(watch), self._patched(block, head):
-                    self._run(trace.ids[:, :length])
+                    self._run(trace.ids[:, :tokens])
         finally:
             for _, parameter in direct:
                 parameter.requires_grad_(False)
-        return Replay(captured[0], x, watch.taps, edges)
+        return Replay(captured[0], x, watch.taps, edges, watch.gains, watch.routed)
 
     # ----- the ledger, for people
 
@@ -710,6 +734,20 @@ class Anatomy:
             }
             for e in self.ledger.values()
         ]
+
+
+def _at_rows(value: Any, length: int, rows: Tensor) -> Any:
+    """Arguments of a block for some of its positions: angles, masks (their queries), ids."""
+    if isinstance(value, Tensor):
+        axis = {1: 0, 2: 1, 3: 1, 4: 2}.get(value.dim())
+        if axis is None or value.shape[axis] != length:
+            return value
+        return value.index_select(axis, rows)
+    if isinstance(value, dict):
+        return {k: _at_rows(v, length, rows) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_at_rows(v, length, rows) for v in value)
+    return value
 
 
 @contextlib.contextmanager

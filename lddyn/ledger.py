@@ -57,6 +57,16 @@ class Tap:
 
 
 @dataclass
+class Gain:
+    """A norm y = x̂ ∘ w + b with trainable parameters, as a replay met it."""
+
+    weight: str | None
+    bias: str | None
+    normalized: Tensor
+    edge: Any  # gradient edge of y
+
+
+@dataclass
 class Work:
     """What the products of one segment cost in one forward pass: FLOPs, and output elements."""
 
@@ -110,6 +120,8 @@ class Watch(TorchFunctionMode):
         self.segment = FRONT
         self.taps: list[Tap] = []
         self.work: dict[str, Work] = {}  # what the products of each segment cost
+        self.gains: list[Gain] = []
+        self.routed = False  # whether tokens were picked by their values
         self.activated: dict[int, tuple[Tensor, layers.Activated]] = {}  # by id of φ(a)
         # id -> (tensor, parameter name, suffix such as "[3]", transposed); tensors are kept alive
         # so that an id cannot be reused while we hold it.
@@ -129,6 +141,7 @@ class Watch(TorchFunctionMode):
         if not self.active:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
+        self.routed |= name in _ROUTING
         if self.activated and name in ("mul", "__mul__", "__rmul__"):
             gated = self._gate(args)
             if gated is not None:
@@ -276,6 +289,9 @@ class Watch(TorchFunctionMode):
 
 
 _PRODUCTS = frozenset(("linear", "addmm", "matmul", "__matmul__", "mm", "embedding"))
+
+# What a mixture of experts uses to send tokens to their experts.
+_ROUTING = frozenset(("topk", "nonzero", "one_hot", "index_add_", "scatter", "argsort"))
 
 # Attribute reads and predicates that touch a parameter without using its values.
 _METADATA = frozenset(

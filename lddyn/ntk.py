@@ -19,13 +19,11 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from lddyn import ops
 from lddyn.anatomy import Anatomy, Trace, undisturbed
 from lddyn.examples import Example
+from lddyn.factors import Factors, merge, pair
 from lddyn.pullback import (
     DEFAULT_MEMORY,
-    Factors,
     Pullback,
     is_out_of_memory,
-    merge,
-    pair,
     parse_memory,
     segments_down,
 )

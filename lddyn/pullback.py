@@ -12,17 +12,17 @@ of the prefix per chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lddyn import ops
 from lddyn.anatomy import Anatomy, Replay, Trace, back_project
 from lddyn.examples import Example
-from lddyn.ledger import Tap
+from lddyn.factors import Factors, HeadFactor, batched_vjp
+from lddyn.rowwise import pull_rows
 
 Gradient = dict[str, Tensor]  # parameter name -> tensor of its shape
 
@@ -56,175 +56,15 @@ def parse_memory(memory: int | str) -> int:
     return value
 
 
-# --------------------------------------------------------------------------- factors
-
-
-@dataclass
-class HeadFactor:
-    """The head's factors: one row each. Gradient of W for cotangent l: v_l ⊗ h_l."""
-
-    weight: str | None
-    bias: str | None
-    hidden: Tensor  # (L, d)
-    rows: Tensor  # (L, V), cotangents on the raw logits
-
-
-@dataclass
-class Factors:
-    """Token gradients of one segment for one chunk of cotangents, as factors.
-
-    taps: (tap, δ) with δ of shape (c, rows, d_out); direct: name -> (c, *shape) materialised.
-    lengths (c,): cotangent m reaches tokens t < lengths[m] of the `tokens` replayed ones.
-    """
-
-    taps: list[tuple[Tap, Tensor]] = field(default_factory=list)
-    direct: dict[str, Tensor] = field(default_factory=dict)
-    head: HeadFactor | None = None
-    lengths: Tensor | None = None
-    tokens: int = 0
-
-    def reach(self, tap: Tap) -> Tensor | None:
-        """Lengths of the tap's rows, or None where its rows are not the replayed tokens."""
-        return self.lengths if len(tap.activations) == self.tokens else None
-
-    def __len__(self) -> int:
-        if self.head is not None:
-            return self.head.rows.shape[0]
-        tensors = [d for _, d in self.taps] + list(self.direct.values())
-        return tensors[0].shape[0] if tensors else 0
-
-
-def pair(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> None:
-    """Adds Σ over parameters of ⟨gradient of one's m, gradient of other's l⟩, named, as (c, c').
-
-    `one` is observed, `other` updated: autograd does not update the embedding row of a padding
-    token, so that row is left out of the updated side only.
-    """
-    weights: dict[str, list[tuple[Tap, Tensor]]] = {}
-    biases: dict[str, list[Tensor]] = {}
-    for tap, delta in other.taps:
-        if tap.weight is not None:
-            weights.setdefault(tap.weight, []).append((tap, delta))
-        if tap.bias is not None:
-            biases.setdefault(tap.bias, []).append(delta.sum(1))
-    for tap, delta in one.taps:
-        if tap.weight is not None:
-            for tap_u, delta_u in weights.get(tap.weight, ()):
-                lengths = one.reach(tap), other.reach(tap_u)
-                add(tap.weight, _pair_tap(tap, delta, tap_u, delta_u, *lengths))
-        if tap.bias is not None:
-            for summed in biases.get(tap.bias, ()):
-                add(tap.bias, _wide(delta.sum(1)) @ _wide(summed).T)
-    for name, gradient in one.direct.items():
-        if name in other.direct:
-            add(name, _wide(gradient.flatten(1)) @ _wide(other.direct[name].flatten(1)).T)
-    pair_head(one, other, add)
-
-
-def merge(chunks: list[tuple[Tensor, Factors]]) -> list[tuple[Tensor, Factors]]:
-    """Joins the chunks of one side, so that what is paired with them is pushed once, not per chunk.
-
-    Shorter prefixes are filled with zeros. Taps whose rows are not a prefix of the longest chunk's
-    (packed experts see a subset of tokens) leave the chunks as they are.
-    """
-    if len(chunks) < 2:
-        return chunks
-    longest = chunks[-1][1]
-    for _, factors in chunks:
-        names = [(t.kind, t.weight, t.bias) for t, _ in factors.taps]
-        if names != [(t.kind, t.weight, t.bias) for t, _ in longest.taps]:
-            return chunks
-        if factors.direct.keys() != longest.direct.keys():
-            return chunks
-        for (tap, _), (reference, _) in zip(factors.taps, longest.taps, strict=True):
-            if not _is_prefix(tap.activations, reference.activations):
-                return chunks
-    rows = torch.cat([r for r, _ in chunks])
-    known = [f.lengths for _, f in chunks if f.lengths is not None]
-    joined = Factors(
-        direct={n: torch.cat([f.direct[n] for _, f in chunks]) for n in longest.direct},
-        lengths=torch.cat(known) if len(known) == len(chunks) else None,
-        tokens=longest.tokens,
-    )
-    for i, (tap, delta) in enumerate(longest.taps):
-        out = delta.new_empty(len(rows), *delta.shape[1:])
-        start = 0
-        for _, factors in chunks:
-            part = factors.taps[i][1]
-            out[start : start + len(part), : part.shape[1]] = part
-            out[start : start + len(part), part.shape[1] :] = 0
-            start += len(part)
-        joined.taps.append((tap, out))
-    return [(rows, joined)]
-
-
-def _is_prefix(short: Tensor, long: Tensor) -> bool:
-    """Equal up to the rounding of a product over fewer rows."""
-    head = long[: len(short)]
-    if short.shape != head.shape:
-        return False
-    if not short.is_floating_point():
-        return torch.equal(short, head)
-    limit = 64 * torch.finfo(short.dtype).eps * float(long.abs().max())
-    return bool((short - head).abs().max() <= limit)
-
-
-def pair_head(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> None:
-    """The head's part, and the cross terms of a head tied to the embedding."""
-    if one.head is not None and other.head is not None:
-        products = one.head.rows @ other.head.rows.T
-        if one.head.weight is not None:
-            add(one.head.weight, products * (_wide(one.head.hidden) @ _wide(other.head.hidden).T))
-        if one.head.bias is not None:
-            add(one.head.bias, products)
-    elif other.head is not None and other.head.weight is not None:
-        for tap, delta in one.taps:
-            if tap.weight == other.head.weight:
-                add(tap.weight, _pair_embedding_head(tap, delta, other.head))
-    elif one.head is not None and one.head.weight is not None:
-        for tap, delta in other.taps:
-            if tap.weight == one.head.weight:
-                delta = delta * tap.updated()[:, None]
-                add(tap.weight, _pair_embedding_head(tap, delta, one.head).T)
-
-
-def _pair_embedding_head(tap: Tap, delta: Tensor, head: HeadFactor) -> Tensor:
-    """Σ_t v_l[x_t] ⟨δ_m[t], h_l⟩ for the embedding rows of one side and the head of the other."""
-    if tap.kind != "embedding":
-        raise NotImplementedError(f"{tap.weight} is tied to the head through a {tap.kind} product")
-    picked = head.rows[:, tap.activations]  # (L, t)
-    projected = _wide(delta) @ _wide(head.hidden).T  # (c, t, L)
-    return torch.einsum("mtl,lt->ml", projected, picked)
-
-
-def _pair_tap(
-    tap_o: Tap,
-    delta_o: Tensor,
-    tap_u: Tap,
-    delta_u: Tensor,
-    lengths_o: Tensor | None,
-    lengths_u: Tensor | None,
-) -> Tensor:
-    if tap_o.kind == tap_u.kind == "embedding":
-        same = tap_o.activations[:, None] == tap_u.activations[None, :]
-        same &= tap_u.updated()[None, :]
-        pushed = torch.matmul(same.to(delta_o.dtype).T, delta_o)
-        return _wide(pushed.flatten(1)) @ _wide(delta_u.flatten(1)).T
-    if tap_o.kind != tap_u.kind:
-        raise NotImplementedError(f"{tap_o.weight}: {tap_o.kind} and {tap_u.kind} uses mixed")
-    return ops.gram(tap_o.activations, delta_o, tap_u.activations, delta_u, lengths_o, lengths_u)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 # --------------------------------------------------------------------------- pulling
 
 
 @dataclass
 class Chunk:
-    """Cotangents that travel together: rows of the side, their prefix, their state (c, 1, t, d)."""
+    """Cotangents that travel together: rows of the side, their prefix and their state.
+
+    The state is (c, d), at the tokens' own positions, above the last attention; (c, 1, t, d) below.
+    """
 
     rows: Tensor
     length: int
@@ -270,9 +110,7 @@ class Pullback:
         self.chunks: list[Chunk] = []
         for part, state in zip(order.split(chunk), g.split(chunk), strict=True):
             length = self.anatomy.prefix(trace, int(trace.positions[part].max()) + 1)
-            dense = state.new_zeros(len(part), 1, length, state.shape[-1])
-            dense[torch.arange(len(part)), 0, trace.positions[part]] = state
-            self.chunks.append(Chunk(part, length, dense))
+            self.chunks.append(Chunk(part, length, state))
 
     def head_factors(self) -> Factors:
         """Factors of the head for the selected rows, in position order."""
@@ -312,8 +150,17 @@ class Pullback:
         self.chunks = done
 
     def _pull(self, segment: int, chunk: Chunk) -> tuple[Tensor, Factors]:
-        replay = self.anatomy.replay(self.trace, segment, chunk.length)
-        state, factors = pull(replay, chunk.state)
+        state = chunk.state
+        pulled = None
+        if state.dim() == 2:
+            if segment >= len(self.anatomy.blocks):
+                pulled = pull_rows(self.trace, segment, chunk.rows, chunk.length, state)
+            dense = state.new_zeros(len(state), 1, chunk.length, state.shape[-1])
+            dense[torch.arange(len(state)), 0, self.trace.positions[chunk.rows]] = state
+            state = dense
+        if pulled is None:
+            pulled = pull(self.anatomy.replay(self.trace, segment, chunk.length), state)
+        state, factors = pulled
         factors.lengths = self.trace.positions[chunk.rows] + 1
         factors.tokens = chunk.length
         return state, factors
@@ -327,27 +174,10 @@ def pull(replay: Replay, cotangents: Tensor) -> tuple[Tensor, Factors]:
         targets.append(replay.input)
     if not targets:
         return cotangents, Factors()
-    gradients: list[Tensor | None] = [None] * len(targets)
-    reached: list[int] = []
-
-    def vjp(cotangent: Tensor) -> tuple[Tensor, ...]:
-        found = torch.autograd.grad(replay.output, targets, cotangent, allow_unused=True)
-        reached[:] = [i for i, x in enumerate(found) if x is not None]
-        return tuple(x for x in found if x is not None)
-
     batch = cotangents.view(len(cotangents), *replay.output.shape)
-    results = torch.func.vmap(vjp)(batch)
-    for i, result in zip(reached, results, strict=True):
-        gradients[i] = result
-    factors = Factors()
-    for tap, gradient in zip(replay.taps, gradients, strict=False):
-        if gradient is not None:
-            factors.taps.append((tap, gradient.reshape(len(cotangents), -1, tap.width)))
-    middle = gradients[len(replay.taps) :]
-    for (name, _, _), gradient in zip(replay.direct, middle, strict=False):
-        if gradient is not None:
-            factors.direct[name] = gradient
-    state = gradients[-1] if replay.input is not None else cotangents
+    gradients = batched_vjp([replay.output], targets, [batch])
+    state = gradients.pop() if replay.input is not None else cotangents
+    factors = Factors.of(replay, gradients, len(cotangents))
     return (torch.zeros_like(cotangents) if state is None else state), factors
 
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from lddyn.anatomy import Anatomy, Replay, Trace, project
+from lddyn.factors import Factors, HeadFactor, spread, summed
 from lddyn.ledger import FRONT, Tap
 from lddyn.ops import preconditioned_push
-from lddyn.pullback import Factors, HeadFactor
 
 Direction = dict[str, Tensor]
 HeadNames = tuple[str | None, str | None]  # the head's weight and bias, None where frozen
@@ -108,10 +108,9 @@ class AlongFactors(Source):
             self.head_factor = part.head or self.head_factor
             for tap, delta in part.taps:
                 if tap.weight is not None:
-                    self.by_weight.setdefault(tap.weight, []).append((tap, delta))
+                    self.by_weight.setdefault(tap.weight, []).append((tap, spread(delta)))
                 if tap.bias is not None:
-                    summed = delta.sum(1)
-                    self.by_bias[tap.bias] = self.by_bias.get(tap.bias, 0) + summed
+                    self.by_bias[tap.bias] = self.by_bias.get(tap.bias, 0) + summed(delta)
             for name, gradient in part.direct.items():
                 self.by_name[name] = self.by_name.get(name, 0) + gradient
 
@@ -332,7 +331,9 @@ def pair_direction(
             if moved is not None:
                 add(
                     str(part.weight or part.bias),
-                    torch.einsum("ctd,td->c", wide, moved[0].to(wide)),
+                    torch.einsum(
+                        "ctd,td->c" if wide.dim() == 3 else "cd,cd->c", wide, moved[0].to(wide)
+                    ),
                 )
     for name, gradient in one.direct.items():
         if (moved := source.direct(name)) is not None:

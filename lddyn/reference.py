@@ -117,13 +117,13 @@ def _stretches(t: int, n: int, lengths: Tensor | None) -> list[tuple[int, int, i
     reach = [min(t, int(x)) for x in lengths.tolist()]
     if reach != sorted(reach):
         return [(0, max(reach, default=0), 0)]
-    # Stops are a sixteenth of the tokens apart at least: short stretches make slow products.
-    stops: list[int] = []
+    # Stops are an eighth of the tokens apart at least: short stretches make slow products.
+    step, stops = max(16, t // 8), list[int]()
     for length in reach:
-        if not stops or length >= stops[-1] + max(8, t // 16):
+        if len(stops) < 2 or length - stops[-2] > step:
             stops.append(length)
         else:
-            stops[-1] = max(stops[-1], length)
+            stops[-1] = length
     found, first, start = [], 0, 0
     for stop in stops:
         if stop > start:

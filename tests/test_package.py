@@ -25,6 +25,8 @@ LAYERS = [
     {"layers"},
     {"ledger"},
     {"anatomy", "objectives", "optimizers", "examples"},
+    {"factors"},
+    {"rowwise"},
     {"pullback", "pushforward"},
     {"ntk", "store", "plan", "sketch"},
     {"dynamics", "probes", "massflow", "decompose", "figures"},

@@ -1,0 +1,234 @@
+"""Token gradients as factors: what a pullback leaves at the taps, and its inner products.
+
+The gradient of a weight W at a tap y = x Wᵀ is Σ_t δ[t] ⊗ x[t] for each of c cotangents. It is kept
+as the pair (x, δ), paired with the factors of another side by `ops.gram`, and never formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lddyn import ops
+from lddyn.anatomy import Replay
+from lddyn.ledger import Tap
+
+
+def batched_vjp(
+    outputs: Sequence[Tensor], targets: Sequence[Any], cotangents: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients (c, …) of the targets for c cotangents of one graph; None without a path."""
+    gradients: list[Tensor | None] = [None] * len(targets)
+    reached: list[int] = []
+
+    def vjp(*given: Tensor) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(outputs, targets, given, allow_unused=True)
+        reached[:] = [i for i, x in enumerate(found) if x is not None]
+        return tuple(x for x in found if x is not None)
+
+    for i, result in zip(reached, torch.func.vmap(vjp)(*cotangents), strict=True):
+        gradients[i] = result
+    return gradients
+
+
+@dataclass
+class HeadFactor:
+    """The head's factors: one row each. Gradient of W for cotangent l: v_l ⊗ h_l."""
+
+    weight: str | None
+    bias: str | None
+    hidden: Tensor  # (L, d)
+    rows: Tensor  # (L, V), cotangents on the raw logits
+
+
+@dataclass
+class Factors:
+    """Token gradients of one segment for one chunk of cotangents, as factors.
+
+    taps: (tap, δ) with δ of shape (c, rows, d_out), or (c, d_out) where cotangent m has row m of
+    the activations for its own (see `rowwise`); direct: name -> (c, *shape) materialised.
+    lengths (c,): cotangent m reaches tokens t < lengths[m] of the `tokens` replayed ones.
+    """
+
+    taps: list[tuple[Tap, Tensor]] = field(default_factory=list)
+    direct: dict[str, Tensor] = field(default_factory=dict)
+    head: HeadFactor | None = None
+    lengths: Tensor | None = None
+    tokens: int = 0
+
+    def reach(self, tap: Tap, delta: Tensor) -> Tensor | None:
+        """Lengths of the tap's rows, or None where its rows are not the replayed tokens."""
+        return self.lengths if delta.dim() == 3 and delta.shape[1] == self.tokens else None
+
+    @classmethod
+    def of(cls, replay: Replay, gradients: Sequence[Tensor | None], count: int) -> Factors:
+        """From the gradients (count, …) of a replay's taps and direct parameters."""
+        factors = cls()
+        for tap, gradient in zip(replay.taps, gradients, strict=False):
+            if gradient is not None:
+                factors.taps.append((tap, gradient.reshape(count, -1, tap.width)))
+        for (name, _, _), gradient in zip(
+            replay.direct, gradients[len(replay.taps) :], strict=True
+        ):
+            if gradient is not None:
+                factors.direct[name] = gradient
+        return factors
+
+    def add_direct(self, name: str, gradient: Tensor) -> None:
+        """One more use of a directly differentiated parameter."""
+        known = self.direct.get(name)
+        self.direct[name] = gradient if known is None else known + gradient
+
+    def __len__(self) -> int:
+        if self.head is not None:
+            return self.head.rows.shape[0]
+        tensors = [d for _, d in self.taps] + list(self.direct.values())
+        return tensors[0].shape[0] if tensors else 0
+
+
+def pair(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> None:
+    """Adds Σ over parameters of ⟨gradient of one's m, gradient of other's l⟩, named, as (c, c').
+
+    `one` is observed, `other` updated: autograd does not update the embedding row of a padding
+    token, so that row is left out of the updated side only.
+    """
+    weights: dict[str, list[tuple[Tap, Tensor]]] = {}
+    biases: dict[str, list[Tensor]] = {}
+    for tap, delta in other.taps:
+        if tap.weight is not None:
+            weights.setdefault(tap.weight, []).append((tap, delta))
+        if tap.bias is not None:
+            biases.setdefault(tap.bias, []).append(summed(delta))
+    for tap, delta in one.taps:
+        if tap.weight is not None:
+            for tap_u, delta_u in weights.get(tap.weight, ()):
+                lengths = one.reach(tap, delta), other.reach(tap_u, delta_u)
+                add(tap.weight, _pair_tap(tap, delta, tap_u, delta_u, *lengths))
+        if tap.bias is not None:
+            for other_sum in biases.get(tap.bias, ()):
+                add(tap.bias, _wide(summed(delta)) @ _wide(other_sum).T)
+    for name, gradient in one.direct.items():
+        if name in other.direct:
+            add(name, _wide(gradient.flatten(1)) @ _wide(other.direct[name].flatten(1)).T)
+    pair_head(one, other, add)
+
+
+def merge(chunks: list[tuple[Tensor, Factors]]) -> list[tuple[Tensor, Factors]]:
+    """Joins the chunks of one side, so that what is paired with them is pushed once, not per chunk.
+
+    Shorter prefixes are filled with zeros. Taps whose rows are not a prefix of the longest chunk's
+    (packed experts see a subset of tokens) leave the chunks as they are.
+    """
+    if len(chunks) < 2:
+        return chunks
+    longest = chunks[-1][1]
+    for _, factors in chunks:
+        names = [(t.kind, t.weight, t.bias, d.dim()) for t, d in factors.taps]
+        if names != [(t.kind, t.weight, t.bias, d.dim()) for t, d in longest.taps]:
+            return chunks
+        if factors.direct.keys() != longest.direct.keys():
+            return chunks
+        for (tap, delta), (reference, _) in zip(factors.taps, longest.taps, strict=True):
+            if delta.dim() == 3 and not _is_prefix(tap.activations, reference.activations):
+                return chunks
+    rows = torch.cat([r for r, _ in chunks])
+    known = [f.lengths for _, f in chunks if f.lengths is not None]
+    joined = Factors(
+        direct={n: torch.cat([f.direct[n] for _, f in chunks]) for n in longest.direct},
+        lengths=torch.cat(known) if len(known) == len(chunks) else None,
+        tokens=longest.tokens,
+    )
+    for i, (tap, delta) in enumerate(longest.taps):
+        if delta.dim() == 2:
+            parts = [factors.taps[i] for _, factors in chunks]
+            tap = replace(tap, activations=torch.cat([t.activations for t, _ in parts]))
+            joined.taps.append((tap, torch.cat([d for _, d in parts])))
+            continue
+        out = delta.new_empty(len(rows), *delta.shape[1:])
+        start = 0
+        for _, factors in chunks:
+            part = factors.taps[i][1]
+            out[start : start + len(part), : part.shape[1]] = part
+            out[start : start + len(part), part.shape[1] :] = 0
+            start += len(part)
+        joined.taps.append((tap, out))
+    return [(rows, joined)]
+
+
+def _is_prefix(short: Tensor, long: Tensor) -> bool:
+    """Equal up to the rounding of a product over fewer rows."""
+    head = long[: len(short)]
+    if short.shape != head.shape:
+        return False
+    if not short.is_floating_point():
+        return torch.equal(short, head)
+    limit = 64 * torch.finfo(short.dtype).eps * float(long.abs().max())
+    return bool((short - head).abs().max() <= limit)
+
+
+def pair_head(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> None:
+    """The head's part, and the cross terms of a head tied to the embedding."""
+    if one.head is not None and other.head is not None:
+        products = one.head.rows @ other.head.rows.T
+        if one.head.weight is not None:
+            add(one.head.weight, products * (_wide(one.head.hidden) @ _wide(other.head.hidden).T))
+        if one.head.bias is not None:
+            add(one.head.bias, products)
+    elif other.head is not None and other.head.weight is not None:
+        for tap, delta in one.taps:
+            if tap.weight == other.head.weight:
+                add(tap.weight, _pair_embedding_head(tap, delta, other.head))
+    elif one.head is not None and one.head.weight is not None:
+        for tap, delta in other.taps:
+            if tap.weight == one.head.weight:
+                delta = delta * tap.updated()[:, None]
+                add(tap.weight, _pair_embedding_head(tap, delta, one.head).T)
+
+
+def _pair_embedding_head(tap: Tap, delta: Tensor, head: HeadFactor) -> Tensor:
+    """Σ_t v_l[x_t] ⟨δ_m[t], h_l⟩ for the embedding rows of one side and the head of the other."""
+    if tap.kind != "embedding":
+        raise NotImplementedError(f"{tap.weight} is tied to the head through a {tap.kind} product")
+    picked = head.rows[:, tap.activations]  # (L, t)
+    projected = _wide(delta) @ _wide(head.hidden).T  # (c, t, L)
+    return torch.einsum("mtl,lt->ml", projected, picked)
+
+
+def summed(delta: Tensor) -> Tensor:
+    """Σ_t δ[t] (c, d_out): the gradient of a bias."""
+    return delta.sum(1) if delta.dim() == 3 else delta
+
+
+def spread(delta: Tensor) -> Tensor:
+    """Factors over the rows of the activations (c, rows, d_out), also where they are rank one."""
+    return delta if delta.dim() == 3 else torch.diag_embed(delta.T).movedim(0, -1)
+
+
+def _pair_tap(
+    tap_o: Tap,
+    delta_o: Tensor,
+    tap_u: Tap,
+    delta_u: Tensor,
+    lengths_o: Tensor | None,
+    lengths_u: Tensor | None,
+) -> Tensor:
+    if tap_o.kind == tap_u.kind == "embedding":
+        same = tap_o.activations[:, None] == tap_u.activations[None, :]
+        same &= tap_u.updated()[None, :]
+        pushed = torch.matmul(same.to(delta_o.dtype).T, delta_o)
+        return _wide(pushed.flatten(1)) @ _wide(delta_u.flatten(1)).T
+    if tap_o.kind != tap_u.kind:
+        raise NotImplementedError(f"{tap_o.weight}: {tap_o.kind} and {tap_u.kind} uses mixed")
+    if delta_o.dim() == delta_u.dim() == 2:
+        similarity = _wide(tap_o.activations) @ _wide(tap_u.activations).T
+        return similarity * (_wide(delta_o) @ _wide(delta_u).T)
+    delta_o, delta_u = spread(delta_o), spread(delta_u)
+    return ops.gram(tap_o.activations, delta_o, tap_u.activations, delta_u, lengths_o, lengths_u)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,208 @@
+"""Above the last attention a cotangent lives on one position: its factors there are rank one.
+
+The tail, and the top block from its attention output upwards, act on every position by itself. A
+cotangent of the token at p is pulled through them as one row of a plain backward pass, not as one
+of c cotangents over t positions; only what it sends to keys and values spreads over t <= p. For B
+blocks this saves about 1/B of the whole pullback.
+
+Nothing is assumed of the architecture: the rows are replayed from the gathered rows of the block's
+input and arguments, and must give the rows of the forward pass. A block that does not attend once
+through `layers.attention`, or that routes its tokens, is pulled back over all positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lddyn import layers
+from lddyn.anatomy import Replay, Trace
+from lddyn.factors import Factors, batched_vjp
+from lddyn.ledger import Gain
+
+
+class _Unfit(Exception):
+    """The segment cannot be replayed row by row."""
+
+
+def pull_rows(
+    trace: Trace, segment: int, rows: Tensor, length: int, state: Tensor
+) -> tuple[Tensor, Factors] | None:
+    """Pulls one row per cotangent through the tail or the last block.
+
+    Args:
+        trace: The stored forward pass.
+        segment: The tail, or the last block.
+        rows: Response tokens (c,) whose cotangents these are.
+        length: Tokens of the prefix that holds all of them.
+        state: Cotangents (c, d) of the segment's output, at the tokens' own positions.
+
+    Returns:
+        For the tail, the cotangents (c, d) of its input; for the block those over the whole prefix,
+        (c, 1, length, d); and the factors. None if the segment does not act row by row.
+    """
+    anatomy = trace.anatomy
+    label = anatomy.segments[segment]
+    if not anatomy.rowwise.get(label, True):
+        return None
+    try:
+        tail = segment == len(anatomy.segments) - 1
+        result = (_tail if tail else _last_block)(trace, segment, rows, length, state)
+    except _Unfit:
+        anatomy.rowwise[label] = False
+        return None
+    anatomy.rowwise[label] = True
+    return result
+
+
+def _tail(
+    trace: Trace, segment: int, rows: Tensor, length: int, state: Tensor
+) -> tuple[Tensor, Factors]:
+    replay = _replay_rows(trace, segment, rows, length)
+    gradients = _backward(replay, replay.output, state[None], [replay.input])
+    moved = gradients[-1]
+    assert moved is not None
+    return moved[0], _factors(replay, gradients[:-1], {})
+
+
+def _last_block(
+    trace: Trace, segment: int, rows: Tensor, length: int, state: Tensor
+) -> tuple[Tensor, Factors]:
+    anatomy = trace.anatomy
+    positions = trace.positions[rows]
+    keys: list[tuple[Tensor, Tensor]] = []
+    attended: list[tuple[Tensor, layers.Rows]] = []
+
+    def keep_keys(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+        keys.append((key, value))
+        raise layers.Stopped
+
+    def attend_rows(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Tensor:
+        key, value = (x.detach().squeeze(0) for x in keys[0])
+        if mask is None or mask.shape[-2:] != (len(rows), key.shape[1]):
+            raise _Unfit
+        found = layers.Rows(query.detach().squeeze(0), key, value, mask[0], scale, softcap)
+        attended.append((query, found))
+        return found.output.transpose(0, 1).unsqueeze(0)
+
+    # What the keys and values of the whole prefix are made of; then the rows above them.
+    with layers.intercepted(keep_keys):
+        below = anatomy.replay(trace, segment, length)
+    if len(keys) != 1 or below.input is None:
+        raise _Unfit
+    with layers.intercepted(attend_rows):
+        above = _replay_rows(trace, segment, rows, length)
+    if len(attended) != 1:
+        raise _Unfit
+    query, middle = attended[0]
+    # From the block's output down to the attention's, then from its queries to the block's input.
+    first = _backward(above, above.output, state[None], [above.input, middle.output])
+    grad_output = first.pop()
+    if grad_output is None:
+        raise _Unfit
+    grad_query, grad_key, grad_value = middle.pull(grad_output)
+    second = _backward(above, query, grad_query.unsqueeze(0), [above.input])
+    gradients = [
+        y if x is None else x if y is None else x + y for x, y in zip(first, second, strict=True)
+    ]
+    targets = [tap.edge for tap in below.taps] + [edge for _, edge, _ in below.direct]
+    spread = batched_vjp(
+        keys[0], [*targets, below.input], (grad_key.unsqueeze(1), grad_value.unsqueeze(1))
+    )
+    moved = spread.pop()
+    if moved is None:
+        moved = state.new_zeros(len(rows), *below.input.shape)
+    own = gradients.pop()
+    if own is not None:
+        moved[torch.arange(len(rows)), 0, positions] += own[0]
+    factors = _factors(above, gradients, _token_axes(below.gains, above.gains))
+    lower = Factors.of(below, spread, len(rows))
+    factors.taps += lower.taps
+    for name, gradient in lower.direct.items():
+        factors.add_direct(name, gradient)
+    return moved, factors
+
+
+def _replay_rows(trace: Trace, segment: int, rows: Tensor, length: int) -> Replay:
+    """The segment on the gathered rows alone; raises `_Unfit` if they are not the forward's."""
+    anatomy = trace.anatomy
+    label = anatomy.segments[segment]
+    positions = trace.positions[rows]
+    replay = anatomy.replay(trace, segment, length, positions)
+    whole = all(
+        tap.kind != "embedding"
+        and "[" not in f"{tap.weight}{tap.bias}"  # packed experts
+        and len(tap.activations) == len(rows)
+        for tap in replay.taps
+    )
+    scaled = {name for gain in replay.gains for name in (gain.weight, gain.bias)}
+    direct = {n for n in anatomy.direct if label in anatomy.ledger[n].segments}
+    if replay.routed or not whole or not direct <= scaled:
+        raise _Unfit
+    if label not in anatomy.rowwise:
+        last = segment == len(anatomy.segments) - 1
+        expected = trace.hidden[rows] if last else trace.inputs[segment][0, positions]
+        found = replay.output.detach().reshape(-1, replay.output.shape[-1])
+        if found.shape != expected.shape:
+            raise _Unfit
+        limit = 1e-4 if found.element_size() >= 4 else 5e-2
+        if not bool((found - expected).abs().max() <= limit * expected.abs().max()):
+            raise _Unfit
+    return replay
+
+
+def _backward(
+    replay: Replay, output: Tensor, grad: Tensor, inputs: list[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of the replay's taps, of its gains, and of some inputs."""
+    targets = [tap.edge for tap in replay.taps] + [gain.edge for gain in replay.gains]
+    return list(
+        torch.autograd.grad(
+            output, [*targets, *inputs], grad.view_as(output), retain_graph=True, allow_unused=True
+        )
+    )
+
+
+def _token_axes(below: list[Gain], above: list[Gain]) -> dict[str | None, int]:
+    """Which axis of a norm's input runs over tokens: the one that shrank with the rows.
+
+    Norms of queries and keys see heads before or after the tokens.
+    """
+    axes: dict[str | None, int] = {}
+    for one, other in zip(below, above, strict=False):
+        shapes = zip(one.normalized.shape, other.normalized.shape, strict=True)
+        changed = [axis for axis, (long, short) in enumerate(shapes) if long != short]
+        if one.normalized.dim() > 3 and len(changed) == 1:
+            axes[other.weight] = changed[0]
+    return axes
+
+
+def _factors(
+    replay: Replay, gradients: list[Tensor | None], axes: dict[str | None, int]
+) -> Factors:
+    """Rank-one factors of the taps, and the gradients of gains and biases, row by row."""
+    factors = Factors()
+    for tap, gradient in zip(replay.taps, gradients, strict=False):
+        if gradient is not None:
+            factors.taps.append((tap, gradient.reshape(-1, tap.width)))
+    for gain, gradient in zip(replay.gains, gradients[len(replay.taps) :], strict=True):
+        if gradient is None:
+            continue
+        axis = axes.get(gain.weight, 1)
+        if gradient.dim() > 3 and gain.weight not in axes:
+            raise _Unfit
+        rows, normalized = (x.movedim(axis, 0).flatten(1, -2) for x in (gradient, gain.normalized))
+        if gain.weight is not None:
+            factors.add_direct(gain.weight, (rows * normalized).sum(1))
+        if gain.bias is not None:
+            factors.add_direct(gain.bias, rows.sum(1))
+    return factors
