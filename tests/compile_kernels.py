@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lddyn.kernels import gram, precondition, residual, sketch
+from lddyn.kernels import elementwise, gram, precondition, residual, sketch
 
 ELEMENTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -50,6 +50,23 @@ def cases():
         pair = config | sketch._pairing(config)
         yield f"sketch-project-{element}", sketch._project_kernel, pointers, config
         yield f"sketch-pair-{element}", sketch._sketch_kernel, [*pointers, "fp32"], pair
+        yield from elementwise_cases(element)
+
+
+def elementwise_cases(element):
+    """The kernels of lddyn/kernels/elementwise.py, whose norms hold whole rows in registers."""
+    e, config = element, elementwise._config(4864)
+    yield f"gated_pullback-{e}", elementwise._gated_pullback_kernel, [e] * 5, config
+    yield f"gated_pushforward-{e}", elementwise._gated_pushforward_kernel, [e] * 5, config.copy()
+    for size in (896, 4096, 8192):
+        config = {"CENTRED": True} | elementwise._pullback_config(size)
+        pointers = [e, "fp32", e, e, e, "fp32"]
+        yield f"norm_pullback-{e}-{size}", elementwise._norm_pullback_kernel, pointers, config
+        config = {"CENTRED": True} | elementwise._pushforward_config(size)
+        pointers = pointers[:-1]
+        yield f"norm_pushforward-{e}-{size}", elementwise._norm_pushforward_kernel, pointers, config
+    config = {"TRANSPOSE": True} | elementwise._rotary_config(128)
+    yield f"rotary-{e}", elementwise._rotary_kernel, [e] * 4, config
 
 
 def usage(cubin):

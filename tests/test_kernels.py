@@ -33,6 +33,18 @@ KERNELS += [
     for element in ELEMENTS
     for tokens in sizes
 ]
+KERNELS += [
+    f"{kernel}-{element}{columns}"
+    for kernel, sizes in (
+        ("gated_pullback", ("",)),
+        ("gated_pushforward", ("",)),
+        ("norm_pullback", ("-896", "-4096", "-8192")),
+        ("norm_pushforward", ("-896", "-4096", "-8192")),
+        ("rotary", ("",)),
+    )
+    for element in ELEMENTS
+    for columns in sizes
+]
 
 
 @functools.cache
@@ -60,7 +72,8 @@ def test_triton_kernel_compiles_without_spills(kernel, capability):
     row = compiled()[kernel, capability]
     assert row["STACK"] == 0 and row["LOCAL"] == 0
     assert row["shared"] + row["SHARED"] <= SHARED_LIMIT[capability]
-    if not kernel.startswith("residual") and "fp32" not in kernel:
+    dots = not kernel.startswith(("residual-", "gated", "norm", "rotary"))
+    if dots and "fp32" not in kernel:
         assert row["mma"] == TENSOR_CORES[capability]
 
 
@@ -74,7 +87,7 @@ def cuobjdump():
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids="sm{}".format)
-@pytest.mark.parametrize("source", ["residual", "gram"])
+@pytest.mark.parametrize("source", ["residual", "gram", "sketch"])
 def test_cuda_kernel_compiles_without_spills(source, capability, tmp_path):
     cubin = tmp_path / "kernel.cubin"
     command = [nvcc(), "-std=c++17", "-O3", "-cubin", f"-arch=sm_{capability}", "-o", cubin]
@@ -90,7 +103,7 @@ def test_cuda_kernel_compiles_without_spills(source, capability, tmp_path):
     )
     assert set(re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage)) == {"0"}
     assert max(map(int, re.findall(r"SHARED:(\d+)", usage))) <= 48 << 10  # static shared memory
-    if source == "gram":
+    if source != "residual":
         assert "HMMA" in sass  # tensor cores
         assert "BF16" in sass and "TF32" in sass
 

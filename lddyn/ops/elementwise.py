@@ -6,6 +6,7 @@ indexed by position alone and shared by the whole batch. The floor of all of the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +39,17 @@ def _sizes(x: Tensor) -> Any:
 def _with_rows(x: Tensor) -> Tensor:
     """The tensor with contiguous rows: itself, or a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _triton(name: str) -> Callable[..., Any]:
+    """The launcher of one kernel, imported at its first call."""
+
+    def launch(*operands: Any) -> Any:
+        from lddyn.kernels import elementwise
+
+        return getattr(elementwise, name)(*operands)
+
+    return launch
 
 
 # --------------------------------------------------------------------------- gated activations
@@ -111,7 +123,11 @@ _gated_pullback = register(
         "gated_pullback",
         _check_gated_pullback,
         _gated_pullback_fake,
-        {"cpp": _gated_pullback_cpp, "reference": reference.gated_pullback},
+        {
+            "triton": _triton("gated_pullback"),
+            "cpp": _gated_pullback_cpp,
+            "reference": reference.gated_pullback,
+        },
         lambda normal: (normal(5, 7), normal(5, 7), normal(3, 5, 7)),
     ),
     "(Tensor value, Tensor slope, Tensor grads) -> (Tensor gate, Tensor up)",
@@ -121,7 +137,11 @@ _gated_pushforward = register(
         "gated_pushforward",
         _check_gated_pushforward,
         _gated_pushforward_fake,
-        {"cpp": _gated_pushforward_cpp, "reference": reference.gated_pushforward},
+        {
+            "triton": _triton("gated_pushforward"),
+            "cpp": _gated_pushforward_cpp,
+            "reference": reference.gated_pushforward,
+        },
         lambda normal: (normal(5, 7), normal(5, 7), normal(3, 5, 7), normal(3, 5, 7)),
     ),
     "(Tensor value, Tensor slope, Tensor gate, Tensor up) -> Tensor",
@@ -270,7 +290,11 @@ _norm_pullback = register(
         "norm_pullback",
         _check_norm,
         _norm_pullback_fake,
-        {"cpp": _norm_pullback_cpp, "reference": reference.norm_pullback},
+        {
+            "triton": _triton("norm_pullback"),
+            "cpp": _norm_pullback_cpp,
+            "reference": reference.norm_pullback,
+        },
         _norm_sample,
     ),
     "(Tensor normalized, Tensor rstd, Tensor weight, Tensor grads, bool centred) -> "
@@ -281,7 +305,11 @@ _norm_pushforward = register(
         "norm_pushforward",
         _check_norm,
         _norm_pushforward_fake,
-        {"cpp": _norm_pushforward_cpp, "reference": reference.norm_pushforward},
+        {
+            "triton": _triton("norm_pushforward"),
+            "cpp": _norm_pushforward_cpp,
+            "reference": reference.norm_pushforward,
+        },
         _norm_sample,
     ),
     "(Tensor normalized, Tensor rstd, Tensor weight, Tensor tangents, bool centred) -> Tensor",
@@ -402,7 +430,7 @@ _rotary = register(
         "rotary",
         _check_rotary,
         _rotary_fake,
-        {"cpp": _rotary_cpp, "reference": reference.rotary},
+        {"triton": _triton("rotary"), "cpp": _rotary_cpp, "reference": reference.rotary},
         lambda normal: (normal(3, 2, 5, 6), normal(5, 6), normal(5, 6), True),
     ),
     "(Tensor x, Tensor cos, Tensor sin, bool transpose) -> Tensor",
