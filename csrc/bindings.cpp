@@ -111,6 +111,28 @@ lddyn::Gram gram(uintptr_t similarity, uintptr_t grads_o, uintptr_t grads_u, uin
           splits,
           static_cast<lddyn::Dtype>(dtype)};
 }
+
+lddyn::Sketch sketch(uintptr_t activations, uintptr_t grads, uintptr_t projected, uintptr_t pushed,
+                     uintptr_t out, int64_t c, int64_t t, int64_t d_in, int64_t d_out,
+                     int64_t size_out, int64_t size_in, int64_t repeats, int64_t key_out,
+                     int64_t key_in, float scale, int dtype) {
+  return {pointer<const void>(activations),
+          pointer<const void>(grads),
+          pointer<float>(projected),
+          pointer<float>(pushed),
+          pointer<float>(out),
+          c,
+          t,
+          d_in,
+          d_out,
+          size_out,
+          size_in,
+          repeats,
+          key_out,
+          key_in,
+          scale,
+          static_cast<lddyn::Dtype>(dtype)};
+}
 #endif
 
 }  // namespace
@@ -137,6 +159,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("rotary_cpu", &rotary_cpu, release());
 #ifdef LDDYN_CUDA
   py::class_<lddyn::Gram>(m, "Gram").def(py::init(&gram));
+  py::class_<lddyn::Sketch>(m, "Sketch").def(py::init(&sketch));
+  m.def("sketch_cuda", &lddyn::sketch_cuda, py::call_guard<py::gil_scoped_release>());
   m.def("residual_cuda", &lddyn::residual_cuda, py::call_guard<py::gil_scoped_release>());
   m.def("gram_cuda", &lddyn::gram_cuda, py::call_guard<py::gil_scoped_release>());
 #endif

@@ -115,4 +115,29 @@ struct Gram {
 // gram.cu: push, pair and a sum over splits; not float64; no size may be 0, m and splits <= 65535.
 int gram_cuda(const Gram& p, uintptr_t stream);
 
+// Operands of `sketch`, contiguous: activations (t, d_in), grads (c, t, d_out), SplitMix64's seeds
+// key_in and key_out; result out (c, repeats, size_out, size_in) float32, times scale. Workspaces,
+// float32: projected (repeats * size_in, t) and pushed (c, repeats * size_out, t).
+struct Sketch {
+  const void* activations;
+  const void* grads;
+  float* projected;
+  float* pushed;
+  float* out;
+  int64_t c;
+  int64_t t;
+  int64_t d_in;
+  int64_t d_out;
+  int64_t size_out;
+  int64_t size_in;
+  int64_t repeats;
+  int64_t key_out;
+  int64_t key_in;
+  float scale;
+  Dtype dtype;
+};
+
+// sketch.cu: project both sides, then pair; not float64; no size may be 0, and c <= 65535.
+int sketch_cuda(const Sketch& p, uintptr_t stream);
+
 }  // namespace lddyn

@@ -17,6 +17,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lddyn import reference
+
 family = importlib.import_module("lddyn.ops.gram")
 ROOT = Path(__file__).parents[1]
 DRIVER = """
@@ -46,24 +48,20 @@ class Gram(ctypes.Structure):
     )
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """csrc/gram.cu as host code: launches become calls, CUDA's headers are empty."""
+def build(name, driver, launches, folder):
+    """csrc/NAME.cu as host code: launches become calls, CUDA's headers are empty."""
     compiler = shutil.which("g++") or pytest.skip("NO g++: the CUDA kernels were not emulated")
-    folder = tmp_path_factory.mktemp("emulated")
-    source = (ROOT / "csrc" / "gram.cu").read_text()
-    source, launches = LAUNCH.subn(
-        r"emulated::launch(dynamic_shared, \2, [=] { \1(\3); });", source
-    )
-    assert launches == 3
+    source = (ROOT / "csrc" / f"{name}.cu").read_text()
     shared = "extern __shared__ __align__(16) unsigned char dynamic_shared[]"
-    assert shared in source
+    memory = "dynamic_shared" if shared in source else "nullptr"
+    source, found = LAUNCH.subn(rf"emulated::launch({memory}, \2, [=] {{ \1(\3); }});", source)
+    assert found == launches
     source = source.replace(shared, "__align__(16) unsigned char dynamic_shared[96 << 10]")
-    (folder / "gram.cu").write_text(source)
+    (folder / f"{name}.cu").write_text(source)
     for header in ("cuda_bf16.h", "cuda_fp16.h"):
         (folder / header).write_text("")
     (folder / "warp.cuh").write_text('#include "emulate.h"\n')
-    (folder / "driver.cpp").write_text(DRIVER)
+    (folder / "driver.cpp").write_text(driver)
     target = folder / "emulated.so"
     includes = [f"-I{path}" for path in (folder, ROOT / "tests", ROOT / "csrc")]
     command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", *includes]
@@ -72,6 +70,11 @@ def library(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(target))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return build("gram", DRIVER, 3, tmp_path_factory.mktemp("gram"))
 
 
 @pytest.fixture
@@ -177,3 +180,76 @@ def test_gram_kernels_beyond_2_to_the_31_elements(library, assert_accurate):
     wide = similarity[:, :s].double(), columns.double()
     truth = torch.einsum("ts,msj,ltj->ml", wide[0], wide[1], wide[1])
     assert_accurate(partial.sum(0), truth, None, torch.bfloat16)
+
+
+# --------------------------------------------------------------------------- sketch
+
+SKETCH_DRIVER = """
+#include "sketch.cu"
+extern "C" int sketch(const lddyn::Sketch* p) { return lddyn::sketch_cuda(*p, 0); }
+"""
+# (T, d_in, d_out, C, size_out, size_in, repeats): aligned, ragged rows, ragged everything; one;
+# many tiles of each.
+SKETCH_SHAPES = [
+    (32, 64, 128, 2, 16, 16, 8),
+    (33, 32, 72, 3, 16, 8, 5),
+    (17, 9, 13, 3, 5, 3, 14),
+    (1, 1, 1, 1, 1, 1, 1),
+    (131, 5, 70, 2, 70, 40, 2),
+]
+
+
+class Sketch(ctypes.Structure):
+    """The struct of csrc/lddyn.h."""
+
+    _fields_ = (
+        *((f"pointer_{i}", ctypes.c_void_p) for i in range(5)),
+        *((f"size_{i}", ctypes.c_int64) for i in range(9)),
+        ("scale", ctypes.c_float),
+        ("dtype", ctypes.c_int),
+    )
+
+
+@pytest.fixture(scope="module")
+def sketch_library(tmp_path_factory):
+    return build("sketch", SKETCH_DRIVER, 2, tmp_path_factory.mktemp("sketch"))
+
+
+@pytest.fixture
+def emulated_sketch(sketch_library, monkeypatch):
+    """lddyn.ops' own launch of the kernels, on CPU tensors."""
+    module = importlib.import_module("lddyn.ops.sketch")
+    native = SimpleNamespace(
+        Sketch=Sketch, sketch_cuda=lambda p, stream: sketch_library.sketch(ctypes.byref(p))
+    )
+    monkeypatch.setattr(module, "native", lambda: native)
+    monkeypatch.setattr(module, "stream", lambda x: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return module._launch_cuda
+
+
+def make_sketch(shape, dtype):
+    t, d_in, d_out, c, *sizes = shape
+    return torch.randn(t, d_in).to(dtype), torch.randn(c, t, d_out).to(dtype), *sizes
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("shape", SKETCH_SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_sketch_kernels(shape, dtype, emulated_sketch, assert_accurate):
+    """Every product with a sign is exact: float32's floor holds for all dtypes."""
+    a, g, *sizes = make_sketch(shape, dtype)
+    out = emulated_sketch(a, g, *sizes, -77)
+    assert_accurate(out, reference.sketch(a.double(), g.double(), *sizes, -77), None, torch.float32)
+    assert torch.equal(out, emulated_sketch(a, g, *sizes, -77))
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_sketch_kernels_in_chunks_and_off_16_bytes(dtype, emulated_sketch, monkeypatch):
+    """A cotangent has the same bits in any batch and launch, and wherever it lies."""
+    a, g, *sizes = make_sketch((33, 32, 72, 3, 16, 8, 5), dtype)
+    whole = emulated_sketch(a, g, *sizes, 3)
+    shifted = torch.empty(g.numel() + 1, dtype=dtype)[1:].view(g.shape).copy_(g)
+    assert torch.equal(emulated_sketch(a, shifted, *sizes, 3), whole)
+    assert torch.equal(emulated_sketch(a, g[1:2], *sizes, 3), whole[1:2])
+    monkeypatch.setattr(importlib.import_module("lddyn.ops.sketch"), "_PUSHED", 1)
+    assert torch.equal(emulated_sketch(a, g, *sizes, 3), whole)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lddyn import reference
-from lddyn.ops.dispatch import Op, check_alike, register
+from lddyn.ops.dispatch import DTYPES, Op, check_alike, launched, native, register, stream
 
 
 def _check_sketch(
@@ -42,12 +43,39 @@ def _sketch_triton(
     return out
 
 
+# Elements of the projected cotangents that one CUDA launch keeps: 512 MiB.
+_PUSHED = 1 << 27
+
+
+def _launch_cuda(
+    activations: Tensor, grads: Tensor, size_out: int, size_in: int, repeats: int, seed: int
+) -> Tensor:
+    out = _sketch_fake(activations, grads, size_out, size_in, repeats, seed)
+    (c, t, d_out), d_in = grads.shape, activations.shape[1]
+    if 0 in (c, t, d_out, d_in):
+        return out.zero_()
+    activations, grads = activations.contiguous(), grads.contiguous()
+    rows = min(c, 65535, max(1, _PUSHED // (t * repeats * size_out)))
+    projected = out.new_empty(repeats * size_in, t)
+    pushed = out.new_empty(rows, repeats * size_out, t)
+    keys = reference.sign_key(seed, 1), reference.sign_key(seed, 0)
+    scale = (size_out * size_in) ** -0.5
+    with torch.cuda.device(out.device):
+        for lo in range(0, c, rows):
+            chunk, result = grads[lo : lo + rows], out[lo : lo + rows]
+            pointers = [x.data_ptr() for x in (activations, chunk, projected, pushed, result)]
+            sizes = (len(chunk), t, d_in, d_out, size_out, size_in, repeats)
+            operands = native().Sketch(*pointers, *sizes, *keys, scale, DTYPES[grads.dtype])
+            launched(native().sketch_cuda(operands, stream(out)))
+    return out
+
+
 _sketch = register(
     Op(
         "sketch",
         _check_sketch,
         _sketch_fake,
-        {"triton": _sketch_triton, "reference": reference.sketch},
+        {"cuda": _launch_cuda, "triton": _sketch_triton, "reference": reference.sketch},
         lambda normal: (normal(9, 5), normal(3, 9, 13), 4, 3, 2, 7),
     ),
     "(Tensor activations, Tensor grads, SymInt size_out, SymInt size_in, SymInt repeats, "
