@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLAGS = "-std=c++17 -O1 -g -fopenmp -fPIC -shared -fvisibility=hidden -fno-omit-frame-pointer"
+FLAGS = "-std=c++17 -O0 -g -fopenmp -fPIC -shared -fvisibility=hidden -fno-omit-frame-pointer"
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 
 # Run in a process of its own: the sanitized module takes the place of lddyn._C. Operands are as
