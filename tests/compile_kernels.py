@@ -86,6 +86,7 @@ def main():
     assert os.environ.get("TRITON_INTERPRET") != "1"
     for capability in map(int, sys.argv[1:]):
         for name, kernel, pointers, config, *multiples in cases():
+            config = dict(config)
             options = {"num_warps": config.pop("num_warps")}
             names = kernel.arg_names
             types = [f"*{pointer}" for pointer in pointers]
