@@ -148,3 +148,149 @@ def residual(logits, targets):
             **_config(vocabulary),
         )
     return out, logp, entropy, squared_norm, top
+
+
+# --------------------------------------------------------------------------- residual_gram
+
+
+@triton.jit
+def _gram_statistics_kernel(
+    logits_ptr,
+    targets_ptr,
+    peak_ptr,
+    others_ptr,
+    V,
+    stride_n,
+    stride_v,
+    BLOCK_V: tl.constexpr,
+):
+    """Of all columns but the target's: the largest logit, and Σ exp(z - peak)."""
+    pid_n = tl.program_id(0).to(tl.int64)
+    z_ptr = logits_ptr + pid_n * stride_n
+    offs = tl.arange(0, BLOCK_V)
+    low = -float("inf")
+    y = tl.load(targets_ptr + pid_n)
+
+    peak = low
+    others = 0.0
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + offs.to(tl.int64)
+        mask = (offs_v < V) & (offs_v != y)
+        z = tl.load(z_ptr + offs_v * stride_v, mask=mask, other=low).to(tl.float32)
+        higher = tl.maximum(peak, tl.max(z, axis=0))
+        level = tl.where(higher == low, 0.0, higher)
+        scale = tl.where(peak == low, 0.0, _exp(tl.where(peak == low, 0.0, peak - level)))
+        others = others * scale + tl.sum(tl.where(z == low, 0.0, _exp(z - level)), axis=0)
+        peak = higher
+
+    own = tl.load(z_ptr + y * stride_v).to(tl.float32)
+    peak = tl.where(peak == low, own, peak)  # all others are masked
+    bad = (tl.abs(peak) == float("inf")) | (own == float("inf"))
+    tl.store(peak_ptr + pid_n, tl.where(bad, float("nan"), peak))
+    tl.store(others_ptr + pid_n, others)
+
+
+@triton.jit
+def _gram_weights(z, peak, y, offs_v, mask):
+    """Tile of exp(z - peak), 0 for targets, masked tokens and what is outside."""
+    z = z.to(tl.float32)
+    kept = mask & (offs_v[None, :] != y[:, None]) & (z != -float("inf"))
+    return tl.where(kept, _exp(tl.where(kept, z - peak[:, None], 0.0)), 0.0)
+
+
+@triton.jit
+def _gram_kernel(
+    logits_o_ptr,
+    targets_o_ptr,
+    peak_o_ptr,
+    logits_u_ptr,
+    targets_u_ptr,
+    peak_u_ptr,
+    out_ptr,
+    M,
+    L,
+    V,
+    stride_m,
+    stride_mv,
+    stride_l,
+    stride_lv,
+    PER_SPLIT,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Products of unnormalised tiles over one split of the columns."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_l = tl.program_id(1).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    split = tl.program_id(2).to(tl.int64)
+    mask_m, mask_l = offs_m < M, offs_l < L
+    peak_o = tl.load(peak_o_ptr + offs_m, mask=mask_m, other=0.0)
+    peak_u = tl.load(peak_u_ptr + offs_l, mask=mask_l, other=0.0)
+    y_o = tl.load(targets_o_ptr + offs_m, mask=mask_m, other=-1)
+    y_u = tl.load(targets_u_ptr + offs_l, mask=mask_l, other=-1)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_L), tl.float32)
+    first = split * PER_SPLIT
+    for start in range(first, tl.minimum(first + PER_SPLIT, V), BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V).to(tl.int64)
+        mask_o = mask_m[:, None] & (offs_v < V)[None, :]
+        p_o = logits_o_ptr + offs_m[:, None] * stride_m + offs_v[None, :] * stride_mv
+        w_o = tl.load(p_o, mask=mask_o, other=0.0)
+        w_o = _gram_weights(w_o, peak_o, y_o, offs_v, mask_o)
+        mask_u = mask_l[:, None] & (offs_v < V)[None, :]
+        p_u = logits_u_ptr + offs_l[:, None] * stride_l + offs_v[None, :] * stride_lv
+        w_u = tl.load(p_u, mask=mask_u, other=0.0)
+        w_u = _gram_weights(w_u, peak_u, y_u, offs_v, mask_u)
+        acc = tl.dot(w_o, tl.trans(w_u), acc, input_precision="tf32x3")
+    p_out = out_ptr + (split * M + offs_m)[:, None] * L + offs_l[None, :]
+    tl.store(p_out, acc, mask=mask_m[:, None] & mask_l[None, :])
+
+
+def _gram_config(interpreted: bool = False) -> dict[str, int]:
+    """Tiles; three TF32 products keep the digits of float32. Not measured on a GPU yet."""
+    block_v = 256 if interpreted else 32
+    return {"BLOCK_M": 32, "BLOCK_L": 32, "BLOCK_V": block_v, "num_warps": 4}
+
+
+def residual_gram(logits_o, targets_o, logits_u, targets_u):
+    """Launch: Σ_v w_o w_u over columns, w = exp(z - peak) without targets; and both sides' sums.
+
+    Returns the product (M, L), then (peak, Σ w) of o and of u; `lddyn.ops.residual` finishes.
+    """
+    sums = []
+    for logits, targets in ((logits_o, targets_o), (logits_u, targets_u)):
+        n, vocabulary = logits.shape
+        peak, others = logits.new_empty(2, n, dtype=torch.float32)
+        if n:
+            _gram_statistics_kernel[(n,)](
+                logits, targets, peak, others, vocabulary, *logits.stride(), **_config(vocabulary)
+            )
+        sums.append((peak, others))
+    (m, vocabulary), n = logits_o.shape, len(logits_u)
+    if 0 in (m, n):
+        return logits_o.new_zeros(m, n, dtype=torch.float32), *sums
+
+    config = _gram_config(not logits_o.is_cuda)
+    blocks_m, blocks_l = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_L"])
+    programs = 512 if logits_o.is_cuda else 2  # enough to fill a large GPU a few times over
+    tiles = triton.cdiv(vocabulary, config["BLOCK_V"])
+    per_split = triton.cdiv(tiles, max(1, programs // (blocks_m * blocks_l)))
+    splits = triton.cdiv(tiles, per_split)
+    partial = logits_o.new_empty(splits, m, n, dtype=torch.float32)
+    _gram_kernel[blocks_m, blocks_l, splits](
+        logits_o,
+        targets_o,
+        sums[0][0],
+        logits_u,
+        targets_u,
+        sums[1][0],
+        partial,
+        m,
+        n,
+        vocabulary,
+        *logits_o.stride(),
+        *logits_u.stride(),
+        per_split * config["BLOCK_V"],
+        **config,
+    )
+    return partial.sum(0), *sums

@@ -29,6 +29,11 @@ def cases():
         config = residual._config(151_936)
         pointers = [element, "i64", *["fp32"] * 4, "i64"]
         yield f"residual-{element}", residual._residual_kernel, pointers, config
+        statistics, pointers = residual._gram_statistics_kernel, [element, "i64", "fp32", "fp32"]
+        config = residual._config(151_936)
+        yield f"residual_gram-statistics-{element}", statistics, pointers, config
+        pointers = [element, "i64", "fp32"] * 2 + ["fp32"]
+        yield f"residual_gram-{element}", residual._gram_kernel, pointers, residual._gram_config()
         work = "bf16" if element == "bf16" else "fp32"
         for aligned, suffix in ((True, ""), (False, "-ragged")):
             push, pair = gram._config(dtype, aligned)
@@ -55,9 +60,10 @@ def cases():
 
 def elementwise_cases(element):
     """The kernels of lddyn/kernels/elementwise.py, whose norms hold whole rows in registers."""
-    e, config = element, elementwise._config(4864)
-    yield f"gated_pullback-{e}", elementwise._gated_pullback_kernel, [e] * 5, config
-    yield f"gated_pushforward-{e}", elementwise._gated_pushforward_kernel, [e] * 5, config.copy()
+    e = element
+    for name in ("gated_pullback", "gated_pushforward"):
+        kernel = getattr(elementwise, f"_{name}_kernel")
+        yield f"{name}-{e}", kernel, [e] * 5, elementwise._config(4864)
     for size in (896, 4096, 8192):
         config = {"CENTRED": True} | elementwise._pullback_config(size)
         pointers = [e, "fp32", e, e, e, "fp32"]

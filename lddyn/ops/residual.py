@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -220,32 +221,21 @@ _WORKSPACE = 1 << 18
 _MIN_COLUMNS = 128
 
 
+@dataclass(frozen=True)
 class _Side:
-    """One side of `residual_gram` on CPU: rows w = exp(z - peak), 0 for the target, unnormalised.
+    """One side of `residual_gram`: w = exp(z - peak), 0 for the target, unnormalised.
 
     With others = Σ w and Z = others + exp(z_y - peak): r_y = others / Z, and r_v = -w_v / Z
     elsewhere. The peak leaves the target out, so that nothing is lost when π_y → 1.
     """
 
-    def __init__(self, logits: Tensor, targets: Tensor):
-        self.logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        self.targets, self.threads = targets.contiguous(), torch.get_num_threads()
-        self.peak = logits.new_empty(len(logits), dtype=reference.wide(logits.dtype))
-        self.others = logits.new_zeros(len(logits), dtype=torch.float64)
-        tensors = self.logits, self.targets, self.peak, self.others
-        pointers = [x.data_ptr() for x in tensors]
-        sizes = *logits.shape, self.logits.stride(0), DTYPES[logits.dtype]
-        self.rows = native().ResidualRows(*pointers, *sizes)
-        native().residual_gram_peaks_cpu(self.rows, self.threads)
-
-    def fill(self, out: Tensor, lo: int, hi: int) -> Tensor:
-        """Columns [lo, hi) of w, in the space of out; their sums are added to others."""
-        tile = native().Tile(out.data_ptr(), out.stride(0), lo, hi)
-        native().residual_gram_fill_cpu(self.rows, tile, self.threads)
-        return out[:, : hi - lo]
+    logits: Tensor
+    targets: Tensor
+    peak: Tensor
+    others: Tensor
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """After all columns: 1 / Z, and r of the targets."""
+        """Per row, 1 / Z and r_y."""
         top = self.logits.gather(1, self.targets[:, None]).squeeze(1).double() - self.peak
         partition = self.others + top.exp()
         scale, own = 1 / partition, self.others / partition
@@ -257,26 +247,58 @@ class _Side:
         return z.sub_(self.peak[:, None]).exp_().mul_(scale[:, None])
 
 
+def _with_targets(out: Tensor, o: _Side, u: _Side) -> Tensor:
+    """Σ_v w_o w_u, in place, to ⟨r_o, r_u⟩: normalised, and with the columns of the targets."""
+    (scale_o, own_o), (scale_u, own_u) = o.finish(), u.finish()
+    out.mul_(scale_o[:, None]).mul_(scale_u)
+    crossed = own_o[:, None] * u.probabilities(o.targets, scale_u).T
+    crossed.addcmul_(o.probabilities(u.targets, scale_o), own_u)
+    same = o.targets[:, None] == u.targets
+    out.sub_(torch.where(same, -own_o[:, None] * own_u, crossed))
+    return _finite_gram(o.logits, u.logits, out) if out.device.type == "cpu" else out
+
+
 def _residual_gram_cpp(
     logits_o: Tensor, targets_o: Tensor, logits_u: Tensor, targets_u: Tensor
 ) -> Tensor:
-    """C++ fills tiles of columns that stay in cache, BLAS multiplies them; then the targets'."""
-    o, u = _Side(logits_o, targets_o), _Side(logits_u, targets_u)
+    """C++ fills tiles of columns that stay in cache, BLAS multiplies them."""
+    threads = torch.get_num_threads()
+
+    def side(logits: Tensor, targets: Tensor) -> tuple[_Side, Any]:
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        peak = logits.new_empty(len(logits), dtype=reference.wide(logits.dtype))
+        others = logits.new_zeros(len(logits), dtype=torch.float64)
+        found = _Side(logits, targets.contiguous(), peak, others)
+        pointers = [x.data_ptr() for x in (found.logits, found.targets, peak, others)]
+        sizes = *logits.shape, logits.stride(0), DTYPES[logits.dtype]
+        rows = native().ResidualRows(*pointers, *sizes)
+        native().residual_gram_peaks_cpu(rows, threads)
+        return found, rows
+
+    (o, rows_o), (u, rows_u) = side(logits_o, targets_o), side(logits_u, targets_u)
     rows, vocabulary = len(logits_o) + len(logits_u), logits_o.shape[1]
     width = min(vocabulary, max(_MIN_COLUMNS, _WORKSPACE // max(1, rows)))
-    space_o, space_u = o.peak.new_empty(rows, width).split([len(logits_o), len(logits_u)])
+    spaces = o.peak.new_empty(rows, width).split([len(logits_o), len(logits_u)])
     out = o.peak.new_zeros(len(logits_o), len(logits_u))
     for lo in range(0, vocabulary, width):
         hi = min(lo + width, vocabulary)
-        out.addmm_(o.fill(space_o, lo, hi), u.fill(space_u, lo, hi).T)
+        for operands, space in zip((rows_o, rows_u), spaces, strict=True):
+            tile = native().Tile(space.data_ptr(), width, lo, hi)
+            native().residual_gram_fill_cpu(operands, tile, threads)
+        out.addmm_(spaces[0][:, : hi - lo], spaces[1][:, : hi - lo].T)
+    return _with_targets(out, o, u)
 
-    (scale_o, own_o), (scale_u, own_u) = o.finish(), u.finish()
-    out.mul_(scale_o[:, None]).mul_(scale_u)
-    crossed = own_o[:, None] * u.probabilities(targets_o, scale_u).T
-    crossed.addcmul_(o.probabilities(targets_u, scale_o), own_u)
-    same = targets_o[:, None] == targets_u
-    out.sub_(torch.where(same, -own_o[:, None] * own_u, crossed))
-    return _finite_gram(logits_o, logits_u, out)
+
+def _residual_gram_triton(
+    logits_o: Tensor, targets_o: Tensor, logits_u: Tensor, targets_u: Tensor
+) -> Tensor:
+    from lddyn.kernels.residual import residual_gram as launch
+
+    targets_o, targets_u = targets_o.contiguous(), targets_u.contiguous()
+    out, sums_o, sums_u = launch(logits_o, targets_o, logits_u, targets_u)
+    return _with_targets(
+        out, _Side(logits_o, targets_o, *sums_o), _Side(logits_u, targets_u, *sums_u)
+    )
 
 
 def _residual_gram_sample(normal: Normal) -> tuple[Any, ...]:
@@ -288,7 +310,11 @@ _residual_gram = register(
         "residual_gram",
         _check_residual_gram,
         _residual_gram_fake,
-        {"cpp": _residual_gram_cpp, "reference": _residual_gram_reference},
+        {
+            "triton": _residual_gram_triton,
+            "cpp": _residual_gram_cpp,
+            "reference": _residual_gram_reference,
+        },
         _residual_gram_sample,
     ),
     "(Tensor logits_o, Tensor targets_o, Tensor logits_u, Tensor targets_u) -> Tensor",
