@@ -155,7 +155,7 @@ class Stopwatch:
         self.bytes = 8 * x.numel() / self.seconds(lambda: y.copy_(x))
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """Median over as many calls as fit a third of a second, at least three, after two to warm up."""
+        """Median of the calls that fit a third of a second, three or more, after two to warm up."""
         import torch
 
         cuda, budget = self.device == "cuda", 0.02 if self.small else 0.3
