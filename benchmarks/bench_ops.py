@@ -25,6 +25,12 @@ ATTENTION_SIZES = [(64, 8, 8, 128, 64), (16, 4, 4, 512, 64), (16, 8, 2, 256, 64)
 SKETCH_SIZES = [(64, 128, 256, 256, 16), (32, 128, 1024, 512, 16)]
 # (L, S = T, d_in, d_out).
 PRECONDITION_SIZES = [(16, 128, 512, 512), (8, 128, 1024, 1024), (8, 512, 512, 512)]
+# (M = L, V): few and many rows of Qwen 2.5's vocabulary.
+RESIDUAL_GRAM_SIZES = [(16, 151_936), (64, 151_936)]
+# (C, T, n): norms and gates of small models.
+ELEMENTWISE_SIZES = [(16, 96, 512), (16, 96, 1360), (16, 512, 2048)]
+# (C, H, T, e).
+ROTARY_SIZES = [(16, 8, 96, 64), (16, 16, 512, 64)]
 
 
 def way_to_call(op, way, opponents, device, dtype, small=False):
@@ -243,3 +249,88 @@ def bench_preconditioned_push(benchmark, run, device, small, size, way):
         bound="flops",
         must_match=way not in opponents,
     )
+
+
+# --------------------------------------------------------------------------- residual_gram
+
+
+def eager_residual_gram(logits_o, targets_o, logits_u, targets_u):
+    """Both residuals in full, and their product."""
+    return eager_residual(logits_o, targets_o) @ eager_residual(logits_u, targets_u).T
+
+
+@pytest.mark.parametrize("size", RESIDUAL_GRAM_SIZES, ids="M{0[0]}-V{0[1]}".format)
+@pytest.mark.parametrize("way", ["triton", "cpp", "reference", "compile", "softmax-onehot"])
+def bench_residual_gram(benchmark, run, device, small, size, way):
+    m, vocabulary = (2, 300) if small else size
+    args = []
+    for _ in range(2):
+        args.append(3 * torch.randn(m, vocabulary, device=device))
+        args.append(torch.randint(0, vocabulary, (m,), device=device))
+    benchmark.group = f"residual_gram M=L={m} V={vocabulary} {torch.float32}"
+    opponents = {"softmax-onehot": eager_residual_gram}
+    call = way_to_call("residual_gram", way, opponents, device, torch.float32, small)
+    run(
+        lambda: call(*args),
+        truth=reference.residual_gram(*(x.double() if x.is_floating_point() else x for x in args)),
+        plain=eager_residual_gram(*args),
+        dtype=torch.float32,
+        flops=2 * m * m * vocabulary,
+        traffic=2 * 4 * m * vocabulary,
+        bound="flops",
+        must_match=way != "softmax-onehot",
+    )
+
+
+# --------------------------------------------------------------------------- elementwise layers
+
+
+def run_elementwise(run, op, way, args, device, small, traffic, flops):
+    """One elementwise op against its reference, which is eager torch, alone and compiled."""
+    dtype = args[0].dtype
+    call = way_to_call(op, way, {}, device, dtype, small)
+    exact = [x.double() if isinstance(x, torch.Tensor) else x for x in args]
+    run(
+        lambda: call(*args),
+        truth=getattr(reference, op)(*exact),
+        plain=getattr(reference, op)(*args),
+        dtype=dtype,
+        flops=flops,
+        traffic=traffic * args[0].element_size(),
+        bound="bytes",
+        must_match=True,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", ELEMENTWISE_SIZES, ids="C{0[0]}-T{0[1]}-n{0[2]}".format)
+@pytest.mark.parametrize("way", ["triton", "cpp", "reference", "compile"])
+def bench_gated_pullback(benchmark, run, device, small, size, dtype, way):
+    c, t, n = (2, 3, 14) if small else size
+    args = [torch.randn(s, device=device).to(dtype) for s in ((t, n), (t, n), (c, t, n))]
+    benchmark.group = f"gated_pullback C={c} T={t} n={n} {dtype}"
+    run_elementwise(run, "gated_pullback", way, args, device, small, 3 * c * t * n, 2 * c * t * n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", ELEMENTWISE_SIZES, ids="C{0[0]}-T{0[1]}-n{0[2]}".format)
+@pytest.mark.parametrize("way", ["triton", "cpp", "reference", "compile"])
+def bench_norm_pullback(benchmark, run, device, small, size, dtype, way):
+    c, t, n = (2, 3, 14) if small else size
+    hat, weight, grads = (
+        torch.randn(s, device=device).to(dtype) for s in ((t, n), (n,), (c, t, n))
+    )
+    args = [hat, torch.rand(t, device=device), weight, grads, False]
+    benchmark.group = f"norm_pullback C={c} T={t} n={n} {dtype}"
+    run_elementwise(run, "norm_pullback", way, args, device, small, 2 * c * t * n, 9 * c * t * n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", ROTARY_SIZES, ids="C{0[0]}-H{0[1]}-T{0[2]}-e{0[3]}".format)
+@pytest.mark.parametrize("way", ["triton", "cpp", "reference", "compile"])
+def bench_rotary(benchmark, run, device, small, size, dtype, way):
+    c, h, t, e = (2, 2, 3, 14) if small else size
+    args = [torch.randn(s, device=device).to(dtype) for s in ((c, h, t, e), (t, e), (t, e))]
+    benchmark.group = f"rotary C={c} H={h} T={t} e={e} {dtype}"
+    amount = c * h * t * e
+    run_elementwise(run, "rotary", way, [*args, True], device, small, 2 * amount, 3 * amount)
