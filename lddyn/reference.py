@@ -290,7 +290,7 @@ def attention(
     """Probabilities (H, T, S) of grouped-query attention, and the slope of its soft cap."""
     heads, groups = len(query), len(key)
     dtype = wide(query.dtype)
-    rows = query.to(dtype).reshape(groups, -1, query.shape[-1])
+    rows = query.to(dtype).reshape(groups, heads // groups * query.shape[1], query.shape[2])
     scores = (rows @ key.to(dtype).mT).view(heads, query.shape[1], key.shape[1]) * scale
     slope: Tensor | float = 1.0
     if softcap:

@@ -43,9 +43,9 @@ def _check_attention(
             raise ValueError(f"{name} must be {wanted}, got {tuple(x.shape)}")
     if len(mask) not in (1, len(query)):
         raise ValueError(f"mask must have 1 or {len(query)} heads, got {len(mask)}")
-    count = {x.shape[0] for x, _ in batches.values()}
+    count = next(iter(batches.values()))[0].shape[:1]
     for name, (x, like) in batches.items():
-        if x.ndim != 4 or x.shape[1:] != like.shape or len(count) != 1:
+        if x.shape != (*count, *like.shape):
             raise ValueError(
                 f"{name} must be (C, {', '.join(map(str, like.shape))}), with one C for all, got "
                 f"{tuple(x.shape)}"
@@ -114,6 +114,20 @@ def _pushforward_fake(
     return tangent_query.new_empty(*tangent_query.shape[:3], value.shape[-1])
 
 
+def _attention_pullback_triton(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from lddyn.kernels.attention import attention_pullback as launch
+
+    results: tuple[Tensor, Tensor, Tensor] = launch(*operands)
+    return results
+
+
+def _attention_pushforward_triton(*operands: Any) -> Tensor:
+    from lddyn.kernels.attention import attention_pushforward as launch
+
+    out: Tensor = launch(*operands)
+    return out
+
+
 def _forward_sample(normal: Normal) -> tuple[Any, ...]:
     """Grouped queries, a ragged causal mask, unequal widths of keys and values."""
     mask = normal(1, 5, 5).new_full((1, 5, 5), -3e4).triu(1)
@@ -125,7 +139,7 @@ _attention_pullback = register(
         "attention_pullback",
         _check_pullback,
         _pullback_fake,
-        {"reference": reference.attention_pullback},
+        {"triton": _attention_pullback_triton, "reference": reference.attention_pullback},
         lambda normal: (*_forward_sample(normal), normal(3, 4, 5, 3), 0.4, 2.0),
     ),
     "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor grads, float scale, "
@@ -136,7 +150,7 @@ _attention_pushforward = register(
         "attention_pushforward",
         _check_pushforward,
         _pushforward_fake,
-        {"reference": reference.attention_pushforward},
+        {"triton": _attention_pushforward_triton, "reference": reference.attention_pushforward},
         lambda normal: (
             *_forward_sample(normal),
             normal(3, 4, 5, 6),
