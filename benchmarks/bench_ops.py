@@ -27,10 +27,10 @@ SKETCH_SIZES = [(64, 128, 256, 256, 16), (32, 128, 1024, 512, 16)]
 PRECONDITION_SIZES = [(16, 128, 512, 512), (8, 128, 1024, 1024), (8, 512, 512, 512)]
 # (M = L, V): few and many rows of Qwen 2.5's vocabulary.
 RESIDUAL_GRAM_SIZES = [(16, 151_936), (64, 151_936)]
-# (C, T, n): norms and gates of small models.
-ELEMENTWISE_SIZES = [(16, 96, 512), (16, 96, 1360), (16, 512, 2048)]
+# (C, T, n): norms and gates of small models; beyond 32 MiB, fresh pages cost more than the op.
+ELEMENTWISE_SIZES = [(16, 96, 512), (16, 96, 1360), (16, 256, 1024)]
 # (C, H, T, e).
-ROTARY_SIZES = [(16, 8, 96, 64), (16, 16, 512, 64)]
+ROTARY_SIZES = [(16, 8, 96, 64), (16, 16, 256, 64)]
 
 
 def way_to_call(op, way, opponents, device, dtype, small=False):
