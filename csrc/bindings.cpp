@@ -135,6 +135,15 @@ lddyn::Sketch sketch(uintptr_t activations, uintptr_t grads, uintptr_t projected
 }
 #endif
 
+void gram_cpu(uintptr_t similarity, uintptr_t grads_o, uintptr_t grads_u, uintptr_t lengths_o,
+              uintptr_t lengths_u, uintptr_t out, int64_t s, int64_t t, int64_t d, int64_t m,
+              int64_t n, int threads) {
+  lddyn::gram_cpu({pointer<const float>(similarity), pointer<const float>(grads_o),
+                   pointer<const float>(grads_u), pointer<const int64_t>(lengths_o),
+                   pointer<const int64_t>(lengths_u), pointer<float>(out), s, t, d, m, n},
+                  threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -152,6 +161,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<lddyn::Batch>(m, "Batch").def(py::init(&batch));
   py::class_<lddyn::Sizes>(m, "Sizes").def(py::init(&sizes));
   using release = py::call_guard<py::gil_scoped_release>;
+  m.def("gram_cpu", &gram_cpu, release());
   m.def("gated_pullback_cpu", &gated_pullback_cpu, release());
   m.def("gated_pushforward_cpu", &gated_pushforward_cpu, release());
   m.def("norm_pullback_cpu", &norm_pullback_cpu, release());

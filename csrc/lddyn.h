@@ -140,4 +140,24 @@ struct Sketch {
 // sketch.cu: project both sides, then pair; not float64; no size may be 0, and c <= 65535.
 int sketch_cuda(const Sketch& p, uintptr_t stream);
 
+// Operands of `gram` on CPU, all contiguous float32: similarity S (t, s), grads_o (m, s, d),
+// grads_u (n, t, d), result out (m, n). lengths_o (m,) and lengths_u (n,) may be null: tokens at or
+// beyond them are not read.
+struct GramCpu {
+  const float* similarity;
+  const float* grads_o;
+  const float* grads_u;
+  const int64_t* lengths_o;
+  const int64_t* lengths_u;
+  float* out;
+  int64_t s;
+  int64_t t;
+  int64_t d;
+  int64_t m;
+  int64_t n;
+};
+
+// gram.cpp: one tile of tokens per OpenMP task, `threads` at most.
+void gram_cpu(const GramCpu& p, int threads);
+
 }  // namespace lddyn

@@ -198,6 +198,43 @@ def _gram_cuda(
     return _gram_on_gpu(_launch_cuda, a_o, g_o, a_u, g_u, lengths_o, lengths_u)
 
 
+def _gram_cpp(
+    a_o: Tensor,
+    g_o: Tensor,
+    a_u: Tensor,
+    g_u: Tensor,
+    lengths_o: _Lengths = None,
+    lengths_u: _Lengths = None,
+) -> Tensor:
+    """Fused push and pair in float32; BLAS in plain torch where that is not the cheapest order."""
+    (m, s, d_out), (n, t, _) = g_o.shape, g_u.shape
+    order = reference.gram_order(s, t, a_o.shape[1], d_out, m, n)
+    if order == "materialise" or g_o.dtype == torch.float64:
+        return reference.gram(a_o, g_o, a_u, g_u, lengths_o, lengths_u)
+    if order == "push_u":
+        return _push_cpp(a_u, g_u, a_o, g_o, lengths_u, lengths_o).T.contiguous()
+    return _push_cpp(a_o, g_o, a_u, g_u, lengths_o, lengths_u)
+
+
+def _push_cpp(
+    a_o: Tensor,
+    g_o: Tensor,
+    a_u: Tensor,
+    g_u: Tensor,
+    lengths_o: _Lengths,
+    lengths_u: _Lengths,
+) -> Tensor:
+    (m, s, d_out), (n, t, _) = g_o.shape, g_u.shape
+    similarity = a_u.float() @ a_o.float().T
+    g_o, g_u = g_o.float().contiguous(), g_u.float().contiguous()
+    lengths_o, lengths_u = (x if x is None else x.contiguous() for x in (lengths_o, lengths_u))
+    out = g_o.new_empty(m, n)
+    tensors = (similarity, g_o, g_u, lengths_o, lengths_u, out)
+    pointers = (0 if x is None else x.data_ptr() for x in tensors)
+    native().gram_cpu(*pointers, s, t, d_out, m, n, torch.get_num_threads())
+    return out
+
+
 def _gram_sample(normal: Normal) -> tuple[Any, ...]:
     return normal(17, 5), normal(3, 17, 13), normal(9, 5), normal(7, 9, 13)
 
@@ -207,7 +244,12 @@ _gram = register(
         "gram",
         _check_gram,
         _gram_fake,
-        {"cuda": _gram_cuda, "triton": _gram_triton, "reference": reference.gram},
+        {
+            "cuda": _gram_cuda,
+            "triton": _gram_triton,
+            "cpp": _gram_cpp,
+            "reference": reference.gram,
+        },
         _gram_sample,
     ),
     "(Tensor activations_o, Tensor grads_o, Tensor activations_u, Tensor grads_u, "
