@@ -15,12 +15,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lddyn.kernels import elementwise, gram, precondition, residual, sketch
+from lddyn.kernels import attention, elementwise, gram, precondition, residual, sketch
 
 ELEMENTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def cases():
+def cases(capability):
     """(name, jit function, pointer types, constants and options, multiples of 16) of each variant.
 
     Where the last is given, pointers are aligned too, and can be read 16 bytes at a time.
@@ -56,6 +56,27 @@ def cases():
         yield f"sketch-project-{element}", sketch._project_kernel, pointers, config
         yield f"sketch-pair-{element}", sketch._sketch_kernel, [*pointers, "fp32"], pair
         yield from elementwise_cases(element)
+        yield from attention_cases(dtype, capability)
+
+
+def attention_cases(dtype, capability):
+    """The kernels of lddyn/kernels/attention.py at the head widths that models have."""
+    e = ELEMENTS[dtype]
+    operands, forward = [e] * 4 + ["i32"] * 2, ["fp32", "fp32"]
+    for width in {"bf16": (64, 128), "fp16": (128,), "fp32": (64,)}[e]:
+        for name, results, batches in (
+            ("forward", [], ""),
+            ("pullback_query", [e, e, "fp32"], "g"),
+            ("pullback_key", [e, e, e], "g"),
+            ("pushforward", [e] * 4, "qkv"),
+        ):
+            kernel = getattr(attention, f"_{name}_kernel")
+            config = attention._config(name, dtype, width, width, 16, capability)
+            config |= {"CAPPED": True}
+            starts = ("stride_mh", *(f"stride_{batch}" for batch in batches))  # mh is 0: one mask
+            step = [x for x in kernel.arg_names if x.startswith(starts)]
+            pointers = [*operands, *forward, *results]
+            yield f"attention-{name}-{e}-{width}", kernel, pointers, config, step
 
 
 def elementwise_cases(element):
@@ -91,12 +112,14 @@ def usage(cubin):
 def main():
     assert os.environ.get("TRITON_INTERPRET") != "1"
     for capability in map(int, sys.argv[1:]):
-        for name, kernel, pointers, config, *multiples in cases():
+        for name, kernel, pointers, config, *multiples in cases(capability):
             config = dict(config)
-            options = {"num_warps": config.pop("num_warps")}
+            options = {x: config.pop(x) for x in ("num_warps", "num_stages") if x in config}
             names = kernel.arg_names
             types = [f"*{pointer}" for pointer in pointers]
-            types += ["i64"] * (len(names) - len(types) - len(config)) + ["constexpr"] * len(config)
+            rest = names[len(types) : len(names) - len(config)]
+            types += ["fp32" if x in ("scale", "softcap") else "i64" for x in rest]
+            types += ["constexpr"] * len(config)
             aligned = [names.index(x) for m in multiples for x in m]
             aligned += range(len(pointers)) if aligned else []
             source = ASTSource(

@@ -47,6 +47,11 @@ KERNELS += [
     for element in ELEMENTS
     for columns in sizes
 ]
+KERNELS += [
+    f"attention-{kernel}-{variant}"
+    for kernel in ("forward", "pullback_query", "pullback_key", "pushforward")
+    for variant in ("bf16-64", "bf16-128", "fp16-128", "fp32-64")
+]
 
 
 @functools.cache
@@ -60,7 +65,7 @@ def compiled():
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
     )
     assert done.returncode == 0, done.stderr
     rows = map(json.loads, done.stdout.splitlines())
