@@ -117,11 +117,14 @@ def pair(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> No
     pair_head(one, other, add)
 
 
-def merge(chunks: list[tuple[Tensor, Factors]]) -> list[tuple[Tensor, Factors]]:
+def merge(
+    chunks: list[tuple[Tensor, Factors]], consume: bool = False
+) -> list[tuple[Tensor, Factors]]:
     """Joins the chunks of one side, so that what is paired with them is pushed once, not per chunk.
 
     Shorter prefixes are filled with zeros. Taps whose rows are not a prefix of the longest chunk's
-    (packed experts see a subset of tokens) leave the chunks as they are.
+    (packed experts see a subset of tokens) leave the chunks as they are. With `consume` every tap
+    of the chunks is freed as soon as it has been copied.
     """
     if len(chunks) < 2:
         return chunks
@@ -155,6 +158,8 @@ def merge(chunks: list[tuple[Tensor, Factors]]) -> list[tuple[Tensor, Factors]]:
             out[start : start + len(part), : part.shape[1]] = part
             out[start : start + len(part), part.shape[1] :] = 0
             start += len(part)
+            if consume:
+                factors.taps[i] = (factors.taps[i][0], part[:0].clone())
         joined.taps.append((tap, out))
     return [(rows, joined)]
 

@@ -247,6 +247,22 @@ def attention(
     return mixed.view(batch, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
+# --------------------------------------------------------------------------- products
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product x (…, k) with a frozen weight (k, n), plus a frozen bias (n,)."""
+    with torch.no_grad():
+        out = ops.product(x.detach(), weight)
+        if bias is not None:
+            out = out + bias
+    linear = Linear(
+        lambda g: (ops.product(g, weight.T),),
+        lambda t: (ops.product(t, weight),),
+    )
+    return _layer(linear, out, x)
+
+
 # --------------------------------------------------------------------------- norms
 
 
@@ -323,15 +339,13 @@ def recognise_norm(module: nn.Module, x: Tensor, expected: Tensor) -> Norm | Non
     weight, bias = parameters.get("weight"), parameters.get("bias")
     names = ("variance_epsilon", "eps", "epsilon")
     eps = next((getattr(module, n) for n in names if isinstance(getattr(module, n, 0), float)), 0.0)
-    limit = 8 * torch.finfo(x.dtype).eps * float(expected.detach().abs().max())
-    limit = max(limit, 1e-5 * float(expected.detach().abs().max()))
-    for centred in (False, True):
-        for shift in (0.0, 1.0):
-            norm = Norm(weight, bias, eps, shift, centred)
-            with torch.no_grad():
-                if float((norm(x)[0] - expected).abs().max()) <= limit:
-                    return norm
-    return None
+    forms = [Norm(weight, bias, eps, s, c) for c in (False, True) for s in (0.0, 1.0)]
+    with torch.no_grad():
+        errors = [float((norm(x)[0] - expected).abs().max()) for norm in forms]
+        largest = float(expected.abs().max())
+    best = min(range(len(forms)), key=errors.__getitem__)
+    limit = max(8 * torch.finfo(x.dtype).eps, 1e-5) * largest
+    return forms[best] if errors[best] <= limit else None
 
 
 # --------------------------------------------------------------------------- activations
@@ -339,7 +353,7 @@ def recognise_norm(module: nn.Module, x: Tensor, expected: Tensor) -> Norm | Non
 
 @dataclass(frozen=True)
 class Activated:
-    """φ(a) of an elementwise activation, with a and the slope φ'(a)."""
+    """φ(a) of an elementwise activation, with a and the slope φ'(a), at least in float32."""
 
     argument: Tensor
     value: Tensor
@@ -351,7 +365,7 @@ class Activated:
         slope = self.slope
 
         def scaled(g: Tensor) -> tuple[Tensor]:
-            return (g * slope,)
+            return ((g * slope).to(g.dtype),)
 
         return _layer(Linear(scaled, scaled), self.value, self.argument)
 
@@ -359,7 +373,7 @@ class Activated:
         """φ(a) ∘ u, differentiable."""
         width = up.shape[-1]
         value = self.value.reshape(-1, width)
-        slope = self.slope.reshape(-1, width) * up.detach().reshape(-1, width)
+        slope = (self.slope * up.detach()).to(up.dtype).reshape(-1, width)
 
         def pull(g: Tensor) -> tuple[Tensor, ...]:
             results = ops.gated_pullback(value, slope, g.reshape(len(g), *value.shape))
@@ -375,11 +389,12 @@ class Activated:
 
 def activate(function: Callable[[Tensor], Tensor], x: Tensor) -> Activated:
     """An elementwise function of x, with its slope by autograd."""
+    precise = torch.promote_types(x.dtype, torch.float32)
     with torch.enable_grad():
-        leaf = x.detach().requires_grad_(True)
+        leaf = x.detach().to(precise).requires_grad_(True)
         value = function(leaf)
         (slope,) = torch.autograd.grad(value, leaf, torch.ones_like(value))
-    return Activated(x, value.detach(), slope)
+    return Activated(x, value.detach().to(x.dtype), slope)
 
 
 def is_elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:

@@ -160,7 +160,7 @@ class Watch(TorchFunctionMode):
             ):
                 flat = [b for a in args if isinstance(a, list | tuple) for b in a]
                 self._direct(name, flat)
-            result = func(*args, **kwargs)
+            result = self._run(func, name, args, kwargs)
         else:
             if name == "__get__":
                 name = getattr(getattr(func, "__self__", None), "__name__", name)
@@ -190,6 +190,18 @@ class Watch(TorchFunctionMode):
                 with torch._C.DisableTorchFunction():
                     return self.activated[id(output)][1].gate(other)
         return None
+
+    def _run(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The operation; a product with a frozen weight as one layer, in a replay."""
+        if self.tapping and name in _PRODUCTS and name != "embedding":
+            found = _as_product(name, args, kwargs)
+            if found is not None:
+                x, weight, bias, _ = found
+                frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+                if frozen and x.requires_grad and x.dtype == weight.dtype:
+                    with torch._C.DisableTorchFunction():
+                        return layers.product(x, weight.T if name == "linear" else weight, bias)
+        return func(*args, **kwargs)
 
     def _use(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in _PRODUCTS:
@@ -271,7 +283,7 @@ class Watch(TorchFunctionMode):
                 entry.segments.add(self.segment)
                 if parameter not in self.anatomy.direct:
                     names[slot] = parameter + suffix
-        out: Tensor = func(*args, **kwargs)
+        out: Tensor = self._run(func, name, args, kwargs)
         if not self.tapping or names == [None, None]:
             return out
         transposed = known is not None and known[3]

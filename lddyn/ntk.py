@@ -175,7 +175,8 @@ def _pair_segment(
             chunks = list(pull.step(segment))
         if at_o is not None:
             both += [(rows + at_o, factors) for rows, factors in chunks]
-        kept += [(rows + at_u, factors) for rows, factors in merge(chunks)]
+        joined = merge(chunks, consume=at_o is None)
+        kept += [(rows + at_u, factors) for rows, factors in joined]
     if tied:
         for (pull_o, at_o, _), head in zip(pulls, heads, strict=True):
             for rows_u, factors in kept if at_o is not None else ():

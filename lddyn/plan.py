@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lddyn.ledger import HEAD
+from lddyn.ledger import HEAD, Work
 from lddyn.ntk import CHUNK, Side
+from lddyn.rowwise import spread
 
 
 @dataclass
@@ -39,29 +40,34 @@ class Cost:
 def gram_cost(observed: Sequence[Side], updated: Sequence[Side], chunk: int = CHUNK) -> Cost:
     """FLOPs of `token_gram` for sides whose rows are cotangents on every response token.
 
-    One cotangent at position p costs (p + 1)/T of the segment's linear FLOPs, and twice its
-    attention FLOPs scaled by ((p + 1)/T)² (both operands of each product move). A
-    side that is observed and updated is pulled back once.
+    One cotangent at position p costs (p + 1)/T of a segment's linear FLOPs, and twice its attention
+    FLOPs scaled by ((p + 1)/T)² (both operands of each product move); above the last attention it
+    costs one row (see `rowwise`). A side that is observed and updated is pulled back once.
     """
     replay = pullback = pairing = head = 0.0
     once = {id(side): side for side in (*observed, *updated)}
-    for side in once.values():
+    widths = {}
+    for key, side in once.items():
         trace = side.trace
+        last, share = trace.anatomy.segments[-2], spread(trace)
+        work = {n: w for n, w in trace.work.items() if n != HEAD}
+        top = work.get(last, Work())
+        linear = sum(w.linear for w in work.values()) - (1 - share.flops) * top.linear
+        mixing = sum(w.mixing for w in work.values()) - (top.mixing if share.flops < 1 else 0)
+        rows = (1 - share.flops) * top.linear / trace.length
+        width = sum(w.width for w in work.values()) - (1 - share.width) * top.width
+        widths[key] = width / trace.length
         reach = [(int(p) + 1) / trace.length for p in trace.positions.sort().values]
-        linear = sum(w.linear for n, w in trace.work.items() if n != HEAD)
-        mixing = sum(w.mixing for n, w in trace.work.items() if n != HEAD)
         for start in range(0, len(reach), chunk):
             part = reach[start : start + chunk]
-            top = part[-1]
-            replay += top * linear + top**2 * mixing
-            pullback += len(part) * (top * linear + 2 * top**2 * mixing)
+            far = part[-1]
+            replay += far * linear + far**2 * mixing + len(part) * rows
+            pullback += len(part) * (far * linear + 2 * far**2 * mixing + rows)
         head += 4.0 * len(side) * trace.hidden.shape[-1] * trace.logits.shape[-1]
     for one in observed:
         for other in updated:
-            widths = {n: w.width / one.trace.length for n, w in one.trace.work.items() if n != HEAD}
-            total = sum(widths.values())
-            mean = float((one.trace.positions + 1).double().mean())
-            far = other.trace.length
-            pairing += 2.0 * len(one) * total * far * (mean + len(other))
+            mean_o, mean_u = (float((x.trace.positions + 1).double().mean()) for x in (one, other))
+            pushed, paired = mean_o * other.trace.length, mean_u * len(other)
+            pairing += 2.0 * len(one) * widths[id(one)] * (pushed + paired)
             head += 2.0 * len(one) * len(other) * one.trace.logits.shape[-1]
     return Cost(replay, pullback, pairing, head)

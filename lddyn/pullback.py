@@ -158,11 +158,14 @@ class Pullback:
             dense = state.new_zeros(len(state), 1, chunk.length, state.shape[-1])
             dense[torch.arange(len(state)), 0, self.trace.positions[chunk.rows]] = state
             state = dense
+        routed = False
         if pulled is None:
-            pulled = pull(self.anatomy.replay(self.trace, segment, chunk.length), state)
+            replay = self.anatomy.replay(self.trace, segment, chunk.length)
+            pulled, routed = pull(replay, state), replay.routed
         state, factors = pulled
-        factors.lengths = self.trace.positions[chunk.rows] + 1
-        factors.tokens = chunk.length
+        if not routed:  # an expert's rows are not the tokens in their order
+            factors.lengths = self.trace.positions[chunk.rows] + 1
+            factors.tokens = chunk.length
         return state, factors
 
 

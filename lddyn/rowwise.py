@@ -12,13 +12,14 @@ through `layers.attention`, or that routes its tokens, is pulled back over all p
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lddyn import layers
-from lddyn.anatomy import Replay, Trace
+from lddyn.anatomy import Replay, Trace, undisturbed
 from lddyn.factors import Factors, batched_vjp
 from lddyn.ledger import Gain
 
@@ -55,6 +56,37 @@ def pull_rows(
         return None
     anatomy.rowwise[label] = True
     return result
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What of the last block is pulled back over all positions: shares of its products."""
+
+    flops: float = 1.0
+    width: float = 1.0
+
+
+@undisturbed
+def spread(trace: Trace) -> Spread:
+    """How much of the last block acts on more than a cotangent's own position.
+
+    Cost: a replay of the last block, and the pullback of one cotangent through tail and last block.
+    """
+    anatomy = trace.anatomy
+    last, tail = len(anatomy.blocks), len(anatomy.blocks) + 1
+    rows = torch.zeros(1, dtype=torch.long, device=anatomy.device)
+    length = anatomy.prefix(trace, int(trace.positions[0]) + 1)
+    with anatomy.analysis():
+        pulled = pull_rows(trace, tail, rows, length, torch.zeros_like(trace.hidden[:1]))
+        if pulled is not None:
+            pulled = pull_rows(trace, last, rows, length, pulled[0])
+        if pulled is None:
+            return Spread()
+        parts = [(tap, delta) for tap, delta in pulled[1].taps if delta.dim() == 3]
+    work = trace.work[anatomy.segments[last]]
+    flops = sum(2 * tap.activations.shape[-1] * tap.width for tap, _ in parts)
+    width = sum(tap.width for tap, _ in parts)
+    return Spread(flops * trace.length / work.linear, width * trace.length / work.width)
 
 
 def _tail(
@@ -115,17 +147,17 @@ def _last_block(
         y if x is None else x if y is None else x + y for x, y in zip(first, second, strict=True)
     ]
     targets = [tap.edge for tap in below.taps] + [edge for _, edge, _ in below.direct]
-    spread = batched_vjp(
+    below_gradients = batched_vjp(
         keys[0], [*targets, below.input], (grad_key.unsqueeze(1), grad_value.unsqueeze(1))
     )
-    moved = spread.pop()
+    moved = below_gradients.pop()
     if moved is None:
         moved = state.new_zeros(len(rows), *below.input.shape)
     own = gradients.pop()
     if own is not None:
         moved[torch.arange(len(rows)), 0, positions] += own[0]
     factors = _factors(above, gradients, _token_axes(below.gains, above.gains))
-    lower = Factors.of(below, spread, len(rows))
+    lower = Factors.of(below, below_gradients, len(rows))
     factors.taps += lower.taps
     for name, gradient in lower.direct.items():
         factors.add_direct(name, gradient)
@@ -195,12 +227,15 @@ def _factors(
         if gradient is not None:
             factors.taps.append((tap, gradient.reshape(-1, tap.width)))
     for gain, gradient in zip(replay.gains, gradients[len(replay.taps) :], strict=True):
-        if gradient is None:
+        if gradient is None or gain.weight is gain.bias is None:
             continue
-        axis = axes.get(gain.weight, 1)
+        axis = axes.get(gain.weight, gradient.dim() - 2)
         if gradient.dim() > 3 and gain.weight not in axes:
             raise _Unfit
-        rows, normalized = (x.movedim(axis, 0).flatten(1, -2) for x in (gradient, gain.normalized))
+        rows, normalized = (
+            x.movedim(axis, 0).reshape(x.shape[axis], -1, x.shape[-1])
+            for x in (gradient, gain.normalized)
+        )
         if gain.weight is not None:
             factors.add_direct(gain.weight, (rows * normalized).sum(1))
         if gain.bias is not None:

@@ -619,7 +619,7 @@ def test_memory_is_obeyed():
     script = """
         torch.manual_seed(0)
         config = transformers.LlamaConfig(
-            vocab_size=64, hidden_size=64, intermediate_size=2048, num_hidden_layers=1,
+            vocab_size=64, hidden_size=64, intermediate_size=2048, num_hidden_layers=2,
             num_attention_heads=2, num_key_value_heads=2, pad_token_id=None,
         )
         model = transformers.LlamaForCausalLM(config)

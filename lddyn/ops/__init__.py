@@ -24,6 +24,7 @@ from lddyn.ops.elementwise import (
 )
 from lddyn.ops.gram import gram
 from lddyn.ops.precondition import preconditioned_push
+from lddyn.ops.product import product
 from lddyn.ops.residual import residual, residual_gram
 from lddyn.ops.sketch import sketch
 
@@ -42,6 +43,7 @@ __all__ = [
     "norm_pullback",
     "norm_pushforward",
     "preconditioned_push",
+    "product",
     "residual",
     "residual_gram",
     "rotary",

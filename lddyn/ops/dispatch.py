@@ -133,6 +133,11 @@ def backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
+def overridden() -> str | None:
+    """The backend that a block or the environment asks for, or None."""
+    return _override.get() or os.environ.get("LDDYN_BACKEND") or None
+
+
 def backends() -> dict[str, dict[str, dict[str, str]]]:
     """What can run here: ``{op: {device: {backend: reason}}}``; an empty reason means available.
 
@@ -190,7 +195,7 @@ class Op:
         self.check(*args)
         operand: Tensor = args[self.leading]
         device, dtype = operand.device, operand.dtype
-        override = _override.get() or os.environ.get("LDDYN_BACKEND") or None
+        override = overridden()
         refusals = {name: self.refusal(name, device, dtype) for name in BACKENDS}
         name = choose(device.type, override, refusals)
         if name == "reference" and device.type != "cpu" and override is None:
