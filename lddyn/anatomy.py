@@ -340,9 +340,11 @@ class Anatomy:
                 if module is self.head or list(module.children()):
                     continue
                 bind: Any = None
-                if type(module).__module__.split(".")[-1] in ("activation", "activations"):
+                parameters = list(module.parameters())
+                kind = type(module).__module__.split(".")[-1]
+                if kind in ("activation", "activations") and not parameters:
                     bind = self._activation(module, module.forward, watch)
-                elif all(p.dim() == 1 for p in module.parameters()):
+                elif all(p.dim() == 1 for p in parameters):
                     bind = self._norm(module, module.forward, watch)
                 if bind is not None:
                     stack.enter_context(_replaced(module, "forward", bind))
@@ -358,12 +360,12 @@ class Anatomy:
     ) -> Callable[..., Tensor]:
         def norm(*args: Any, **kwargs: Any) -> Tensor:
             x = args[0] if len(args) == 1 and not kwargs else None
-            if not isinstance(x, Tensor):
+            if not isinstance(x, Tensor) or x.numel() == 0:
                 return original(*args, **kwargs)
             if module not in self._norms:
-                expected = original(x)
-                with torch._C.DisableTorchFunction():
-                    self._norms[module] = layers.recognise_norm(module, x, expected)
+                original(x)  # under the watch: it may stop a gradient
+                with watch.paused():
+                    self._norms[module] = layers.recognise_norm(module, original, x)
             found = self._norms[module]
             if found is None:
                 return original(x)
@@ -384,7 +386,7 @@ class Anatomy:
     ) -> Callable[..., Tensor]:
         def activation(*args: Any, **kwargs: Any) -> Tensor:
             x = args[0] if len(args) == 1 and not kwargs else None
-            if not isinstance(x, Tensor) or not x.is_floating_point():
+            if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() < 2:
                 return original(*args, **kwargs)
             with watch.paused():
                 if module not in self._activations:
@@ -411,7 +413,8 @@ class Anatomy:
                 and cos.shape == sin.shape == (1, q.shape[2], q.shape[3])
                 and k.shape[2:] == q.shape[2:]
             )
-            if not plain:
+            # Angles of zero, a lone first token's, tell no convention of pairs from another.
+            if not plain or (name not in self._rotary and not bool(sin.any())):
                 return original(q, k, cos, sin, *rest, **more)
             with torch._C.DisableTorchFunction():
                 found = tuple(layers.rotate(x, cos[0], sin[0]) for x in (q, k))

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lddyn import ops, reference
 
@@ -70,6 +71,8 @@ class _Apply(torch.autograd.Function):
 class _Guard(torch.autograd.Function):
     """The identity; a derivative through it raises."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return x.view_as(x)
@@ -79,19 +82,30 @@ class _Guard(torch.autograd.Function):
         return
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def refuse(ctx: Any, *derivatives: Any) -> Any:
         raise RuntimeError(
             "lddyn's layers have no second derivative with respect to their inputs: use "
             "attention='eager' and the model's own modules"
         )
 
+    backward = jvp = refuse
+
+
+def _differentiated(x: Tensor) -> bool:
+    """Whether a derivative of a derivative with respect to x may be asked for."""
+    tracked = torch.is_grad_enabled() and x.requires_grad
+    return tracked or forward_ad.unpack_dual(x).tangent is not None
+
 
 class _Layer(torch.autograd.Function):
-    """A layer whose value is known and whose Jacobian is `linear`: (linear, values, *inputs)."""
+    """A layer whose value is known and whose Jacobian is `linear`: (linear, (value,), *inputs).
+
+    The value is in a tuple, lest autograd take it for an input that the output is a view of.
+    """
 
     @staticmethod
-    def forward(linear: Linear, value: Tensor, *inputs: Tensor) -> Tensor:
-        return value.view_as(value)
+    def forward(linear: Linear, value: tuple[Tensor], *inputs: Tensor) -> Tensor:
+        return value[0].detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -102,9 +116,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        guards = []
-        if torch.is_grad_enabled():
-            guards = [_Guard.apply(x) for x in ctx.saved_tensors if x.requires_grad]  # type: ignore[no-untyped-call]
+        guards = [_Guard.apply(x) for x in ctx.saved_tensors if _differentiated(x)]  # type: ignore[no-untyped-call]
         return None, None, *_Apply.apply(ctx.linear, 1, *grads, *guards)  # type: ignore[no-untyped-call]
 
     @staticmethod
@@ -113,13 +125,14 @@ class _Layer(torch.autograd.Function):
             torch.zeros_like(x) if t is None else t
             for x, t in zip(ctx.saved_tensors, tangents, strict=True)
         ]
+        guards = [_Guard.apply(x) for x in ctx.saved_tensors]  # type: ignore[no-untyped-call]
         transposed = Linear(ctx.linear.push, ctx.linear.pull)
-        (out,) = _Apply.apply(transposed, len(given), *given)  # type: ignore[no-untyped-call]
+        (out,) = _Apply.apply(transposed, len(given), *given, *guards)  # type: ignore[no-untyped-call]
         return out  # type: ignore[no-any-return]
 
 
 def _layer(linear: Linear, value: Tensor, *inputs: Tensor) -> Tensor:
-    return _Layer.apply(linear, value, *inputs)  # type: ignore[no-untyped-call, no-any-return]
+    return _Layer.apply(linear, (value,), *inputs)  # type: ignore[no-untyped-call, no-any-return]
 
 
 # --------------------------------------------------------------------------- attention
@@ -320,11 +333,14 @@ class Norm:
         return _layer(Linear(pull, push), out, *inputs), normalized.view(x.shape)
 
 
-def recognise_norm(module: nn.Module, x: Tensor, expected: Tensor) -> Norm | None:
-    """The closed form of a norm module, if it reproduces its output on x; else None.
+def recognise_norm(
+    module: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor
+) -> Norm | None:
+    """The closed form of a norm module, if it reproduces its output on x and on x/16; else None.
 
     Nothing is taken from the module's name but the order of trying: the parameters must be at most
-    a gain and a bias over the last axis, and the numbers must agree.
+    a gain and a bias over the last axis, and the numbers must agree. On x/16 they tell a norm from
+    the identity where x is normalised already, and a wrong eps from the right one.
     """
     parameters = dict(module.named_parameters(recurse=False))
     width = x.shape[-1]
@@ -333,19 +349,23 @@ def recognise_norm(module: nn.Module, x: Tensor, expected: Tensor) -> Norm | Non
         list(module.children())
         or set(parameters) - known
         or any(p.shape != (width,) for p in parameters.values())
-        or expected.shape != x.shape
     ):
+        return None
+    with torch.no_grad():
+        pairs = [(probe, original(probe)) for probe in (x.detach(), x.detach() / 16)]
+    if any(expected.shape != probe.shape for probe, expected in pairs):
         return None
     weight, bias = parameters.get("weight"), parameters.get("bias")
     names = ("variance_epsilon", "eps", "epsilon")
     eps = next((getattr(module, n) for n in names if isinstance(getattr(module, n, 0), float)), 0.0)
     forms = [Norm(weight, bias, eps, s, c) for c in (False, True) for s in (0.0, 1.0)]
+
+    def error(norm: Norm) -> float:
+        return max(float((norm(z)[0] - y).abs().max() / y.abs().max()) for z, y in pairs)
+
     with torch.no_grad():
-        errors = [float((norm(x)[0] - expected).abs().max()) for norm in forms]
-        largest = float(expected.abs().max())
-    best = min(range(len(forms)), key=errors.__getitem__)
-    limit = max(8 * torch.finfo(x.dtype).eps, 1e-5) * largest
-    return forms[best] if errors[best] <= limit else None
+        best, form = min((error(norm), i) for i, norm in enumerate(forms))
+    return forms[form] if best <= max(8 * torch.finfo(x.dtype).eps, 1e-5) else None
 
 
 # --------------------------------------------------------------------------- activations
@@ -399,12 +419,13 @@ def activate(function: Callable[[Tensor], Tensor], x: Tensor) -> Activated:
 
 def is_elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
     """Whether a function treats every entry alone: half of the entries move, the others' stay."""
+    x = x.detach().contiguous()  # in one layout an entry has the same bits both times
+    index = torch.arange(x.numel(), device=x.device).view(x.shape)
+    moves = (index + index // x.shape[-1]) % 2 == 0  # a chessboard: features mix, or rows do
     with torch.no_grad():
-        before = function(x.detach())
-        moved = x.detach().clone()
-        moved[..., ::2] += 0.5
-        after = function(moved)
-    return before.shape == x.shape and torch.equal(after[..., 1::2], before[..., 1::2])
+        before = function(x)
+        after = function(x + 0.5 * moves.to(x.dtype))
+    return before.shape == x.shape and torch.equal(after[~moves], before[~moves])
 
 
 # --------------------------------------------------------------------------- rotary embedding

@@ -142,7 +142,7 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         self.routed |= name in _ROUTING
-        if self.activated and name in ("mul", "__mul__", "__rmul__"):
+        if self.activated and len(args) == 2 and name in ("mul", "__mul__", "__rmul__"):
             gated = self._gate(args)
             if gated is not None:
                 return gated

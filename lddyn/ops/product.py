@@ -6,8 +6,13 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lddyn.ops.dispatch import overridden
+
+# Rows of one call of oneDNN, which compiles a kernel and keeps about 1 MiB for every shape it
+# meets: few sizes, whatever the lengths of the sequences; the rest goes to the default BLAS.
+_BLOCKS = (256, 32)
 
 
 @functools.cache
@@ -15,7 +20,7 @@ def _onednn() -> bool:
     """Whether oneDNN's float32 product is there and right: it is not a public function of torch."""
     if not torch.backends.mkldnn.is_available():
         return False
-    x = torch.arange(6.0).view(2, 3)
+    x = torch.arange(96.0).view(32, 3)
     try:
         return torch.equal(_by_onednn(x, x.T.contiguous()), x @ x.T)
     except (AttributeError, RuntimeError, TypeError):
@@ -23,9 +28,27 @@ def _onednn() -> bool:
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight.T, None, "none", [], "")
-    return out.view(*x.shape[:-1], weight.shape[1])
+    rows, width = x.reshape(-1, x.shape[-1]), weight.shape[1]
+    out = x.new_empty(len(rows), width)
+    block = torch.ops.mkldnn._linear_pointwise
+    start = 0
+    for size in _BLOCKS:
+        while start + size <= len(rows):
+            stop = start + size
+            out[start:stop] = block(rows[start:stop], weight.T, None, "none", [], "")
+            start = stop
+    torch.mm(rows[start:], weight, out=out[start:])
+    return out.view(*x.shape[:-1], width)
+
+
+def _differentiated(*tensors: Tensor) -> bool:
+    """Whether a derivative would be asked of the product: oneDNN's has none."""
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return (
+        tracked
+        or torch._C._are_functorch_transforms_active()
+        or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    )
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -33,7 +56,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
     On CPU in float32 it goes to oneDNN where torch has it: MKL, torch's default, does without
     AVX-512 on AMD processors and runs at half the rate there. Everything else is `x @ weight`, and
-    so is all of it under ``lddyn.backend("reference")``.
+    so is all of it under ``lddyn.backend("reference")``, or where it is to be differentiated.
 
     Cost: 2 k n flops a row.
 
@@ -47,6 +70,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
         or weight.dtype != torch.float32
         or x.numel() == 0
         or overridden() == "reference"
+        or _differentiated(x, weight)
         or not _onednn()
     )
     return x @ weight if plain else _by_onednn(x, weight)
