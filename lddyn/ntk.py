@@ -53,7 +53,7 @@ class Side:
         trace = self.trace
         # The pullback of a product holds its output's cotangent and, for attention, the softmax's.
         elements = max((w.elements for w in trace.work.values()), default=0)
-        return 3 * elements * trace.hidden.element_size()
+        return 4 * elements * trace.hidden.element_size()
 
 
 def token_gram(

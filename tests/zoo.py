@@ -173,6 +173,22 @@ def oracle_shift(model: nn.Module, example: Example, direction: Tensor, width=1e
     return (4 * narrow - wide) / 3
 
 
+def plain_shift(model: nn.Module, example: Example, direction: Tensor) -> Tensor:
+    """Change of all log-probs (M, V) along a flat direction, by torch's forward mode."""
+    trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    parts = direction.split([p.numel() for p in trainable.values()])
+    moves = [part.view_as(p).to(p) for part, p in zip(parts, trainable.values(), strict=True)]
+    model.set_attn_implementation("eager")
+
+    def log_probs(*parameters: Tensor) -> Tensor:
+        ids = torch.tensor([example.ids])
+        given = dict(zip(trainable, parameters, strict=True))
+        out = torch.func.functional_call(model, given, (ids,), {"use_cache": False})
+        return out.logits[0, list(example.positions)].float().log_softmax(-1)
+
+    return torch.func.jvp(log_probs, tuple(trainable.values()), tuple(moves))[1]
+
+
 def widest(model: nn.Module, example: Example) -> Tensor:
     """‖∇ log π(v)‖ (M,) of each position's least likely token: the scale of errors over all v."""
     exact = double(model).eval()
