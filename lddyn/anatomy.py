@@ -349,7 +349,7 @@ class Anatomy:
                 if bind is not None:
                     stack.enter_context(_replaced(module, "forward", bind))
             for name in {type(m).__module__ for b in self.blocks for m in b.modules()}:
-                function = getattr(sys.modules[name], "apply_rotary_pos_emb", None)
+                function = getattr(sys.modules.get(name), "apply_rotary_pos_emb", None)
                 if function is not None:
                     bind = self._rotation(name, function)
                     stack.enter_context(_replaced(sys.modules[name], "apply_rotary_pos_emb", bind))

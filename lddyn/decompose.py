@@ -761,7 +761,7 @@ class _Session:
                 row.index_add_(0, rows, values.to(row.dtype))
 
             with anatomy.analysis():
-                pull = Pullback(side.trace, side.rows)
+                pull = Pullback(side.trace, side.given)
                 at = pull.selected + offset
                 pair_direction(pull.head_factors(), source, partial(add, at))
                 for segment in segments_down(anatomy):
@@ -986,7 +986,7 @@ class _Single:
 
     def push(self, trace: Trace, memory: int | str, precondition: Direction | None) -> Tensor:
         """Δz (M, V) of its unit log-prob cotangent."""
-        select = torch.tensor([self.index], device=self.side.rows.device)
+        select = torch.tensor([self.index], device=self.side.trace.logits.device)
         return next(
             moved[0][0]
             for _, moved in factored_push(

@@ -37,12 +37,22 @@ def batched_vjp(
 
 @dataclass
 class HeadFactor:
-    """The head's factors: one row each. Gradient of W for cotangent l: v_l ⊗ h_l."""
+    """The head's factors: one row each. Gradient of W for cotangent l: v_l ⊗ h_l.
+
+    The cotangents are given, or they are the log-prob rows e_y − π, which are not kept.
+    """
 
     weight: str | None
     bias: str | None
     hidden: Tensor  # (L, d)
-    rows: Tensor  # (L, V), cotangents on the raw logits
+    given: Tensor | None  # (L, V), cotangents on the raw logits
+    logits: Tensor  # (L, V)
+    targets: Tensor  # (L,)
+
+    @property
+    def rows(self) -> Tensor:
+        """Cotangents (L, V) on the raw logits."""
+        return self.given if self.given is not None else ops.residual(self.logits, self.targets)[0]
 
 
 @dataclass
@@ -85,7 +95,7 @@ class Factors:
 
     def __len__(self) -> int:
         if self.head is not None:
-            return self.head.rows.shape[0]
+            return self.head.hidden.shape[0]
         tensors = [d for _, d in self.taps] + list(self.direct.values())
         return tensors[0].shape[0] if tensors else 0
 
@@ -178,7 +188,14 @@ def _is_prefix(short: Tensor, long: Tensor) -> bool:
 def pair_head(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> None:
     """The head's part, and the cross terms of a head tied to the embedding."""
     if one.head is not None and other.head is not None:
-        products = one.head.rows @ other.head.rows.T
+        if one.head.given is other.head.given is None:
+            rows_o, rows_u = (
+                (one.head.logits, one.head.targets),
+                (other.head.logits, other.head.targets),
+            )
+            products = ops.residual_gram(*rows_o, *rows_u)
+        else:
+            products = one.head.rows @ other.head.rows.T
         if one.head.weight is not None:
             add(one.head.weight, products * (_wide(one.head.hidden) @ _wide(other.head.hidden).T))
         if one.head.bias is not None:

@@ -35,18 +35,29 @@ CHUNK = 16
 
 @dataclass
 class Side:
-    """Cotangents on the logits of one traced sequence: rows (M, V)."""
+    """Cotangents on the logits of one traced sequence: rows (M, V).
+
+    They are `given`, or else the log-prob rows e_y − π, ∇ log π(y_m) with respect to the logits of
+    position m, which are formed where they are used.
+    """
 
     trace: Trace
-    rows: Tensor
+    given: Tensor | None = None
 
     @classmethod
     def log_probs(cls, trace: Trace) -> Side:
-        """The rows e_y − π: ∇ log π(y_m) with respect to the logits of position m."""
-        return cls(trace, ops.residual(trace.logits, trace.targets)[0])
+        """The rows e_y − π."""
+        return cls(trace)
+
+    @property
+    def rows(self) -> Tensor:
+        """Cotangents (M, V)."""
+        if self.given is not None:
+            return self.given
+        return ops.residual(self.trace.logits, self.trace.targets)[0]
 
     def __len__(self) -> int:
-        return self.rows.shape[0]
+        return len(self.trace.positions)
 
     def bytes_per_cotangent(self) -> int:
         """Workspace of one cotangent in the widest segment: factors, and the pullback's buffers."""
@@ -118,7 +129,7 @@ def token_gram(
                 twin = _find(observed, side)
                 pulls.append(
                     (
-                        Pullback(side.trace, side.rows, select, _chunk(side, budget)),
+                        Pullback(side.trace, side.given, select, _chunk(side, budget)),
                         None if twin is None else starts_o[twin],
                         starts_u[index],
                     )
@@ -133,7 +144,7 @@ def token_gram(
                     mask[chosen[id(updated[twin])]] = False
                     rest = rest[mask]
                 if len(rest):
-                    pull = Pullback(side.trace, side.rows, rest, _chunk(side, budget))
+                    pull = Pullback(side.trace, side.given, rest, _chunk(side, budget))
                     pulls.append((pull, starts_o[index], None))
 
         heads = [pull.head_factors() for pull, _, _ in pulls]
@@ -244,7 +255,7 @@ def _push_rows(
     """Rows of one side pulled back and pushed through every observed trace: (rows, [Δz])."""
     anatomy = side.trace.anatomy
     with anatomy.analysis():
-        down = Pullback(side.trace, side.rows, select, len(select))
+        down = Pullback(side.trace, side.given, select, len(select))
         factors = [down.head_factors()]
         for segment in segments_down(anatomy):
             pieces = [part for _, part in down.step(segment)]
@@ -273,11 +284,11 @@ def factored_gram(
     starts = _offsets(observed)
     first = updated[0].trace.logits
     total = torch.zeros(starts[-1], _offsets(updated)[-1], dtype=first.dtype, device=first.device)
-    traces = [side.trace for side in observed]
+    traces, cotangents = [side.trace for side in observed], [side.rows for side in observed]
     for rows, moved in factored_push(traces, updated, memory, progress, precondition):
-        for start, side, delta in zip(starts, observed, moved, strict=False):
-            block = torch.einsum("cmv,mv->mc", delta, side.rows.to(delta.dtype))
-            total[start : start + len(side)][:, rows] = block
+        for start, side_rows, delta in zip(starts, cotangents, moved, strict=False):
+            block = torch.einsum("cmv,mv->mc", delta, side_rows.to(delta.dtype))
+            total[start : start + len(side_rows)][:, rows] = block
     return total
 
 
@@ -457,7 +468,7 @@ def _offsets(sides: Sequence[Side]) -> list[int]:
 def _distinct(sides: Sequence[Side]) -> list[Side]:
     """The sides, with a copy in place of a side that is listed again: they are told apart by id."""
     return [
-        Side(side.trace, side.rows) if any(side is s for s in sides[:i]) else side
+        Side(side.trace, side.given) if any(side is s for s in sides[:i]) else side
         for i, side in enumerate(sides)
     ]
 

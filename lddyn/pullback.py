@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lddyn import ops
 from lddyn.anatomy import Anatomy, Replay, Trace, back_project
 from lddyn.examples import Example
 from lddyn.factors import Factors, HeadFactor, batched_vjp
@@ -83,7 +84,8 @@ class Pullback:
 
     Args:
         trace: The stored forward pass.
-        rows: Cotangents on the logits, (M, V); row m belongs to trace.positions[m].
+        rows: Cotangents on the logits, (M, V); row m belongs to trace.positions[m]. Default: the
+            log-prob rows e_y − π, which are formed for the head alone and not kept.
         select: Rows to pull back (default: all).
         chunk: Cotangents per chunk; small chunks are truncated tighter, large ones share the
             replay of the segment.
@@ -92,21 +94,42 @@ class Pullback:
     step yields (row indices, Factors) per chunk and moves the states one segment down.
     """
 
-    def __init__(self, trace: Trace, rows: Tensor, select: Tensor | None = None, chunk: int = 16):
+    def __init__(
+        self,
+        trace: Trace,
+        rows: Tensor | None = None,
+        select: Tensor | None = None,
+        chunk: int = 16,
+    ):
         self.trace = trace
         self.anatomy: Anatomy = trace.anatomy
-        if rows.shape != trace.logits.shape:
+        if rows is None and trace.slope is not None:
+            rows = ops.residual(trace.logits, trace.targets)[0]
+        if rows is not None and rows.shape != trace.logits.shape:
             raise ValueError(
                 f"cotangents must be (tokens, vocabulary) = {tuple(trace.logits.shape)}, got "
                 f"{tuple(rows.shape)}"
             )
-        rows = rows.to(trace.logits.dtype)
-        self.raw_rows = rows if trace.slope is None else rows * trace.slope
-        order = torch.arange(len(rows), device=rows.device) if select is None else select
+        count = torch.arange(len(trace.positions), device=trace.positions.device)
+        order = count if select is None else select
         order = order[trace.positions[order].argsort(stable=True)]
         self.selected = order
-        head = self.anatomy.head
-        g = back_project(self.raw_rows[order], head.weight).to(trace.hidden.dtype)
+        whole = len(order) == len(count) and bool((order == count).all())
+        logits, targets = trace.logits, trace.targets
+        if not whole:
+            logits, targets = logits[order], targets[order]
+        if rows is not None:
+            rows = rows[order].to(logits.dtype)
+            rows = rows if trace.slope is None else rows * trace.slope[order]
+        self.head = HeadFactor(
+            self.anatomy.head_weight,
+            self.anatomy.head_bias,
+            trace.hidden[order],
+            rows,
+            logits,
+            targets,
+        )
+        g = back_project(self.head.rows, self.anatomy.head.weight).to(trace.hidden.dtype)
         self.chunks: list[Chunk] = []
         for part, state in zip(order.split(chunk), g.split(chunk), strict=True):
             length = self.anatomy.prefix(trace, int(trace.positions[part].max()) + 1)
@@ -114,15 +137,7 @@ class Pullback:
 
     def head_factors(self) -> Factors:
         """Factors of the head for the selected rows, in position order."""
-        anatomy = self.anatomy
-        return Factors(
-            head=HeadFactor(
-                anatomy.head_weight,
-                anatomy.head_bias,
-                self.trace.hidden[self.selected],
-                self.raw_rows[self.selected],
-            )
-        )
+        return Factors(head=self.head)
 
     def step(self, segment: int) -> Iterator[tuple[Tensor, Factors]]:
         """Pulls every chunk through one segment; yields its rows and factors.
