@@ -31,6 +31,16 @@ class Linear:
     pull: Batched
     push: Batched
 
+    def stacked(self, size: int) -> Linear:
+        """The same map of every one of `size` operands."""
+
+        def each(function: Batched) -> Batched:
+            return lambda *x: tuple(
+                y.unflatten(0, (len(x[0]), size)) for y in function(*(y.flatten(0, 1) for y in x))
+            )
+
+        return Linear(each(self.pull), each(self.push))
+
 
 class _Apply(torch.autograd.Function):
     """Applies `linear.pull` to cotangents; differentiates by `linear.push`.
@@ -57,7 +67,11 @@ class _Apply(torch.autograd.Function):
             x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
             for x, dim in zip(tensors[:count], in_dims[2:], strict=False)
         ]
-        results = linear.pull(*batched)
+        if len(tensors) > count:  # an outer derivative must still meet the guards
+            stacked = linear.stacked(info.batch_size)
+            results = _Apply.apply(stacked, count, *batched, *tensors[count:])  # type: ignore[no-untyped-call]
+        else:
+            results = linear.pull(*batched)
         return results, (0,) * len(results)
 
     @staticmethod
