@@ -197,7 +197,7 @@ def decompose(
         float | None,
         typer.Option(help="Clip the gradient's norm, as trainers do.", show_default=False),
     ] = None,
-    memory: Annotated[str, typer.Option(help="Workspace beyond model and result.")] = "2GiB",
+    memory: Annotated[str, typer.Option(help="Workspace beyond model and result.")] = "4GiB",
     attention: Annotated[str, typer.Option(help="lddyn or eager.")] = "lddyn",
     dtype: Annotated[str, typer.Option(help=" ".join(_DTYPES) + ".")] = "float32",
     adapter: Annotated[

@@ -113,7 +113,8 @@ def token_gram(
 
     # The factors of a segment are kept for all updated rows of a group; groups are as large as half
     # the budget allows, and the observed side is pulled again for each further group.
-    groups = _groups(updated, budget // 2)
+    twins = [_find(observed, side) is not None for side in updated]
+    groups = _groups(updated, budget // 2, twins)
     steps = tqdm(
         total=len(groups) * len(list(segments_down(anatomy))),
         desc="token Gram",
@@ -481,13 +482,20 @@ def _chunk(side: Side, budget: int) -> int:
     return int(max(1, min(CHUNK, budget // 4 // side.bytes_per_cotangent())))
 
 
-def _groups(sides: Sequence[Side], budget: int) -> list[list[tuple[int, Tensor]]]:
-    """Rows of the updated sides in groups whose factors of one segment fit the budget."""
+def _groups(
+    sides: Sequence[Side], budget: int, twins: Sequence[bool]
+) -> list[list[tuple[int, Tensor]]]:
+    """Rows of the updated sides in groups whose factors of one segment fit the budget.
+
+    Merging a twin, a side that is observed as well, needs its chunks' factors beside the merged
+    ones; other chunks are freed tap by tap, but not all of them return to the system at once.
+    """
     groups: list[list[tuple[int, Tensor]]] = [[]]
     left = budget
-    for index, side in enumerate(sides):
+    for index, (side, twin) in enumerate(zip(sides, twins, strict=True)):
         width = max((w.width for w in side.trace.work.values()), default=0)
-        cost = max(1, 2 * width * side.trace.hidden.element_size())  # factors, and their merging
+        factors = width * side.trace.hidden.element_size()
+        cost = max(1, 2 * factors if twin else 7 * factors // 4)
         order = side.trace.positions.argsort(stable=True)
         while len(order):
             fit = left // cost

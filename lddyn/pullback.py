@@ -27,7 +27,7 @@ from lddyn.rowwise import pull_rows
 
 Gradient = dict[str, Tensor]  # parameter name -> tensor of its shape
 
-DEFAULT_MEMORY = "2GiB"
+DEFAULT_MEMORY = "4GiB"
 _UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
