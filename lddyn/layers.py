@@ -242,7 +242,8 @@ def attention(
     groups = key.shape[1]
     scale = width**-0.5 if scaling is None else scaling
     learned = attention_mask is not None and attention_mask.requires_grad
-    if batch == 1 and s_aux is None and not learned:
+    # A trace needs no derivative, but its watch must see what the products cost.
+    if batch == 1 and s_aux is None and not learned and torch.is_grad_enabled():
         instead = _instead.get()
         if instead is not None:
             with torch._C.DisableTorchFunction():
