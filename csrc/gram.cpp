@@ -7,6 +7,8 @@
 // in the second-level cache, where all cotangents l meet it, so that neither E is written nor g_u
 // read more than once per kRows cotangents: what two calls of BLAS cannot have. Every task has its
 // own partial sums, added in a fixed order, so that the bits do not depend on `threads`.
+#include <omp.h>
+
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -211,14 +213,17 @@ void gram_cpu(const GramCpu& p, int threads) {
   const int64_t tiles = (p.t + kTokens - 1) / kTokens, blocks = (p.m + kRows - 1) / kRows;
   std::vector<float> partial(tiles * p.m * p.n);
   const bool parallel = tiles * blocks > 1 && p.m * p.n * p.t * p.d > 1 << 20;
+  // Allocated here: an exception must not leave a parallel region.
+  const int64_t size = kRows * kTokens * std::min(kColumns, p.d);
+  std::vector<float> pushed(size * std::max(1, threads));
 #pragma omp parallel num_threads(threads) if (parallel)
   {
-    std::vector<float> e(kRows * kTokens * std::min(kColumns, p.d));
+    float* e = pushed.data() + size * omp_get_thread_num();
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < tiles * blocks; ++i) {
       const int64_t tile = i / blocks, m0 = i % blocks * kRows;
       const int64_t t0 = tile * kTokens;
-      run(p, t0, std::min(p.t, t0 + kTokens), m0, std::min(p.m, m0 + kRows), e.data(),
+      run(p, t0, std::min(p.t, t0 + kTokens), m0, std::min(p.m, m0 + kRows), e,
           partial.data() + (tile * p.m + m0) * p.n);
     }
   }

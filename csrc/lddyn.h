@@ -1,4 +1,4 @@
-// Every host function of lddyn._C. Pointers are trusted: lddyn/ops.py checks shapes and dtypes.
+// Every host function of lddyn._C. Pointers are trusted: lddyn/ops/ checks shapes and dtypes.
 // All strides are in elements, not bytes. CUDA functions take a stream, never allocate and never
 // synchronise; they return 0 or a cudaError_t.
 #pragma once
@@ -7,7 +7,7 @@
 
 namespace lddyn {
 
-// Element types, as numbered in lddyn/ops.py.
+// Element types, as numbered in lddyn/ops/dispatch.py.
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
 // Operands of `residual`. logits: n rows of `vocabulary` contiguous columns. Results are float64

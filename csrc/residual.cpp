@@ -119,7 +119,7 @@ LDDYN_INLINE void row(const Residual& p, int64_t n) {
   int64_t* top = p.top + 2 * n;
   top_two(z, p.vocabulary, top);
   A peak = widen(z[top[0]]);
-  if (!std::isfinite(peak)) peak = std::numeric_limits<A>::quiet_NaN();  // lddyn/ops.py reports it
+  if (!std::isfinite(peak)) peak = std::numeric_limits<A>::quiet_NaN();  // lddyn/ops/residual.py reports it
 
   Sums<A> sums;
   exponentials(z, peak, 0, top[0], out, &sums);

@@ -20,8 +20,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -44,6 +45,7 @@ from lddyn.ledger import (
     Work,
 )
 
+_LOCK = threading.RLock()
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -194,7 +196,8 @@ class Anatomy:
                 "on lm_head first (lddyn takes the head in closed form)"
             )
         self.blocks = _find_blocks(base)
-        self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        with _LOCK:  # another thread's analysis may have switched gradients off
+            self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable and not allow_frozen:
             raise UnsupportedModelError(
                 "no parameter has requires_grad=True: nothing can be updated, K is zero"
@@ -259,7 +262,14 @@ class Anatomy:
 
     @contextlib.contextmanager
     def analysis(self, own_attention: bool = True) -> Iterator[None]:
-        """Evaluation mode, own attention, no weight gradients; everything restored on exit."""
+        """Evaluation mode, own attention, no weight gradients; everything restored on exit.
+
+        One thread at a time: the model, and functions of its Python module, are changed inside.
+        """
+        with _LOCK:
+            yield from self._analysis(own_attention)
+
+    def _analysis(self, own_attention: bool) -> Iterator[None]:
         _register_attention()
         modes = [(m, m.training) for m in self.model.modules()]
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
@@ -292,7 +302,12 @@ class Anatomy:
             for config, key, _ in saved:
                 if own_attention or not key.startswith("_attn"):
                     setattr(config, key, own if key.startswith("_attn") else "eager")
-            with torch.inference_mode(False), torch.enable_grad(), _no_autocast(self.device):
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                _no_autocast(self.device),
+                torch.compiler.set_stance("force_eager"),  # replays patch what compiled code froze
+            ):
                 yield
         finally:
             for module, training in modes:
@@ -369,6 +384,10 @@ class Anatomy:
             found = self._norms[module]
             if found is None:
                 return original(x)
+            now: Any = module  # its parameters may have been replaced
+            found = replace(
+                found, weight=getattr(now, "weight", None), bias=getattr(now, "bias", None)
+            )
             with torch._C.DisableTorchFunction():
                 out, normalized = found(x)
                 weight, bias = (
@@ -396,26 +415,26 @@ class Anatomy:
                 return original(x)
             with torch._C.DisableTorchFunction():
                 out = found.output
-            watch.activated[id(out)] = (out, found)
+            watch.activated[id(out)] = (out, out._version, found)
             return out
 
         return activation
 
     def _rotation(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def rotation(
-            q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any
-        ) -> Any:
+        def rotation(*args: Any, **more: Any) -> Any:
+            if more or len(args) != 4 or not all(isinstance(x, Tensor) for x in args):
+                return original(*args, **more)
+            q, k, cos, sin = args
             plain = (
                 self._rotary.get(name, True)
-                and not rest
-                and not more
+                and q.dim() == k.dim() == 4
                 and q.shape[0] == k.shape[0] == 1
                 and cos.shape == sin.shape == (1, q.shape[2], q.shape[3])
                 and k.shape[2:] == q.shape[2:]
             )
             # Angles of zero, a lone first token's, tell no convention of pairs from another.
             if not plain or (name not in self._rotary and not bool(sin.any())):
-                return original(q, k, cos, sin, *rest, **more)
+                return original(q, k, cos, sin)
             with torch._C.DisableTorchFunction():
                 found = tuple(layers.rotate(x, cos[0], sin[0]) for x in (q, k))
             if name not in self._rotary:
@@ -751,6 +770,13 @@ def _at_rows(value: Any, length: int, rows: Tensor) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_at_rows(v, length, rows) for v in value)
     return value
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception is an allocator's refusal, on GPU or CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 @contextlib.contextmanager

@@ -70,6 +70,21 @@ class Factors:
     lengths: Tensor | None = None
     tokens: int = 0
 
+    def in_order(self, lengths: Tensor, tokens: int) -> bool:
+        """Whether all rows are the tokens in their order, as causality shows: zero beyond lengths.
+
+        A block that sends tokens to experts, or sorts them, has others.
+        """
+        beyond = torch.arange(tokens, device=lengths.device)[None] >= lengths[:, None]
+        for tap, delta in self.taps:
+            if delta.dim() == 2 or tap.kind == "embedding":
+                continue
+            if "[" in f"{tap.weight}{tap.bias}" or delta.shape[1] != tokens:
+                return False
+            if bool(delta[beyond].any()):
+                return False
+        return True
+
     def reach(self, tap: Tap, delta: Tensor) -> Tensor | None:
         """Lengths of the tap's rows, or None where its rows are not the replayed tokens."""
         return self.lengths if delta.dim() == 3 and delta.shape[1] == self.tokens else None
@@ -132,8 +147,8 @@ def merge(
 ) -> list[tuple[Tensor, Factors]]:
     """Joins the chunks of one side, so that what is paired with them is pushed once, not per chunk.
 
-    Shorter prefixes are filled with zeros. Taps whose rows are not a prefix of the longest chunk's
-    (packed experts see a subset of tokens) leave the chunks as they are. With `consume` every tap
+    Shorter prefixes are filled with zeros. Chunks whose rows are not the tokens in their order (a
+    mixture of experts) stay as they are. With `consume` every tap
     of the chunks is freed as soon as it has been copied.
     """
     if len(chunks) < 2:
@@ -145,14 +160,13 @@ def merge(
             return chunks
         if factors.direct.keys() != longest.direct.keys():
             return chunks
-        for (tap, delta), (reference, _) in zip(factors.taps, longest.taps, strict=True):
-            if delta.dim() == 3 and not _is_prefix(tap.activations, reference.activations):
-                return chunks
+        if factors.lengths is None:
+            return chunks
     rows = torch.cat([r for r, _ in chunks])
     known = [f.lengths for _, f in chunks if f.lengths is not None]
     joined = Factors(
         direct={n: torch.cat([f.direct[n] for _, f in chunks]) for n in longest.direct},
-        lengths=torch.cat(known) if len(known) == len(chunks) else None,
+        lengths=torch.cat(known),
         tokens=longest.tokens,
     )
     for i, (tap, delta) in enumerate(longest.taps):
@@ -172,17 +186,6 @@ def merge(
                 factors.taps[i] = (factors.taps[i][0], part[:0].clone())
         joined.taps.append((tap, out))
     return [(rows, joined)]
-
-
-def _is_prefix(short: Tensor, long: Tensor) -> bool:
-    """Equal up to the rounding of a product over fewer rows."""
-    head = long[: len(short)]
-    if short.shape != head.shape:
-        return False
-    if not short.is_floating_point():
-        return torch.equal(short, head)
-    limit = 64 * torch.finfo(short.dtype).eps * float(long.abs().max())
-    return bool((short - head).abs().max() <= limit)
 
 
 def pair_head(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> None:
@@ -225,7 +228,7 @@ def summed(delta: Tensor) -> Tensor:
     return delta.sum(1) if delta.dim() == 3 else delta
 
 
-def spread(delta: Tensor) -> Tensor:
+def over_rows(delta: Tensor) -> Tensor:
     """Factors over the rows of the activations (c, rows, d_out), also where they are rank one."""
     return delta if delta.dim() == 3 else torch.diag_embed(delta.T).movedim(0, -1)
 
@@ -248,7 +251,7 @@ def _pair_tap(
     if delta_o.dim() == delta_u.dim() == 2:
         similarity = _wide(tap_o.activations) @ _wide(tap_u.activations).T
         return similarity * (_wide(delta_o) @ _wide(delta_u).T)
-    delta_o, delta_u = spread(delta_o), spread(delta_u)
+    delta_o, delta_u = over_rows(delta_o), over_rows(delta_u)
     return ops.gram(tap_o.activations, delta_o, tap_u.activations, delta_u, lengths_o, lengths_u)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,20 @@ class Linear:
 
     pull: Batched
     push: Batched
+    # Who asked for which backend: autograd may run the map in a thread that does not know.
+    backend: str | None = field(default_factory=ops.overridden)
+
+    @property
+    def transposed(self) -> Linear:
+        """The transpose."""
+        return Linear(self.push, self.pull, self.backend)
+
+    def __call__(self, *batched: Tensor) -> tuple[Tensor, ...]:
+        """The map, on a batch."""
+        if self.backend is None:
+            return self.pull(*batched)
+        with ops.backend(self.backend):
+            return self.pull(*batched)
 
     def stacked(self, size: int) -> Linear:
         """The same map of every one of `size` operands."""
@@ -39,7 +53,7 @@ class Linear:
                 y.unflatten(0, (len(x[0]), size)) for y in function(*(y.flatten(0, 1) for y in x))
             )
 
-        return Linear(each(self.pull), each(self.push))
+        return Linear(each(self.pull), each(self.push), self.backend)
 
 
 class _Apply(torch.autograd.Function):
@@ -51,7 +65,7 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(linear: Linear, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x[0] for x in linear.pull(*(x[None] for x in tensors[:count])))
+        return tuple(x[0] for x in linear(*(x[None] for x in tensors[:count])))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -71,13 +85,12 @@ class _Apply(torch.autograd.Function):
             stacked = linear.stacked(info.batch_size)
             results = _Apply.apply(stacked, count, *batched, *tensors[count:])  # type: ignore[no-untyped-call]
         else:
-            results = linear.pull(*batched)
+            results = linear(*batched)
         return results, (0,) * len(results)
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor) -> Any:
-        transposed = Linear(ctx.linear.push, ctx.linear.pull)
-        moved = _Apply.apply(transposed, len(tangents), *tangents)  # type: ignore[no-untyped-call]
+        moved = _Apply.apply(ctx.linear.transposed, len(tangents), *tangents)  # type: ignore[no-untyped-call]
         refused = [tangents[0].new_zeros(()).expand(shape) for shape in ctx.shapes]
         return None, None, *moved, *refused
 
@@ -140,8 +153,7 @@ class _Layer(torch.autograd.Function):
             for x, t in zip(ctx.saved_tensors, tangents, strict=True)
         ]
         guards = [_Guard.apply(x) for x in ctx.saved_tensors]  # type: ignore[no-untyped-call]
-        transposed = Linear(ctx.linear.push, ctx.linear.pull)
-        (out,) = _Apply.apply(transposed, len(given), *given, *guards)  # type: ignore[no-untyped-call]
+        (out,) = _Apply.apply(ctx.linear.transposed, len(given), *given, *guards)  # type: ignore[no-untyped-call]
         return out  # type: ignore[no-any-return]
 
 
@@ -238,6 +250,8 @@ def attention(
     goes through `attend`, whose pullback takes many cotangents at once; a batch, or learned
     sinks, are put together from differentiable parts.
     """
+    if dropout:
+        raise ValueError(f"lddyn's attention has no dropout, got {dropout}: set the config's to 0")
     batch, heads, length, width = query.shape
     groups = key.shape[1]
     scale = width**-0.5 if scaling is None else scaling
@@ -256,7 +270,7 @@ def attention(
             # squeeze and unsqueeze, not [0] and [None]: the pullback of a selection fills zeros
             q, k, v = query.squeeze(0), key.squeeze(0), value.squeeze(0)
             out = attend(q, k, v, mask, scale, softcap or 0.0)
-        return out.transpose(0, 1).unsqueeze(0), None
+        return out.transpose(0, 1).contiguous().unsqueeze(0), None
     rows = query.reshape(batch, groups, heads // groups * length, width)
     scores = torch.matmul(rows * scale, key.transpose(-1, -2))
     if softcap is not None:
@@ -379,8 +393,12 @@ def recognise_norm(
         return max(float((norm(z)[0] - y).abs().max() / y.abs().max()) for z, y in pairs)
 
     with torch.no_grad():
-        best, form = min((error(norm), i) for i, norm in enumerate(forms))
-    return forms[form] if best <= max(2 * torch.finfo(x.dtype).eps, 1e-5) else None
+        errors = [error(norm) for norm in forms]
+    best = min(range(len(forms)), key=errors.__getitem__)
+    # The other normalisation must fit worse: a gain of zero, or inputs of mean zero, tell nothing.
+    rival = min(e for e, f in zip(errors, forms, strict=True) if f.centred != forms[best].centred)
+    fits = errors[best] <= max(2 * torch.finfo(x.dtype).eps, 1e-5)
+    return forms[best] if fits and rival > 4 * errors[best] else None
 
 
 # --------------------------------------------------------------------------- activations

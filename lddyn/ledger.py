@@ -122,7 +122,8 @@ class Watch(TorchFunctionMode):
         self.work: dict[str, Work] = {}  # what the products of each segment cost
         self.gains: list[Gain] = []
         self.routed = False  # whether tokens were picked by their values
-        self.activated: dict[int, tuple[Tensor, layers.Activated]] = {}  # by id of φ(a)
+        # By id of φ(a): it, its version when it was made, and what it is.
+        self.activated: dict[int, tuple[Tensor, int, layers.Activated]] = {}
         # id -> (tensor, parameter name, suffix such as "[3]", transposed); tensors are kept alive
         # so that an id cannot be reused while we hold it.
         self.known: dict[int, tuple[Tensor, str, str, bool]] = {
@@ -187,8 +188,10 @@ class Watch(TorchFunctionMode):
                 and other.shape == output.shape
                 and id(other) not in self.activated
             ):
-                with torch._C.DisableTorchFunction():
-                    return self.activated[id(output)][1].gate(other)
+                _, version, found = self.activated[id(output)]
+                if output._version == version:  # not changed in place since
+                    with torch._C.DisableTorchFunction():
+                        return found.gate(other)
         return None
 
     def _run(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

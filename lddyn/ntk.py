@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lddyn import ops
-from lddyn.anatomy import Anatomy, Trace, undisturbed
+from lddyn.anatomy import Anatomy, Trace, is_out_of_memory, undisturbed
 from lddyn.examples import Example
 from lddyn.factors import Factors, merge, pair
 from lddyn.pullback import (
     DEFAULT_MEMORY,
     Pullback,
-    is_out_of_memory,
     parse_memory,
     segments_down,
 )
@@ -113,8 +112,7 @@ def token_gram(
 
     # The factors of a segment are kept for all updated rows of a group; groups are as large as half
     # the budget allows, and the observed side is pulled again for each further group.
-    twins = [_find(observed, side) is not None for side in updated]
-    groups = _groups(updated, budget // 2, twins)
+    groups = _groups(updated, budget // 2)
     steps = tqdm(
         total=len(groups) * len(list(segments_down(anatomy))),
         desc="token Gram",
@@ -482,20 +480,13 @@ def _chunk(side: Side, budget: int) -> int:
     return int(max(1, min(CHUNK, budget // 4 // side.bytes_per_cotangent())))
 
 
-def _groups(
-    sides: Sequence[Side], budget: int, twins: Sequence[bool]
-) -> list[list[tuple[int, Tensor]]]:
-    """Rows of the updated sides in groups whose factors of one segment fit the budget.
-
-    Merging a twin, a side that is observed as well, needs its chunks' factors beside the merged
-    ones; other chunks are freed tap by tap, but not all of them return to the system at once.
-    """
+def _groups(sides: Sequence[Side], budget: int) -> list[list[tuple[int, Tensor]]]:
+    """Rows of the updated sides in groups whose factors of one segment fit the budget."""
     groups: list[list[tuple[int, Tensor]]] = [[]]
     left = budget
-    for index, (side, twin) in enumerate(zip(sides, twins, strict=True)):
+    for index, side in enumerate(sides):
         width = max((w.width for w in side.trace.work.values()), default=0)
-        factors = width * side.trace.hidden.element_size()
-        cost = max(1, 2 * factors if twin else 7 * factors // 4)
+        cost = max(1, 2 * width * side.trace.hidden.element_size())  # factors, and their merging
         order = side.trace.positions.argsort(stable=True)
         while len(order):
             fit = left // cost

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lddyn import ops
-from lddyn.anatomy import Anatomy, Replay, Trace, back_project
+from lddyn.anatomy import Anatomy, Replay, Trace, back_project, is_out_of_memory
 from lddyn.examples import Example
 from lddyn.factors import Factors, HeadFactor, batched_vjp
 from lddyn.rowwise import pull_rows
@@ -70,13 +70,6 @@ class Chunk:
     rows: Tensor
     length: int
     state: Tensor
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception is an allocator's refusal, on GPU or CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 class Pullback:
@@ -178,9 +171,9 @@ class Pullback:
             replay = self.anatomy.replay(self.trace, segment, chunk.length)
             pulled, routed = pull(replay, state), replay.routed
         state, factors = pulled
-        if not routed:  # an expert's rows are not the tokens in their order
-            factors.lengths = self.trace.positions[chunk.rows] + 1
-            factors.tokens = chunk.length
+        lengths = self.trace.positions[chunk.rows] + 1
+        if not routed and factors.in_order(lengths, chunk.length):
+            factors.lengths, factors.tokens = lengths, chunk.length
         return state, factors
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lddyn.anatomy import Anatomy, Replay, Trace, project
-from lddyn.factors import Factors, HeadFactor, spread, summed
+from lddyn.factors import Factors, HeadFactor, over_rows, summed
 from lddyn.ledger import FRONT, Tap
 from lddyn.ops import preconditioned_push
 
@@ -108,7 +108,7 @@ class AlongFactors(Source):
             self.head_factor = part.head or self.head_factor
             for tap, delta in part.taps:
                 if tap.weight is not None:
-                    self.by_weight.setdefault(tap.weight, []).append((tap, spread(delta)))
+                    self.by_weight.setdefault(tap.weight, []).append((tap, over_rows(delta)))
                 if tap.bias is not None:
                     self.by_bias[tap.bias] = self.by_bias.get(tap.bias, 0) + summed(delta)
             for name, gradient in part.direct.items():

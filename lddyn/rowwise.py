@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lddyn import layers
-from lddyn.anatomy import Replay, Trace, undisturbed
+from lddyn.anatomy import Replay, Trace, is_out_of_memory, undisturbed
 from lddyn.factors import Factors, batched_vjp
 from lddyn.ledger import Gain
 
@@ -93,7 +93,8 @@ def _tail(
     trace: Trace, segment: int, rows: Tensor, length: int, state: Tensor
 ) -> tuple[Tensor, Factors]:
     replay = _replay_rows(trace, segment, rows, length)
-    gradients = _backward(replay, replay.output, state[None], [replay.input])
+    assert replay.input is not None
+    gradients = _backward(replay, replay.output, state[None], 1, [replay.input])
     moved = gradients[-1]
     assert moved is not None
     return moved[0], _factors(replay, gradients[:-1], {})
@@ -133,16 +134,16 @@ def _last_block(
         raise _Unfit
     with layers.intercepted(attend_rows):
         above = _replay_rows(trace, segment, rows, length)
-    if len(attended) != 1:
+    if len(attended) != 1 or above.input is None:
         raise _Unfit
     query, middle = attended[0]
     # From the block's output down to the attention's, then from its queries to the block's input.
-    first = _backward(above, above.output, state[None], [above.input, middle.output])
+    first = _backward(above, above.output, state[None], 1, [above.input, middle.output])
     grad_output = first.pop()
     if grad_output is None:
         raise _Unfit
     grad_query, grad_key, grad_value = middle.pull(grad_output)
-    second = _backward(above, query, grad_query.unsqueeze(0), [above.input])
+    second = _backward(above, query, grad_query.unsqueeze(0), 2, [above.input])
     gradients = [
         y if x is None else x if y is None else x + y for x, y in zip(first, second, strict=True)
     ]
@@ -169,7 +170,12 @@ def _replay_rows(trace: Trace, segment: int, rows: Tensor, length: int) -> Repla
     anatomy = trace.anatomy
     label = anatomy.segments[segment]
     positions = trace.positions[rows]
-    replay = anatomy.replay(trace, segment, length, positions)
+    try:
+        replay = anatomy.replay(trace, segment, length, positions)
+    except (RuntimeError, IndexError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise _Unfit from error  # the model's code takes its tokens for a whole sequence
     whole = all(
         tap.kind != "embedding"
         and "[" not in f"{tap.weight}{tap.bias}"  # packed experts
@@ -180,28 +186,46 @@ def _replay_rows(trace: Trace, segment: int, rows: Tensor, length: int) -> Repla
     direct = {n for n in anatomy.direct if label in anatomy.ledger[n].segments}
     if replay.routed or not whole or not direct <= scaled:
         raise _Unfit
-    if label not in anatomy.rowwise:
-        last = segment == len(anatomy.segments) - 1
-        expected = trace.hidden[rows] if last else trace.inputs[segment][0, positions]
-        found = replay.output.detach().reshape(-1, replay.output.shape[-1])
-        if found.shape != expected.shape:
-            raise _Unfit
-        limit = 1e-4 if found.element_size() >= 4 else 5e-2
-        if not bool((found - expected).abs().max() <= limit * expected.abs().max()):
-            raise _Unfit
+    last = segment == len(anatomy.segments) - 1
+    expected = trace.hidden[rows] if last else trace.inputs[segment][0, positions]
+    found = replay.output.detach().reshape(-1, replay.output.shape[-1])
+    if found.shape != expected.shape or not _close(found, expected):
+        raise _Unfit
     return replay
 
 
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Whether every row agrees, up to the rounding of products of other sizes."""
+    limit = 1e-4 if found.element_size() >= 4 else 5e-2
+    found, expected = found.flatten(1).double(), expected.flatten(1).double()
+    return bool(((found - expected).norm(dim=1) <= limit * expected.norm(dim=1)).all())
+
+
 def _backward(
-    replay: Replay, output: Tensor, grad: Tensor, inputs: list[Tensor | None]
+    replay: Replay, output: Tensor, grad: Tensor, axis: int, inputs: list[Tensor]
 ) -> list[Tensor | None]:
-    """Gradients of the replay's taps, of its gains, and of some inputs."""
+    """Gradients of the replay's taps, of its gains, and of some inputs; cotangents along an axis.
+
+    Row m of a tap must belong to cotangent m. Weighting the cotangents shows it: a block that sorts
+    or mixes its tokens inside, whatever it calls, does not return the same weights row by row.
+    """
     targets = [tap.edge for tap in replay.taps] + [gain.edge for gain in replay.gains]
-    return list(
+    count = grad.shape[axis]
+    shape = [count if i == axis else 1 for i in range(grad.dim())]
+    weights = torch.linspace(0.5, 1.5, count, device=grad.device).to(grad.dtype)
+    plain, weighted = (
         torch.autograd.grad(
-            output, [*targets, *inputs], grad.view_as(output), retain_graph=True, allow_unused=True
+            output, [*targets, *inputs], g.view_as(output), retain_graph=True, allow_unused=True
         )
+        for g in (grad, grad * weights.view(shape))
     )
+    for tap, one, other in zip(replay.taps, plain, weighted, strict=False):
+        if one is None:
+            continue
+        rows, moved = (x.reshape(-1, tap.width) for x in (one, other))
+        if len(rows) != count or not _close(moved, rows * weights[:, None]):
+            raise _Unfit
+    return list(plain)
 
 
 def _token_axes(below: list[Gain], above: list[Gain]) -> dict[str | None, int]:
@@ -229,8 +253,10 @@ def _factors(
     for gain, gradient in zip(replay.gains, gradients[len(replay.taps) :], strict=True):
         if gradient is None or gain.weight is gain.bias is None:
             continue
-        axis = axes.get(gain.weight, gradient.dim() - 2)
-        if gradient.dim() > 3 and gain.weight not in axes:
+        shape = gradient.shape
+        known = gain.weight in axes or (len(shape) == 3 and shape[0] == 1)
+        axis = axes.get(gain.weight, 1)
+        if not known or shape[axis] != replay.output.shape[1]:
             raise _Unfit
         rows, normalized = (
             x.movedim(axis, 0).reshape(x.shape[axis], -1, x.shape[-1])

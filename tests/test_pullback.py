@@ -5,10 +5,10 @@ import torch
 import zoo
 
 import lddyn
-from lddyn.anatomy import Anatomy, back_project, project
+from lddyn.anatomy import Anatomy, back_project, is_out_of_memory, project
 from lddyn.factors import Factors, pair
 from lddyn.ntk import Side
-from lddyn.pullback import Pullback, gradient, is_out_of_memory, parse_memory, segments_down
+from lddyn.pullback import Pullback, gradient, parse_memory, segments_down
 from lddyn.pushforward import (
     AlongDirection,
     AlongFactors,

@@ -7,7 +7,7 @@ import zoo
 import lddyn
 from lddyn import rowwise
 from lddyn.anatomy import Anatomy, true_float64
-from lddyn.factors import Factors, merge, pair, spread, summed
+from lddyn.factors import Factors, merge, over_rows, pair, summed
 from lddyn.ntk import Side, token_gram
 from lddyn.pullback import Pullback
 
@@ -60,7 +60,7 @@ def gradients(factors):
 
     for tap, delta in factors.taps:
         if tap.weight is not None and tap.kind != "embedding":
-            add(tap.weight, torch.einsum("cto,ti->coi", spread(delta), tap.activations))
+            add(tap.weight, torch.einsum("cto,ti->coi", over_rows(delta), tap.activations))
         if tap.bias is not None:
             add(tap.bias, summed(delta))
     for name, gradient in factors.direct.items():
@@ -219,7 +219,7 @@ def gram(observed, updated):
 
 def test_spread_and_summed_of_rank_one():
     delta = torch.randn(3, 4)
-    over = spread(delta)
+    over = over_rows(delta)
     assert over.shape == (3, 3, 4)
     for m in range(3):
         expected = torch.zeros(3, 4)

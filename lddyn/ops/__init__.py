@@ -13,6 +13,7 @@ from lddyn.ops.dispatch import (
     backends,
     choose,
     compiled,
+    overridden,
     why_not,
 )
 from lddyn.ops.elementwise import (
@@ -42,6 +43,7 @@ __all__ = [
     "gram",
     "norm_pullback",
     "norm_pushforward",
+    "overridden",
     "preconditioned_push",
     "product",
     "residual",

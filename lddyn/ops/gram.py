@@ -271,8 +271,8 @@ def gram(
 
     The inner product of the weight gradients Σ_s g_o[m,s] ⊗ a_o[s] and Σ_t g_u[l,t] ⊗ a_u[t], which
     need not be formed: S = a_o a_uᵀ pushes one side's gradients onto the other's tokens, where they
-    are paired. On CPU this is dense products alone, so BLAS does it in plain torch (there is no C++
-    for it), in the order that `lddyn.reference.gram_order` finds cheapest.
+    are paired. The order is the one that `lddyn.reference.gram_order` finds cheapest. On CPU, C++
+    pairs a tile of tokens while it is in cache; materialised gradients are left to BLAS.
 
     Args:
         activations_o: Layer input of the observed sequence, shape (S, d_in),
