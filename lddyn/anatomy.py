@@ -370,6 +370,16 @@ class Anatomy:
                     stack.enter_context(_replaced(sys.modules[name], "apply_rotary_pos_emb", bind))
             yield
 
+    @staticmethod
+    def _touched(original: Callable[..., Any], x: Tensor, watch: Watch) -> set[str]:
+        """Trainable parameters that a module uses, its own or another's; it may also raise here."""
+        before, watch.touched = watch.touched, set()
+        taps = len(watch.taps)
+        original(x)
+        del watch.taps[taps:]
+        found, watch.touched = watch.touched, before
+        return found
+
     def _norm(
         self, module: nn.Module, original: Callable[..., Tensor], watch: Watch
     ) -> Callable[..., Tensor]:
@@ -378,9 +388,11 @@ class Anatomy:
             if not isinstance(x, Tensor) or x.numel() == 0:
                 return original(*args, **kwargs)
             if module not in self._norms:
-                original(x)  # under the watch: it may stop a gradient
+                touched = self._touched(original, x, watch)
+                own = {self.trainable_by_id.get(id(p), ("",))[0] for p in module.parameters()}
                 with watch.paused():
-                    self._norms[module] = layers.recognise_norm(module, original, x)
+                    found = layers.recognise_norm(module, original, x) if touched <= own else None
+                self._norms[module] = found
             found = self._norms[module]
             if found is None:
                 return original(x)
@@ -407,9 +419,11 @@ class Anatomy:
             x = args[0] if len(args) == 1 and not kwargs else None
             if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() < 2:
                 return original(*args, **kwargs)
+            if module not in self._activations:
+                touched = self._touched(original, x, watch)
+                with watch.paused():
+                    self._activations[module] = not touched and layers.is_elementwise(original, x)
             with watch.paused():
-                if module not in self._activations:
-                    self._activations[module] = layers.is_elementwise(original, x)
                 found = layers.activate(original, x) if self._activations[module] else None
             if found is None:
                 return original(x)

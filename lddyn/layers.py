@@ -389,11 +389,23 @@ def recognise_norm(
     eps = next((getattr(module, n) for n in names if isinstance(getattr(module, n, 0), float)), 0.0)
     forms = [Norm(weight, bias, eps, s, c) for c in (False, True) for s in (0.0, 1.0)]
 
-    def error(norm: Norm) -> float:
-        return max(float((norm(z)[0] - y).abs().max() / y.abs().max()) for z, y in pairs)
+    probe = x.detach().requires_grad_(True)
+    cotangent = torch.linspace(-1, 1, x.numel(), device=x.device).view(x.shape).to(x.dtype)
 
-    with torch.no_grad():
-        errors = [error(norm) for norm in forms]
+    def pulled(function: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            out = function(probe)
+        return torch.autograd.grad(out, probe, cotangent)[0]
+
+    expected = pulled(original)  # a norm may hold its statistics fixed
+
+    def error(norm: Norm) -> float:
+        gradient = pulled(lambda z: norm(z)[0])
+        apart = float((gradient - expected).abs().max() / expected.abs().max())
+        values = (float((norm(z)[0] - y).abs().max() / y.abs().max()) for z, y in pairs)
+        return max(apart / 4, *values)  # gradients are rounded more often
+
+    errors = [error(norm) for norm in forms]
     best = min(range(len(forms)), key=errors.__getitem__)
     # The other normalisation must fit worse: a gain of zero, or inputs of mean zero, tell nothing.
     rival = min(e for e, f in zip(errors, forms, strict=True) if f.centred != forms[best].centred)

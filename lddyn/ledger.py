@@ -122,6 +122,7 @@ class Watch(TorchFunctionMode):
         self.work: dict[str, Work] = {}  # what the products of each segment cost
         self.gains: list[Gain] = []
         self.routed = False  # whether tokens were picked by their values
+        self.touched: set[str] = set()  # trainable parameters that were used
         # By id of φ(a): it, its version when it was made, and what it is.
         self.activated: dict[int, tuple[Tensor, int, layers.Activated]] = {}
         # id -> (tensor, parameter name, suffix such as "[3]", transposed); tensors are kept alive
@@ -207,6 +208,8 @@ class Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _use(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        values = (*args, *kwargs.values())
+        self.touched |= {self.known[id(x)][1] for x in values if id(x) in self.known}
         if name in _PRODUCTS:
             product = _as_product(name, args, kwargs)
             # The weight must be a weight we know; or it is frozen and only the bias is trainable.

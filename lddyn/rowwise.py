@@ -254,8 +254,8 @@ def _factors(
         if gradient is None or gain.weight is gain.bias is None:
             continue
         shape = gradient.shape
-        known = gain.weight in axes or (len(shape) == 3 and shape[0] == 1)
-        axis = axes.get(gain.weight, 1)
+        known = gain.weight in axes or len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
+        axis = axes.get(gain.weight, len(shape) - 2)
         if not known or shape[axis] != replay.output.shape[1]:
             raise _Unfit
         rows, normalized = (

@@ -514,16 +514,19 @@ def test_an_impossible_override_raises():
         ops.choose("cpu", "gpu", REFUSED)
     with pytest.raises(ValueError, match="got 'gpu'"), lddyn.backend("gpu"):
         pass
-    with lddyn.backend("cpp"), pytest.raises(RuntimeError, match="gram has no cpp implementation"):
-        ops.gram(*CALLS["gram"]())
+    with (
+        lddyn.backend("cpp"),
+        pytest.raises(RuntimeError, match="sketch has no cpp implementation"),
+    ):
+        ops.sketch(torch.ones(2, 3), torch.ones(1, 2, 4), 2, 2)
     with lddyn.backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' cannot run"):
         ops.residual(*CALLS["residual"]())
 
 
 def test_the_environment_overrides_and_the_block_wins(monkeypatch):
     args = CALLS["gram"]()
-    monkeypatch.setenv("LDDYN_BACKEND", "cpp")
-    with pytest.raises(RuntimeError, match="gram has no cpp implementation"):
+    monkeypatch.setenv("LDDYN_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this call"):
         ops.gram(*args)
     with lddyn.backend("reference"):
         ops.gram(*args)
