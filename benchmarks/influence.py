@@ -87,13 +87,13 @@ def least_bytes(sizes: dict, own: bool = False) -> int:
     return 4 * (inputs + rows * length * widths)
 
 
-def gemm_rate(hidden: int) -> float:
+def gemm_rate(hidden: int, product=torch.matmul) -> float:
     """FLOP/s of a product like the pullback's: 2048 rows through an MLP weight, float32."""
     a, b = torch.randn(2048, hidden), torch.randn(intermediate(hidden), hidden)
     best = 0.0
     for _ in range(12):
         start = time.perf_counter()
-        a @ b.T
+        product(a, b.T)
         best = max(best, 2 * a.shape[0] * b.numel() / (time.perf_counter() - start))
     return best
 
@@ -159,6 +159,10 @@ def worker(method: str, sizes: dict, own: bool, threads: int, repeats: int, path
         "gemm_flops_per_second": max(rates),
         "covers": opponent.covers if opponent else "all",
     }
+    if not opponent:
+        from lddyn.ops import product
+
+        figures["product_flops_per_second"] = gemm_rate(sizes["hidden"], product)
     assert table is not None
     from safetensors.torch import save_file
 
@@ -196,13 +200,20 @@ def measure(
 
 
 def compare(
-    sizes: dict, *, own: bool, threads: int, repeats: int, timeout: float, peers: str
+    sizes: dict,
+    *,
+    own: bool,
+    threads: int,
+    repeats: int,
+    timeout: float,
+    peers: str,
+    methods: list[str],
 ) -> dict:
-    """All methods on one problem; ratios are to lddyn."""
+    """All methods, or some, on one problem; ratios are to lddyn."""
     rows: dict[str, dict] = {}
     for method in (*OWN, *OPPONENTS):
         opponent = OPPONENTS.get(method)
-        if opponent and opponent.self_only and not own:
+        if opponent and ((opponent.self_only and not own) or (methods and method not in methods)):
             continue
         long = not opponent or method.startswith("hand-written")
         rows[method] = measure(
@@ -268,6 +279,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="d512")
     for key in KEYS:
         parser.add_argument(f"--{key}", type=int, help="instead of the preset's")
+    parser.add_argument("--methods", nargs="*", default=[], help="of the opponents, only these")
     parser.add_argument("--self", action="store_true", help="one sequence on both sides")
     parser.add_argument("--all", action="store_true", help="every preset, both tasks")
     parser.add_argument("--scaling", action="store_true")
@@ -308,6 +320,7 @@ def main() -> None:
             result = compare(
                 sizes_of(preset), own=both, threads=args.threads, peers=args.peers,
                 repeats=args.repeats, timeout=args.timeout or PRESETS[preset][1],
+                methods=args.methods,
             )  # fmt: skip
             save(section(preset, both), result)
             print(f"   {time.perf_counter() - start:.0f} s", flush=True)

@@ -65,6 +65,13 @@ def influence(section: dict) -> str:
         if "least_bytes" in result
         else ""
     )
+    rate = best.get("product_flops_per_second")
+    faster = (
+        f" (Its own products with weights run at {rate / 1e9:.0f} GFLOP/s, by oneDNN: of that it is "
+        f"{best['seconds'] * rate / best['planned_flops']:.2f}×.)"
+        if rate
+        else ""
+    )
     truth = f" Differences are to {result['truth']}." if "truth" in result else ""
     return (
         f"d = {sizes['hidden']}, {sizes['layers']} layers, T = {sizes['length']}, M = L = "
@@ -75,7 +82,7 @@ def influence(section: dict) -> str:
         + f"\n\nAgainst the planner: {best['planned_flops'] / 1e9:.3g} GFLOP at the "
         f"{best['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s of a matrix product measured in the "
         f"same process is {duration(result['planned_seconds'])}; lddyn takes "
-        f"**{result['over_plan']:.2f}×** that.{memory}\n\n<sub>{made_by(section)}</sub>"
+        f"**{result['over_plan']:.2f}×** that.{faster}{memory}\n\n<sub>{made_by(section)}</sub>"
     )
 
 
