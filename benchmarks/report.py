@@ -67,7 +67,7 @@ def influence(section: dict) -> str:
     )
     rate = best.get("product_flops_per_second")
     faster = (
-        f" (Its own products with weights run at {rate / 1e9:.0f} GFLOP/s, by oneDNN: of that it is "
+        f" (Its products with weights run at {rate / 1e9:.0f} GFLOP/s, by oneDNN: of that it is "
         f"{best['seconds'] * rate / best['planned_flops']:.2f}×.)"
         if rate
         else ""
