@@ -119,7 +119,7 @@ LDDYN_INLINE void row(const Residual& p, int64_t n) {
   int64_t* top = p.top + 2 * n;
   top_two(z, p.vocabulary, top);
   A peak = widen(z[top[0]]);
-  if (!std::isfinite(peak)) peak = std::numeric_limits<A>::quiet_NaN();  // lddyn/ops/residual.py reports it
+  if (!std::isfinite(peak)) peak = std::numeric_limits<A>::quiet_NaN();  // lddyn/ops reports it
 
   Sums<A> sums;
   exponentials(z, peak, 0, top[0], out, &sums);
@@ -148,7 +148,7 @@ LDDYN_INLINE void find_peak(const ResidualRows& p, int64_t n) {
   A peak = left > right ? left : right;
   if (peak == -std::numeric_limits<A>::infinity()) peak = own;  // all others are masked
   if (!std::isfinite(peak) || own > std::numeric_limits<A>::max()) {
-    peak = std::numeric_limits<A>::quiet_NaN();  // lddyn/ops/residual.py reports it
+    peak = std::numeric_limits<A>::quiet_NaN();  // lddyn/ops reports it
   }
   static_cast<A*>(p.peak)[n] = peak;
 }
