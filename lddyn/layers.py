@@ -399,6 +399,7 @@ def recognise_norm(
 
     expected = pulled(original)  # a norm may hold its statistics fixed
 
+    @torch.no_grad()
     def error(norm: Norm) -> float:
         gradient = pulled(lambda z: norm(z)[0])
         apart = float((gradient - expected).abs().max() / expected.abs().max())

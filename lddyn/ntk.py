@@ -29,7 +29,7 @@ from lddyn.pullback import (
 from lddyn.pushforward import AlongFactors, Direction, Pushforward
 
 Sink = Callable[[str, Tensor, Tensor, Tensor], None]  # parameter, rows o, rows u, block (c, c')
-CHUNK = 16
+CHUNK = 32
 
 
 @dataclass

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lddyn.ledger import HEAD, Work
 from lddyn.ntk import CHUNK, Side
+from lddyn.pullback import reach
 from lddyn.rowwise import spread
 
 
@@ -57,10 +58,10 @@ def gram_cost(observed: Sequence[Side], updated: Sequence[Side], chunk: int = CH
         rows = (1 - share.flops) * top.linear / trace.length
         width = sum(w.width for w in work.values()) - (1 - share.width) * top.width
         widths[key] = width / trace.length
-        reach = [(int(p) + 1) / trace.length for p in trace.positions.sort().values]
-        for start in range(0, len(reach), chunk):
-            part = reach[start : start + chunk]
-            far = part[-1]
+        positions = trace.positions.sort().values.tolist()
+        for start in range(0, len(positions), chunk):
+            part = positions[start : start + chunk]
+            far = reach(part[-1], trace.length) / trace.length
             replay += far * linear + far**2 * mixing + len(part) * rows
             pullback += len(part) * (far * linear + 2 * far**2 * mixing + rows)
         head += 4.0 * len(side) * trace.hidden.shape[-1] * trace.logits.shape[-1]

@@ -60,6 +60,11 @@ def parse_memory(memory: int | str) -> int:
 # --------------------------------------------------------------------------- pulling
 
 
+def reach(position: int, length: int) -> int:
+    """Tokens to replay for a cotangent at a position: in steps of 16, for products of few sizes."""
+    return min(position // 16 * 16 + 16, length)
+
+
 @dataclass
 class Chunk:
     """Cotangents that travel together: rows of the side, their prefix and their state.
@@ -125,7 +130,9 @@ class Pullback:
         g = back_project(self.head.rows, self.anatomy.head.weight).to(trace.hidden.dtype)
         self.chunks: list[Chunk] = []
         for part, state in zip(order.split(chunk), g.split(chunk), strict=True):
-            length = self.anatomy.prefix(trace, int(trace.positions[part].max()) + 1)
+            length = self.anatomy.prefix(
+                trace, reach(int(trace.positions[part].max()), trace.length)
+            )
             self.chunks.append(Chunk(part, length, state))
 
     def head_factors(self) -> Factors:

@@ -8,7 +8,7 @@ import lddyn
 from lddyn.anatomy import Anatomy, back_project, is_out_of_memory, project
 from lddyn.factors import Factors, pair
 from lddyn.ntk import Side
-from lddyn.pullback import Pullback, gradient, parse_memory, segments_down
+from lddyn.pullback import Pullback, gradient, parse_memory, reach, segments_down
 from lddyn.pushforward import (
     AlongDirection,
     AlongFactors,
@@ -124,7 +124,7 @@ def test_chunks_are_prefixes_in_order(chunk):
     blocks = parts[1:]
     assert len(blocks) == 4 * -(-6 // chunk)
     for at, factors in blocks:
-        longest = int(trace.positions[at].max()) + 1
+        longest = reach(int(trace.positions[at].max()), trace.length)
         for tap, delta in factors.taps:
             if delta.dim() == 2:  # above the last attention: rows
                 assert delta.shape == (len(at), tap.width)

@@ -11,8 +11,10 @@ from torch.autograd import forward_ad
 from lddyn.ops.dispatch import overridden
 
 # Rows of one call of oneDNN, which compiles a kernel and keeps about 1 MiB for every shape it
-# meets: few sizes, whatever the lengths of the sequences; the rest goes to the default BLAS.
+# meets: few sizes, whatever the lengths of the sequences. A few hundreds of rows, in whole blocks,
+# are one call without a copy; the rest goes to the default BLAS.
 _BLOCKS = (256, 32)
+_WHOLE = 4096
 
 
 @functools.cache
@@ -29,8 +31,11 @@ def _onednn() -> bool:
 
 def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
     rows, width = x.reshape(-1, x.shape[-1]), weight.shape[1]
-    out = x.new_empty(len(rows), width)
     block = torch.ops.mkldnn._linear_pointwise
+    if len(rows) <= _WHOLE and len(rows) % _BLOCKS[0] == 0:
+        whole: Tensor = block(rows, weight.T, None, "none", [], "")
+        return whole.view(*x.shape[:-1], width)
+    out = x.new_empty(len(rows), width)
     start = 0
     for size in _BLOCKS:
         while start + size <= len(rows):
