@@ -107,7 +107,9 @@ def gram_flops(s, d_in, d_out, m):
 
 
 @pytest.mark.parametrize("size", GRAM_SIZES, ids="S{0[0]}-M{0[1]}-d{0[2]}x{0[3]}".format)
-@pytest.mark.parametrize("way", ["cuda", "triton", "cpp", "reference", "compile", "gradients", "ghost"])
+@pytest.mark.parametrize(
+    "way", ["cuda", "triton", "cpp", "reference", "compile", "gradients", "ghost"]
+)
 def bench_gram(benchmark, run, device, small, size, way):
     s, m, d_in, d_out = (8, 3, 5, 7) if small else size
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
