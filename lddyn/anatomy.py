@@ -21,7 +21,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -148,6 +148,11 @@ class Replay:
     direct: list[tuple[str, Any, torch.Size]]  # name, gradient edge, shape
     gains: list[Gain] = field(default_factory=list)
     routed: bool = False  # whether tokens were picked by their values
+
+    @property
+    def targets(self) -> list[Any]:
+        """What cotangents are pulled back to beside the input: taps, then direct parameters."""
+        return [tap.edge for tap in self.taps] + [edge for _, edge, _ in self.direct]
 
 
 class Anatomy:
@@ -344,14 +349,14 @@ class Anatomy:
                     module.forward = old
 
     @contextlib.contextmanager
-    def _recognised(self, watch: Watch) -> Iterator[None]:
+    def _recognised(self, watch: Watch, modules: Iterable[nn.Module]) -> Iterator[None]:
         """Norms, activations and rotary embeddings replaced by their closed forms in `layers`.
 
         A module is recognised by what it computes: on its first replay its output is compared with
         the closed form, and it stays as it is where they differ.
         """
         with contextlib.ExitStack() as stack:
-            for module in self.base.modules():
+            for module in modules:
                 if module is self.head or list(module.children()):
                     continue
                 bind: Any = None
@@ -723,7 +728,7 @@ class Anatomy:
                 args, kwargs = self.calls(trace, length)[segment - 1]
                 if rows is not None:
                     args, kwargs = _at_rows((args, kwargs), length, rows)
-                with watch, self._recognised(watch):
+                with watch, self._recognised(watch, self.blocks[segment - 1].modules()):
                     try:
                         result = self.blocks[segment - 1](*_join_hidden(x, args), **kwargs)
                     except layers.Stopped:
@@ -749,7 +754,9 @@ class Anatomy:
 
                 watch.active = segment == 0
                 tokens = length if rows is None else len(rows)  # models reshape by their input's
-                with watch, self._recognised(watch), self._patched(block, head):
+                inside = {m for b in self.blocks for m in b.modules()}
+                outside = [m for m in self.base.modules() if m not in inside]
+                with watch, self._recognised(watch, outside), self._patched(block, head):
                     self._run(trace.ids[:, :tokens])
         finally:
             for _, parameter in direct:

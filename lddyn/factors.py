@@ -148,8 +148,8 @@ def merge(
     """Joins the chunks of one side, so that what is paired with them is pushed once, not per chunk.
 
     Shorter prefixes are filled with zeros. Chunks whose rows are not the tokens in their order (a
-    mixture of experts) stay as they are. With `consume` every tap
-    of the chunks is freed as soon as it has been copied.
+    mixture of experts) stay as they are. With `consume` every tap of the chunks is freed as soon as
+    it has been copied.
     """
     if len(chunks) < 2:
         return chunks
@@ -192,11 +192,9 @@ def pair_head(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) 
     """The head's part, and the cross terms of a head tied to the embedding."""
     if one.head is not None and other.head is not None:
         if one.head.given is other.head.given is None:
-            rows_o, rows_u = (
-                (one.head.logits, one.head.targets),
-                (other.head.logits, other.head.targets),
+            products = ops.residual_gram(
+                one.head.logits, one.head.targets, other.head.logits, other.head.targets
             )
-            products = ops.residual_gram(*rows_o, *rows_u)
         else:
             products = one.head.rows @ other.head.rows.T
         if one.head.weight is not None:

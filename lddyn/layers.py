@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from lddyn import ops, reference
 
@@ -70,7 +69,6 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.linear, ctx.count, *tensors = inputs
-        ctx.guards = len(tensors) - ctx.count
         ctx.shapes = [x.shape for x in tensors[ctx.count :]]
 
     @staticmethod
@@ -118,12 +116,6 @@ class _Guard(torch.autograd.Function):
     backward = jvp = refuse
 
 
-def _differentiated(x: Tensor) -> bool:
-    """Whether a derivative of a derivative with respect to x may be asked for."""
-    tracked = torch.is_grad_enabled() and x.requires_grad
-    return tracked or forward_ad.unpack_dual(x).tangent is not None
-
-
 class _Layer(torch.autograd.Function):
     """A layer whose value is known and whose Jacobian is `linear`: (linear, (value,), *inputs).
 
@@ -139,11 +131,10 @@ class _Layer(torch.autograd.Function):
         ctx.linear = inputs[0]
         ctx.save_for_backward(*inputs[2:])
         ctx.save_for_forward(*inputs[2:])
-        ctx.needed = [x.requires_grad for x in inputs[2:]]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        guards = [_Guard.apply(x) for x in ctx.saved_tensors if _differentiated(x)]  # type: ignore[no-untyped-call]
+        guards = [_Guard.apply(x) for x in ctx.saved_tensors if ops.differentiated(x)]  # type: ignore[no-untyped-call]
         return None, None, *_Apply.apply(ctx.linear, 1, *grads, *guards)  # type: ignore[no-untyped-call]
 
     @staticmethod
@@ -164,14 +155,21 @@ def _layer(linear: Linear, value: Tensor, *inputs: Tensor) -> Tensor:
 # --------------------------------------------------------------------------- attention
 
 
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float
+) -> tuple[Tensor, Tensor | float, Tensor]:
+    """Probabilities (H, T, S), the slope of the soft cap, and the output (H, T, f)."""
+    with torch.no_grad():
+        probabilities, slope = reference.attention(query, key, mask, scale, softcap)
+        rows = probabilities.to(value.dtype).reshape(len(key), -1, key.shape[1])
+        return probabilities, slope, (rows @ value).view(*query.shape[:2], -1)
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float
 ) -> Tensor:
     """Attention of one sequence: (H, T, e), (G, S, e), (G, S, f), (1 or H, T, S) -> (H, T, f)."""
-    with torch.no_grad():
-        probabilities, _ = reference.attention(query, key, mask, scale, softcap)
-        rows = probabilities.to(value.dtype).reshape(len(key), -1, key.shape[1])
-        out = (rows @ value).view(*query.shape[:2], -1)
+    _, _, out = _forward(query, key, value, mask, scale, softcap)
     shared = (query.detach(), key.detach(), value.detach(), mask.detach())
     linear = Linear(
         lambda g: ops.attention_pullback(*shared, g, scale, softcap),
@@ -207,10 +205,7 @@ class Rows:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float
     ):
         self.query, self.key, self.value, self.scale = query, key, value, scale
-        with torch.no_grad():
-            self.probabilities, self.slope = reference.attention(query, key, mask, scale, softcap)
-            rows = self.probabilities.to(value.dtype).reshape(len(key), -1, key.shape[1])
-            output = (rows @ value).view(*query.shape[:2], -1)
+        self.probabilities, self.slope, output = _forward(query, key, value, mask, scale, softcap)
         self.output = output.requires_grad_(True)
 
     def pull(self, grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,15 +165,14 @@ class Pullback:
 
     def _pull(self, segment: int, chunk: Chunk) -> tuple[Tensor, Factors]:
         state = chunk.state
-        pulled = None
-        if state.dim() == 2:
-            if segment >= len(self.anatomy.blocks):
-                pulled = pull_rows(self.trace, segment, chunk.rows, chunk.length, state)
-            dense = state.new_zeros(len(state), 1, chunk.length, state.shape[-1])
-            dense[torch.arange(len(state)), 0, self.trace.positions[chunk.rows]] = state
-            state = dense
-        routed = False
+        pulled, routed = None, False
+        if state.dim() == 2 and segment >= len(self.anatomy.blocks):
+            pulled = pull_rows(self.trace, segment, chunk.rows, chunk.length, state)
         if pulled is None:
+            if state.dim() == 2:
+                dense = state.new_zeros(len(state), 1, chunk.length, state.shape[-1])
+                dense[torch.arange(len(state)), 0, self.trace.positions[chunk.rows]] = state
+                state = dense
             replay = self.anatomy.replay(self.trace, segment, chunk.length)
             pulled, routed = pull(replay, state), replay.routed
         state, factors = pulled
@@ -186,8 +184,7 @@ class Pullback:
 
 def pull(replay: Replay, cotangents: Tensor) -> tuple[Tensor, Factors]:
     """Cotangents (c, *output.shape) of a replayed segment -> (cotangents of its input, factors)."""
-    targets: list[Any] = [tap.edge for tap in replay.taps]
-    targets += [edge for _, edge, _ in replay.direct]
+    targets = replay.targets
     if replay.input is not None:
         targets.append(replay.input)
     if not targets:

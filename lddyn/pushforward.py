@@ -232,8 +232,7 @@ class Linearized:
 
 def linearize(replay: Replay) -> Linearized:
     """Builds the graph u -> pullback(u); its own pullback is the segment's Jacobian."""
-    targets: list[Any] = [t.edge for t in replay.taps]
-    targets += [edge for _, edge, _ in replay.direct]
+    targets = replay.targets
     if replay.input is not None:
         targets.append(replay.input)
     u = torch.zeros_like(replay.output).requires_grad_(True)

@@ -147,9 +147,8 @@ def _last_block(
     gradients = [
         y if x is None else x if y is None else x + y for x, y in zip(first, second, strict=True)
     ]
-    targets = [tap.edge for tap in below.taps] + [edge for _, edge, _ in below.direct]
     below_gradients = batched_vjp(
-        keys[0], [*targets, below.input], (grad_key.unsqueeze(1), grad_value.unsqueeze(1))
+        keys[0], [*below.targets, below.input], (grad_key.unsqueeze(1), grad_value.unsqueeze(1))
     )
     moved = below_gradients.pop()
     if moved is None:

@@ -13,6 +13,7 @@ from lddyn.ops.dispatch import (
     backends,
     choose,
     compiled,
+    differentiated,
     overridden,
     why_not,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "backends",
     "choose",
     "compiled",
+    "differentiated",
     "gated_pullback",
     "gated_pushforward",
     "gram",

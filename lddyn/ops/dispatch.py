@@ -213,6 +213,12 @@ def _report_fallback(message: str) -> None:
     logger.info(message)
 
 
+def differentiated(*tensors: Tensor) -> bool:
+    """Whether a derivative with respect to one of them may be asked for, in either mode."""
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return tracked or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
 class _Leaf(torch.autograd.Function):
     """Runs an op below autograd; its backward raises."""
 

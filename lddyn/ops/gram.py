@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,6 +129,26 @@ def _materialise(a_o: Tensor, g_o: Tensor, a_u: Tensor, g_u: Tensor) -> Tensor:
     return out
 
 
+def _cheapest(
+    push: Callable[..., Tensor],
+    materialise: Callable[..., Tensor],
+    a_o: Tensor,
+    g_o: Tensor,
+    a_u: Tensor,
+    g_u: Tensor,
+    lengths_o: _Lengths,
+    lengths_u: _Lengths,
+) -> Tensor:
+    """The product in the order that `reference.gram_order` finds cheapest."""
+    (m, s, d_out), (n, t, _) = g_o.shape, g_u.shape
+    order = reference.gram_order(s, t, a_o.shape[1], d_out, m, n)
+    if order == "materialise":
+        return materialise(a_o, g_o, a_u, g_u)
+    if order == "push_u":
+        return push(a_u, g_u, a_o, g_o, lengths_u, lengths_o).T.contiguous()
+    return push(a_o, g_o, a_u, g_u, lengths_o, lengths_u)
+
+
 def _gram_on_gpu(
     launch: _Launch,
     a_o: Tensor,
@@ -141,12 +162,7 @@ def _gram_on_gpu(
     (m, s, d_out), (n, t, _) = g_o.shape, g_u.shape
     if 0 in (m, n, s, t, a_o.shape[1], d_out):
         return g_o.new_zeros(m, n, dtype=torch.float32)
-    order = reference.gram_order(s, t, a_o.shape[1], d_out, m, n)
-    if order == "materialise":
-        return _materialise(a_o, g_o, a_u, g_u)
-    if order == "push_u":
-        return _push(launch, a_u, g_u, a_o, g_o, lengths_u, lengths_o).T.contiguous()
-    return _push(launch, a_o, g_o, a_u, g_u, lengths_o, lengths_u)
+    return _cheapest(partial(_push, launch), _materialise, a_o, g_o, a_u, g_u, lengths_o, lengths_u)
 
 
 def _gram_triton(
@@ -207,13 +223,9 @@ def _gram_cpp(
     lengths_u: _Lengths = None,
 ) -> Tensor:
     """Fused push and pair in float32; BLAS in plain torch where that is not the cheapest order."""
-    (m, s, d_out), (n, t, _) = g_o.shape, g_u.shape
-    order = reference.gram_order(s, t, a_o.shape[1], d_out, m, n)
-    if order == "materialise" or g_o.dtype == torch.float64:
+    if g_o.dtype == torch.float64:
         return reference.gram(a_o, g_o, a_u, g_u, lengths_o, lengths_u)
-    if order == "push_u":
-        return _push_cpp(a_u, g_u, a_o, g_o, lengths_u, lengths_o).T.contiguous()
-    return _push_cpp(a_o, g_o, a_u, g_u, lengths_o, lengths_u)
+    return _cheapest(_push_cpp, reference.gram, a_o, g_o, a_u, g_u, lengths_o, lengths_u)
 
 
 def _push_cpp(

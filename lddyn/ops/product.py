@@ -6,9 +6,8 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from lddyn.ops.dispatch import overridden
+from lddyn.ops.dispatch import differentiated, overridden
 
 # Rows of one call of oneDNN, which compiles a kernel and keeps about 1 MiB for every shape it
 # meets: few sizes, whatever the lengths of the sequences. A few hundreds of rows, in whole blocks,
@@ -46,16 +45,6 @@ def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], width)
 
 
-def _differentiated(*tensors: Tensor) -> bool:
-    """Whether a derivative would be asked of the product: oneDNN's has none."""
-    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return (
-        tracked
-        or torch._C._are_functorch_transforms_active()
-        or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
-    )
-
-
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """The product of x (…, k) with a weight (k, n): (…, n).
 
@@ -75,7 +64,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
         or weight.dtype != torch.float32
         or x.numel() == 0
         or overridden() == "reference"
-        or _differentiated(x, weight)
+        or torch._C._are_functorch_transforms_active()
+        or differentiated(x, weight)  # oneDNN's product has no derivative
         or not _onednn()
     )
     return x @ weight if plain else _by_onednn(x, weight)
