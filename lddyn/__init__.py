@@ -24,6 +24,7 @@ _PUBLIC = {
     "Anatomy": "anatomy",
     "DPO": "objectives",
     "Decomposition": "decompose",
+    "Estimate": "estimate",
     "Example": "examples",
     "NTK": "ntk",
     "Objective": "objectives",

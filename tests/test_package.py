@@ -34,6 +34,7 @@ LAYERS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 LEVEL["environment"] = LEVEL["ops"] + 1
+LEVEL["estimate"] = 0
 
 
 def module_name(path):
