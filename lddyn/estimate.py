@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 
@@ -20,6 +19,7 @@ class Estimate:
         samples: Independent repeats behind `stderr`, for the quantiles of Student's t; None: many.
 
     Example:
+        >>> import torch
         >>> estimate = Estimate(torch.tensor([2.0]), torch.tensor([0.5]), samples=9)
         >>> low, high = estimate.interval(0.95)
         >>> round(float(low), 2), round(float(high), 2)

@@ -819,7 +819,7 @@ def _read_file(path: Path) -> Iterator[dict[str, Any] | ExampleError]:
 def _read_parquet(path: Path) -> Iterator[dict[str, Any] | ExampleError]:
     """Yield the rows of a Parquet file, batch by batch."""
     try:
-        from pyarrow import parquet  # type: ignore[import-not-found, unused-ignore]
+        from pyarrow import parquet
     except ImportError:
         raise ImportError(
             f"{path}: reading Parquet needs pyarrow; pip install pyarrow, or give JSONL"
