@@ -1,5 +1,9 @@
 // pybind11 only: integers to pointers, GIL release, nothing else.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <tuple>
 
 #include "lddyn.h"
 
@@ -144,6 +148,44 @@ void gram_cpu(uintptr_t similarity, uintptr_t grads_o, uintptr_t grads_u, uintpt
                   threads);
 }
 
+// (address, stride of c, of h, of t) of a batch of heads.
+using HeadsTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+template <typename T>
+lddyn::Heads<T> heads(const HeadsTuple& x) {
+  return {pointer<T>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
+}
+
+// shared: the addresses of `Attention` in order; batches: its Heads; sizes: its sizes.
+lddyn::Attention attention(const std::array<uintptr_t, 8>& shared,
+                           const std::array<HeadsTuple, 6>& batches,
+                           const std::array<int64_t, 8>& sizes) {
+  const auto& x = shared;
+  const auto& n = sizes;
+  return {pointer<const float>(x[0]),
+          pointer<const float>(x[1]),
+          pointer<const float>(x[2]),
+          pointer<const float>(x[3]),
+          pointer<const float>(x[4]),
+          pointer<const float>(x[5]),
+          pointer<const int64_t>(x[6]),
+          pointer<const int64_t>(x[7]),
+          heads<const float>(batches[0]),
+          heads<const float>(batches[1]),
+          heads<const float>(batches[2]),
+          heads<float>(batches[3]),
+          heads<float>(batches[4]),
+          heads<float>(batches[5]),
+          n[0],
+          n[1],
+          n[2],
+          n[3],
+          n[4],
+          n[5],
+          n[6],
+          n[7]};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -162,6 +204,9 @@ PYBIND11_MODULE(_C, m) {
   py::class_<lddyn::Sizes>(m, "Sizes").def(py::init(&sizes));
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("gram_cpu", &gram_cpu, release());
+  py::class_<lddyn::Attention>(m, "Attention").def(py::init(&attention));
+  m.def("attention_pullback_cpu", &lddyn::attention_pullback_cpu, release());
+  m.def("attention_pushforward_cpu", &lddyn::attention_pushforward_cpu, release());
   m.def("gated_pullback_cpu", &gated_pullback_cpu, release());
   m.def("gated_pushforward_cpu", &gated_pushforward_cpu, release());
   m.def("norm_pullback_cpu", &norm_pullback_cpu, release());

@@ -10,64 +10,14 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
-#include "element.h"
+#include "tile.h"
 
 namespace lddyn {
 namespace {
 
-constexpr int64_t kRows = 16, kTokens = 32, kColumns = 192;
-
-typedef float Vec8 __attribute__((vector_size(32)));
-typedef float Vec16 __attribute__((vector_size(64)));
-
-// Unaligned; by pointer, since a vector in a signature would be part of the ABI.
-template <typename V>
-LDDYN_INLINE void load(V* x, const float* p) {
-  std::memcpy(x, p, sizeof *x);
-}
-
-template <typename V>
-constexpr int kWidth = sizeof(V) / sizeof(float);
-
-// E[r, 0 : C vectors] = sum_k S[r, k] D[k, :] for R rows.
-template <typename V, int R, int C>
-LDDYN_INLINE void push_tile(const float* s, int64_t s_stride, const float* d, int64_t d_stride,
-                            int64_t depth, float* e, int64_t e_stride) {
-  V sum[R][C] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    V right[C];
-    for (int c = 0; c < C; ++c) load(&right[c], d + k * d_stride + c * kWidth<V>);
-    for (int r = 0; r < R; ++r) {
-      const float left = s[r * s_stride + k];
-      for (int c = 0; c < C; ++c) sum[r][c] += left * right[c];
-    }
-  }
-  for (int r = 0; r < R; ++r) std::memcpy(e + r * e_stride, sum[r], sizeof sum[r]);
-}
-
-// R rows of tokens, all columns of the block.
-template <typename V, int R>
-LDDYN_INLINE void push_rows(const float* s, int64_t s_stride, const float* d, int64_t d_stride,
-                            int64_t depth, float* e, int64_t columns) {
-  constexpr int64_t kW = kWidth<V>;
-  int64_t j = 0;
-  for (; j + 3 * kW <= columns; j += 3 * kW) {
-    push_tile<V, R, 3>(s, s_stride, d + j, d_stride, depth, e + j, columns);
-  }
-  for (; j + kW <= columns; j += kW) {
-    push_tile<V, R, 1>(s, s_stride, d + j, d_stride, depth, e + j, columns);
-  }
-  for (; j < columns; ++j) {
-    for (int r = 0; r < R; ++r) {
-      float sum = 0;
-      for (int64_t k = 0; k < depth; ++k) sum += s[r * s_stride + k] * d[k * d_stride + j];
-      e[r * columns + j] = sum;
-    }
-  }
-}
+constexpr int64_t kRows = 32, kTokens = 16, kColumns = 192, kMostPaired = 6;
 
 // out[r, c] += sum over `tokens` runs of `columns` of e[r] g[c], for R rows m and C cotangents l.
 template <typename V, int R, int C>
@@ -120,11 +70,11 @@ LDDYN_INLINE void pair_rows(int64_t rows, const float* e, int64_t e_stride, cons
   }
 }
 
-// One task: tokens [t0, t1), cotangents [m0, m1); out (m1 - m0, n) is set.
+// One task: columns [j0, j0 + columns), tokens [t0, t1), cotangents [m0, m1); out (m1 - m0, n) is
+// added to. Workspaces: e (kRows, kTokens, kColumns), and ragged (kPaired, kTokens, kColumns).
 template <typename V, int kPushed, int kPaired>
-LDDYN_INLINE void task(const GramCpu& p, int64_t t0, int64_t t1, int64_t m0, int64_t m1, float* e,
-                       float* out) {
-  std::fill(out, out + (m1 - m0) * p.n, 0.0f);
+LDDYN_INLINE void task(const GramCpu& p, int64_t j0, int64_t columns, int64_t t0, int64_t t1,
+                       int64_t m0, int64_t m1, float* e, float* ragged, float* out) {
   // Cotangents l that reach into the tile, and how far.
   std::vector<int64_t> at, reach;
   for (int64_t l = 0; l < p.n; ++l) {
@@ -132,71 +82,63 @@ LDDYN_INLINE void task(const GramCpu& p, int64_t t0, int64_t t1, int64_t m0, int
     if (stop > t0) at.push_back(l), reach.push_back(stop - t0);
   }
   if (at.empty()) return;
-  const int64_t tokens = *std::max_element(reach.begin(), reach.end());
-  for (int64_t j0 = 0; j0 < p.d; j0 += kColumns) {
-    const int64_t columns = std::min(kColumns, p.d - j0), e_stride = tokens * columns;
-    for (int64_t m = m0; m < m1; ++m) {
-      const int64_t depth = p.lengths_o ? std::max<int64_t>(0, std::min(p.lengths_o[m], p.s)) : p.s;
-      const float* d = p.grads_o + m * p.s * p.d + j0;
-      float* row = e + (m - m0) * e_stride;
-      int64_t t = 0;
-      for (; t + kPushed <= tokens; t += kPushed) {
-        push_rows<V, kPushed>(p.similarity + (t0 + t) * p.s, p.s, d, p.d, depth, row + t * columns,
-                              columns);
-      }
-      for (; t < tokens; ++t) {
-        push_rows<V, 1>(p.similarity + (t0 + t) * p.s, p.s, d, p.d, depth, row + t * columns,
-                        columns);
-      }
+  const int64_t tokens = *std::max_element(reach.begin(), reach.end()), e_stride = tokens * columns;
+  for (int64_t m = m0; m < m1; ++m) {
+    const int64_t depth = p.lengths_o ? std::max<int64_t>(0, std::min(p.lengths_o[m], p.s)) : p.s;
+    const float* d = p.grads_o + m * p.s * p.d + j0;
+    float* row = e + (m - m0) * e_stride;
+    int64_t t = 0;
+    for (; t + kPushed <= tokens; t += kPushed) {
+      multiply_rows<V, kPushed, 3, false>({p.similarity + (t0 + t) * p.s, p.s, 1}, {d, p.d}, depth,
+                                          columns, {row + t * columns, columns});
     }
-    const int64_t count = static_cast<int64_t>(at.size());
-    for (int64_t i = 0; i < count;) {
-      const float* g[kPaired];
-      const bool whole = i + kPaired <= count;
-      const int64_t size = whole ? kPaired : 1;
-      int64_t common = reach[i];
-      for (int64_t c = 0; c < size; ++c) {
-        g[c] = p.grads_u + (at[i + c] * p.t + t0) * p.d + j0;
-        common = std::min(common, reach[i + c]);
-      }
-      if (whole) {
-        pair_rows<V, kPaired>(m1 - m0, e, e_stride, g, p.d, common, columns, out, p.n, &at[i]);
-      } else {
-        pair_rows<V, 1>(m1 - m0, e, e_stride, g, p.d, common, columns, out, p.n, &at[i]);
-      }
-      for (int64_t c = 0; c < size; ++c) {  // the tokens that not all of the group reach
-        const float* more = g[c] + common * p.d;
-        if (reach[i + c] > common) {
-          pair_rows<V, 1>(m1 - m0, e + common * columns, e_stride, &more, p.d,
-                          reach[i + c] - common, columns, out, p.n, &at[i + c]);
-        }
-      }
-      i += size;
+    for (; t < tokens; ++t) {
+      multiply_rows<V, 1, 3, false>({p.similarity + (t0 + t) * p.s, p.s, 1}, {d, p.d}, depth,
+                                    columns, {row + t * columns, columns});
     }
+  }
+  const int64_t count = static_cast<int64_t>(at.size());
+  for (int64_t i = 0; i < count;) {
+    const int64_t size = i + kPaired <= count ? kPaired : 1;
+    const auto [least, most] = std::minmax_element(&reach[i], &reach[i] + size);
+    const float* g[kPaired];
+    for (int64_t c = 0; c < size; ++c) {
+      const float* rows = p.grads_u + (at[i + c] * p.t + t0) * p.d + j0;
+      g[c] = *least == *most ? rows : ragged + c * kTokens * columns;
+      if (*least == *most) continue;
+      // What lies beyond a reach is not read: the group is copied, with zeros there.
+      float* copy = ragged + c * kTokens * columns;
+      for (int64_t t = 0; t < reach[i + c]; ++t) {
+        std::copy(rows + t * p.d, rows + t * p.d + columns, copy + t * columns);
+      }
+      std::fill(copy + reach[i + c] * columns, copy + *most * columns, 0.0f);
+    }
+    const int64_t stride = *least == *most ? p.d : columns;
+    if (size == kPaired) {
+      pair_rows<V, kPaired>(m1 - m0, e, e_stride, g, stride, *most, columns, out, p.n, &at[i]);
+    } else {
+      pair_rows<V, 1>(m1 - m0, e, e_stride, g, stride, *most, columns, out, p.n, &at[i]);
+    }
+    i += size;
   }
 }
 
-using Task = void (*)(const GramCpu&, int64_t, int64_t, int64_t, int64_t, float*, float*);
+using Task = void (*)(const GramCpu&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float*,
+                      float*, float*);
 
-void task_any(const GramCpu& p, int64_t t0, int64_t t1, int64_t m0, int64_t m1, float* e,
-              float* out) {
-  task<Vec8, 4, 3>(p, t0, t1, m0, m1, e, out);
-}
+// Registers decide the tiles: 16 of 32 bytes, or 32 of 64.
+#define LDDYN_TASK(name, V, pushed, paired)                                                    \
+  void name(const GramCpu& p, int64_t j0, int64_t columns, int64_t t0, int64_t t1, int64_t m0, \
+            int64_t m1, float* e, float* ragged, float* out) {                                 \
+    task<V, pushed, paired>(p, j0, columns, t0, t1, m0, m1, e, ragged, out);                   \
+  }
+LDDYN_TASK(task_any, Vec8, 4, 3)
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-// Registers decide the tiles: 16 of 32 bytes, or 32 of 64.
-__attribute__((target("arch=x86-64-v3"))) void task_v3(const GramCpu& p, int64_t t0, int64_t t1,
-                                                       int64_t m0, int64_t m1, float* e,
-                                                       float* out) {
-  task<Vec8, 4, 3>(p, t0, t1, m0, m1, e, out);
-}
-__attribute__((target("arch=x86-64-v4"))) void task_v4(const GramCpu& p, int64_t t0, int64_t t1,
-                                                       int64_t m0, int64_t m1, float* e,
-                                                       float* out) {
-  task<Vec16, 8, 6>(p, t0, t1, m0, m1, e, out);
-}
+__attribute__((target("arch=x86-64-v3"))) LDDYN_TASK(task_v3, Vec8, 4, 3)
+    __attribute__((target("arch=x86-64-v4"))) LDDYN_TASK(task_v4, Vec16, 8, 6)
 
-Task choose_task() {
+        Task choose_task() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("x86-64-v4")) return task_v4;
   if (__builtin_cpu_supports("x86-64-v3")) return task_v3;
@@ -214,17 +156,20 @@ void gram_cpu(const GramCpu& p, int threads) {
   std::vector<float> partial(tiles * p.m * p.n);
   const bool parallel = tiles * blocks > 1 && p.m * p.n * p.t * p.d > 1 << 20;
   // Allocated here: an exception must not leave a parallel region.
-  const int64_t size = kRows * kTokens * std::min(kColumns, p.d);
-  std::vector<float> pushed(size * std::max(1, threads));
+  const int64_t width = std::min(kColumns, p.d), size = (kRows + kMostPaired) * kTokens * width;
+  std::vector<float> buffers(size * std::max(1, threads));
 #pragma omp parallel num_threads(threads) if (parallel)
   {
-    float* e = pushed.data() + size * omp_get_thread_num();
+    float* e = buffers.data() + size * omp_get_thread_num();
+    float* ragged = e + kRows * kTokens * width;
+    // Columns outermost: a slice of both sides' gradients stays in the last cache for all tasks.
+    for (int64_t j0 = 0; j0 < p.d; j0 += kColumns) {
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < tiles * blocks; ++i) {
-      const int64_t tile = i / blocks, m0 = i % blocks * kRows;
-      const int64_t t0 = tile * kTokens;
-      run(p, t0, std::min(p.t, t0 + kTokens), m0, std::min(p.m, m0 + kRows), e,
-          partial.data() + (tile * p.m + m0) * p.n);
+      for (int64_t i = 0; i < tiles * blocks; ++i) {
+        const int64_t tile = i / blocks, m0 = i % blocks * kRows, t0 = tile * kTokens;
+        run(p, j0, std::min(kColumns, p.d - j0), t0, std::min(p.t, t0 + kTokens), m0,
+            std::min(p.m, m0 + kRows), e, ragged, partial.data() + (tile * p.m + m0) * p.n);
+      }
     }
   }
   for (int64_t i = 0; i < p.m * p.n; ++i) {

@@ -160,4 +160,37 @@ struct GramCpu {
 // gram.cpp: one tile of tokens per OpenMP task, `threads` at most.
 void gram_cpu(const GramCpu& p, int threads);
 
+// A batch (c, h, t, n) of heads; rows of n are contiguous.
+template <typename T>
+struct Heads {
+  T* data;
+  int64_t c, h, t;  // strides
+};
+
+// Operands of `attention_pullback` and `attention_pushforward` on CPU, float32, for a band of
+// `rows` queries and the `keys` keys that they see. Shared, contiguous: probabilities P and weight
+// scale cap' o P (heads, rows, keys), query (heads, rows, e), output P V (heads, rows, f), and
+// transposed (groups, e or f, pitch) with pitch >= keys a multiple of 16: values for the pullback,
+// keys for the pushforward. key (groups, keys, e) for the pullback; in its place value (groups,
+// keys, f) for the pushforward. first, last (rows): query i sees keys in [first[i], last[i]).
+// Pullback: grads (c, heads, rows, f); to_query is set, to_key and to_value are added to.
+// Pushforward: grads is the queries' tangent, to_query (c, heads, rows, f) the result, set.
+struct Attention {
+  const float* probabilities;
+  const float* weight;
+  const float* query;
+  const float* key;
+  const float* transposed;
+  const float* out;
+  const int64_t* first;
+  const int64_t* last;
+  Heads<const float> grads, tangent_key, tangent_value;
+  Heads<float> to_query, to_key, to_value;
+  int64_t c, heads, groups, rows, keys, pitch, e, f;
+};
+
+// attention.cpp: one batch entry and head of keys per OpenMP task, `threads` at most.
+void attention_pullback_cpu(const Attention& p, int threads);
+void attention_pushforward_cpu(const Attention& p, int threads);
+
 }  // namespace lddyn

@@ -6,7 +6,8 @@ as the pair (x, δ), paired with the factors of another side by `ops.gram`, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,6 +109,16 @@ class Factors:
         known = self.direct.get(name)
         self.direct[name] = gradient if known is None else known + gradient
 
+    def part(self, rows: slice) -> Factors:
+        """The factors of some of the cotangents; no copy."""
+        taps = [
+            (t if d.dim() == 3 else replace(t, activations=t.activations[rows]), d[rows])
+            for t, d in self.taps
+        ]
+        lengths = None if self.lengths is None else self.lengths[rows]
+        direct = {name: x[rows] for name, x in self.direct.items()}
+        return Factors(taps, direct, lengths=lengths, tokens=self.tokens)
+
     def __len__(self) -> int:
         if self.head is not None:
             return self.head.hidden.shape[0]
@@ -142,50 +153,125 @@ def pair(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> No
     pair_head(one, other, add)
 
 
-def merge(
-    chunks: list[tuple[Tensor, Factors]], consume: bool = False
-) -> list[tuple[Tensor, Factors]]:
-    """Joins the chunks of one side, so that what is paired with them is pushed once, not per chunk.
+class Shelf:
+    """Buffers of one segment's factors, for the next segment to use again.
 
-    Shorter prefixes are filled with zeros. Chunks whose rows are not the tokens in their order (a
-    mixture of experts) stay as they are. With `consume` every tap of the chunks is freed as soon as
-    it has been copied.
+    Blocks are alike, and memory that is fresh from the system costs more than writing to it.
     """
-    if len(chunks) < 2:
-        return chunks
-    longest = chunks[-1][1]
-    for _, factors in chunks:
-        names = [(t.kind, t.weight, t.bias, d.dim()) for t, d in factors.taps]
-        if names != [(t.kind, t.weight, t.bias, d.dim()) for t, d in longest.taps]:
-            return chunks
-        if factors.direct.keys() != longest.direct.keys():
-            return chunks
-        if factors.lengths is None:
-            return chunks
-    rows = torch.cat([r for r, _ in chunks])
-    known = [f.lengths for _, f in chunks if f.lengths is not None]
-    joined = Factors(
-        direct={n: torch.cat([f.direct[n] for _, f in chunks]) for n in longest.direct},
-        lengths=torch.cat(known),
-        tokens=longest.tokens,
-    )
-    for i, (tap, delta) in enumerate(longest.taps):
-        if delta.dim() == 2:
-            parts = [factors.taps[i] for _, factors in chunks]
-            tap = replace(tap, activations=torch.cat([t.activations for t, _ in parts]))
-            joined.taps.append((tap, torch.cat([d for _, d in parts])))
-            continue
-        out = delta.new_empty(len(rows), *delta.shape[1:])
-        start = 0
-        for _, factors in chunks:
-            part = factors.taps[i][1]
-            out[start : start + len(part), : part.shape[1]] = part
-            out[start : start + len(part), part.shape[1] :] = 0
-            start += len(part)
-            if consume:
-                factors.taps[i] = (factors.taps[i][0], part[:0].clone())
-        joined.taps.append((tap, out))
-    return [(rows, joined)]
+
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
+        self.lent: list[Tensor] = []
+
+    def take(self, like: Tensor, *shape: int) -> Tensor:
+        """A buffer of this shape, uninitialised, with the dtype and device of another tensor."""
+        size = math.prod(shape)
+        fits = (
+            x.numel() == size and (x.dtype, x.device) == (like.dtype, like.device)
+            for x in self.free
+        )
+        found = next((i for i, fit in enumerate(fits) if fit), None)
+        buffer = like.new_empty(size) if found is None else self.free.pop(found)
+        self.lent.append(buffer)
+        return buffer.view(shape)
+
+    def turn(self) -> None:
+        """Takes back what was lent, and gives up what was not asked for."""
+        self.free, self.lent = self.lent, []
+
+
+class Merged:
+    """Chunks of one side as one: what is paired with them is pushed once, not once per chunk.
+
+    Attributes:
+        rows: The rows of the side, chunk after chunk.
+        parts: Where each chunk is in `rows`.
+    """
+
+    def __init__(self, rows: Tensor, first: Factors, count: int, tokens: int, shelf: Shelf):
+        self.rows, self.parts = rows, [slice(0, len(rows))]
+        self._pieces = [first]
+        # A last chunk is kept as it is, and so are rows that are not the tokens in their order.
+        self._open = first.lengths is not None and count > len(rows)
+        self._buffers: list[Tensor | None] = []
+        self._tokens = tokens
+        if self._open:
+            for _, delta in first.taps:
+                dense = delta.dim() == 3
+                shape = count, tokens, delta.shape[-1]
+                self._buffers.append(shelf.take(delta, *shape) if dense else None)
+            self._copy(first)
+
+    def _copy(self, factors: Factors) -> None:
+        """Moves the dense taps of a chunk into the buffers; zeros beyond its prefix."""
+        rows = self.parts[-1]
+        for i, (buffer, (tap, delta)) in enumerate(zip(self._buffers, factors.taps, strict=True)):
+            if buffer is not None:
+                buffer[rows, : delta.shape[1]] = delta
+                buffer[rows, delta.shape[1] :] = 0
+                factors.taps[i] = tap, delta[:0, :0].clone()
+
+    def take(self, rows: Tensor, factors: Factors) -> bool:
+        """Appends a chunk, if it has the same taps."""
+
+        def names(x: Factors) -> list[Any]:
+            return [(t.kind, t.weight, t.bias, d.dim(), d.shape[-1]) for t, d in x.taps]
+
+        first = self._pieces[0]
+        if (
+            not self._open
+            or factors.lengths is None
+            or names(factors) != names(first)
+            or factors.direct.keys() != first.direct.keys()
+        ):
+            return False
+        start = len(self.rows)
+        self.rows = torch.cat([self.rows, rows])
+        self.parts.append(slice(start, start + len(rows)))
+        self._pieces.append(factors)
+        self._copy(factors)
+        return True
+
+    @property
+    def factors(self) -> Factors:
+        """All chunks' factors; the last chunk's activations reach furthest."""
+        pieces, last = self._pieces, self._pieces[-1]
+        if not self._open:
+            return last
+        joined = Factors(
+            direct={n: torch.cat([f.direct[n] for f in pieces]) for n in last.direct},
+            lengths=torch.cat([f.lengths for f in pieces if f.lengths is not None]),
+            tokens=self._tokens,
+        )
+        for i, buffer in enumerate(self._buffers):
+            tap = last.taps[i][0]
+            if buffer is None:
+                parts = [f.taps[i] for f in pieces]
+                tap = replace(tap, activations=torch.cat([t.activations for t, _ in parts]))
+                joined.taps.append((tap, torch.cat([d for _, d in parts])))
+            else:
+                joined.taps.append((tap, buffer[: len(self.rows), : last.tokens]))
+        joined.tokens = last.tokens
+        return joined
+
+
+def merge(
+    chunks: Iterable[tuple[Tensor, Factors]], count: int, tokens: int, shelf: Shelf
+) -> list[Merged]:
+    """Joins the chunks of one side as they come; those that do not fit together stay apart.
+
+    Args:
+        chunks: (rows, factors), prefixes in ascending order; their taps are emptied.
+        count: Rows of all of them.
+        tokens: The longest prefix.
+        shelf: Where the buffers come from.
+    """
+    merged: list[Merged] = []
+    for rows, factors in chunks:
+        if not merged or not merged[-1].take(rows, factors):
+            left = count - sum(len(m.rows) for m in merged)
+            merged.append(Merged(rows, factors, left, tokens, shelf))
+    return merged
 
 
 def pair_head(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> None:

@@ -196,13 +196,14 @@ class Watch(TorchFunctionMode):
         return None
 
     def _run(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The operation; a product with a frozen weight as one layer, in a replay."""
-        if self.tapping and name in _PRODUCTS and name != "embedding":
+        """The operation; a product with a frozen weight as one layer, by the faster BLAS."""
+        if name in _PRODUCTS and name != "embedding":
             found = _as_product(name, args, kwargs)
             if found is not None:
                 x, weight, bias, _ = found
                 frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-                if frozen and x.requires_grad and x.dtype == weight.dtype:
+                useful = frozen and x.requires_grad if self.tapping else not torch.is_grad_enabled()
+                if useful and x.dtype == weight.dtype:
                     with torch._C.DisableTorchFunction():
                         return layers.product(x, weight.T if name == "linear" else weight, bias)
         return func(*args, **kwargs)

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from lddyn import ops
 from lddyn.anatomy import Anatomy, Trace, is_out_of_memory, undisturbed
 from lddyn.examples import Example
-from lddyn.factors import Factors, merge, pair
+from lddyn.factors import Factors, Shelf, merge, pair
 from lddyn.pullback import (
     DEFAULT_MEMORY,
     Pullback,
@@ -151,8 +151,10 @@ def token_gram(
             for (pull_u, _, at_u), head_u in zip(pulls, heads, strict=True):
                 if at_o is not None and at_u is not None:
                     pair(head_o, head_u, adder(pull_o.selected + at_o, pull_u.selected + at_u))
+        shelf = Shelf()
         for segment in segments_down(anatomy):
-            _pair_segment(segment, pulls, heads, anatomy, adder)
+            _pair_segment(segment, pulls, heads, anatomy, adder, shelf)
+            shelf.turn()
             steps.update()
     steps.close()
     return total
@@ -164,6 +166,7 @@ def _pair_segment(
     heads: list[Factors],
     anatomy: Anatomy,
     adder: Callable[[Tensor, Tensor], Callable[[str, Tensor], None]],
+    shelf: Shelf,
 ) -> None:
     """Pulls every chunk of every side through one segment and pairs its factors."""
     kept: list[tuple[Tensor, Factors]] = []
@@ -181,12 +184,14 @@ def _pair_segment(
     for pull, at_o, at_u in pulls:
         if at_u is None:
             continue
+        longest = pull.chunks[-1].length
         with pull.anatomy.analysis():
-            chunks = list(pull.step(segment))
-        if at_o is not None:
-            both += [(rows + at_o, factors) for rows, factors in chunks]
-        joined = merge(chunks, consume=at_o is None)
-        kept += [(rows + at_u, factors) for rows, factors in joined]
+            joined = merge(pull.step(segment), len(pull.selected), longest, shelf)
+        for merged in joined:
+            rows, factors = merged.rows, merged.factors
+            kept.append((rows + at_u, factors))
+            if at_o is not None:
+                both += [(rows[part] + at_o, factors.part(part)) for part in merged.parts]
     if tied:
         for (pull_o, at_o, _), head in zip(pulls, heads, strict=True):
             for rows_u, factors in kept if at_o is not None else ():
@@ -486,7 +491,7 @@ def _groups(sides: Sequence[Side], budget: int) -> list[list[tuple[int, Tensor]]
     left = budget
     for index, side in enumerate(sides):
         width = max((w.width for w in side.trace.work.values()), default=0)
-        cost = max(1, 2 * width * side.trace.hidden.element_size())  # factors, and their merging
+        cost = max(1, width * side.trace.hidden.element_size())
         order = side.trace.positions.argsort(stable=True)
         while len(order):
             fit = left // cost

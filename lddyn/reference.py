@@ -303,7 +303,7 @@ def attention(
 _QUERIES = 64
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """Some queries and the keys open to them; R = H/G * rows is a group's share."""
 
     rows: slice
@@ -315,22 +315,33 @@ class _Tile(NamedTuple):
     value: Tensor  # (G, s, f)
 
 
-def _tiles(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float
-) -> Iterator[_Tile]:
+def open_keys(mask: Tensor) -> Tensor:
+    """Which keys (T, S) a mask (1 or H, T, S) opens to a query of any head."""
+    return (mask > -1e4).any(0)
+
+
+def tiles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float,
+    queries: int = _QUERIES,
+) -> Iterator[Tile]:
     """Tiles of queries, with the keys from the first to the last that the mask opens to them."""
     groups = len(key)
     query, key, value = (x.to(wide(x.dtype)) for x in (query, key, value))
-    opened = (mask > -1e4).any(0)
-    for lo in range(0, query.shape[1], _QUERIES):
-        rows = slice(lo, min(lo + _QUERIES, query.shape[1]))
+    opened = open_keys(mask)
+    for lo in range(0, query.shape[1], queries):
+        rows = slice(lo, min(lo + queries, query.shape[1]))
         seen = opened[rows].any(0).nonzero().flatten().tolist() or [0, -1]
         keys = slice(seen[0], seen[-1] + 1)
         q, k, v = query[:, rows], key[:, keys], value[:, keys]
         p, slope = attention(q, k, mask[:, rows, keys], scale, softcap)
         weight, r = p * scale * slope, len(query) // groups * q.shape[1]
         p, weight = p.reshape(groups, r, k.shape[1]), weight.reshape(groups, r, 1, k.shape[1])
-        yield _Tile(rows, keys, p, weight, q.reshape(groups, r, q.shape[2]), k, v)
+        yield Tile(rows, keys, p, weight, q.reshape(groups, r, q.shape[2]), k, v)
 
 
 def attention_pullback(
@@ -349,7 +360,7 @@ def attention_pullback(
     count, dtype, groups = len(grads), wide(grads.dtype), len(key)
     results = [grads.new_zeros(count, *x.shape, dtype=dtype) for x in (query, key, value)]
     grad_query, grad_key, grad_value = results
-    for rows, keys, p, weight, q, k, v in _tiles(query, key, value, mask, scale, softcap):
+    for rows, keys, p, weight, q, k, v in tiles(query, key, value, mask, scale, softcap):
         (_, r, s), e, f = p.shape, k.shape[-1], v.shape[-1]
         g = grads[:, :, rows].to(dtype).reshape(count, groups, r, f).permute(1, 2, 0, 3)
         g = g.contiguous()
@@ -380,7 +391,7 @@ def attention_pushforward(
     """Tangent of attention's output for many tangents; see `lddyn.ops.attention_pushforward`."""
     count, dtype, groups = len(tangent_query), wide(query.dtype), len(key)
     out = tangent_query.new_zeros(*tangent_query.shape[:3], value.shape[-1], dtype=dtype)
-    for rows, keys, p, weight, q, k, v in _tiles(query, key, value, mask, scale, softcap):
+    for rows, keys, p, weight, q, k, v in tiles(query, key, value, mask, scale, softcap):
         (_, r, s), e, f = p.shape, k.shape[-1], v.shape[-1]
         t_q = tangent_query[:, :, rows].to(dtype).reshape(count, groups, r, e).permute(1, 2, 0, 3)
         t_k = tangent_key[:, :, keys].to(dtype).transpose(0, 1)  # (G, C, s, e)

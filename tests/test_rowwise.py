@@ -1,5 +1,7 @@
 """One row per cotangent above the last attention, against the pullback over all positions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import zoo
@@ -7,7 +9,7 @@ import zoo
 import lddyn
 from lddyn import rowwise
 from lddyn.anatomy import Anatomy, true_float64
-from lddyn.factors import Factors, merge, over_rows, pair, summed
+from lddyn.factors import Factors, Shelf, merge, over_rows, pair, summed
 from lddyn.ntk import Side, token_gram
 from lddyn.pullback import Pullback
 
@@ -200,12 +202,34 @@ def test_merged_chunks_pair_as_they_did():
     for segment in (slice(0, 3), slice(3, 6)):  # the tail's chunks, the last block's
         chunks = [(r, f) for r, _, f in pulled(trace, cotangents, chunk=2)[segment]]
         expected = gram(chunks, chunks)
-        joined = merge(list(chunks))
-        assert len(joined) == 1
-        for one, other in ((chunks, joined), (joined, chunks), (joined, joined)):
+        copies = [(rows, replace(f, taps=list(f.taps))) for rows, f in chunks]  # will be emptied
+        merged = merge(copies, 5, chunks[-1][1].tokens, Shelf())
+        assert len(merged) == 1 and [p.stop for p in merged[0].parts] == [2, 4, 5]
+        rows, factors = merged[0].rows, merged[0].factors
+        parts = [(rows[p], factors.part(p)) for p in merged[0].parts]
+        joined = [(rows, factors)]
+        for one, other in ((chunks, joined), (joined, chunks), (joined, joined), (parts, joined)):
             torch.testing.assert_close(gram(one, other), expected, rtol=1e-5, atol=1e-4)
-        consumed = merge(list(chunks), consume=True)
-        torch.testing.assert_close(gram(joined, consumed), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_chunks_that_do_not_fit_together_stay_apart():
+    """Routed tokens have no order to merge by; a shelf lends its buffers again when it turns."""
+    trace = Anatomy(zoo.build("mixtral")).trace(GAPS)
+    chunks = [(r, f) for r, _, f in pulled(trace, torch.randn_like(trace.logits), chunk=2)[3:6]]
+    expected = gram(chunks, chunks)
+    merged = merge(list(chunks), 5, 12, Shelf())
+    assert len(merged) == 3
+    apart = [(m.rows, m.factors) for m in merged]
+    torch.testing.assert_close(gram(apart, apart), expected, rtol=1e-5, atol=1e-4)
+
+    shelf, like = Shelf(), torch.zeros(1)
+    first = shelf.take(like, 2, 3)
+    assert shelf.take(like, 2, 3).data_ptr() != first.data_ptr()
+    shelf.turn()
+    assert shelf.take(like, 3, 2).data_ptr() == first.data_ptr()
+    shelf.turn()
+    shelf.turn()
+    assert not shelf.free and shelf.take(like.double(), 6).dtype == torch.float64
 
 
 def gram(observed, updated):

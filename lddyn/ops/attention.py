@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lddyn import reference
-from lddyn.ops.dispatch import Normal, Op, check_alike, register
+from lddyn.ops.dispatch import Normal, Op, check_alike, native, register
 
 
 def _check_attention(
@@ -128,6 +130,116 @@ def _attention_pushforward_triton(*operands: Any) -> Tensor:
     return out
 
 
+# Elements of the probabilities that are kept at once, of a band of queries.
+_BAND = 1 << 22
+
+
+def _heads(x: Tensor | None) -> tuple[int, int, int, int]:
+    """A batch (C, H, T, n) for lddyn._C, which takes any strides but that of the rows."""
+    if x is None:
+        return 0, 0, 0, 0
+    c, h, t, _ = x.stride()
+    return x.data_ptr(), c, h, t
+
+
+def _float_rows(x: Tensor) -> Tensor:
+    """The tensor in float32 with contiguous rows: itself, or a copy."""
+    x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _by_bands(
+    run: Callable[[Any, int], None],
+    forward: tuple[Tensor, Tensor, Tensor, Tensor, float, float],
+    batches: Callable[[slice, slice], list[Tensor | None]],
+    count: int,
+    transposed: str,
+) -> None:
+    """Runs csrc/attention.cpp on bands of queries, whose probabilities are the reference's.
+
+    `batches(queries, keys)` are the six batches of a band; `transposed` names the operand whose
+    rows must be columns: "value", or "key".
+    """
+    query, key, value, mask = forward[:4]
+    heads, groups = len(query), len(key)
+    size = max(64, _BAND // max(1, heads * key.shape[1]) // 64 * 64)
+    opened = reference.open_keys(mask)
+    for tile in reference.tiles(*forward, queries=size):
+        rows, keys = query[:, tile.rows].shape[1], tile.key.shape[1]
+        if keys == 0:
+            continue
+        seen = opened[tile.rows, tile.keys].to(torch.int8)
+        first, last = seen.argmax(1), keys - seen.flip(1).argmax(1)
+        closed = ~seen.bool().any(1)
+        first, last = first.masked_fill(closed, keys), last.masked_fill(closed, 0)
+        columns, plain = (tile.value, tile.key) if transposed == "value" else (tile.key, tile.value)
+        pitch = keys + -keys % 16
+        turned = columns.new_zeros(groups, columns.shape[2], pitch)
+        turned[:, :, :keys] = columns.mT
+        operands = [
+            x.contiguous()
+            for x in (tile.p, tile.weight, tile.query, plain, turned, tile.p @ tile.value)
+        ]
+        sizes = (count, heads, groups, rows, keys, pitch, key.shape[2], value.shape[2])
+        addresses = [x.data_ptr() for x in (*operands, first, last)]
+        of_band = batches(tile.rows, tile.keys)
+        run(
+            native().Attention(addresses, [_heads(x) for x in of_band], sizes),
+            torch.get_num_threads(),
+        )
+
+
+def _attention_pullback_cpp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    grads: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 in C++ around the probabilities of the reference."""
+    if grads.dtype == torch.float64:
+        return reference.attention_pullback(query, key, value, mask, grads, scale, softcap)
+    g = _float_rows(grads)
+    to_query, to_key, to_value = (g.new_zeros(len(g), *x.shape) for x in (query, key, value))
+
+    def batches(rows: slice, keys: slice) -> list[Tensor | None]:
+        into = to_query[:, :, rows], to_key[:, :, keys], to_value[:, :, keys]
+        return [g[:, :, rows], None, None, *into]
+
+    forward = query, key, value, mask, scale, softcap
+    _by_bands(native().attention_pullback_cpu, forward, batches, len(g), "value")
+    return to_query.to(grads.dtype), to_key.to(grads.dtype), to_value.to(grads.dtype)
+
+
+def _attention_pushforward_cpp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    tangent_query: Tensor,
+    tangent_key: Tensor,
+    tangent_value: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """float32 in C++ around the probabilities of the reference."""
+    tangents = tangent_query, tangent_key, tangent_value
+    forward = query, key, value, mask, scale, softcap
+    if query.dtype == torch.float64:
+        return reference.attention_pushforward(*forward[:4], *tangents, scale, softcap)
+    t_q, t_k, t_v = (_float_rows(x) for x in tangents)
+    out = t_q.new_zeros(*t_q.shape[:3], value.shape[-1])
+
+    def batches(rows: slice, keys: slice) -> list[Tensor | None]:
+        given = t_q[:, :, rows], t_k[:, :, keys], t_v[:, :, keys]
+        return [*given, out[:, :, rows], None, None]
+
+    _by_bands(native().attention_pushforward_cpu, forward, batches, len(t_q), "key")
+    return out.to(tangent_query.dtype)
+
+
 def _forward_sample(normal: Normal) -> tuple[Any, ...]:
     """Grouped queries, a ragged causal mask, unequal widths of keys and values."""
     mask = normal(1, 5, 5).new_full((1, 5, 5), -3e4).triu(1)
@@ -139,7 +251,11 @@ _attention_pullback = register(
         "attention_pullback",
         _check_pullback,
         _pullback_fake,
-        {"triton": _attention_pullback_triton, "reference": reference.attention_pullback},
+        {
+            "triton": _attention_pullback_triton,
+            "cpp": _attention_pullback_cpp,
+            "reference": reference.attention_pullback,
+        },
         lambda normal: (*_forward_sample(normal), normal(3, 4, 5, 3), 0.4, 2.0),
     ),
     "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor grads, float scale, "
@@ -150,7 +266,11 @@ _attention_pushforward = register(
         "attention_pushforward",
         _check_pushforward,
         _pushforward_fake,
-        {"triton": _attention_pushforward_triton, "reference": reference.attention_pushforward},
+        {
+            "triton": _attention_pushforward_triton,
+            "cpp": _attention_pushforward_cpp,
+            "reference": reference.attention_pushforward,
+        },
         lambda normal: (
             *_forward_sample(normal),
             normal(3, 4, 5, 6),

@@ -10,10 +10,11 @@ from torch import Tensor
 from lddyn.ops.dispatch import differentiated, overridden
 
 # Rows of one call of oneDNN, which compiles a kernel and keeps about 1 MiB for every shape it
-# meets: few sizes, whatever the lengths of the sequences. A few hundreds of rows, in whole blocks,
-# are one call without a copy; the rest goes to the default BLAS.
+# meets: few sizes, whatever the lengths of the sequences. Whole blocks, or a prefix in steps of 16
+# tokens, are one call without a copy; of other sizes the rest goes to the default BLAS.
 _BLOCKS = (256, 32)
 _WHOLE = 4096
+_STEP = 16
 
 
 @functools.cache
@@ -31,7 +32,8 @@ def _onednn() -> bool:
 def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
     rows, width = x.reshape(-1, x.shape[-1]), weight.shape[1]
     block = torch.ops.mkldnn._linear_pointwise
-    if len(rows) <= _WHOLE and len(rows) % _BLOCKS[0] == 0:
+    step = _STEP if len(rows) < _BLOCKS[0] else _BLOCKS[0]
+    if len(rows) <= _WHOLE and len(rows) % step == 0:
         whole: Tensor = block(rows, weight.T, None, "none", [], "")
         return whole.view(*x.shape[:-1], width)
     out = x.new_empty(len(rows), width)
