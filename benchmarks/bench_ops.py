@@ -156,7 +156,9 @@ def expanded_sdpa(query, key, value, mask, grads, scale):
 
 
 @pytest.mark.parametrize("size", ATTENTION_SIZES, ids="C{0[0]}-H{0[1]}-G{0[2]}-T{0[3]}".format)
-@pytest.mark.parametrize("way", ["cuda", "triton", "cpp", "reference", "looped", "expanded"])
+@pytest.mark.parametrize(
+    "way", ["cuda", "triton", "cpp", "reference", "compile", "looped", "expanded"]
+)
 def bench_attention_pullback(benchmark, run, device, small, size, way):
     c, heads, groups, t, e = (2, 4, 2, 7, 4) if small else size
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -167,10 +169,11 @@ def bench_attention_pullback(benchmark, run, device, small, size, way):
     args = (q, k, v, mask, grads, e**-0.5)
     benchmark.group = f"attention_pullback C={c} H={heads} G={groups} T={t} e={e} {dtype}"
     opponents = {"looped": looped_sdpa, "expanded": expanded_sdpa}
-    call = way_to_call("attention_pullback", way, opponents, device, dtype)
+    call = way_to_call("attention_pullback", way, opponents, device, dtype, small)
     exact = (x.double() if isinstance(x, torch.Tensor) else x for x in args)
+    capped = () if way in opponents else (0.0,)
     run(
-        lambda: call(*args),
+        lambda: call(*args, *capped),
         truth=reference.attention_pullback(*exact, 0.0),
         plain=expanded_sdpa(*args),
         dtype=dtype,
@@ -181,10 +184,50 @@ def bench_attention_pullback(benchmark, run, device, small, size, way):
     )
 
 
+def forward_mode(query, key, value, mask, t_query, t_key, t_value, scale, softcap):
+    """torch's forward mode through attention written out: fused attention has none."""
+
+    def attend(q, k, v):
+        k, v = (x.repeat_interleave(len(query) // len(key), 0) for x in (k, v))
+        return torch.softmax(q @ k.mT * scale + mask, -1) @ v
+
+    def push(*tangents):
+        return torch.func.jvp(attend, (query, key, value), tangents)[1]
+
+    return torch.func.vmap(push)(t_query, t_key, t_value)
+
+
+@pytest.mark.parametrize("size", ATTENTION_SIZES, ids="C{0[0]}-H{0[1]}-G{0[2]}-T{0[3]}".format)
+@pytest.mark.parametrize("way", ["triton", "cpp", "reference", "compile", "jvp"])
+def bench_attention_pushforward(benchmark, run, device, small, size, way):
+    c, heads, groups, t, e = (2, 4, 2, 7, 4) if small else size
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    shapes = ((heads, t, e), (groups, t, e), (groups, t, e))
+    forward = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    tangents = [torch.randn(c, *shape, device=device).to(dtype) for shape in shapes]
+    mask = torch.full((1, t, t), -torch.inf, device=device, dtype=dtype).triu(1)
+    args = (*forward, mask, *tangents, e**-0.5, 0.0)
+    benchmark.group = f"attention_pushforward C={c} H={heads} G={groups} T={t} e={e} {dtype}"
+    call = way_to_call("attention_pushforward", way, {"jvp": forward_mode}, device, dtype, small)
+    exact = [x.double() if isinstance(x, torch.Tensor) else x for x in args]
+    run(
+        lambda: call(*args),
+        truth=reference.attention_pushforward(*exact),
+        plain=forward_mode(*args),
+        dtype=dtype,
+        flops=4 * c * heads * t * t * e,
+        traffic=tangents[0].element_size()
+        * (tangents[0].numel() + sum(x.numel() for x in tangents)),
+        bound="flops",
+        must_match=way != "jvp",
+    )
+
+
 # --------------------------------------------------------------------------- sketch
 
 
 @pytest.mark.parametrize("size", SKETCH_SIZES, ids="C{0[0]}-T{0[1]}-d{0[2]}x{0[3]}".format)
+# No "compile": inductor overflows on the 64-bit constants of SplitMix64 (torch 2.13).
 @pytest.mark.parametrize("way", ["cuda", "triton", "cpp", "reference", "dense"])
 def bench_sketch(benchmark, run, device, small, size, way):
     c, t, d_in, d_out, k = (2, 5, 6, 7, 3) if small else size
@@ -317,14 +360,37 @@ def bench_gated_pullback(benchmark, run, device, small, size, dtype, way):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("size", ELEMENTWISE_SIZES, ids="C{0[0]}-T{0[1]}-n{0[2]}".format)
 @pytest.mark.parametrize("way", ["triton", "cpp", "reference", "compile"])
-def bench_norm_pullback(benchmark, run, device, small, size, dtype, way):
+def bench_gated_pushforward(benchmark, run, device, small, size, dtype, way):
     c, t, n = (2, 3, 14) if small else size
-    hat, weight, grads = (
+    shapes = ((t, n), (t, n), (c, t, n), (c, t, n))
+    args = [torch.randn(s, device=device).to(dtype) for s in shapes]
+    benchmark.group = f"gated_pushforward C={c} T={t} n={n} {dtype}"
+    amount = 3 * c * t * n
+    run_elementwise(run, "gated_pushforward", way, args, device, small, amount, amount)
+
+
+def measure_norm(benchmark, run, device, small, size, dtype, way, op, flops):
+    c, t, n = (2, 3, 14) if small else size
+    hat, weight, batch = (
         torch.randn(s, device=device).to(dtype) for s in ((t, n), (n,), (c, t, n))
     )
-    args = [hat, torch.rand(t, device=device), weight, grads, False]
-    benchmark.group = f"norm_pullback C={c} T={t} n={n} {dtype}"
-    run_elementwise(run, "norm_pullback", way, args, device, small, 2 * c * t * n, 9 * c * t * n)
+    args = [hat, torch.rand(t, device=device), weight, batch, False]
+    benchmark.group = f"{op} C={c} T={t} n={n} {dtype}"
+    run_elementwise(run, op, way, args, device, small, 2 * c * t * n, flops * c * t * n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", ELEMENTWISE_SIZES, ids="C{0[0]}-T{0[1]}-n{0[2]}".format)
+@pytest.mark.parametrize("way", ["triton", "cpp", "reference", "compile"])
+def bench_norm_pullback(benchmark, run, device, small, size, dtype, way):
+    measure_norm(benchmark, run, device, small, size, dtype, way, "norm_pullback", 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", ELEMENTWISE_SIZES, ids="C{0[0]}-T{0[1]}-n{0[2]}".format)
+@pytest.mark.parametrize("way", ["triton", "cpp", "reference", "compile"])
+def bench_norm_pushforward(benchmark, run, device, small, size, dtype, way):
+    measure_norm(benchmark, run, device, small, size, dtype, way, "norm_pushforward", 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
