@@ -262,8 +262,12 @@ def main() -> None:
         killed |= {"bit-identical files": same, "tokens": len(whole), "shards": whole.n_shards}
         killed |= {"bytes": whole.nbytes, "examples": len(examples), "uninterrupted seconds": once}
         print("killed:", killed, flush=True)
+        rows = [features(i, len(ex), asked.width) for i, ex in enumerate(examples)]
         began = time.perf_counter()
-        large = fill(folder / "large", examples, asked.width, 2**26)
+        with Store.create(folder / "large", IDENTITY, asked.width) as store:
+            for ex, made in zip(examples, rows, strict=True):
+                store.append(ex, made)
+        large = Store.open(folder / "large")
         write = large.nbytes / (time.perf_counter() - began) / 2**30
         began = time.perf_counter()
         problems = large.verify()

@@ -345,7 +345,7 @@ class Store:
         self._starts = [0]  # row at which each shard begins, and the end
         self._places: dict[str, _Place] = {}
         self.example_ids: list[str] = []
-        self._indices: set[int] = set()
+        self._indices: dict[int, str] = {}  # place in the data set → example
         self._chain = self._seal  # checksum of the last line
         self._offset = 0  # end of the last line
         self._entered = 0  # shards in the journal; what follows is adopted
@@ -563,7 +563,7 @@ class Store:
                 raise StoreCorruptError(f"{where} lists example {name} (index {index}) again")
             self._places[name] = _Place(len(self.example_ids), index, start, count)
             self.example_ids.append(name)
-            self._indices.add(index)
+            self._indices[index] = name
             start += count
         self._records.append(record)
         self._starts.append(start)
@@ -573,7 +573,7 @@ class Store:
         for record in self._records[number:]:
             for name, index, _ in record.examples:
                 del self._places[name]
-                self._indices.remove(index)
+                del self._indices[index]
             self._mapped.pop(record.number, None)
         del self._records[number:], self._starts[number + 1 :]
         del self.example_ids[len(self._places) :]
@@ -817,6 +817,10 @@ class Store:
         """Whether an example is in the store, or waits to be flushed."""
         name = example if isinstance(example, str) else example.content_id
         return name in self._places or name in self._waiting
+
+    def example_at(self, index: int) -> str | None:
+        """Content id of the example with this place in the data set; None: not on disk."""
+        return self._indices.get(index)
 
     def span(self, example: Example | str) -> slice:
         """The rows of an example.

@@ -422,6 +422,27 @@ def test_a_shard_with_a_huge_header_is_refused_at_once(filled):
     assert time.perf_counter() - began < 1
 
 
+def test_nothing_is_relied_on_before_it_is_synced(tmp_path, monkeypatch):
+    """Content, then name, then journal: what power cuts need, and kills cannot show."""
+    examples, order = data_set(200), []
+    store = Store.create(tmp_path / "s", {}, 6)
+    for name in ("pwrite", "fsync", "replace"):
+        real = getattr(os, name)
+
+        def call(first, *args, name=name, real=real):
+            path = first if name == "replace" else os.readlink(f"/proc/self/fd/{first}")
+            order.append(f"{name} {os.path.basename(path)}")
+            return real(first, *args)
+
+        monkeypatch.setattr(os, name, call)
+    store.append(examples[0], features(0, len(examples[0]), 6))
+    store.flush()
+    assert order == [
+        "pwrite incoming.tmp", "fsync incoming.tmp", "replace incoming.tmp", "fsync s",
+        "pwrite journal.jsonl", "fsync journal.jsonl",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO])
 def test_a_disk_that_fails_at_any_call_leaves_a_whole_store(tmp_path, monkeypatch, code):
     """Every system call of a flush fails once, half way where it can; the next flush succeeds."""
