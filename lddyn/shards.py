@@ -168,12 +168,13 @@ def differences(stored: Any, given: Any) -> dict[str, tuple[Any, Any]]:
 class Lock:
     """Exclusive right to write; the kernel takes it back when the process ends, however it ends."""
 
+    fd = -1
+
     def __init__(self, path: Path) -> None:
         try:
             import fcntl
         except ImportError:
             raise StoreError("writing a store needs a POSIX system (reading does not)") from None
-        self.fd = -1
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
@@ -206,6 +207,9 @@ class Lock:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def __del__(self) -> None:
+        self.let_go()  # a writer that nobody holds any more must not keep others out
 
 
 _LOCKS: weakref.WeakSet[Lock] = weakref.WeakSet()

@@ -353,7 +353,8 @@ class Store:
         self._mapped: OrderedDict[int, Shard] = OrderedDict()
         self._pending: list[Pending] = []
         self._pending_bytes = 0
-        self._waiting: dict[str, int] = {}  # example id → index, until they are on disk
+        self._waiting: set[str] = set()  # examples and indices that are not yet on disk
+        self._waiting_indices: set[int] = set()
         self._ready: tuple[bytearray, Record] | None = None
         self._load()
 
@@ -377,7 +378,8 @@ class Store:
             identity: What features depend on, as JSON; see `identify`.
             layout: What made the rows (a sketch's layout), or the width of plain vectors.
             dtype: Of the rows: float32, float16 or bfloat16.
-            shard: Bytes of features after which a shard is written; a kill loses less than this.
+            shard: Bytes of features after which a shard is written. A kill loses less than this;
+                writing takes four times as much memory.
             exist_ok: Open a store that is there, if it has the same identity, layout and dtype.
 
         Raises:
@@ -685,8 +687,8 @@ class Store:
             }
         columns = {column: _column(column, tokens, len(rows)) for column in COLUMNS}
         if index is None:
-            index = len(self.example_ids) + len(self._pending) + self._ready_examples
-        if index in self._indices or index in self._waiting.values():
+            index = len(self.example_ids) + len(self._waiting)
+        if index in self._indices or index in self._waiting_indices:
             raise ValueError(
                 f"index {index} belongs to another example: pass index=, the place of this one in "
                 "the data set"
@@ -699,7 +701,8 @@ class Store:
                 f"{bad} of example {name}"
             )
         self._pending.append(Pending(name, int(index), kept, columns))
-        self._waiting[name] = int(index)
+        self._waiting.add(name)
+        self._waiting_indices.add(int(index))
         self._pending_bytes += kept.nbytes
         if self._pending_bytes >= self._shard_bytes:
             self.flush()
@@ -731,8 +734,9 @@ class Store:
                 ) from error
             self._ready = None
             self._enter(record)
-            for name, _, _ in record.examples:
-                del self._waiting[name]
+            for name, index, _ in record.examples:
+                self._waiting.remove(name)
+                self._waiting_indices.remove(index)
 
     def _write_line(self, record: Record) -> None:
         """Enters a shard in the journal, over whatever half a line a kill has left."""
@@ -754,10 +758,6 @@ class Store:
             os.close(fd)
         self._chain, self._offset = checksum, self._offset + len(line)
         self._entered = record.number + 1
-
-    @property
-    def _ready_examples(self) -> int:
-        return 0 if self._ready is None else len(self._ready[1].examples)
 
     def _check_writer(self) -> None:
         if self._lock is None or self._lock.fd < 0:

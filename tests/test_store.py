@@ -1,6 +1,7 @@
 """The store: what is written is there, whatever happens; what is damaged is never believed."""
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from store_torture import contents, data_set, features, fill
 
 import lddyn
 from lddyn import Estimate, Store, shards
+from lddyn.query import Pairing
 from lddyn.store import (
     StoreCorruptError,
     StoreError,
@@ -534,6 +536,15 @@ def test_a_second_writer_is_refused_and_told_who_writes(filled):
     Store.open(store.path, mode="a").close()
 
 
+def test_the_lock_ends_with_its_object(tmp_path):
+    store = Store.create(tmp_path / "s", {}, 2)
+    with pytest.raises(StoreLockedError):
+        Store.open(tmp_path / "s", mode="a")
+    del store
+    gc.collect()
+    Store.open(tmp_path / "s", mode="a").close()
+
+
 def test_the_lock_ends_with_its_process(tmp_path):
     code = (
         "import sys, time, lddyn; s = lddyn.Store.create(sys.argv[1], {}, 2); print(1, flush=True);"
@@ -773,6 +784,23 @@ def test_query_is_brute_force_with_ties(whole_numbers, monkeypatch, sign, by, k,
     assert torch.equal(hits.index, index) and torch.equal(hits.estimate.value, truth)
     assert hits.index.shape[1] == min(k, values.shape[1])
     assert len(hits) == 5 and not hits.estimate.stderr.any()
+
+
+@pytest.mark.parametrize("by", ["token", "sequence"])
+def test_query_keeps_within_its_memory(whole_numbers, monkeypatch, by):
+    store, examples = whole_numbers
+    value, seen = Pairing.value, []
+
+    def watched(self, queries, rows):
+        seen.append((len(queries), len(rows)))
+        return value(self, queries, rows)
+
+    monkeypatch.setattr(Pairing, "value", watched)
+    store.query(integers(7, 6, 0), 3, by=by, memory=20_000)
+    longest = max(map(len, examples))
+    for m, n in seen:  # a row, its float32 copy; values and int64 keys with their parts
+        assert n * (2 * 4 * 6 + 48 * m) <= 20_000 or (by == "sequence" and n <= longest)
+    assert sum(n for _, n in seen) == len(store) and len(seen) > 5
 
 
 def test_hits_name_tokens_and_sequences(whole_numbers):
