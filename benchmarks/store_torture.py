@@ -203,7 +203,7 @@ def damage(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
     files = contents(fill(path, examples, 4, 512).path)
     others = contents(fill(folder / "other", examples[::-1], 4, 512).path)
     truth = load(path, "r")
-    result: dict[str, Any] = {"files": count, "refused": 0, "right": 0, "silently wrong": 0}
+    result: dict[str, Any] = {"files": count, "refused": 0, "right": 0, "silently_wrong": 0}
     result |= {"crashes": 0, "kinds": {}, "first": []}
     for number in range(count):
         kind, changed = mutate(files, others, rng)
@@ -214,13 +214,13 @@ def damage(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
                 (path / name).write_bytes(data)
         mode = "ra"[number % 2]
         try:
-            outcome = "right" if load(path, mode) == truth else "silently wrong"
+            outcome = "right" if load(path, mode) == truth else "silently_wrong"
         except StoreError:
             outcome = "refused"
         except Exception as error:
             outcome = "crashes"
             result["first"].append(f"{kind} of {list(changed)}: {type(error).__name__}: {error}")
-        if outcome == "silently wrong":
+        if outcome == "silently_wrong":
             result["first"].append(f"{kind} of {list(changed)}")
         if outcome == "refused" and mode == "a":  # a writer must not make it worse
             kept = contents(path)
@@ -259,8 +259,8 @@ def main() -> None:
         killed = kill(folder / "killed", examples, asked.width, asked.shard, asked.kills)
         killed["seconds"] = time.perf_counter() - began
         same = contents(folder / "once") == contents(folder / "killed")
-        killed |= {"bit-identical files": same, "tokens": len(whole), "shards": whole.n_shards}
-        killed |= {"bytes": whole.nbytes, "examples": len(examples), "uninterrupted seconds": once}
+        killed |= {"bit_identical": same, "tokens": len(whole), "shards": whole.n_shards}
+        killed |= {"bytes": whole.nbytes, "examples": len(examples), "uninterrupted_seconds": once}
         print("killed:", killed, flush=True)
         rows = [features(i, len(ex), asked.width) for i, ex in enumerate(examples)]
         began = time.perf_counter()
@@ -276,8 +276,12 @@ def main() -> None:
         began = time.perf_counter()
         large.query(queries, k=10)
         query = time.perf_counter() - began
-        speed = {"write GiB/s": write, "verify GiB/s": verify, "problems": problems}
-        speed["query 64 x all, k=10, s"] = query
+        speed = {
+            "write_gib_per_second": write,
+            "verify_gib_per_second": verify,
+            "problems": problems,
+        }
+        speed |= {"query_seconds": query, "queries": len(queries), "k": 10}
         print("speed:", speed, flush=True)
         began = time.perf_counter()
         damaged = damage(folder, asked.files)

@@ -338,7 +338,7 @@ def test_killed_writers_lose_nothing(tmp_path):
 @pytest.mark.parametrize("seed", range(2))
 def test_damage_is_never_believed(tmp_path, seed):
     result = store_torture.damage(tmp_path, 1000, seed=seed + 1)
-    assert result["silently wrong"] == result["crashes"] == 0, result["first"]
+    assert result["silently_wrong"] == result["crashes"] == 0, result["first"]
     assert result["refused"] > 500 and result["right"] > 20
 
 
