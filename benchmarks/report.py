@@ -214,7 +214,7 @@ def store(section: dict) -> str:
     files = "bit-identical" if killed["bit_identical"] else "**different**"
     rows = [
         [f"{killed['tokens']:,} tokens, writer killed {killed['kills']} times and resumed",
-         f"{killed['lost']} lost, {killed['duplicated']} duplicated; all {killed['shards']} shards, "
+         f"{killed['lost']} lost, {killed['duplicated']} duplicated; {killed['shards']} shards, "
          f"journal and manifest {files} to those of an uninterrupted run"],
         [f"{damaged['files']:,} stores damaged in {len(damaged['kinds'])} ways, opened and read",
          f"{damaged['silently_wrong']} silently wrong, {damaged['crashes']} crashes; "

@@ -261,6 +261,23 @@ def test_identify_sees_weights_tokenizer_and_data():
         identify(model, when=time)
 
 
+def test_identify_does_not_see_how_a_tokenizer_was_called_last():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"?": 0, "a": 1, "b": 2}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?", pad_token="?")
+    model = torch.nn.Linear(1, 1)
+    before = identify(model, words)
+    words(["a b", "a"], padding=True, truncation=True, max_length=1)
+    assert words.backend_tokenizer.padding is not None
+    assert identify(model, words) == before
+    words.add_tokens(["c"])
+    changed = shards.differences(before, identify(model, words))
+    assert set(changed) == {"tokenizer.rules"}
+
+
 def test_what_create_and_open_refuse(tmp_path, filled):
     with pytest.raises(StoreError, match="is a store already"):
         Store.create(filled[0].path, {}, 6)
@@ -331,7 +348,7 @@ def test_killed_writers_lose_nothing(tmp_path):
     examples = data_set(12_000)
     fill(tmp_path / "once", examples, 16, 2**14)
     counts = store_torture.kill(tmp_path / "killed", examples, 16, 2**14, kills=6)
-    assert counts["kills"] >= 5 and counts["lost"] == counts["duplicated"] == 0
+    assert counts["kills"] == 6 and counts["lost"] == counts["duplicated"] == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "once")
 
 
@@ -593,13 +610,13 @@ def test_a_forked_worker_neither_writes_nor_keeps_the_lock(tmp_path):
 def test_reading_while_another_process_writes(tmp_path):
     examples = data_set(6000)
     truth = expected(examples)
-    Store.create(tmp_path / "s", store_torture.IDENTITY, 6, shard=4096).close()
+    Store.create(tmp_path / "s", store_torture.IDENTITY, 6, shard=1024).close()
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
         status = 1
         try:
-            fill(tmp_path / "s", examples, 6, 4096)
+            fill(tmp_path / "s", examples, 6, 1024)
             status = 0
         finally:
             os._exit(status)
@@ -611,7 +628,7 @@ def test_reading_while_another_process_writes(tmp_path):
             assert torch.equal(store.rows(), truth[: len(store)])
     seen.refresh()
     assert seen.refresh() == 0 and torch.equal(seen.rows(), truth)
-    assert len(sizes) > 3 and seen.verify() == []
+    assert len(sizes) > 1 and seen.verify() == []
 
 
 def test_a_block_that_fails_writes_what_a_kill_would_have(tmp_path):
