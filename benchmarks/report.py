@@ -13,7 +13,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "kernels.md"]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "kernels", "store")),
+]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -204,7 +207,28 @@ def dialogue(section: dict) -> str:
     )
 
 
+def store(section: dict) -> str:
+    """What kills and damage did to a store, and how fast it is."""
+    result = section["result"]
+    killed, damaged, speed = result["killed"], result["damaged"], result["speed"]
+    files = "bit-identical" if killed["bit_identical"] else "**different**"
+    rows = [
+        [f"{killed['tokens']:,} tokens, writer killed {killed['kills']} times and resumed",
+         f"{killed['lost']} lost, {killed['duplicated']} duplicated; {killed['shards']} shards, "
+         f"journal and manifest {files} to those of an uninterrupted run"],
+        [f"{damaged['files']:,} stores damaged in {len(damaged['kinds'])} ways, opened and read",
+         f"{damaged['silently_wrong']} silently wrong, {damaged['crashes']} crashes; "
+         f"{damaged['refused']:,} refused, {damaged['right']:,} read in full all the same"],
+        ["append, flush (synced to disk)", f"{speed['write_gib_per_second']:.2f} GiB/s"],
+        ["verify every byte", f"{speed['verify_gib_per_second']:.1f} GiB/s"],
+        [f"{speed['queries']} tokens against {killed['tokens']:,} of width {result['width']}, "
+         f"top {speed['k']}", duration(speed["query_seconds"])],
+    ]  # fmt: skip
+    return table(["what", "measured"], rows) + f"\n\n<sub>{made_by(section)}</sub>"
+
+
 SECTIONS = {
+    "store": store,
     "dialogue": dialogue,
     "influence": influence,
     "scaling": scaling,

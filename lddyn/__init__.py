@@ -29,6 +29,7 @@ _PUBLIC = {
     "NTK": "ntk",
     "Objective": "objectives",
     "SFT": "objectives",
+    "Store": "store",
     "audit": "examples",
     "backend": "ops",
     "backends": "ops",

@@ -1,4 +1,4 @@
-"""The command line: `lddyn decompose | env | audit | demo | report`.
+"""The command line: `lddyn decompose | env | audit | demo | report | store … | features …`.
 
 Results go to standard output, progress and warnings to standard error; with --json, standard output
 is one JSON document. A problem with the input is one line and exit status 2; LDDYN_LOG=DEBUG shows
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lddyn.decompose import Decomposition, Verification
     from lddyn.examples import Audit, Example
     from lddyn.objectives import Objective
+    from lddyn.store import Store
 
 __all__ = ["app", "main"]
 
@@ -679,6 +680,193 @@ def report(
         for name, lines in told.items():
             _say(*([f"{name}:"] if name else []), *lines)
         _say(f"page: {page}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Stores of token features
+
+store_app = typer.Typer(help="Look after stores of token features.", no_args_is_help=True)
+features_app = typer.Typer(help="Ask stores of token features.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+app.add_typer(features_app, name="features")
+
+Stores = Annotated[list[Path], typer.Argument(metavar="STORE…", show_default=False)]
+
+
+def _describe(store: Store) -> dict[str, Any]:
+    return {
+        "path": str(store.path),
+        "tokens": len(store),
+        "examples": len(store.example_ids),
+        "shards": store.n_shards,
+        "bytes": store.nbytes,
+        "width": store.width,
+        "dtype": str(store.dtype).removeprefix("torch."),
+        "layout": store.layout_json,
+        "identity": store.identity,
+    }
+
+
+def _short(found: Mapping[str, Any]) -> str:
+    return (
+        f"{found['path']}: {found['tokens']:,} tokens of {found['examples']:,} examples, "
+        f"{found['shards']} shards, {found['bytes'] / 2**20:,.1f} MiB, {found['width']} × "
+        f"{found['dtype']}"
+    )
+
+
+@store_app.command()
+def verify(paths: Stores, as_json: Json = False) -> None:
+    """Read every byte of stores and check it; exit status 1 if anything is damaged."""
+    with _one_line_errors():
+        from lddyn.store import Store, StoreCorruptError
+
+        documents = []
+        for path in paths:
+            found: dict[str, Any] = {"path": str(path)}
+            try:
+                store = Store.open(path)
+                found |= _describe(store)
+                problems = store.verify()
+            except StoreCorruptError as error:
+                problems = [str(error)]
+            documents.append({**found, "problems": problems})
+            if not as_json:
+                if "tokens" in found:
+                    _say(_short(found))
+                _say(*(f"  {problem}" for problem in problems or ["nothing wrong"]))
+        if as_json:
+            _print_json({"stores": documents})
+        if any(document["problems"] for document in documents):
+            raise typer.Exit(1)
+
+
+@store_app.command()
+def ls(paths: Stores, as_json: Json = False) -> None:
+    """Show what stores hold and what they belong to."""
+    with _one_line_errors():
+        from lddyn.store import Store
+
+        documents = [_describe(Store.open(path)) for path in paths]
+        if as_json:
+            _print_json({"stores": documents})
+            return
+        for found in documents:
+            _say(_short(found))
+            for name in ("identity", "layout"):
+                if found[name]:
+                    _say(f"  {name}: {json.dumps(found[name], ensure_ascii=False)}")
+
+
+@store_app.command()
+def merge(
+    paths: Stores,
+    out: Annotated[Path, typer.Option(help="Folder of the merged store.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Make one store of those of several ranks, in the order of the data set."""
+    with _one_line_errors():
+        from lddyn.store import Store
+
+        found = _describe(Store.merge(paths, out))
+        if as_json:
+            _print_json(found)
+        else:
+            _say(_short(found))
+
+
+@features_app.command()
+def query(
+    path: Annotated[Path, typer.Argument(metavar="STORE", show_default=False)],
+    example: Annotated[
+        str | None,
+        typer.Option(help="Content id of a stored example, or its beginning.", show_default=False),
+    ] = None,
+    index: Annotated[
+        int | None, typer.Option(help="Or its place in the data set.", show_default=False)
+    ] = None,
+    token: Annotated[
+        int | None,
+        typer.Option(help="Only this token of its response, from 0.", show_default=False),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="How many for each token.")] = 10,
+    sign: Annotated[
+        str, typer.Option(help="up: what pulls it up; down: what pushes it down; both.")
+    ] = "both",
+    by: Annotated[str, typer.Option(help="token or sequence.")] = "token",
+    own: Annotated[bool, typer.Option("--own", help="The example's own tokens, too.")] = False,
+    memory: Annotated[str, typer.Option(help="Workspace.")] = "256MiB",
+    as_json: Json = False,
+) -> None:
+    """Which of the stored tokens or sequences pull the tokens of one up, or push them down."""
+    with _one_line_errors():
+        from lddyn.store import Store
+
+        store = Store.open(path, layout=_layout(path))
+        name = _stored(store, example, index)
+        span = store.span(name)
+        asked = store.tokens(span.start, span.stop)
+        places = list(range(len(asked)))
+        if token is not None:
+            places = [i for i in places if int(asked.response_index[i]) == token]
+            if not places:
+                raise Problem(
+                    f"--token must be one of {asked.response_index.tolist()}, got {token}"
+                )
+        hits = store.query(
+            store.rows(span.start, span.stop)[places], k, sign=sign, by=by, memory=memory,
+            exclude=() if own else [name],
+        )  # fmt: skip
+        queries: list[dict[str, Any]] = [
+            {
+                "response_index": int(asked.response_index[i]),
+                "token_id": int(asked.token_id[i]),
+                "hits": [vars(hit) for hit in hits[number]],
+            }
+            for number, i in enumerate(places)
+        ]
+        if as_json:
+            _print_json({"store": str(path), "example_id": name, "by": by, "queries": queries})
+            return
+        for entry in queries:
+            _say(f"token {entry['response_index']} (id {entry['token_id']}) of {name}")
+            for hit in entry["hits"]:
+                what = f"all {hit['tokens']} tokens"
+                if hit["token_id"] is not None:
+                    what = f"token {hit['response_index']} (id {hit['token_id']})"
+                error = f" ± {hit['stderr']:.2g}" if hit["stderr"] else ""
+                place = f"example {hit['example_index']} ({hit['example_id']})"
+                _say(f"  {hit['value']:+.4g}{error}  {what} of {place}")
+
+
+def _layout(path: Path) -> Any:
+    """What made the rows of a store, from what its manifest says; None: plain vectors."""
+    from lddyn.store import Store
+
+    described = Store.open(path).layout_json
+    if described is None:
+        return None
+    import importlib
+
+    try:
+        return importlib.import_module("lddyn.sketch").Layout.from_json(described)
+    except ModuleNotFoundError:
+        raise Problem(f"{path} holds sketches; this lddyn has none") from None
+
+
+def _stored(store: Store, example: str | None, index: int | None) -> str:
+    """Content id of the one example that is meant."""
+    if (example is None) == (index is None):
+        raise Problem("give --example or --index: which stored example is asked about?")
+    if index is not None:
+        name = store.example_at(index)
+        if name is None:
+            raise Problem(f"--index must be the place of a stored example, got {index}")
+        return name
+    found = [name for name in store.example_ids if name.startswith(example or "")]
+    if len(found) != 1:
+        raise Problem(f"--example must be one stored example, {example!r} begins {len(found)}")
+    return found[0]
 
 
 if __name__ == "__main__":

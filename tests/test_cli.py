@@ -329,6 +329,68 @@ def test_env():
     assert "backends" in call("env").stdout
 
 
+@pytest.fixture
+def stores(tmp_path):
+    """Two ranks' stores of three examples."""
+    examples = [lddyn.Example([1, 2], [n, n + 1, n + 2]) for n in (10, 20, 30)]
+    for rank in range(2):
+        with lddyn.Store.create(tmp_path / f"rank{rank}", {"model": "toy"}, 2) as store:
+            for i in range(rank, 3, 2):
+                rows = torch.tensor([[1.0, 0.0], [0.0, -1.0], [2.0, 2.0]]) * (i + 1)
+                store.append(examples[i], rows, index=i)
+    return [tmp_path / "rank0", tmp_path / "rank1"], examples
+
+
+def test_store_verify_ls_merge(stores, tmp_path):
+    (a, b), _ = stores
+    document = json.loads(call("store", "ls", a, b, "--json").stdout)
+    assert [s["tokens"] for s in document["stores"]] == [6, 3]
+    assert document["stores"][0]["identity"] == {"model": "toy"}
+    assert '"model": "toy"' in call("store", "ls", a).stdout
+    out = tmp_path / "out"
+    merged = json.loads(call("store", "merge", a, b, "--out", out, "--json").stdout)
+    assert merged["tokens"] == 9 and merged["examples"] == 3
+    assert "9 tokens of 3 examples" in call("store", "merge", a, b, "--out", out).stdout
+    sound = call("store", "verify", out, a)
+    assert sound.exit_code == 0 and sound.stdout.count("nothing wrong") == 2
+    shard = out / "shard-000000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    (a / "manifest.json").write_text("{}", encoding="utf-8")
+    damaged = call("store", "verify", out, a, b, "--json")
+    assert damaged.exit_code == 1
+    problems = [s["problems"] for s in json.loads(damaged.stdout)["stores"]]
+    assert "checksum does not match" in problems[0][0] and "manifest.json" in problems[1][0]
+    assert problems[2] == []
+    assert "no store here" in errors("store", "verify", tmp_path)
+    assert "no store here" in errors("store", "ls", tmp_path, "--json")
+    assert "out must be another folder" in errors("store", "merge", b, "--out", b)
+
+
+def test_features_query(stores, tmp_path):
+    paths, examples = stores
+    store = lddyn.Store.merge(paths, tmp_path / "all")
+    arguments = ("features", "query", store.path, "--index", 0, "-k", 2)
+    document = json.loads(call(*arguments, "--token", 2, "--sign", "up", "--json").stdout)
+    (asked,) = document["queries"]
+    assert asked["token_id"] == 12 and document["example_id"] == examples[0].content_id
+    assert [(h["example_index"], h["token_id"], h["value"]) for h in asked["hits"]] == [
+        (2, 32, 24.0),
+        (1, 22, 16.0),
+    ]
+    text = call(*arguments, "--by", "sequence", "--own").stdout
+    assert text.count("of " + examples[0].content_id) == 3 and "all 3 tokens of example 2" in text
+    again = call("features", "query", store.path, "--example", examples[0].content_id[:9], "--own")
+    assert "token 2 (id 12) of" in again.stdout
+    for more, message in [
+        ([], "give --example or --index"),
+        (["--index", 9], "--index must be the place of a stored example, got 9"),
+        (["--example", "zz"], "'zz' begins 0"),
+        (["--index", 0, "--token", 5], r"--token must be one of [0, 1, 2], got 5"),
+        (["--index", 0, "--sign", "sideways"], "sign must be one of"),
+    ]:
+        assert message in errors("features", "query", store.path, *more)
+
+
 def test_report_without_a_run(tmp_path):
     assert "no decomposition.json" in errors("report", tmp_path)
 

@@ -25,10 +25,10 @@ LAYERS = [
     {"layers"},
     {"ledger"},
     {"anatomy", "objectives", "optimizers", "examples"},
-    {"factors"},
+    {"factors", "shards"},
     {"rowwise"},
     {"pullback", "pushforward"},
-    {"ntk", "store", "plan", "sketch"},
+    {"ntk", "store", "query", "plan", "sketch"},
     {"dynamics", "probes", "massflow", "decompose", "figures"},
     {"cli", "report", "lab", "integrations", "demo"},
 ]
