@@ -87,7 +87,10 @@ def test_triton_kernel_compiles_without_spills(kernel, capability):
 
 
 def nvcc():
-    return shutil.which("nvcc") or pytest.skip("NO nvcc: the CUDA C++ kernels were not compiled")
+    """On PATH, or where NVIDIA's packages put it."""
+    places = os.environ.get("PATH", ""), os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"
+    found = shutil.which("nvcc", path=os.pathsep.join(places))
+    return found or pytest.skip("NO nvcc: the CUDA C++ kernels were not compiled")
 
 
 def cuobjdump():

@@ -45,6 +45,14 @@ for op in ops.OPS.values():
                 with lddyn.backend("cpp"):
                     getattr(ops, op.name)(*op.sample(normal))
         ran.add(op.name)
+with lddyn.backend("cpp"):  # several tiles, the last of them ragged
+    q, k, v = torch.randn(4, 130, 33), torch.randn(2, 290, 33), torch.randn(2, 290, 21)
+    mask = torch.full((1, 130, 290), -torch.inf).triu(160)
+    ops.attention_pullback(q, k, v, mask, torch.randn(2, 4, 130, 21), 0.2)
+    tangents = (torch.randn(2, *x.shape) for x in (q, k, v))
+    ops.attention_pushforward(q, k, v, mask, *tangents, 0.2)
+    a, g, lengths = torch.randn(37, 260), torch.randn(35, 37, 203), torch.arange(35) + 2
+    ops.gram(a, g, a, g, lengths, lengths.flip(0))
 print(" ".join(sorted(ran)))
 """
 
