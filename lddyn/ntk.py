@@ -30,6 +30,7 @@ from lddyn.pushforward import AlongFactors, Direction, Pushforward
 
 Sink = Callable[[str, Tensor, Tensor, Tensor], None]  # parameter, rows o, rows u, block (c, c')
 CHUNK = 32
+_ROWS = 4096
 
 
 @dataclass
@@ -482,7 +483,9 @@ def _find(sides: Sequence[Side], wanted: Side) -> int | None:
 
 
 def _chunk(side: Side, budget: int) -> int:
-    return int(max(1, min(CHUNK, budget // 4 // side.bytes_per_cotangent())))
+    """Cotangents of a chunk: some thousands of rows fill the products, and stay in cache."""
+    best = max(CHUNK // 2, min(CHUNK, _ROWS // side.trace.length))
+    return int(max(1, min(best, budget // 4 // side.bytes_per_cotangent())))
 
 
 def _groups(sides: Sequence[Side], budget: int) -> list[list[tuple[int, Tensor]]]:
