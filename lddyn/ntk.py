@@ -18,15 +18,27 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lddyn import ops
 from lddyn.anatomy import Anatomy, Trace, is_out_of_memory, undisturbed
+from lddyn.estimate import Estimate
 from lddyn.examples import Example
-from lddyn.factors import Factors, merge, pair
+from lddyn.factors import BodyRows, Factors, merge, pair
+from lddyn.norms import (
+    Basis,
+    Sampling,
+    block_squares,
+    block_traces,
+    pushed_squares,
+    root,
+    row_squares,
+    span_basis,
+)
 from lddyn.pullback import (
     DEFAULT_MEMORY,
     Pullback,
+    gradient_of_logits,
     parse_memory,
     segments_down,
 )
-from lddyn.pushforward import AlongFactors, Direction, Pushforward
+from lddyn.pushforward import AlongDirection, AlongFactors, Direction, Pushforward
 
 Sink = Callable[[str, Tensor, Tensor, Tensor], None]  # parameter, rows o, rows u, block (c, c')
 CHUNK = 32
@@ -37,20 +49,34 @@ class Side:
     """Cotangents on the logits of one traced sequence: rows (M, V).
 
     They are `given`, or else the log-prob rows e_y − π, ∇ log π(y_m) with respect to the logits of
-    position m, which are formed where they are used.
+    position m, which are formed where they are used. `BodyRows` are cotangents at the head's input,
+    any number per token (`at_tokens`); their products leave out those of the head with itself.
     """
 
     trace: Trace
-    given: Tensor | None = None
+    given: Tensor | BodyRows | None = None
 
     @classmethod
     def log_probs(cls, trace: Trace) -> Side:
         """The rows e_y − π."""
         return cls(trace)
 
+    @classmethod
+    def below_head(cls, trace: Trace, rows: BodyRows, tokens: Tensor | None = None) -> Side:
+        """The same n cotangents at the head's input for every token: row m n + i is the i-th of m.
+
+        They are cotangents of the raw logits W h + b; `tokens` keeps some of the response tokens.
+        """
+        n, device = len(rows.hidden), trace.ids.device
+        if tokens is None:
+            tokens = torch.arange(len(trace.positions), device=device)
+        repeated = rows[torch.arange(n, device=device).repeat(len(tokens))]
+        return cls(trace.at_tokens(tokens.repeat_interleave(n)), repeated)
+
     @property
     def rows(self) -> Tensor:
         """Cotangents (M, V)."""
+        assert not isinstance(self.given, BodyRows), "no logit cotangents were given"
         if self.given is not None:
             return self.given
         return ops.residual(self.trace.logits, self.trace.targets)[0]
@@ -306,6 +332,7 @@ class NTK:
     ):
         self.observed, self.updated = observed, updated
         self.memory, self.progress = memory, progress
+        self._bases: dict[bool, Basis] = {}
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -344,20 +371,25 @@ class NTK:
         other = self._side(self.updated, v_u, "v_u")
         if self.observed is self.updated and (v_o is v_u):
             other = one
-        anatomy = self.updated.anatomy
-        blocked = any(n != anatomy.head_weight for n in anatomy.shared())
-        if method == "pushed" or (method == "auto" and blocked):
+        if method == "pushed" or (method == "auto" and self._blocked):
             return factored_gram([one], [other], self.memory, self.progress)
         return token_gram([one], [other], self.memory, self.progress)
 
     @undisturbed
     def __matmul__(self, g: Tensor) -> Tensor:
-        """K G: logit cotangents (L, V) of χu -> Σ_l K_{m,l} G_l, the move of the logits (M, V)."""
-        side = self._side(self.updated, g, "G")
-        total = torch.zeros_like(self.observed.logits)
-        for _, moved in factored_push([self.observed], [side], self.memory, self.progress):
-            total += moved[0].sum(0)
-        return total
+        """K G: logit cotangents (L, V) of χu -> Σ_l K_{m,l} G_l, the move of the logits (M, V).
+
+        Cost: one backward pass of χu, 4 N T_u FLOPs more than its forward, and one push through χo,
+        6 N T_o; one gradient the size of the trainable parameters.
+        """
+        return self._product(self._cotangents(self.updated, g, "G"))
+
+    def _product(self, g: Tensor, precondition: Direction | None = None) -> Tensor:
+        direction = gradient_of_logits(self.updated.anatomy, self.updated.example, g)
+        if precondition is not None:
+            direction = {n: d * precondition[n].to(d) for n, d in direction.items()}
+        with self.observed.anatomy.analysis():
+            return Pushforward(self.observed, keep=False).logits(AlongDirection(direction))[0]
 
     def block(self, m: int, token: int) -> Tensor:
         """The dense V x V block K_{m,l} of one token pair; V pullbacks, for small vocabularies.
@@ -399,16 +431,235 @@ class NTK:
             blocks.append(torch.stack(moved, dim=-1))  # (M, V, V)
         return torch.stack(blocks, dim=2)
 
-    @staticmethod
-    def _side(trace: Trace, rows: Tensor | None, name: str) -> Side:
+    # ----- norms and traces
+
+    @undisturbed
+    def frobenius(
+        self,
+        rtol: float = 0.05,
+        *,
+        centred: bool = True,
+        reduce: str = "none",
+        squared: bool = False,
+        directions: int | None = None,
+        probes: int | None = None,
+        precondition: Direction | None = None,
+        limit: int = 256,
+        seed: int = 0,
+    ) -> Estimate:
+        """‖K_{m,l}‖_F of every token pair, of every observed token, or of the whole kernel.
+
+            none: ‖Π K_{m,l} Π‖_F (M, L)     row: (Σ_l ‖·‖²)^½ (M,)     all: (Σ_ml ‖·‖²)^½ ()
+
+        Π = I − 11ᵀ/V (I with centred=False): what a common shift of all logits does is nothing that
+        log π could see. The square is estimated without bias; its root has a bias of the order of
+        stderr²/value, which is below the stated error.
+
+        For "none" the leading r directions of the centred unembedding are exact on both sides, and
+        random signs sample the rest (algorithm: "deflated two-sided probes"); the head's identity
+        is never sampled. With all directions (small d) the answer is exact, its error 0. Where
+        logits are changed after the head, weights are shared between blocks or K is preconditioned,
+        whole logit cotangents are pushed instead. For "row" and "all" it is Hutch++.
+
+        Args:
+            rtol: Wanted relative standard error, in every entry; directions, then probes, are
+                doubled until it is met.
+            centred: Whether Π is applied.
+            reduce: "none", "row" or "all".
+            squared: Return the (unbiased) square.
+            directions: r, leading directions that are exact; k of Hutch++. None: by rtol.
+            probes: q random probes, 4 or more. None: by rtol.
+            precondition: Diagonal P of K_P = J_o P J_uᵀ: parameter name -> tensor of its shape,
+                such as AdamW's 1/(√v̂ + ε). None: P = I.
+            limit: Most cotangents per token ("none") or products with K ("row", "all"). Where it
+                is reached before rtol is met, a warning says so.
+            seed: Of the probes.
+
+        Returns:
+            Estimate in float64; `samples`, of its intervals, allows for the probes' kurtosis.
+
+        Raises:
+            ValueError: If an argument is out of range, or precondition lacks a parameter.
+
+        Cost: none: (r + q) pullbacks per token of χo and (r + 2q) of χu, 2 N (p + 1) FLOPs each,
+        and pairing; pushed: (r + q) L pullbacks and pushes. row, all: 2k + q backward passes and
+        pushes. No matrix with V rows but W and one logit cotangent per token.
+
+        Example:
+            >>> import lddyn, transformers
+            >>> config = transformers.LlamaConfig(vocab_size=50, hidden_size=16,
+            ...     intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            ...     pad_token_id=None)
+            >>> model = transformers.LlamaForCausalLM(config)
+            >>> ex = lddyn.Example(prompt_ids=[1, 2], response_ids=[3, 4, 5])
+            >>> norms = lddyn.ntk(model, ex, ex).frobenius()
+            >>> norms.value.shape, float(norms.stderr.max())  # d = 16: exact
+            (torch.Size([3, 3]), 0.0)
+        """
+        sampling = Sampling(rtol, directions, probes, limit, seed)
+        if reduce not in ("none", "row", "all"):
+            raise ValueError(f"reduce must be 'none', 'row' or 'all', got {reduce!r}")
+        if precondition is not None:
+            _check_precondition(precondition, self.updated.anatomy)
+        anatomy = self.updated.anatomy
+        if reduce != "none":
+            square = row_squares(
+                lambda v: self._product(v, precondition),
+                lambda v: self.T._product(v, precondition),
+                (self.observed.logits.shape, self.updated.logits.shape),
+                centred,
+                reduce == "all",
+                self.updated.logits,
+                sampling,
+            )
+        elif precondition is not None or self._bent or self._blocked:
+            square = pushed_squares(
+                lambda v: self._image_squares(v, centred, precondition),
+                anatomy.head.weight,
+                self._basis(centred),
+                centred,
+                sampling,
+            )
+        else:
+            identity = anatomy.vocabulary - int(centred)
+            square = block_squares(
+                self._blocks, self._basis(centred), self._head_multiples(), identity, sampling
+            )
+        return square if squared else root(square)
+
+    @undisturbed
+    def trace(
+        self,
+        rtol: float | None = None,
+        *,
+        centred: bool = False,
+        directions: int | None = None,
+        probes: int | None = None,
+        limit: int = 256,
+        seed: int = 0,
+    ) -> Estimate:
+        """Traces (M, L): tr K_{m,l}, or tr Π K_{m,l} Π: exact, or sampled to a relative error.
+
+        tr K = tr(K^h WᵀW) + c V: the head's part is exact either way.
+
+        Args:
+            rtol: Wanted relative standard error in every entry; None: exact.
+            centred: Whether Π is applied.
+            directions: r, leading directions that are exact; None: by rtol.
+            probes: q random probes, the same on both sides; None: by rtol.
+            limit: Most cotangents per token; a warning says where it is reached.
+            seed: Of the probes.
+
+        Raises:
+            ValueError: If an argument is out of range.
+            NotImplementedError: If logits are changed after the head (use diagonal), or weights
+                are shared between blocks.
+
+        Cost: exact: d pullbacks per token of both sides (tied heads: d + tokens); else r + q.
+        """
+        sampling = None if rtol is None else Sampling(rtol, directions, probes, limit, seed)
+        if self._bent:
+            raise NotImplementedError(
+                "the model changes its logits after the head: use diagonal().sum(-1)"
+            )
+        return block_traces(
+            self._blocks,
+            self._basis(centred),
+            self._head_multiples(),
+            self.updated.anatomy.vocabulary - int(centred),
+            sampling,
+        )
+
+    @property
+    def _bent(self) -> bool:
+        """Whether logits are more than W h + b (soft-capping, scaling)."""
+        return self.observed.slope is not None or self.updated.slope is not None
+
+    @property
+    def _blocked(self) -> bool:
+        """Whether blocks share parameters, so that factors of different segments pair."""
+        anatomy = self.updated.anatomy
+        return any(n != anatomy.head_weight for n in anatomy.shared())
+
+    def _basis(self, centred: bool) -> Basis:
+        """Directions of the logits, one eigendecomposition for the life of this operator."""
+        if centred not in self._bases:
+            weight: Tensor = self.updated.anatomy.head.weight
+            self._bases[centred] = span_basis(weight, self._tied_ids(), centred)
+        return self._bases[centred]
+
+    def _tied_ids(self) -> Tensor:
+        """Tokens whose embedding rows are moved, where these are rows of the head too."""
+        ids: Tensor = torch.cat([self.observed.ids[0], self.updated.ids[0]]).unique()
+        return ids if self.updated.anatomy.tied else ids[:0]
+
+    def _head_multiples(self) -> Tensor:
+        """Multiples c (M, L): the head's own part of the kernel of the raw logits is c I."""
+        anatomy = self.updated.anatomy
+        precise = self.updated.logits.dtype
+        out: Tensor = self.observed.logits.new_zeros(self.shape[0], self.shape[2])
+        if anatomy.head_weight is not None:
+            out = out + self.observed.hidden.to(precise) @ self.updated.hidden.to(precise).T
+        return out + 1 if anatomy.head_bias is not None else out
+
+    def _blocks(self, rows_o: BodyRows, rows_u: BodyRows) -> Iterator[tuple[slice, Tensor]]:
+        """Products (M, n_o, l, n_u) of cotangents below the head, some updated tokens at a time."""
+        n_o, n_u, (m, _, count, _) = len(rows_o.hidden), len(rows_u.hidden), self.shape
+        dtype = self.updated.logits.dtype
+        rows_o, rows_u = (
+            BodyRows(r.hidden.to(dtype), r.picked.to(dtype), r.ids) for r in (rows_o, rows_u)
+        )
+        step = self._tokens_at_once(n_o, n_u)
+        tokens = torch.arange(count, device=self.updated.anatomy.device)
+        for part in tokens.split(step):
+            at = slice(int(part[0]), int(part[-1]) + 1)
+            if self.observed is self.updated and step >= count:
+                # One sequence on both sides: all its cotangents are pulled back once.
+                both = BodyRows(
+                    torch.cat([rows_o.hidden, rows_u.hidden]),
+                    torch.cat([rows_o.picked, rows_u.picked]),
+                    rows_u.ids,
+                )
+                side = Side.below_head(self.updated, both, part)
+                gram = token_gram([side], [side], self.memory, self.progress)
+                yield at, gram.view(m, n_o + n_u, count, n_o + n_u)[:, :n_o, :, n_o:]
+                continue
+            one = Side.below_head(self.observed, rows_o)
+            other = Side.below_head(self.updated, rows_u, part)
+            gram = token_gram([one], [other], self.memory, self.progress)
+            yield at, gram.view(m, n_o, len(part), n_u)
+
+    def _tokens_at_once(self, n_o: int, n_u: int) -> int:
+        """Updated tokens whose products with all observed ones fit a quarter of the memory."""
+        size = self.shape[0] * n_o * n_u * self.updated.logits.element_size()
+        return max(1, parse_memory(self.memory) // 4 // size)
+
+    def _image_squares(self, v: Tensor, centred: bool, precondition: Direction | None) -> Tensor:
+        """‖K_{m,l} v‖² (M, L) for one cotangent (V,), centred on the observed side where asked."""
+        side = Side(self.updated, v.to(self.updated.logits).expand_as(self.updated.logits))
+        out = self.observed.logits.new_zeros(self.shape[0], self.shape[2])
+        for rows, (moved,) in factored_push(
+            [self.observed], [side], self.memory, self.progress, precondition
+        ):
+            if centred:
+                moved = moved - moved.mean(-1, keepdim=True)
+            out[:, rows] = moved.pow(2).sum(-1).T
+        return out
+
+    @classmethod
+    def _side(cls, trace: Trace, rows: Tensor | None, name: str) -> Side:
         if rows is None:
             return Side.log_probs(trace)
+        return Side(trace, cls._cotangents(trace, rows, name))
+
+    @staticmethod
+    def _cotangents(trace: Trace, rows: Tensor, name: str) -> Tensor:
         if rows.shape != trace.logits.shape:
             raise ValueError(
                 f"{name} must be (tokens, vocabulary) = {tuple(trace.logits.shape)}, got "
                 f"{tuple(rows.shape)}"
             )
-        return Side(trace, rows.to(trace.logits))
+        return rows.to(trace.logits)
 
 
 def ntk(
@@ -449,6 +700,16 @@ def ntk(
     first = anatomy.trace(observed)
     second = first if updated is observed else anatomy.trace(updated)
     return NTK(first, second, memory, progress)
+
+
+def _check_precondition(precondition: Direction, anatomy: Anatomy) -> None:
+    for name, parameter in anatomy.trainable.items():
+        found = precondition.get(name)
+        if found is None or found.shape != parameter.shape:
+            raise ValueError(
+                f"precondition must hold a tensor {tuple(parameter.shape)} for {name}, got "
+                f"{None if found is None else tuple(found.shape)}"
+            )
 
 
 def _graph_bytes(trace: Trace) -> int:

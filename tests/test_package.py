@@ -27,7 +27,7 @@ LAYERS = [
     {"anatomy", "objectives", "optimizers", "examples"},
     {"factors"},
     {"rowwise"},
-    {"pullback", "pushforward"},
+    {"pullback", "pushforward", "norms"},
     {"ntk", "store", "plan", "sketch"},
     {"dynamics", "probes", "massflow", "decompose", "figures"},
     {"cli", "report", "lab", "integrations", "demo"},
