@@ -21,6 +21,7 @@ from lddyn.anatomy import Anatomy, Trace, is_out_of_memory, undisturbed
 from lddyn.estimate import Estimate
 from lddyn.examples import Example
 from lddyn.factors import BodyRows, Factors, merge, pair
+from lddyn.lowrank import LowRank, find_low_rank
 from lddyn.norms import (
     Basis,
     Sampling,
@@ -38,7 +39,13 @@ from lddyn.pullback import (
     parse_memory,
     segments_down,
 )
-from lddyn.pushforward import AlongDirection, AlongFactors, Direction, Pushforward
+from lddyn.pushforward import (
+    AlongDirection,
+    AlongFactors,
+    Direction,
+    Pushforward,
+    delta_log_probs,
+)
 
 Sink = Callable[[str, Tensor, Tensor, Tensor], None]  # parameter, rows o, rows u, block (c, c')
 CHUNK = 32
@@ -317,10 +324,61 @@ def factored_gram(
     return total
 
 
+@dataclass(frozen=True)
+class Shift:
+    """What cotangents G of χu do to the logits of χo: K G, the head's own part apart.
+
+    head, body (M, V); log_probs() takes it through A = I − 1 πᵀ.
+    """
+
+    head: Tensor
+    body: Tensor
+    reference: Tensor  # logits (M, V) at which π is taken
+
+    @property
+    def logits(self) -> Tensor:
+        """K G (M, V)."""
+        return self.head + self.body
+
+    def log_probs(self, part: str = "all") -> Tensor:
+        """A K G (M, V), or that of one part: "head" or "body".
+
+        Raises:
+            ValueError: If part is none of these.
+        """
+        parts = {"all": self.logits, "head": self.head, "body": self.body}
+        if part not in parts:
+            raise ValueError(f"part must be one of {sorted(parts)}, got {part!r}")
+        return delta_log_probs(parts[part], self.reference)
+
+
 class NTK:
     """K(χo, χu), lazily: logical shape (M, V, L, V), with nothing of size V x V formed.
 
-    Made by `ntk`. A cotangent is a row vector of the output space, one per response token.
+    Made by `ntk`. A cotangent is a row vector of the output space, one per response token. With raw
+    logits W h + b and slopes D of what follows them (soft-capping; else D = I),
+
+        K_{m,l} = D_m (W K^h_{m,l} Wᵀ + c_{m,l} I) D_l,     c = ⟨h_m, h_l⟩ [W trains] + [b trains]
+
+    holds exactly; where the head is tied to the embedding there are cross terms besides, which reach
+    the vocabulary tokens that occur in the two sequences: [W, E] M [W, E]ᵀ in place of W K^h Wᵀ.
+
+    Example:
+        >>> import lddyn, transformers
+        >>> config = transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32,
+        ...     num_hidden_layers=2, num_attention_heads=2, pad_token_id=None)
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> one = lddyn.Example(prompt_ids=[1, 2], response_ids=[3, 4, 5])
+        >>> other = lddyn.Example(prompt_ids=[1, 2], response_ids=[3, 6])
+        >>> K = lddyn.ntk(model, one, other)
+        >>> K.restrict(K.top_tokens(4)).shape, K.diagonal([3, 6]).shape, K.trace().value.shape
+        (torch.Size([3, 4, 2, 4]), torch.Size([3, 2, 2]), torch.Size([3, 2]))
+        >>> shift = K.explain()  # of an SFT step on `other`
+        >>> shift.log_probs("head").shape, bool((shift.logits == shift.head + shift.body).all())
+        (torch.Size([3, 50]), True)
+        >>> form = K.lowrank(8)
+        >>> form.rank, (form @ torch.randn(2, 50)).shape, form.residual.value.shape
+        (8, torch.Size([3, 50]), torch.Size([]))
     """
 
     def __init__(
@@ -382,14 +440,25 @@ class NTK:
         Cost: one backward pass of χu, 4 N T_u FLOPs more than its forward, and one push through χo,
         6 N T_o; one gradient the size of the trainable parameters.
         """
-        return self._product(self._cotangents(self.updated, g, "G"))
+        return self._product()(self._cotangents(self.updated, g, "G"))
 
-    def _product(self, g: Tensor, precondition: Direction | None = None) -> Tensor:
-        direction = gradient_of_logits(self.updated.anatomy, self.updated.example, g)
-        if precondition is not None:
-            direction = {n: d * precondition[n].to(d) for n, d in direction.items()}
-        with self.observed.anatomy.analysis():
-            return Pushforward(self.observed, keep=False).logits(AlongDirection(direction))[0]
+    def _product(self, precondition: Direction | None = None) -> Callable[[Tensor], Tensor]:
+        """G (L, V) -> K G (M, V), or K_P G: one backward pass and one push each time."""
+        push, updated = self._pushforward(), self.updated
+
+        def product(g: Tensor) -> Tensor:
+            direction = gradient_of_logits(updated.anatomy, updated.example, g)
+            if precondition is not None:
+                direction = {n: d * precondition[n].to(d) for n, d in direction.items()}
+            with push.anatomy.analysis():
+                return push.logits(AlongDirection(direction))[0]
+
+        return product
+
+    def _pushforward(self) -> Pushforward:
+        """Through χo, for many products: it keeps its linearised segments where they fit."""
+        fits = _graph_bytes(self.observed) < parse_memory(self.memory) // 2
+        return Pushforward(self.observed, keep=fits)
 
     def block(self, m: int, token: int) -> Tensor:
         """The dense V x V block K_{m,l} of one token pair; V pullbacks, for small vocabularies.
@@ -430,6 +499,188 @@ class NTK:
                 one[column, v] = 0.0
             blocks.append(torch.stack(moved, dim=-1))  # (M, V, V)
         return torch.stack(blocks, dim=2)
+
+    # ----- parts of it
+
+    @undisturbed
+    def explain(self, g: Tensor | None = None) -> Shift:
+        """K G with the head's own part apart: what moves the logits of χo (M, V), and how.
+
+            head: Σ_l c_{m,l} G_l, the head's weight and bias answering for themselves, closed form
+            body: all the rest, W K^h Wᵀ G; with tied weights both cross terms: embedding rows
+                  that G moves through the head, output rows that it moves through the embedding
+
+        Args:
+            g: Logit cotangents (L, V) of χu; default: those of SFT, π − e_y.
+
+        Returns:
+            Shift. A step of plain SGD moves the logits by −lr times it.
+
+        Raises:
+            ValueError: If the shape of g is not (L, V).
+
+        Cost: that of K @ G.
+        """
+        g = -Side.log_probs(self.updated).rows if g is None else g
+        g = self._cotangents(self.updated, g, "G")
+        total = self._product()(g)
+        raw = g if self.updated.slope is None else g * self.updated.slope
+        head = self._head_multiples() @ raw
+        if self.observed.slope is not None:
+            head = head * self.observed.slope
+        return Shift(head, total - head, self.observed.logits)
+
+    def top_tokens(self, count: int) -> Tensor:
+        """Vocabulary ids (count,) that π holds likeliest, summed over both sides' tokens; sorted.
+
+        Raises:
+            ValueError: If count is not in 1 … V.
+        """
+        if not 1 <= count <= self.shape[1]:
+            raise ValueError(f"count must be between 1 and {self.shape[1]}, got {count}")
+        mass = sum(side.logits.softmax(-1).sum(0) for side in (self.observed, self.updated))
+        assert isinstance(mass, Tensor)
+        return mass.topk(count).indices.sort().values
+
+    @undisturbed
+    def restrict(
+        self, tokens: Tensor | Sequence[int], updated: Tensor | Sequence[int] | None = None
+    ) -> Tensor:
+        """K between some tokens of the vocabulary: (M, n, L, n'), exact.
+
+        Args:
+            tokens: Vocabulary ids (n,) on the observed side, such as `top_tokens(16)`.
+            updated: Vocabulary ids (n',) on the updated side; default: the same.
+
+        Raises:
+            ValueError: If an id is outside the vocabulary.
+            NotImplementedError: If weights are shared between blocks (use gram).
+
+        Cost: n pullbacks per observed and n' per updated token, at most d each (tied: d + tokens).
+        """
+        ids_o = self._vocabulary_ids(tokens, "tokens")
+        ids_u = ids_o if updated is None else self._vocabulary_ids(updated, "updated")
+        (rows_o, mix_o), (rows_u, mix_u) = self._one_hot(ids_o), self._one_hot(ids_u)
+        out = self.observed.logits.new_zeros(self.shape[0], len(ids_o), self.shape[2], len(ids_u))
+        for at, gram in self._blocks(rows_o, rows_u):
+            if mix_o is not None:
+                gram = torch.einsum("vi,milj->mvlj", mix_o, gram)
+            out[:, :, at] = gram if mix_u is None else gram @ mix_u.T
+        same = (ids_o[:, None] == ids_u[None]).to(out)
+        out += self._head_multiples()[:, None, :, None] * same[:, None]
+        if self.observed.slope is not None:
+            out *= self.observed.slope[:, ids_o, None, None]
+        if self.updated.slope is not None:
+            out *= self.updated.slope[:, ids_u]
+        return out
+
+    @undisturbed
+    def diagonal(self, tokens: Tensor | Sequence[int] | None = None) -> Tensor:
+        """K_{m,l}[v, v] for every token pair and some tokens of the vocabulary: (M, L, n), exact.
+
+        Args:
+            tokens: Vocabulary ids (n,); default: all V.
+
+        Raises:
+            ValueError: If an id is outside the vocabulary.
+            NotImplementedError: If weights are shared between blocks (use gram).
+
+        Cost: n pullbacks per token of both sides; for n > d (tied: d + tokens) it is d pullbacks,
+        M L d² floats and 2 M L n d² FLOPs.
+        """
+        chosen = range(self.shape[1]) if tokens is None else tokens
+        ids = self._vocabulary_ids(chosen, "tokens")
+        out = self.observed.logits.new_zeros(self.shape[0], self.shape[2], len(ids))
+        rows, mix = self._one_hot(ids)
+        if mix is None:
+            for start in range(0, len(ids), 8):  # pairs of different tokens are not wanted
+                part = rows[torch.arange(start, min(start + 8, len(ids)), device=ids.device)]
+                for at, gram in self._blocks(part, part):
+                    out[:, at, start : start + 8] = gram.transpose(1, 2).diagonal(dim1=2, dim2=3)
+        else:
+            for at, gram in self._blocks(rows, rows):
+                for m, block in enumerate(gram):  # (d, l, d)
+                    out[m, at] = ((mix @ block.transpose(0, 1)) * mix).sum(-1)
+        out += self._head_multiples()[:, :, None]
+        if self.observed.slope is not None:
+            out *= self.observed.slope[:, None, ids]
+        if self.updated.slope is not None:
+            out *= self.updated.slope[:, ids]
+        return out
+
+    def _vocabulary_ids(self, tokens: Tensor | Sequence[int], name: str) -> Tensor:
+        ids = torch.as_tensor(tokens, dtype=torch.long, device=self.updated.anatomy.device)
+        vocabulary = self.shape[1]
+        if ids.dim() != 1 or len(ids) == 0 or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+            raise ValueError(
+                f"{name} must be vocabulary ids (n,) from 0 to {vocabulary - 1}, got "
+                f"{ids.flatten()[:8].tolist()} of shape {tuple(ids.shape)}"
+            )
+        return ids
+
+    def _one_hot(self, ids: Tensor) -> tuple[BodyRows, Tensor | None]:
+        """Cotangents e_v below the head; where they are more than d, a basis and the mixture."""
+        precise, tied = self.updated.logits.dtype, self._tied_ids()
+        own = self.updated.anatomy.head.weight.detach()[ids].to(precise)
+        own = torch.cat([own, (ids[:, None] == tied[None]).to(precise)], 1)
+        width = own.shape[1] - len(tied)
+        if len(ids) <= own.shape[1]:
+            return BodyRows(own[:, :width], own[:, width:], tied), None
+        eye = torch.eye(own.shape[1], dtype=precise, device=own.device)
+        return BodyRows(eye[:, :width], eye[:, width:], tied), own
+
+    @undisturbed
+    def lowrank(
+        self,
+        rank: int | None = None,
+        rtol: float | None = None,
+        *,
+        span: str = "random",
+        centred: bool = True,
+        probes: int = 8,
+        limit: int = 256,
+        seed: int = 0,
+    ) -> LowRank:
+        """K ≈ c I + U X Yᵀ Uᵀ: a scaled identity per token pair, and R factors for all of them.
+
+        A randomised range finder below the head: the images of R cotangents are orthonormalised in
+        the metric of the (centred) logits, and K is projected on them.
+
+        Args:
+            rank: R; or
+            rtol: ‖K − K̂‖_F / ‖K̂‖_F to reach, R being doubled from 8.
+            span: "random": Gaussian cotangents. "data": combinations of the log-prob rows of χu's
+                tokens, one by one if R >= L, so that K̂ G = K G for every loss of their log-probs.
+            centred: Whether Π is in the metric and the residual: what log π can see.
+            probes: Random probes of the residual, 4 or more.
+            limit: Largest R under rtol.
+            seed: Of all random signs.
+
+        Returns:
+            LowRank, with its estimated residual.
+
+        Raises:
+            ValueError: If not just one of rank and rtol is given, or an argument is out of range.
+
+        Cost: 2 R + probes backward passes and pushes, whatever M and L; a gradient the size of the
+        trainable parameters, R (M + L) d floats.
+        """
+        if (rank is None) == (rtol is None):
+            raise ValueError(f"give rank or rtol, one of them; got rank={rank}, rtol={rtol}")
+        if rank is not None and rank < 0:
+            raise ValueError(f"rank must be 0 or more, got {rank}")
+        if span not in ("random", "data"):
+            raise ValueError(f"span must be 'random' or 'data', got {span!r}")
+        Sampling(0.05 if rtol is None else rtol, None, probes, limit, seed)
+        if rtol is not None and self._bent:
+            raise NotImplementedError(
+                "the model changes its logits after the head: give rank, and read the residual"
+            )
+        return find_low_rank(
+            self._pushforward(), self.T._pushforward(), self._basis(centred),
+            self._head_multiples(), centred, self._product(), rank=rank, rtol=rtol, span=span,
+            probes=probes, limit=limit, seed=seed,
+        )  # fmt: skip
 
     # ----- norms and traces
 
@@ -504,8 +755,8 @@ class NTK:
         anatomy = self.updated.anatomy
         if reduce != "none":
             square = row_squares(
-                lambda v: self._product(v, precondition),
-                lambda v: self.T._product(v, precondition),
+                self._product(precondition),
+                self.T._product(precondition),
                 (self.observed.logits.shape, self.updated.logits.shape),
                 centred,
                 reduce == "all",

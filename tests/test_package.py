@@ -28,7 +28,8 @@ LAYERS = [
     {"factors"},
     {"rowwise"},
     {"pullback", "pushforward", "norms"},
-    {"ntk", "store", "plan", "sketch"},
+    {"lowrank"},
+    {"ntk", "proxies", "store", "plan", "sketch"},
     {"dynamics", "probes", "massflow", "decompose", "figures"},
     {"cli", "report", "lab", "integrations", "demo"},
 ]
