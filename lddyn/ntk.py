@@ -360,8 +360,8 @@ class NTK:
 
         K_{m,l} = D_m (W K^h_{m,l} Wᵀ + c_{m,l} I) D_l,     c = ⟨h_m, h_l⟩ [W trains] + [b trains]
 
-    holds exactly; where the head is tied to the embedding there are cross terms besides, which reach
-    the vocabulary tokens that occur in the two sequences: [W, E] M [W, E]ᵀ in place of W K^h Wᵀ.
+    holds exactly; where the head is tied to the embedding there are cross terms besides, which
+    reach the vocabulary tokens of the two sequences: [W, E] M [W, E]ᵀ in place of W K^h Wᵀ.
 
     Example:
         >>> import lddyn, transformers
