@@ -29,7 +29,7 @@ from lddyn.pushforward import delta_log_probs
 
 RANKS = [1, 2, 4, 8, 16, 32, 64, 128]
 LEVELS = [0.1, 0.05, 0.01]
-TOKENS = 16
+TOKENS, LONGEST = 12, 70  # response tokens, and of the prompts that are taken
 
 
 class Dense:
@@ -188,9 +188,6 @@ def large(vocabulary: int, hidden: int, tokens: int, prompt: int) -> dict:
     kernel = lddyn.ntk(model, *examples, memory="1GiB")
     kernel.gram()  # what is loaded and compiled once is not the estimate's
 
-    def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
@@ -203,8 +200,9 @@ def large(vocabulary: int, hidden: int, tokens: int, prompt: int) -> dict:
     high = int(status.split("VmHWM:")[1].split()[0]) * 1024
     return {
         "vocabulary": vocabulary, "hidden": hidden, "layers": 4, "tokens": tokens,
-        "length": prompt + tokens, "memory": "1GiB", "seconds": seconds, "peak_bytes": max(high - before, 0),
-        "weight_bytes": 4 * vocabulary * hidden, "process_bytes": peak(),
+        "length": prompt + tokens, "memory": "1GiB", "seconds": seconds,
+        "peak_bytes": max(high - before, 0),
+        "weight_bytes": 4 * vocabulary * hidden, "process_bytes": high,
         "dense_bytes": 4 * vocabulary**2 * tokens**2,
         "error": float((norms.stderr / norms.value).max()), "samples": norms.samples,
     }  # fmt: skip
@@ -217,16 +215,18 @@ def main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--out", default="benchmarks/results/operator.json")
     parser.add_argument("--seeds", type=int, default=1000)
+    parser.add_argument("--only-rank", action="store_true", help="leave V = 151,936 out")
     parser.add_argument("--large", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.large:
         print(json.dumps(large(151_936, 128, 32, 32)))
         return
-    command = [sys.executable, __file__, "--large"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    record(args.out, "norms-large", json.loads(done.stdout.splitlines()[-1]))
-    print(done.stdout)
+    if not args.only_rank:
+        command = [sys.executable, __file__, "--large"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        record(args.out, "norms-large", json.loads(done.stdout.splitlines()[-1]))
+        print(done.stdout, flush=True)
     if not (args.model and args.data and Path(args.model).exists() and Path(args.data).exists()):
         print("SKIPPED: the trained model or its data is not here; give --model and --data")
         return
@@ -235,10 +235,12 @@ def main() -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     fields = ["chosen", "rejected"]
+    encoded = (lddyn.encode_row(tokenizer, r, fields) for r in lddyn.rows(args.data, limit=40))
+    short = [e for e in encoded if len(e["chosen"].prompt_ids) <= LONGEST]
     one, other = (
-        {name: lddyn.Example(prompt_ids=e.prompt_ids, response_ids=e.response_ids[:TOKENS])
-         for name, e in lddyn.encode_row(tokenizer, row, fields).items()}
-        for row in lddyn.rows(args.data, limit=2)
+        {n: lddyn.Example(prompt_ids=e.prompt_ids, response_ids=e.response_ids[:TOKENS])
+         for n, e in row.items()}
+        for row in short[:2]
     )  # fmt: skip
     pairs = {
         "itself": (one["chosen"], one["chosen"]),
@@ -249,7 +251,8 @@ def main() -> None:
     for name, (observed, updated) in pairs.items():
         start = time.perf_counter()
         dense = Dense(lddyn.ntk(model, observed, updated))
-        found = {"spectrum": spectrum(dense), "prediction": prediction(dense)}
+        found: dict = {"spectrum": spectrum(dense), "prediction": prediction(dense)}
+        print(name, f"{time.perf_counter() - start:.0f} s", flush=True)
         found["coverage"] = coverage(dense, args.seeds)
         found["step"] = step(dense.kernel, model, observed, updated)
         result["pairs"][name] = found

@@ -211,7 +211,9 @@ def _refine(
             return found
         more = (r, q)
         if directions is None and r < rank:
-            more = (min(2 * r, rank) if r else 4, q)
+            # The error falls a little slower than 1/r: what is left by far takes two doublings.
+            grown = r * (2 if error <= 1.4 * sampling.rtol or cost(4 * r, q) > limit else 4)
+            more = (min(grown, rank) if r else 4, q)
         elif probes is None:
             more = (r, 2 * q)
         if more == (r, q) or cost(*more) > limit:
@@ -247,7 +249,8 @@ def block_squares(
         ‖F‖² ≈ Σ G_rr² + mean_a Σ_i G_ai² + mean_b Σ_i G_ib² + mean_ab G_ab²
         tr F ≈ Σ G_ii + mean_a G_aa     (the observed side's probes on the updated side too)
 
-    Its variance is that of the two-way table: (Var_a + Var_b)/q of what each probe adds.
+    Its variance is that of a two-way table, (Var_a + Var_b)/q of what each probe adds, less what
+    the interaction of the probes has been counted twice.
     """
     generator = sampling.generator()
     paired = bool((head != 0).any())
@@ -259,6 +262,7 @@ def block_squares(
         updated = basis.rows(torch.cat([top, other, *([one] if paired else [])]))
         value = head.double().pow(2) * identity
         adds_o, adds_u = (value.new_zeros(*value.shape, q) for _ in range(2))
+        twice = torch.zeros_like(value)
         for at, gram in blocks(observed, updated):
             gram, c = gram.double().transpose(1, 2), head[:, at].double()  # (M, l, n_o, n_u)
             inner = gram[:, :, :r, :r]
@@ -272,11 +276,14 @@ def block_squares(
                 same = gram[:, :, r:, r + q :].diagonal(dim1=2, dim2=3)
                 left = left + 2 * c[..., None] * same
             value[:, at] += left.mean(-1) + right.mean(-1) + between.mean((2, 3))
-            adds_o[:, at] = left + between.mean(3)
-            adds_u[:, at] = right + between.mean(2)
+            rows, columns = between.mean(3), between.mean(2)
+            adds_o[:, at], adds_u[:, at] = left + rows, right + columns
+            own = between - rows[..., None] - columns[..., None, :] + rows.mean(-1)[..., None, None]
+            twice[:, at] = own.pow(2).sum((2, 3)) / (q * (q - 1)) ** 2
         if q == 0:
             return Estimate(value, torch.zeros_like(value))
-        error = ((adds_o.var(-1) + adds_u.var(-1)) / q).sqrt()
+        variance = (adds_o.var(-1) + adds_u.var(-1)) / q
+        error = torch.maximum(variance - twice, variance / 2).sqrt()
         return Estimate(value, error, effective_samples(adds_o, adds_u))
 
     def cost(r: int, q: int) -> int:

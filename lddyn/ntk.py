@@ -856,7 +856,7 @@ class NTK:
     def _blocks(self, rows_o: BodyRows, rows_u: BodyRows) -> Iterator[tuple[slice, Tensor]]:
         """Products (M, n_o, l, n_u) of cotangents below the head, some updated tokens at a time."""
         n_o, n_u, (m, _, count, _) = len(rows_o.hidden), len(rows_u.hidden), self.shape
-        dtype = self.updated.logits.dtype
+        dtype, same = self.updated.logits.dtype, rows_o is rows_u
         rows_o, rows_u = (
             BodyRows(r.hidden.to(dtype), r.picked.to(dtype), r.ids) for r in (rows_o, rows_u)
         )
@@ -866,6 +866,11 @@ class NTK:
             at = slice(int(part[0]), int(part[-1]) + 1)
             if self.observed is self.updated and step >= count:
                 # One sequence on both sides: all its cotangents are pulled back once.
+                if same:
+                    side = Side.below_head(self.updated, rows_u)
+                    gram = token_gram([side], [side], self.memory, self.progress)
+                    yield at, gram.view(m, n_o, count, n_u)
+                    continue
                 both = BodyRows(
                     torch.cat([rows_o.hidden, rows_u.hidden]),
                     torch.cat([rows_o.picked, rows_u.picked]),
