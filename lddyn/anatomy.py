@@ -137,6 +137,20 @@ class Trace:
         """T, tokens of the sequence."""
         return self.ids.shape[1]
 
+    def at_tokens(self, tokens: Tensor) -> Trace:
+        """The same forward pass for cotangents that sit on these response tokens (R,), repeated.
+
+        For cotangents at the head's input: of the logits it keeps the dtype, and no row.
+        """
+        return replace(
+            self,
+            positions=self.positions[tokens],
+            targets=self.targets[tokens],
+            hidden=self.hidden[tokens],
+            logits=self.logits[:0],
+            slope=None,
+        )
+
 
 @dataclass
 class Replay:
@@ -650,6 +664,22 @@ class Anatomy:
         """Logits (M, V) by the model's own forward, with its graph, in at least float32."""
         ids = torch.tensor([example.ids], device=self.device)
         return self._selected_logits(ids, torch.tensor(list(example.positions), device=self.device))
+
+    def response_hidden(self, example: Example) -> Tensor:
+        """The head's inputs (M, d) by the model's own forward, with their graph."""
+        captured: list[Tensor] = []
+        positions = torch.tensor(list(example.positions), device=self.device)
+
+        def head(h: Tensor) -> Tensor:
+            captured.append(h.reshape(-1, h.shape[-1])[positions])
+            return self._dummy(h)
+
+        def block(i: int, forward: Any, args: Any, kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        with self._patched(block, head):
+            self._run(torch.tensor([example.ids], device=self.device))
+        return captured[0]
 
     def response_log_probs(self, example: Example) -> Tensor:
         """Log π(y_m) (M,) by the model's own forward, with its graph; in nats."""

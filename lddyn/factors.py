@@ -36,11 +36,31 @@ def batched_vjp(
     return gradients
 
 
+@dataclass(frozen=True)
+class BodyRows:
+    """Cotangents at the input of the head: all that the model below it sees of a logit cotangent v.
+
+    What the head's own weight does with v is left to the caller, in closed form. A head tied to the
+    embedding also meets the embedding rows of the other sequence's tokens, for which v is needed at
+    their ids.
+
+    hidden (R, d): g = Wᵀ v. picked (R, n): v at the sorted vocabulary ids (n,).
+    """
+
+    hidden: Tensor
+    picked: Tensor
+    ids: Tensor
+
+    def __getitem__(self, rows: Tensor) -> BodyRows:
+        return BodyRows(self.hidden[rows], self.picked[rows], self.ids)
+
+
 @dataclass
 class HeadFactor:
     """The head's factors: one row each. Gradient of W for cotangent l: v_l ⊗ h_l.
 
-    The cotangents are given, or they are the log-prob rows e_y − π, which are not kept.
+    The cotangents are given, or they are the log-prob rows e_y − π, which are not kept; or only
+    their columns `ids` are given (`BodyRows`), and two heads are not paired.
     """
 
     weight: str | None
@@ -49,11 +69,22 @@ class HeadFactor:
     given: Tensor | None  # (L, V), cotangents on the raw logits
     logits: Tensor  # (L, V)
     targets: Tensor  # (L,)
+    ids: Tensor | None = None  # sorted; `given` holds these columns alone
 
     @property
     def rows(self) -> Tensor:
         """Cotangents (L, V) on the raw logits."""
+        assert self.ids is None, "only some columns of the cotangents are known"
         return self.given if self.given is not None else ops.residual(self.logits, self.targets)[0]
+
+    def at(self, ids: Tensor) -> Tensor:
+        """Cotangents (L, n) on the raw logits of some tokens of the vocabulary."""
+        if self.ids is None:
+            return self.rows[:, ids]
+        assert self.given is not None
+        places = torch.searchsorted(self.ids, ids)
+        assert torch.equal(self.ids[places], ids), "a token's cotangent was not given"
+        return self.given[:, places]
 
 
 @dataclass
@@ -277,6 +308,8 @@ def merge(
 def pair_head(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> None:
     """The head's part, and the cross terms of a head tied to the embedding."""
     if one.head is not None and other.head is not None:
+        if one.head.ids is not None or other.head.ids is not None:
+            return
         if one.head.given is other.head.given is None:
             products = ops.residual_gram(
                 one.head.logits, one.head.targets, other.head.logits, other.head.targets
@@ -302,7 +335,7 @@ def _pair_embedding_head(tap: Tap, delta: Tensor, head: HeadFactor) -> Tensor:
     """Σ_t v_l[x_t] ⟨δ_m[t], h_l⟩ for the embedding rows of one side and the head of the other."""
     if tap.kind != "embedding":
         raise NotImplementedError(f"{tap.weight} is tied to the head through a {tap.kind} product")
-    picked = head.rows[:, tap.activations]  # (L, t)
+    picked = head.at(tap.activations)  # (L, t)
     projected = _wide(delta) @ _wide(head.hidden).T  # (c, t, L)
     return torch.einsum("mtl,lt->ml", projected, picked)
 

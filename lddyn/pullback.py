@@ -12,7 +12,7 @@ of the prefix per chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from lddyn import ops
 from lddyn.anatomy import Anatomy, Replay, Trace, back_project, is_out_of_memory
 from lddyn.examples import Example
-from lddyn.factors import Factors, HeadFactor, batched_vjp
+from lddyn.factors import BodyRows, Factors, HeadFactor, batched_vjp
 from lddyn.rowwise import pull_rows
 
 Gradient = dict[str, Tensor]  # parameter name -> tensor of its shape
@@ -82,7 +82,8 @@ class Pullback:
     Args:
         trace: The stored forward pass.
         rows: Cotangents on the logits, (M, V); row m belongs to trace.positions[m]. Default: the
-            log-prob rows e_y − π, which are formed for the head alone and not kept.
+            log-prob rows e_y − π, which are formed for the head alone and not kept. Or cotangents
+            at the head's input, whose products leave out those of the head with itself.
         select: Rows to pull back (default: all).
         chunk: Cotangents per chunk; small chunks are truncated tighter, large ones share the
             replay of the segment.
@@ -94,12 +95,31 @@ class Pullback:
     def __init__(
         self,
         trace: Trace,
-        rows: Tensor | None = None,
+        rows: Tensor | BodyRows | None = None,
         select: Tensor | None = None,
         chunk: int = 16,
     ):
         self.trace = trace
         self.anatomy: Anatomy = trace.anatomy
+        count = torch.arange(len(trace.positions), device=trace.positions.device)
+        order = count if select is None else select
+        order = order[trace.positions[order].argsort(stable=True)]
+        self.selected = order
+        if isinstance(rows, BodyRows):
+            self.head = self._body_head(rows[order])
+            g = rows.hidden[order].to(trace.hidden.dtype)
+        else:
+            self.head = self._logits_head(rows)
+            g = back_project(self.head.rows, self.anatomy.head.weight).to(trace.hidden.dtype)
+        self.chunks: list[Chunk] = []
+        for part, state in zip(order.split(chunk), g.split(chunk), strict=True):
+            length = self.anatomy.prefix(
+                trace, reach(int(trace.positions[part].max()), trace.length)
+            )
+            self.chunks.append(Chunk(part, length, state))
+
+    def _logits_head(self, rows: Tensor | None) -> HeadFactor:
+        trace, order = self.trace, self.selected
         if rows is None and trace.slope is not None:
             rows = ops.residual(trace.logits, trace.targets)[0]
         if rows is not None and rows.shape != trace.logits.shape:
@@ -107,32 +127,20 @@ class Pullback:
                 f"cotangents must be (tokens, vocabulary) = {tuple(trace.logits.shape)}, got "
                 f"{tuple(rows.shape)}"
             )
-        count = torch.arange(len(trace.positions), device=trace.positions.device)
-        order = count if select is None else select
-        order = order[trace.positions[order].argsort(stable=True)]
-        self.selected = order
-        whole = len(order) == len(count) and bool((order == count).all())
         logits, targets = trace.logits, trace.targets
-        if not whole:
+        if not torch.equal(order, torch.arange(len(trace.positions), device=order.device)):
             logits, targets = logits[order], targets[order]
         if rows is not None:
             rows = rows[order].to(logits.dtype)
             rows = rows if trace.slope is None else rows * trace.slope[order]
-        self.head = HeadFactor(
-            self.anatomy.head_weight,
-            self.anatomy.head_bias,
-            trace.hidden[order],
-            rows,
-            logits,
-            targets,
-        )
-        g = back_project(self.head.rows, self.anatomy.head.weight).to(trace.hidden.dtype)
-        self.chunks: list[Chunk] = []
-        for part, state in zip(order.split(chunk), g.split(chunk), strict=True):
-            length = self.anatomy.prefix(
-                trace, reach(int(trace.positions[part].max()), trace.length)
-            )
-            self.chunks.append(Chunk(part, length, state))
+        weight, bias = self.anatomy.head_weight, self.anatomy.head_bias
+        return HeadFactor(weight, bias, trace.hidden[order], rows, logits, targets)
+
+    def _body_head(self, rows: BodyRows) -> HeadFactor:
+        trace, order = self.trace, self.selected
+        weight = self.anatomy.head_weight if self.anatomy.tied else None
+        hidden, targets = trace.hidden[order], trace.targets[order]
+        return HeadFactor(weight, None, hidden, rows.picked, trace.logits, targets, rows.ids)
 
     def head_factors(self) -> Factors:
         """Factors of the head for the selected rows, in position order."""
@@ -210,17 +218,36 @@ def gradient(anatomy: Anatomy, examples: Sequence[Example], weights: Sequence[Te
     Cost: 6 N T FLOPs a sequence; one gradient the size of the trainable parameters.
     """
     total: Gradient = {}
-    names = list(anatomy.trainable)
-    parameters = list(anatomy.trainable.values())
     for example, weight in zip(examples, weights, strict=True):
-        with anatomy.analysis():
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            logp = anatomy.response_log_probs(example)
-            parts = torch.autograd.grad(
-                (logp * weight.to(logp.dtype)).sum(), parameters, allow_unused=True
-            )
-        for name, parameter, part in zip(names, parameters, parts, strict=True):
-            part = torch.zeros_like(parameter) if part is None else part
-            total[name] = part if name not in total else total[name] + part
+        part = _backward(anatomy, anatomy.response_log_probs, example, weight)
+        for name, value in part.items():
+            total[name] = value if name not in total else total[name] + value
     return total
+
+
+def gradient_of_logits(anatomy: Anatomy, example: Example, rows: Tensor) -> Gradient:
+    """Σ_l ∇θ ⟨v_l, z_l⟩ for cotangents (L, V) on the logits, by one plain backward pass."""
+    return _backward(anatomy, anatomy.response_logits, example, rows)
+
+
+def gradient_of_hidden(anatomy: Anatomy, example: Example, rows: Tensor) -> Gradient:
+    """Σ_l ∇θ ⟨g_l, h_l⟩ for cotangents (L, d) at the head's input, by one plain backward pass."""
+    return _backward(anatomy, anatomy.response_hidden, example, rows)
+
+
+def _backward(
+    anatomy: Anatomy, forward: Callable[[Example], Tensor], example: Example, cotangent: Tensor
+) -> Gradient:
+    parameters = list(anatomy.trainable.values())
+    with anatomy.analysis():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        value = forward(example)
+        scalar = (value * cotangent.to(value.dtype)).sum()
+        if not scalar.requires_grad:  # no trainable parameter is on the way
+            return {n: torch.zeros_like(p) for n, p in anatomy.trainable.items()}
+        parts = torch.autograd.grad(scalar, parameters, allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if part is None else part
+        for (name, parameter), part in zip(anatomy.trainable.items(), parts, strict=True)
+    }

@@ -213,7 +213,7 @@ def _push_head_to_embedding(tap: Tap, head: HeadFactor, scale: Tensor | None) ->
     if tap.kind != "embedding":
         raise NotImplementedError(f"{tap.weight} is tied to the head through a {tap.kind} product")
     ids = tap.activations
-    picked = head.rows[:, ids].to(head.hidden.dtype)  # (c, s)
+    picked = head.at(ids).to(head.hidden.dtype)  # (c, s)
     out = picked[:, :, None] * head.hidden[:, None, :]
     return out if scale is None else out * scale[ids]
 

@@ -27,8 +27,9 @@ LAYERS = [
     {"anatomy", "objectives", "optimizers", "examples"},
     {"factors", "shards"},
     {"rowwise"},
-    {"pullback", "pushforward"},
-    {"ntk", "store", "query", "plan", "sketch"},
+    {"pullback", "pushforward", "norms"},
+    {"lowrank"},
+    {"ntk", "proxies", "store", "query", "plan", "sketch"},
     {"dynamics", "probes", "massflow", "decompose", "figures"},
     {"cli", "report", "lab", "integrations", "demo"},
 ]

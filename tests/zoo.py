@@ -201,3 +201,52 @@ def widest(model: nn.Module, example: Example) -> Tensor:
 def normalised_error(value: Tensor, truth: Tensor, scale: Tensor) -> float:
     """Largest error in units of ‖a_m‖‖b_l‖ (token gradients are nearly orthogonal)."""
     return float(((value.double() - truth).abs() / scale).max())
+
+
+def train(model: nn.Module, steps: int = 12, lr: float = 3e-3) -> nn.Module:
+    """The model after a few AdamW steps on copies: its kernel is not that of random weights."""
+    generator = torch.Generator().manual_seed(1)
+    half = torch.randint(3, 60, (8, 8), generator=generator)
+    ids = torch.cat([half, half], dim=1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return model.eval()
+
+
+def dense_jacobian(model: nn.Module, example: Example) -> Tensor:
+    """∇θ z of every response logit (M, V, P) in true float64, over the trainable parameters."""
+    exact = double(model).eval()
+    parameters = [p for p in exact.parameters() if p.requires_grad]
+    with true_float64():
+        logits = exact(input_ids=torch.tensor([example.ids]), use_cache=False).logits[0]
+        logits = logits[list(example.positions)]
+        ones = torch.eye(logits.numel(), dtype=logits.dtype)
+        gradients = torch.autograd.grad(
+            logits.flatten(), parameters, ones, is_grads_batched=True, allow_unused=True
+        )
+    flat = [
+        logits.new_zeros(logits.numel(), p.numel()) if g is None else g.flatten(1)
+        for g, p in zip(gradients, parameters, strict=True)
+    ]
+    return torch.cat(flat, dim=1).view(*logits.shape, -1)
+
+
+def dense_kernel(
+    model: nn.Module, observed: Example, updated: Example, precondition: dict | None = None
+) -> Tensor:
+    """K, or J_o P J_uᵀ, as (M, L, V, V) in true float64."""
+    one, other = dense_jacobian(model, observed), dense_jacobian(model, updated)
+    if precondition is not None:
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        other = other * torch.cat([precondition[n].double().flatten() for n in names])
+    return torch.einsum("mvp,lwp->mlvw", one, other)
+
+
+def centred(kernel: Tensor) -> Tensor:
+    """Π K Π for every token pair."""
+    kernel = kernel - kernel.mean(-1, keepdim=True)
+    return kernel - kernel.mean(-2, keepdim=True)
