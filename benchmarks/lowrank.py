@@ -215,18 +215,20 @@ def main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--out", default="benchmarks/results/operator.json")
     parser.add_argument("--seeds", type=int, default=1000)
-    parser.add_argument("--only-rank", action="store_true", help="leave V = 151,936 out")
+    parser.add_argument("--part", choices=["all", "rank", "large"], default="all")
     parser.add_argument("--large", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.large:
-        print(json.dumps(large(151_936, 128, 32, 32)))
+        print(json.dumps(large(151_936, 256, 16, 32)))
         return
-    if not args.only_rank:
+    if args.part != "rank":
         command = [sys.executable, __file__, "--large"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         record(args.out, "norms-large", json.loads(done.stdout.splitlines()[-1]))
         print(done.stdout, flush=True)
+    if args.part == "large":
+        return
     if not (args.model and args.data and Path(args.model).exists() and Path(args.data).exists()):
         print("SKIPPED: the trained model or its data is not here; give --model and --data")
         return

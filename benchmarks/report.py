@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "kernels", "store")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "kernels", "operator", "store")),
 ]
 
 
@@ -227,6 +227,64 @@ def store(section: dict) -> str:
     return table(["what", "measured"], rows) + f"\n\n<sub>{made_by(section)}</sub>"
 
 
+def lowrank(section: dict) -> str:
+    """Spectra, ranks that predict, cover of the norms, and the paper's bound beside the norm."""
+    result = section["result"]
+    pairs = result["pairs"]
+    ranks = next(iter(pairs.values()))["spectrum"]["ranks"]
+    shares = [
+        [f"{name}, {what}", *(f"{100 * x:.0f} %" for x in pair["spectrum"][key])]
+        for name, pair in pairs.items()
+        for key, what in (("block", "one token pair (median)"), ("whole", "all pairs together"))
+    ]
+    errors = [
+        [f"{name}, {way}", *(f"{100 * e:.2g} %" if e > 1e-4 else f"{e:.0e}" for e in row)]
+        for name, pair in pairs.items()
+        for way, row in pair["prediction"]["errors"].items()
+        if len(row) == len(ranks)
+    ]
+    cover = [
+        [name, str(c["directions"]), str(c["probes"]), f"{100 * c['error']:.1f} %",
+         f"{100 * c['stated']:.1f} %", f"{100 * c['coverage']:.1f} %"]
+        for name, pair in pairs.items()
+        for c in pair["coverage"]
+    ]  # fmt: skip
+    steps = [
+        [name, f"{p['step']['norm']:.2e} ± {p['step']['norm_stderr']:.0e}",
+         f"{p['step']['lower_bound']:.0f}", f"{p['step']['sign_delta']:+.4f}"]
+        for name, p in pairs.items()
+    ]  # fmt: skip
+    seeds = next(iter(pairs.values()))["coverage"][0]["seeds"]
+    return (
+        f"A trained Llama of {result['parameters'] / 1e6:.1f} M parameters (d = 192, V = 2,048), "
+        f"M = L = {result['tokens']}: a response with itself, with its rejected alternative, with "
+        "another prompt's.\n\nShare of ‖F‖² (centred, below the head) in the leading singular "
+        f"directions:\n\n{table(['χu, spectrum of', *map(str, ranks)], shares)}\n\n"
+        "Relative error of the predicted Δ log π (M x V) of an SFT step, by rank; the head is "
+        f"exact:\n\n{table(['χu, form', *map(str, ranks)], errors)}\n\n"
+        f"`frobenius`, {seeds:,} seeds: root-mean-square error, stated error, and how often the "
+        "95 % interval holds the truth:\n\n"
+        + table(["χu", "r", "q", "error", "stated", "held"], cover)
+        + "\n\nThe paper's lower bound √LBK / lr from a real SGD step (lr 1e-4), beside the norm "
+        "of the whole kernel that it bounds:\n\n"
+        + table(["χu", "‖Π K Π‖_F", "√LBK / lr", "SignDelta, nats"], steps)
+        + f"\n\n<sub>{made_by(section)}</sub>"
+    )
+
+
+def norms_large(section: dict) -> str:
+    """Cost of all block norms at a large vocabulary."""
+    r = section["result"]
+    return (
+        f"`frobenius()` of all {r['tokens']} x {r['tokens']} token pairs at V = "
+        f"{r['vocabulary']:,} (random Llama, d = {r['hidden']}, {r['layers']} layers, T = "
+        f"{r['length']}, memory = {r['memory']}), to a relative standard error of at most "
+        f"{100 * r['error']:.1f} %: **{duration(r['seconds'])}** on one thread, "
+        f"**{megabytes(r['peak_bytes'])}** over the loaded model and traces. Dense, the kernel "
+        f"would take {r['dense_bytes'] / 1e12:.0f} TB.\n\n<sub>{made_by(section)}</sub>"
+    )
+
+
 SECTIONS = {
     "store": store,
     "dialogue": dialogue,
@@ -235,6 +293,8 @@ SECTIONS = {
     "exactness": exactness,
     "orders": orders,
     "ops": ops,
+    "lowrank": lowrank,
+    "norms-large": norms_large,
 }
 
 

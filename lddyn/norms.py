@@ -214,6 +214,8 @@ def _refine(
             # The error falls a little slower than 1/r: what is left by far takes two doublings.
             grown = r * (2 if error <= 1.4 * sampling.rtol or cost(4 * r, q) > limit else 4)
             more = (min(grown, rank) if r else 4, q)
+            if probes is None and error <= 1.3 * sampling.rtol and 2 * q <= r:
+                more = (r, 2 * q)  # 1/√2 of the error is enough, and for fewer rows
         elif probes is None:
             more = (r, 2 * q)
         if more == (r, q) or cost(*more) > limit:
