@@ -119,7 +119,7 @@ ASKED += [("untied", "all"), ("tied", "row"), ("soft-capped", "row"), ("bias", "
 def test_unbiased_through_the_engine(name, reduce):
     """A few seeds of the real engine; the oracle below takes thousands."""
     ask = kernel(name).frobenius
-    seeds = 12 if reduce == "none" and name not in BENT else 5
+    seeds = 8 if reduce == "none" and name not in BENT else 5
     options = {"directions": 4, "probes": 8, "rtol": 0.9, "reduce": reduce}
     found = [ask(squared=True, seed=s, **options) for s in range(seeds)]
     values = torch.stack([f.value for f in found])
