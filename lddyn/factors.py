@@ -220,70 +220,73 @@ class Merged:
     """
 
     def __init__(self, rows: Tensor, first: Factors, count: int, tokens: int, shelf: Shelf):
-        self.rows, self.parts = rows, [slice(0, len(rows))]
-        self._pieces = [first]
+        self.rows, self.parts, self._last = rows, [slice(0, len(rows))], first
         # A last chunk is kept as it is, and so are rows that are not the tokens in their order.
         self._open = first.lengths is not None and count > len(rows)
-        self._buffers: list[Tensor | None] = []
-        self._tokens = tokens
-        if self._open:
-            for _, delta in first.taps:
-                dense = delta.dim() == 3
-                shape = count, tokens, delta.shape[-1]
-                self._buffers.append(shelf.take(delta, *shape) if dense else None)
-            self._copy(first)
+        if not self._open:
+            return
+        # Of all but the last chunk only this is kept: its taps hold the graph of its replay.
+        self._names = _names(first)
+        self._lengths: list[Tensor] = []
+        self._direct: dict[str, list[Tensor]] = {name: [] for name in first.direct}
+        self._dense: list[Tensor | None] = []
+        self._thin: list[list[tuple[Tensor, Tensor]]] = []  # activations and δ, row by row
+        for _, delta in first.taps:
+            shape = count, tokens, delta.shape[-1]
+            self._dense.append(shelf.take(delta, *shape) if delta.dim() == 3 else None)
+            self._thin.append([])
+        self._append(first)
 
-    def _copy(self, factors: Factors) -> None:
-        """Moves the dense taps of a chunk into the buffers; zeros beyond its prefix."""
-        rows = self.parts[-1]
-        for i, (buffer, (tap, delta)) in enumerate(zip(self._buffers, factors.taps, strict=True)):
-            if buffer is not None:
-                buffer[rows, : delta.shape[1]] = delta
-                buffer[rows, delta.shape[1] :] = 0
-                factors.taps[i] = tap, delta[:0, :0].clone()
+    def _append(self, factors: Factors) -> None:
+        """Moves a chunk in; dense taps are padded with zeros beyond its prefix, and emptied."""
+        rows, self._last = self.parts[-1], factors
+        assert factors.lengths is not None
+        self._lengths.append(factors.lengths)
+        for name, gradient in factors.direct.items():
+            self._direct[name].append(gradient)
+        for i, (tap, delta) in enumerate(factors.taps):
+            dense = self._dense[i]
+            if dense is None:
+                self._thin[i].append((tap.activations, delta))
+            else:
+                dense[rows, : delta.shape[1]] = delta
+                dense[rows, delta.shape[1] :] = 0
+                factors.taps[i] = tap, delta[:0].clone()
 
     def take(self, rows: Tensor, factors: Factors) -> bool:
         """Appends a chunk, if it has the same taps."""
-
-        def names(x: Factors) -> list[Any]:
-            return [(t.kind, t.weight, t.bias, d.dim(), d.shape[-1]) for t, d in x.taps]
-
-        first = self._pieces[0]
-        if (
-            not self._open
-            or factors.lengths is None
-            or names(factors) != names(first)
-            or factors.direct.keys() != first.direct.keys()
-        ):
+        if not self._open or factors.lengths is None or _names(factors) != self._names:
             return False
         start = len(self.rows)
         self.rows = torch.cat([self.rows, rows])
         self.parts.append(slice(start, start + len(rows)))
-        self._pieces.append(factors)
-        self._copy(factors)
+        self._append(factors)
         return True
 
     @property
     def factors(self) -> Factors:
         """All chunks' factors; the last chunk's activations reach furthest."""
-        pieces, last = self._pieces, self._pieces[-1]
+        last = self._last
         if not self._open:
             return last
         joined = Factors(
-            direct={n: torch.cat([f.direct[n] for f in pieces]) for n in last.direct},
-            lengths=torch.cat([f.lengths for f in pieces if f.lengths is not None]),
-            tokens=self._tokens,
+            direct={name: torch.cat(parts) for name, parts in self._direct.items()},
+            lengths=torch.cat(self._lengths),
+            tokens=last.tokens,
         )
-        for i, buffer in enumerate(self._buffers):
-            tap = last.taps[i][0]
-            if buffer is None:
-                parts = [f.taps[i] for f in pieces]
-                tap = replace(tap, activations=torch.cat([t.activations for t, _ in parts]))
-                joined.taps.append((tap, torch.cat([d for _, d in parts])))
+        for (tap, _), dense, thin in zip(last.taps, self._dense, self._thin, strict=True):
+            if dense is None:
+                tap = replace(tap, activations=torch.cat([x for x, _ in thin]))
+                joined.taps.append((tap, torch.cat([d for _, d in thin])))
             else:
-                joined.taps.append((tap, buffer[: len(self.rows), : last.tokens]))
-        joined.tokens = last.tokens
+                joined.taps.append((tap, dense[: len(self.rows), : last.tokens]))
         return joined
+
+
+def _names(factors: Factors) -> list[Any]:
+    """What two chunks must have in common to be one."""
+    taps = [(t.kind, t.weight, t.bias, d.dim(), d.shape[-1]) for t, d in factors.taps]
+    return [taps, factors.direct.keys()]
 
 
 def merge(
