@@ -28,7 +28,7 @@ LAYERS = [
     {"factors", "shards"},
     {"rowwise"},
     {"pullback", "pushforward", "norms"},
-    {"lowrank"},
+    {"lowrank", "stream"},
     {"ntk", "proxies", "store", "query", "plan", "sketch"},
     {"dynamics", "probes", "massflow", "decompose", "figures"},
     {"cli", "report", "lab", "integrations", "demo"},
