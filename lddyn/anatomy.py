@@ -227,7 +227,7 @@ class Anatomy:
         self.direct: set[str] = set()
         self.head_weight = self.trainable_by_id.get(id(self.head.weight), (None,))[0]
         self.head_bias = self.trainable_by_id.get(id(self.head.bias), (None,))[0]
-        self.streamed = any(hasattr(p, "fetch") for p in model.parameters())  # see `stream`
+        self.streamed = any(map(is_streamed, model.parameters()))
         self._logits_checked = False
         if self.blocks[0]._forward_pre_hooks or self.blocks[-1]._forward_hooks:
             # Elsewhere a hook that changes a hidden state is seen: one block's output is not the
@@ -617,8 +617,10 @@ class Anatomy:
                 )
 
     def _explain_non_finite(self, trace: Trace) -> None:
+        parameter: Any
         for name, parameter in self.model.named_parameters():
-            getattr(parameter, "fetch", bool)()  # a streamed one is NaN until it is read
+            if is_streamed(parameter):
+                parameter.fetch()
             if not bool(torch.isfinite(parameter).all()):
                 count = int((~torch.isfinite(parameter)).sum())
                 raise NonFiniteError(
@@ -826,6 +828,11 @@ def _at_rows(value: Any, length: int, rows: Tensor) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_at_rows(v, length, rows) for v in value)
     return value
+
+
+def is_streamed(parameter: Tensor) -> bool:
+    """Whether a weight is in memory only while its block is used (see `stream`), else NaN."""
+    return hasattr(parameter, "fetch")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

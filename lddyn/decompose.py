@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lddyn import ops
-from lddyn.anatomy import Anatomy, Trace, true_float64, undisturbed
+from lddyn.anatomy import Anatomy, Trace, is_streamed, true_float64, undisturbed
 from lddyn.examples import Example
 from lddyn.ledger import UnsupportedModelError
 from lddyn.ntk import Side, factored_gram, factored_push, token_gram
@@ -558,7 +558,7 @@ class _Session:
         self.max_grad_norm, self.rule, self.memory = max_grad_norm, rule, memory
         self.attention, self.progress = attention, progress
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        streamed = {n: p for n, p in trainable.items() if hasattr(p, "fetch")}
+        streamed = {n: p for n, p in trainable.items() if is_streamed(p)}
         if streamed:
             size = sum(p.nbytes for p in streamed.values())
             raise UnsupportedModelError(
@@ -848,7 +848,7 @@ class _Session:
         self.weights = [
             (p, p._version, p.data_ptr(), _mark(p))
             for p in self.model.parameters()
-            if not hasattr(p, "fetch")  # streamed: read-only
+            if not is_streamed(p)  # read-only
         ]
 
     def _check_unchanged(self) -> None:
@@ -903,7 +903,7 @@ class _Session:
         lrs = [self.lr * 2.0**-k for k in range(6)] if lrs is None else list(lrs)
         if not lrs or any(not (math.isfinite(lr) and lr > 0) for lr in lrs):
             raise ValueError(f"lrs must be positive numbers, got {lrs}")
-        streamed = any(hasattr(p, "fetch") for p in self.model.parameters())
+        streamed = any(map(is_streamed, self.model.parameters()))
         if streamed and dtype is not None:
             raise UnsupportedModelError(
                 f"a streamed model cannot be copied in {dtype}: use verify(dtype=None), in its own"

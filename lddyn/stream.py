@@ -3,8 +3,7 @@
 The engine goes through a model segment by segment, and a block's weights serve every cotangent of
 the pass: reading them once per segment costs little beside that. `stream` builds a model without
 its weights and reads those of a block when its forward pass begins, into one of a few slots that
-all blocks share; the block that was used longest ago makes room, and while one is worked on the
-next in the same direction is read by another thread.
+all blocks share; the block that was used longest ago makes room.
 
 What lies outside the blocks (embeddings, final norm, head) stays in memory and counts. Weights are
 read into the slots themselves, not mapped: a mapped page counts as resident memory too, and what is
@@ -22,7 +21,6 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from lddyn.anatomy import find_blocks, undisturbed
+from lddyn.anatomy import find_blocks, is_streamed, undisturbed
 from lddyn.ledger import UnsupportedModelError
 from lddyn.pullback import parse_memory
 
@@ -88,7 +86,7 @@ class Piece:
                 part.copy_(stage[: part.numel()])
 
     def _read(self, file: Any, out: Tensor) -> None:
-        left = memoryview(out.view(torch.uint8).numpy())
+        left = out.view(torch.uint8).numpy().data
         while len(left):
             count = file.readinto(left)
             if not count:
@@ -310,15 +308,15 @@ class _Block:
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     origins: list[Origin] = field(default_factory=list)
-    offsets: dict[str, int] = field(default_factory=dict)
+    places: dict[str, tuple[slice, torch.dtype]] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)  # when they were read
     size: int = 0
 
     def add(self, name: str, parameter: nn.Parameter) -> None:
         """One more weight."""
         self.parameters[name] = parameter
-        self.offsets[name] = self.size
         size = parameter.numel() * parameter.dtype.itemsize
+        self.places[name] = slice(self.size, self.size + size), parameter.dtype
         self.size += -(-size // _ALIGNMENT) * _ALIGNMENT
 
     def room(self) -> int:
@@ -327,11 +325,10 @@ class _Block:
 
     def views(self, slot: Tensor) -> dict[str, Tensor]:
         """The weights' places in a slot."""
-        out = {}
-        for name, parameter in self.parameters.items():
-            start, size = self.offsets[name], parameter.numel() * parameter.dtype.itemsize
-            out[name] = slot[start : start + size].view(parameter.dtype).view(parameter.shape)
-        return out
+        return {
+            name: slot[at].view(dtype).view(self.parameters[name].shape)
+            for name, (at, dtype) in self.places.items()
+        }
 
 
 class Weights:
@@ -355,9 +352,6 @@ class Weights:
             torch.empty(self.slot_bytes, dtype=torch.uint8, device=device) for _ in range(slots)
         ]
         self._held: OrderedDict[int, Tensor] = OrderedDict()  # longest unused first
-        self._current = -1
-        self._coming: tuple[int, Tensor, Future[None]] | None = None
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="lddyn-stream")
         for index, block in enumerate(blocks):
             for parameter in block.parameters.values():
                 parameter.data = _absent(parameter, device)
@@ -366,70 +360,48 @@ class Weights:
 
     def load(self, index: int) -> None:
         """Sees to it that a block's weights are in memory, until others take their place."""
-        if index == self._current:
-            return
-        step, self._current = index - self._current, index
-        with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
-            self._arrive()
-            if index not in self._held:
-                self._depart(index)
-                self._arrive()
+        if index in self._held:
             self._held.move_to_end(index)
-            following = index + step
-            ahead = abs(step) == 1 and 0 <= following < len(self.blocks)
-            if ahead and self.slots > 1 and following not in self._held:
-                self._depart(following)
-
-    def _depart(self, index: int) -> None:
-        """Begins to read a block."""
-        slot = self._free.pop() if self._free else self._evict(next(iter(self._held)))
-        future = self._reader.submit(self._read, index, slot)
-        self._coming = index, slot, future
-
-    def _read(self, index: int, slot: Tensor) -> None:
-        block = self.blocks[index]
-        with torch.no_grad():
-            places = block.views(slot)
-            for origin in block.origins:
-                origin.fill(places)
-
-    def _arrive(self) -> None:
-        """Waits for the block that is being read, and puts it into the model."""
-        if self._coming is None:
             return
-        index, slot, future = self._coming
-        self._coming = None
-        try:
-            future.result()
-        except BaseException:
-            self._free.append(slot)
-            self._current = -1
-            raise
-        self.reads += 1
-        self._held[index] = slot
-        block = self.blocks[index]
-        for name, place in block.views(slot).items():
-            parameter = block.parameters[name]
+        with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
+            slot = self._free.pop() if self._free else self._evict(next(iter(self._held)))
+            block = self.blocks[index]
+            places = block.views(slot)
+            try:
+                for origin in block.origins:
+                    origin.fill(places)
+                self._install(block, places)
+            except BaseException:
+                self._free.append(slot)
+                raise
+            self._held[index] = slot
+            self.reads += 1
+
+    def _install(self, block: _Block, places: Mapping[str, Tensor]) -> None:
+        for name, parameter in block.parameters.items():
+            place = places[name]
             if (parameter.dtype, parameter.device) != (place.dtype, place.device):
                 raise RuntimeError(
                     f"{name} was converted to {parameter.dtype} on {parameter.device}, expected "
                     f"{place.dtype} on {place.device}: a streamed model cannot be converted; "
                     "give lddyn.stream the dtype and device"
                 )
-            parameter.data = place
+        for name, parameter in block.parameters.items():
+            parameter.data = places[name]
             block.versions[name] = parameter._version
 
     def _evict(self, index: int) -> Tensor:
-        slot, block = self._held.pop(index), self.blocks[index]
+        block = self.blocks[index]
         for name, parameter in block.parameters.items():
             if parameter._version != block.versions[name]:
                 raise RuntimeError(
                     f"{name} was changed in place, and the change would be lost: streamed weights "
                     "are read-only; train an adapter, or load the model into memory"
                 )
+        for parameter in block.parameters.values():
             parameter.data = _absent(parameter, parameter.device)
             increment_version(parameter)  # a graph that still needs the values raises
-        return slot
+        return self._held.pop(index)
 
 
 class _OnDemand:
@@ -578,7 +550,7 @@ def stream(
 
 def _from_host(model: nn.Module) -> list[Origin]:
     for name, parameter in model.named_parameters():
-        if parameter.device.type != "cpu" or hasattr(parameter, "fetch"):
+        if parameter.device.type != "cpu" or is_streamed(parameter):
             raise ValueError(
                 f"{name} is on {parameter.device}, or streamed already: expected a model in host "
                 "memory, as from_pretrained loads it"
