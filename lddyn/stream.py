@@ -43,6 +43,10 @@ _DTYPES = {
 }  # fmt: skip
 
 
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
 # --------------------------------------------------------------------------- the files
 
 
@@ -55,12 +59,6 @@ class Piece:
     offset: int
     dtype: torch.dtype
     shape: torch.Size
-
-    def read(self) -> Tensor:
-        """The tensor, in host memory."""
-        out = torch.empty(self.shape, dtype=self.dtype)
-        self.fill(out)
-        return out
 
     @property
     def size(self) -> int:
@@ -212,11 +210,21 @@ class Converted(Origin):
 
     def room(self, out: Mapping[str, Tensor]) -> int:
         """What is read, stacked and joined: three times the tensors as they are stored."""
-        return 3 * sum(piece.size for _, piece in self.parts)
+        return 3 * sum(_aligned(piece.size) for _, piece in self.parts)
 
     def fill(self, out: Mapping[str, Tensor]) -> None:
         """Reads, converts and copies."""
-        for name, value in self._made(Piece.read).items():
+        # One buffer: many allocations of an expert's size would stay with the allocator.
+        sizes = [_aligned(piece.size) for _, piece in self.parts]
+        buffer = torch.empty(sum(sizes), dtype=torch.uint8)
+        places = {p.name: x for (_, p), x in zip(self.parts, buffer.split(sizes), strict=True)}
+
+        def read(piece: Piece) -> Tensor:
+            part: Tensor = places[piece.name][: piece.size].view(piece.dtype).view(piece.shape)
+            piece.fill(part)
+            return part
+
+        for name, value in self._made(read).items():
             out[name].copy_(value)
 
 
@@ -317,7 +325,7 @@ class _Block:
         self.parameters[name] = parameter
         size = parameter.numel() * parameter.dtype.itemsize
         self.places[name] = slice(self.size, self.size + size), parameter.dtype
-        self.size += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self.size += _aligned(size)
 
     def room(self) -> int:
         """Bytes that reading takes beside the slot."""
@@ -467,7 +475,7 @@ def _skeleton(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
     return model.eval()
 
 
-def _folder(source: str | Path, revision: str | None) -> Path:
+def _folder(source: str | Path, revision: str | None, trust: bool) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -475,7 +483,7 @@ def _folder(source: str | Path, revision: str | None) -> Path:
         raise FileNotFoundError(f"{folder} is no folder: give one with config.json and weights")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.py"]
+    patterns = ["*.json", "*.safetensors", *(["*.py"] if trust else [])]
     return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 
 
@@ -541,7 +549,7 @@ def stream(
             raise ValueError(f"dtype is that of the model in memory, got {dtype}: leave it out")
         origins = _from_host(model)
     else:
-        folder = _folder(source, revision)
+        folder = _folder(source, revision, trust_remote_code)
         model = _skeleton(folder, dtype, trust_remote_code)
         _off_meta(model)
         origins = _origins(model, _checkpoint(folder))
@@ -593,6 +601,10 @@ def _assemble(
     """Puts a model together: what is outside the blocks at once, the blocks on demand."""
     modules = find_blocks(model)
     home = _streamed(model, modules)
+    if not home:
+        raise UnsupportedModelError(
+            f"no block of {type(model).__name__} has weights of its own: load it into memory"
+        )
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     blocks = [_Block() for _ in modules]
     for name, index in home.items():
@@ -601,7 +613,12 @@ def _assemble(
     missing = set(parameters)
     for origin in origins:
         for name, shape in origin.shapes.items():
-            expected = parameters[name] if name in parameters else buffers[name]
+            expected = parameters.get(name, buffers.get(name))
+            if expected is None:
+                raise UnsupportedModelError(
+                    f"the files give {name}, which is no weight of {type(model).__name__}: load "
+                    "the model into memory"
+                )
             if tuple(shape) != tuple(expected.shape):
                 raise ValueError(
                     f"{name} is stored with shape {tuple(shape)}, expected {tuple(expected.shape)} "
