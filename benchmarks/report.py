@@ -310,8 +310,8 @@ def streaming(section: dict) -> str:
         f"Random Llama, d = {sizes['hidden']}, {sizes['layers']} layers, V = "
         f"{sizes['vocabulary']:,}, float32: {megabytes(r['weight_bytes'])} in {r['shards']} files, "
         f"**{r['weights_over_budget']:.1f}×** the budget of {megabytes(r['budget_bytes'])} "
-        f"({megabytes(some['outside_blocks_bytes'])} outside the blocks and {some['slots']} slots of "
-        f"{megabytes(some['slot_bytes'])}). T = {sizes['length']}, M = L = {sizes['response']}, "
+        f"({megabytes(some['outside_blocks_bytes'])} outside the blocks and {some['slots']} slots "
+        f"of {megabytes(some['slot_bytes'])}). T = {sizes['length']}, M = L = {sizes['response']}, "
         f"{threads}, fastest of {r['rounds']} rounds.\n\n{table(header, rows)}\n\n"
         f"<sub>{made_by(section)}</sub>"
     )

@@ -4,9 +4,9 @@
 
 Writes a random Llama as safetensors shards and computes the same M x L table by `lddyn.ntk` from
 the model loaded by transformers, and from `lddyn.stream` within a budget; each way in a process of
-its own, in rounds, of which the fastest counts. Memory is the resident set beyond the imports: of the weights, once every block has been
-used, and at the peak of the run. "from disk" empties the page cache of what it reads before each
-read, as if the file were larger than the machine's memory.
+its own, in rounds, of which the fastest counts. Memory is the resident set beyond the imports: of
+the weights, once every block has been used, and at the peak of the run. "from disk" empties the
+page cache of what it reads before each read, as if the file were larger than the machine's memory.
 """
 
 from __future__ import annotations

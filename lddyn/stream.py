@@ -466,12 +466,13 @@ def _skeleton(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
         dtype = getattr(config, "dtype", None) or torch.float32
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+    # What the architecture keeps in float32 whatever the rest is in.
     plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    stored = model.state_dict()
     for pattern, kept in plan.items():
-        part = re.compile(rf"(^|\.){re.escape(pattern).replace(re.escape('*'), '.*')}(\.|$)")
-        for name, parameter in model.named_parameters():
-            if part.search(name):
-                parameter.data = parameter.data.to(kept)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name in stored and re.search(pattern.replace("*", ".*"), name):
+                tensor.data = tensor.data.to(kept)
     return model.eval()
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import sys
 
 import peft
 import pytest
@@ -118,6 +119,36 @@ def test_weights_are_converted_as_they_are_read(name, tmp_path, monkeypatch):
     same(grams(plain), grams(loaded(tmp_path, dtype=torch.bfloat16)))
     wide = tight(tmp_path, dtype=torch.float32)
     same(grams(wide), grams(loaded(tmp_path, dtype=torch.float32)))
+
+
+def test_what_an_architecture_keeps_in_float32_stays_so(tmp_path, monkeypatch):
+    saved(tmp_path)
+    kind = transformers.LlamaForCausalLM
+    monkeypatch.setattr(
+        kind, "_keep_in_fp32_modules_strict", ["up_proj", "layers.*.input_layernorm"]
+    )
+    model, plain = (
+        tight(tmp_path, dtype=torch.bfloat16), loaded(tmp_path, dtype=torch.bfloat16)
+    )  # fmt: skip
+    for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if hasattr(one, "fetch"):
+            one.fetch()
+        assert one.dtype == other.dtype and torch.equal(one, other), name
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
+def test_without_a_table_of_conversions(name, tmp_path, monkeypatch):
+    """As in transformers 4, whose files have the model's own names."""
+    saved(tmp_path, name, shard="1GB")
+    if name == "gpt2":  # saved from the model without its head
+        rewrite(
+            tmp_path,
+            lambda t: t.update({k.removeprefix("transformer."): t.pop(k) for k in list(t)}),
+        )
+    expected = grams(loaded(tmp_path), "paired")
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    same(grams(tight(tmp_path), "paired"), expected)
 
 
 def test_one_file_and_host_memory(tmp_path):
