@@ -617,11 +617,8 @@ class Anatomy:
                 )
 
     def _explain_non_finite(self, trace: Trace) -> None:
-        parameter: Any
         for name, parameter in self.model.named_parameters():
-            if is_streamed(parameter):
-                parameter.fetch()
-            if not bool(torch.isfinite(parameter).all()):
+            if not bool(torch.isfinite(present(parameter)).all()):
                 count = int((~torch.isfinite(parameter)).sum())
                 raise NonFiniteError(
                     f"parameter {name} has {count} non-finite of {parameter.numel()} values: the "
@@ -833,6 +830,12 @@ def _at_rows(value: Any, length: int, rows: Tensor) -> Any:
 def is_streamed(parameter: Tensor) -> bool:
     """Whether a weight is in memory only while its block is used (see `stream`), else NaN."""
     return hasattr(parameter, "fetch")
+
+
+def present(tensor: Tensor) -> Tensor:
+    """A weight or buffer with its values in memory: the block of a streamed one is read."""
+    getattr(tensor, "fetch", lambda: None)()
+    return tensor
 
 
 def is_out_of_memory(error: BaseException) -> bool:

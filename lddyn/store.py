@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from lddyn.anatomy import present
 from lddyn.estimate import Estimate
 from lddyn.examples import Example
 from lddyn.pullback import parse_memory
@@ -187,7 +188,7 @@ def identify(
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
             weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            flat = present(tensor).detach().cpu().contiguous().reshape(-1)
             weights.update(flat.view(torch.uint8).numpy().data)
     found: dict[str, Any] = {
         "model": {"class": type(model).__name__, "weights": weights.hexdigest()[:32]},

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import lddyn
 from lddyn.anatomy import Anatomy, NonFiniteError
 from lddyn.ledger import UnsupportedModelError
+from lddyn.store import identify
 
 streaming = importlib.import_module("lddyn.stream")
 OBSERVED, UPDATED = zoo.examples()
@@ -170,6 +171,11 @@ def test_weights_that_blocks_share_stay_in_memory(tmp_path):
     assert not hasattr(first.mlp.up_proj.weight, "fetch")
     assert hasattr(first.self_attn.q_proj.weight, "fetch")
     assert bool(streamed(input_ids=torch.tensor([[3, 4]])).logits.isfinite().all())
+
+
+def test_a_store_knows_it_as_the_same_model(tmp_path):
+    saved(tmp_path)
+    assert identify(tight(tmp_path)) == identify(loaded(tmp_path))
 
 
 # --------------------------------------------------------------------------- within the budget
