@@ -27,9 +27,9 @@ LAYERS = [
     {"anatomy", "objectives", "optimizers", "examples"},
     {"factors", "shards"},
     {"rowwise"},
-    {"pullback", "pushforward", "norms"},
+    {"pullback", "pushforward", "norms", "projections"},
     {"lowrank"},
-    {"ntk", "proxies", "store", "query", "plan", "sketch"},
+    {"ntk", "proxies", "store", "query", "plan", "sketch", "features"},
     {"dynamics", "probes", "massflow", "decompose", "figures"},
     {"cli", "report", "lab", "integrations", "demo"},
 ]
