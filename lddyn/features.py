@@ -6,9 +6,10 @@ sketched where it stands, and forgotten.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,10 @@ from lddyn.projections import (
     Term,
     count_sketch,
     haar,
+    hashed,
     hashed_rows,
     low_rank,
+    single,
     weigh,
 )
 from lddyn.pullback import DEFAULT_MEMORY, Pullback, parse_memory, segments_down
@@ -131,15 +134,26 @@ def _head_sides(head: HeadFactor) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------- the layout
 
 
+@dataclass
+class _Claim:
+    """What one parameter asks of k."""
+
+    part: Part
+    weight: float = 0.0  # its share: Σ ‖A‖² of the pilot's tokens; of a low-rank form, ‖A‖‖E‖
+    copies: int = 1  # with a "minus", 2
+    whole: int | None = None  # numbers that hold all of it, as `kept`
+    kept: str = "exact"
+
+
 @undisturbed
 def plan_layout(model: nn.Module | Anatomy, examples: Sequence[Example], sketch: Sketch) -> Layout:
     """Divides k over the parameters of a model: a layout for `features`.
 
     A parameter's share of k is its share of ‖gradient‖², averaged over up to 8 evenly spaced tokens
     of each of the first 4 examples, which makes the sum of the variances least; at least one number
-    a repeat. What fits into its share as it is, is kept exactly, and so are vectors of up to
-    `sketch.exact` entries, which do not count against k. An untied head keeps h, and v by a count
-    sketch or exactly.
+    a repeat. What fits into its share as it is, is kept: a small matrix, or one whose gradients are
+    outer products, as above the last attention. Beyond k come vectors of up to `sketch.exact`
+    entries, and h of the head's v ⊗ h, of which v is sketched; and the low-rank parts.
 
     Args:
         model: A causal LM of transformers, or its Anatomy.
@@ -151,8 +165,7 @@ def plan_layout(model: nn.Module | Anatomy, examples: Sequence[Example], sketch:
 
     Raises:
         ValueError: If there is no example, or k is too small for the number of parameters.
-        UnsupportedModelError: If a parameter is used in two ways at once, or a low-rank form is
-            asked for packed experts or for weights that several blocks share.
+        UnsupportedModelError: If a parameter is used in two ways at once.
 
     Cost: a forward pass of 4 examples; the pullback and the materialised gradients of 32 tokens.
     """
@@ -161,7 +174,8 @@ def plan_layout(model: nn.Module | Anatomy, examples: Sequence[Example], sketch:
     anatomy = model if isinstance(model, Anatomy) else Anatomy(model)
     squares: dict[str, float] = {}
     uses: dict[str, str] = {}
-    head_square = 0.0
+    dense: set[str] = set()  # whose gradients are not outer products
+    low_rank_kind = sketch.kind == "lowrank"
 
     def note(name: str, use: str, square: float) -> None:
         squares[name] = squares.get(name, 0.0) + square
@@ -169,26 +183,47 @@ def plan_layout(model: nn.Module | Anatomy, examples: Sequence[Example], sketch:
             raise _mixed(name)
 
     def visit(rows: Tensor, found: Gradients) -> None:
-        nonlocal head_square
         for name, terms in found.weights.items():
-            base = base_name(name)
-            height = int(anatomy.trainable[base].shape[-2])
-            whole = (weigh(terms, c, height).square().sum() for c in range(len(rows)))
-            note(base, _use(base, terms), float(sum(whole)))
+            base, use = base_name(name), _use(name, terms)
+            shape = int(anatomy.trainable[base].shape[-2]), int(anatomy.trainable[base].shape[-1])
+            if name != base or not single(terms):
+                dense.add(base)
+            kept = None
+            if (
+                low_rank_kind
+                and use == "sketch"
+                and not single(terms)
+                and _has_low_rank(anatomy, base)
+            ):
+                stream = Stream(sketch.seed, base, sketch.repeats)
+                kept = low_rank(stream, terms, shape, min(sketch.rank, *shape))
+            for c in range(len(rows)):
+                square = float(weigh(terms, c, shape[0]).square().sum())
+                if kept is not None:  # ‖A_ρ‖² = ‖V‖², U is orthonormal
+                    rest = max(square - float(kept[1][c].square().sum()), 0.0)
+                    square = (square * rest) ** 0.5
+                note(base, use, square)
         for name, vector in found.vectors.items():
             note(name, "vector", float(vector.square().sum()))
         if found.head is not None and (found.head.weight or found.head.bias):
             h, v = _head_sides(found.head)
-            head_square += float((h.square().sum(1) * v.square().sum(1)).sum())
+            both = h.square().sum(1) * v.square().sum(1)
+            squares["head"] = squares.get("head", 0.0) + float(both.sum())
 
     for example in examples[: _PILOT[0]]:
-        trace = anatomy.trace(example)
-        count = min(_PILOT[1], len(trace.positions))
-        select = torch.linspace(0, len(trace.positions) - 1, count).round().long()
-        _walk(trace, None, select.to(trace.positions.device), CHUNK, visit)
+        count = min(_PILOT[1], len(example))
+        select = torch.linspace(0, len(example) - 1, count).round().long()
+        with _cpu_threads(1):
+            trace = anatomy.trace(example)
+            _walk(trace, None, select.to(trace.positions.device), CHUNK, visit)
     # Three digits: what another device rounds differently should not move a number.
     squares = {name: float(f"{square:.3g}") for name, square in squares.items()}
-    return Layout(sketch, _divide(anatomy, sketch, squares, uses, float(f"{head_square:.3g}")))
+    return Layout(sketch, _divide(anatomy, sketch, squares, uses, dense))
+
+
+def _has_low_rank(anatomy: Anatomy, name: str) -> bool:
+    """Whether all of a weight's gradient is in one matrix at a time; elsewhere it is sketched."""
+    return anatomy.trainable[name].dim() == 2 and len(anatomy.ledger[name].segments) == 1
 
 
 def _use(name: str, terms: Sequence[Term]) -> str:
@@ -210,10 +245,10 @@ def _divide(
     sketch: Sketch,
     squares: dict[str, float],
     uses: dict[str, str],
-    head_square: float,
+    dense: set[str],
 ) -> tuple[Part, ...]:
-    fixed: list[Part] = []  # not counted in k
-    shared: list[tuple[Part, float]] = []  # without sizes; what they weigh
+    fixed: list[Part] = []  # beyond k
+    claims: list[_Claim] = []
     head = anatomy.head_weight, anatomy.head_bias
     for name, parameter in anatomy.trainable.items():
         tied = name == head[0] and anatomy.tied
@@ -223,73 +258,83 @@ def _divide(
         vector = parameter.dim() not in (2, 3) or name in anatomy.direct
         lookup = "embedding" in anatomy.ledger[name].ops
         use = uses.get(name, "vector" if vector else "onehot" if lookup else "sketch")
-        weight = squares.get(name, 0.0)
+        weight, size = squares.get(name, 0.0), parameter.numel()
+        if use == "vector" and size <= sketch.exact:
+            fixed.append(Part(name, "exact", (size, 1), (size, 1)))
+            continue
         if use == "vector":
-            part = Part(name, "vector", (parameter.numel(), 1), (1, 1))
-            if parameter.numel() <= sketch.exact:
-                fixed.append(Part(name, "exact", part.shape, (parameter.numel(), 1)))
-            else:
-                shared.append((part, weight))
+            claims.append(_Claim(Part(name, use, (size, 1), (1, 1)), weight, whole=size))
             continue
         shape = int(parameter.shape[-2]), int(parameter.shape[-1])
+        claim = _Claim(Part(name, use, shape, (1, 1)), weight)
+        claims.append(claim)
         if tied:
             if use != "onehot":
                 raise _mixed(name)
-            cross = weight + 2 * (weight * head_square) ** 0.5
-            shared += [(Part(name, kind, shape, (1, 1)), cross / 2) for kind in ("onehot", "minus")]
-        elif use == "sketch" and sketch.kind == "lowrank":
-            if parameter.dim() == 3 or len(anatomy.ledger[name].segments) > 1:
-                raise UnsupportedModelError(
-                    f"{name} is packed or shared by several blocks, and the low-rank form of a sum "
-                    "is not the sum of the forms: use another kind of sketch"
-                )
-            fixed.append(Part(name, "lowrank", shape, (min(sketch.rank, *shape), 2)))
-        else:
-            shared.append((Part(name, use, shape, (1, 1)), weight))
+            claim.copies = 2
+            claim.weight += 2 * (weight * squares["head"]) ** 0.5
+        elif use == "sketch" and name in uses and name not in dense:
+            claim.whole, claim.kept = sum(shape), "outer"
+        elif use == "sketch" and sketch.kind == "lowrank" and _has_low_rank(anatomy, name):
+            claim.copies = 2
+            fixed.append(Part(name, "outer", shape, (min(sketch.rank, *shape), 1)))
+        if parameter.dim() == 2 and claim.copies == 1 and size <= (claim.whole or size):
+            claim.whole, claim.kept = size, "exact"
     if head != (None, None):
-        width = (anatomy.head.weight.shape[1] if head[0] else 0) + (1 if head[1] else 0)
-        part = Part(head[0] or head[1] or "", "head", (anatomy.vocabulary, int(width)), (1, 1))
-        shared.append((part, head_square))
-    return tuple(fixed + _shares(anatomy, sketch, shared))
+        width = (int(anatomy.head.weight.shape[1]) if head[0] else 0) + (1 if head[1] else 0)
+        name = head[0] or head[1] or ""
+        part = Part(name, "head", (anatomy.vocabulary, width), (1, 1))
+        claims.append(_Claim(part, squares["head"], 1, anatomy.vocabulary, "outer"))
+    return tuple(fixed + _shares(sketch, claims))
 
 
-def _shares(anatomy: Anatomy, sketch: Sketch, shared: list[tuple[Part, float]]) -> list[Part]:
+def _shares(sketch: Sketch, claims: list[_Claim]) -> list[Part]:
     """Sizes in proportion to the weights; what fits as it is leaves the rest to the others."""
-    done: dict[int, Part] = {}
+    kept: dict[int, Part] = {}
     while True:
-        waiting = [i for i in range(len(shared)) if i not in done]
-        kept = sum(p.shape[0] * (1 if p.kind == "head" else p.shape[1]) for p in done.values())
-        per_repeat = (sketch.k - kept) // sketch.repeats - len(waiting)
-        if per_repeat < 0:
+        waiting = [c for i, c in enumerate(claims) if i not in kept]
+        taken = sum(claims[i].whole or 0 for i in kept)
+        free = (sketch.k - taken) // sketch.repeats - sum(c.copies for c in waiting)
+        if free < 0:
+            least = sketch.repeats * sum(c.copies for c in claims)
             raise ValueError(
-                f"k must be at least {sketch.repeats * len(shared)}, a number for each of "
-                f"{sketch.repeats} repeats of {len(shared)} parameters, got {sketch.k}: raise k, "
-                "lower repeats, or freeze parameters"
+                f"k must be at least {least}, a number for each of {sketch.repeats} repeats of "
+                f"{len(claims)} parameters, got {sketch.k}: raise k, lower repeats, or freeze "
+                "parameters"
             )
-        total = sum(shared[i][1] for i in waiting) or 1.0
-        sizes = {i: 1 + int(per_repeat * shared[i][1] / total) for i in waiting}
-        fits = []
-        for i in waiting:
-            part = shared[i][0]
-            numbers = part.shape[0] * (1 if part.kind == "head" else part.shape[1])
-            packed = part.kind == "sketch" and anatomy.trainable[part.name].dim() == 3
-            split = part.kind in ("onehot", "minus") and anatomy.tied
-            if numbers <= sketch.repeats * sizes[i] and not packed and not split:
-                fits.append(i)
-                kind = "head" if part.kind == "head" else "exact"
-                done[i] = Part(part.name, kind, part.shape, (numbers, 1))
+        total = sum(c.weight for c in waiting) or 1.0
+        sizes = {
+            i: 1 + int(free * c.weight / total / c.copies)
+            for i, c in enumerate(claims)
+            if i not in kept
+        }
+        fits = {
+            i: claims[i]
+            for i, size in sizes.items()
+            if claims[i].whole is not None and (claims[i].whole or 0) <= sketch.repeats * size
+        }
         if not fits:
             break
-    for i in waiting:
-        part, size = shared[i][0], sizes[i]
+        for i, claim in fits.items():
+            shape = claim.part.shape
+            numbers = 1 if claim.kept == "outer" else shape[0] * shape[1]
+            kept[i] = Part(claim.part.name, claim.kept, shape, (numbers, 1))
+    parts = []
+    for i, claim in enumerate(claims):
+        if i in kept:
+            parts.append(kept[i])
+            continue
+        part, size = claim.part, sizes[i]
         if part.kind == "head":
             chosen = size, 1
         elif part.kind == "sketch":
             chosen = sketch.sizes(part.shape, size)
         else:
             chosen = best_sizes(*part.shape, size)
-        done[i] = Part(part.name, part.kind, part.shape, chosen)
-    return [done[i] for i in range(len(shared))]
+        parts.append(replace(part, sizes=chosen))
+        if claim.copies == 2:
+            parts.append(replace(part, kind="minus", sizes=chosen))
+    return parts
 
 
 # --------------------------------------------------------------------------- features
@@ -306,64 +351,70 @@ class _Writer:
 
     def __call__(self, selected: Tensor, found: Gradients) -> None:
         """Adds what a chunk's tokens have in one segment."""
-        layout, sketch = self.layout, self.layout.sketch
         block = self.rows[selected]
-        repeated = layout.repeated(block)
-
-        def add(part: Part, numbers: Tensor) -> None:
-            start = layout.starts[part.name, part.kind]
-            if part.kind == "exact":
-                block[:, start : start + part.numbers] += numbers
-            else:
-                repeated[..., start : start + part.numbers] += numbers
-
         for name, terms in found.weights.items():
-            part = self._part(name, _use(name, terms))
-            if part.kind == "exact":  # also of an embedding
-                whole = [weigh(terms, c, part.shape[0]).flatten() for c in range(len(block))]
-                add(part, torch.stack(whole))
-            elif part.kind == "lowrank":
-                for place, values in zip(
-                    layout.low_rank(block, part),
-                    low_rank(terms, part.shape, part.sizes[0]),
-                    strict=True,
-                ):
-                    place[:] = values
-            else:
-                add(part, sketch.project(name, terms, part.shape, part.sizes))
+            self._weight(block, name, terms)
         for name, vector in found.vectors.items():
             part = self._part(name, "vector")
-            if part.kind == "exact":
-                add(part, vector)
-            else:
+            numbers = vector
+            if part.kind != "exact":
                 term = Term(vector[:, None], vector.new_ones(len(vector), 1, 1))
-                add(part, sketch.project(name, [term], part.shape, part.sizes))
+                numbers = self.layout.sketch.project(name, [term], part.shape, part.sizes)
+            self._add(block, part, numbers)
         if found.head is not None and (found.head.weight or found.head.bias):
-            self._head(block, found.head, add)
+            self._head(block, found.head)
         self.rows[selected] = block
 
-    def _head(self, block: Tensor, head: HeadFactor, add: Callable[[Part, Tensor], None]) -> None:
+    def _add(self, block: Tensor, part: Part, numbers: Tensor) -> None:
+        place = self.layout.places[part.name, part.kind]
+        if part.kind == "exact":
+            block[:, place] += numbers
+        else:
+            self.layout.repeated(block)[..., place] += numbers
+
+    def _weight(self, block: Tensor, name: str, terms: list[Term]) -> None:
+        layout, sketch = self.layout, self.layout.sketch
+        part = self._part(name, _use(name, terms))
+        if part.kind == "exact":
+            whole = [weigh(terms, c, part.shape[0]).flatten() for c in range(len(block))]
+            self._add(block, part, torch.stack(whole))
+            return
+        # A tied head keeps an "outer" of its own under the embedding's name.
+        outer = None if part.kind == "onehot" else self.parts[part.name].get("outer")
+        if outer is not None:
+            stream = Stream(sketch.seed, name, sketch.repeats)
+            form = low_rank(stream, terms, outer.shape, outer.sizes[0])
+            for place, side in zip(layout.pair(block, outer), form, strict=True):
+                place[:] = side
+            if part is outer:
+                _check_outer(name, terms, form)
+                return
+            minus = self.parts[name]["minus"]
+            u, v = form
+            kept = [Term(u, v)]
+            self._add(block, minus, sketch.project(name, kept, minus.shape, minus.sizes))
+        # A packed expert has signs of its own, in the numbers of its parameter.
+        self._add(block, part, sketch.project(name, terms, part.shape, part.sizes))
+
+    def _head(self, block: Tensor, head: HeadFactor) -> None:
         sketch = self.layout.sketch
         name = head.weight or head.bias or ""
-        part = self.parts[name]["head"]
+        stream = Stream(sketch.seed, name, sketch.repeats)
+        part = self._part(name, "head")
         h, v = _head_sides(head)
-        place, logits = self.layout.head(block, part)
-        place[:] = h
-        if part.all_logits:
-            logits[:, 0] = v
-        else:
-            logits[:] = count_sketch(Stream(sketch.seed, name, sketch.repeats), v, part.sizes[0])
+        left, right = self.layout.pair(block, part)
+        right[:, 0] = h
+        left[:] = v[:, None] if part.kind == "outer" else count_sketch(stream, v, part.sizes[0])
         tied = self.parts[name].get("minus")
         if tied is not None:
-            stream = Stream(sketch.seed, name, sketch.repeats)
             own = hashed_rows(stream, v, _wide(head.hidden), tied.sizes, tied.shape[1]).flatten(2)
-            add(tied, own)
-            add(self.parts[name]["onehot"], own)
+            self._add(block, tied, own)
+            self._add(block, self.parts[name]["onehot"], own)
 
     def _part(self, name: str, use: str) -> Part:
         parts = self.parts.get(base_name(name), {})
-        wanted = ("lowrank", "sketch", "exact") if use == "sketch" else (use, "exact")
-        found = next((parts[kind] for kind in wanted if kind in parts), None)
+        others = {"sketch": ("exact", "outer"), "head": ("outer",)}.get(use, ("exact",))
+        found = next((parts[kind] for kind in (use, *others) if kind in parts), None)
         if found is None:
             raise UnsupportedModelError(
                 f"the layout keeps nothing of {name} as a {use}: it was made for another model, or "
@@ -372,21 +423,29 @@ class _Writer:
         return found
 
 
+def _check_outer(name: str, terms: list[Term], form: tuple[Tensor, Tensor]) -> None:
+    """What is kept as one outer product must be one."""
+    u, v = form
+    for c in range(0 if single(terms) else len(u)):
+        whole = weigh(terms, c, u.shape[2])
+        if float((whole - u[c].T @ v[c]).norm()) > 1e-3 * float(whole.norm()):
+            raise UnsupportedModelError(
+                f"the gradients of {name} were outer products in the examples of the layout, and "
+                "are none here: give `plan_layout` examples like this one"
+            )
+
+
 def _check_layout(layout: Layout, anatomy: Anatomy) -> None:
-    head = anatomy.head_weight or anatomy.head_bias
     expected = {n: p.numel() for n, p in anatomy.trainable.items()}
     if anatomy.head_weight and anatomy.head_bias:  # one part for both
         expected[anatomy.head_weight] += expected.pop(anatomy.head_bias)
     found: dict[str, int] = {}
     for part in layout.parts:
-        size = part.shape[0] * part.shape[1]
-        packed = part.kind == "sketch" and part.name in anatomy.trainable
-        if packed and anatomy.trainable[part.name].dim() == 3:
-            size *= anatomy.trainable[part.name].shape[0]
+        size, parameter = part.shape[0] * part.shape[1], anatomy.trainable.get(part.name)
+        if part.kind == "sketch" and parameter is not None and parameter.dim() == 3:
+            size *= parameter.shape[0]
         found[part.name] = max(size, found.get(part.name, 0))
     wrong = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
-    if head is not None and (head, "head") not in layout.starts:
-        wrong.append(head)
     if wrong:
         raise ValueError(
             f"layout was made for another model: {wrong[0]} has {expected.get(wrong[0], 0)} "
@@ -405,6 +464,7 @@ def features(
     memory: int | str = DEFAULT_MEMORY,
     progress: bool = False,
     chunk: int = CHUNK,
+    threads: int | None = 1,
 ) -> Features:
     """Rows whose inner products estimate those of token gradients, ⟨∇ log π(y_m), ∇ log π(y_l)⟩.
 
@@ -420,8 +480,12 @@ def features(
             examples, so another order of them may make another one.
         memory: Workspace in bytes or as "2GiB", beyond the model, for rows and one chunk.
         progress: Show a bar over tokens.
-        chunk: Cotangents that are pulled back together. It moves rounding alone, but it does:
-            the same chunk gives the same bits, whatever the other examples, order, or memory.
+        chunk: Cotangents that are pulled back together.
+        threads: Of the CPU; None: torch's. Several processes with one each are faster than one with
+            several (`lddyn features build` under torchrun).
+
+    The same seed, layout, chunk and threads give the same bits, whatever the other examples, their
+    order or the memory. Another chunk, more threads or another device move rounding alone.
 
     Returns:
         Features of N rows, float32 (float64 for float64 models).
@@ -459,20 +523,22 @@ def features(
                 "weights must be a (tokens,) tensor per example, "
                 f"{[(len(e),) for e in examples][:4]}…, got {shapes[:4]}…"
             )
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1 or None, got {threads}")
     budget = parse_memory(memory)
     anatomy = model if isinstance(model, Anatomy) else Anatomy(model)
     if layout is None:
         layout = plan_layout(anatomy, examples, sketch or Sketch())
+    _check_layout(layout, anatomy)
     bar = tqdm(
         total=sum(len(e) for e in examples), desc="features", unit="token",
         disable=None if progress else True, leave=False,
     )  # fmt: skip
     rows: list[Tensor] = []
     for index, example in enumerate(examples):
-        trace = anatomy.trace(example)
-        if index == 0:
-            _check_layout(layout, anatomy)
-            total = sum(len(e) for e in examples) * layout.width * trace.logits.element_size()
+        with _cpu_threads(threads):
+            trace = anatomy.trace(example)
+        total = sum(len(e) for e in examples) * layout.width * trace.logits.element_size()
         work = Side(trace).bytes_per_cotangent() * min(chunk, len(example))
         if total + work > budget:
             raise ValueError(
@@ -483,11 +549,23 @@ def features(
             )
         block = trace.logits.new_zeros(len(example), layout.width)
         given = None if weights is None else weights[index].to(trace.logits)
-        _walk(trace, given, None, chunk, _Writer(block, layout, anatomy))
+        with _cpu_threads(threads):
+            _walk(trace, given, None, chunk, _Writer(block, layout, anatomy))
         rows.append(block)
         bar.update(len(example))
     bar.close()
     return Features(torch.cat(rows), token_table(examples), layout)
+
+
+@contextlib.contextmanager
+def _cpu_threads(count: int | None) -> Iterator[None]:
+    """Products that are split over more threads round in another way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def token_table(examples: Sequence[Example]) -> TokenTable:
@@ -547,65 +625,60 @@ class Features:
             found[0].samples,
         )
 
-    def per_sequence(self, head: int = 1024) -> Features:
+    def per_sequence(self) -> Features:
         """The rows of whole sequences: sums over their tokens, of Σ_m w_m ∇ log π(y_m).
 
-        The head's product ⟨h, h'⟩⟨v, v'⟩ is not linear in rows; it is sketched for the purpose.
-
-        Args:
-            head: Numbers of one repeat for the head's part.
+        Outer products are not linear in rows: low-rank parts are left to their sketch, and those
+        that had none, as the head's v ⊗ h, are sketched with k / R numbers each.
 
         Returns:
             Features with one row an example, in order, of a layout that is linear.
-
-        Raises:
-            ValueError: If the rows hold low-rank forms, which cannot be summed.
         """
         layout, sketch = self.layout, self.layout.sketch
-        if any(part.kind == "lowrank" for part in layout.parts):
-            raise ValueError(
-                "low-rank forms of tokens cannot be summed: use another kind of sketch, or sum the "
-                "entries of gram()"
-            )
-        if head < 1:
-            raise ValueError(f"head must be at least 1, got {head}")
         owner, index = torch.unique(self.tokens.example_index, return_inverse=True)
         index = index.to(self.rows.device)
-        exact, repeated, _ = layout.lengths
-        end = exact + sketch.repeats * repeated
-        summed_rows = self.rows.new_zeros(len(owner), end).index_add_(0, index, self.rows[:, :end])
-        parts = [part for part in layout.parts if part.kind != "head"]
-        blocks = [summed_rows[:, exact:].unflatten(1, (sketch.repeats, repeated))]
+
+        def summed_rows(x: Tensor) -> Tensor:
+            return x.new_zeros(len(owner), *x.shape[1:]).index_add_(0, index, x)
+
+        parts, blocks = [], []
+        known = {part.name for part in layout.parts if part.kind == "minus"}
         for part in layout.parts:
-            if part.kind == "head":
-                sizes = best_sizes(part.sizes[0], part.shape[1], head)
+            if part.kind in ("head", "outer") and part.name not in known:
+                height = part.sizes[0] if part.kind == "head" else part.shape[0]
+                size = max(1, sketch.k // sketch.repeats)
+                sizes = best_sizes(height, part.shape[1], size)
                 parts.append(Part(part.name, "summed head", part.shape, sizes))
-                blocks.append(self._summed_head(part, sizes, index, len(owner)))
-        rows = torch.cat([summed_rows[:, :exact], torch.cat(blocks, 2).flatten(1)], 1)
+                blocks.append(self._summed(part, sizes, index, len(owner)))
+            elif part.kind not in ("head", "outer", "minus", "exact"):
+                parts.append(part)
+                place = layout.places[part.name, part.kind]
+                blocks.append(summed_rows(layout.repeated(self.rows)[..., place]))
+        parts += [part for part in layout.parts if part.kind == "exact"]
+        exact = summed_rows(layout.exact(self.rows))
+        rows = torch.cat([exact, torch.cat(blocks, 2).flatten(1)] if blocks else [exact], 1)
         first = [int((self.tokens.example_index == i).nonzero()[0]) for i in owner]
         none = torch.full((len(owner),), -1, dtype=torch.int32)
         names = [self.tokens.example_id[i] for i in first]
         table = TokenTable(names, owner, none, none.clone(), none.clone())
         return Features(rows, table, Layout(sketch, tuple(parts)))
 
-    def _summed_head(self, part: Part, sizes: tuple[int, int], index: Tensor, count: int) -> Tensor:
-        """Σ_m (S v_m) ⊗ (S' h_m) of each sequence (count, R, numbers)."""
-        sketch = self.layout.sketch
-        h, v = self.layout.head(self.rows, part)
-        frames = haar(
-            sketch.seed, part.name, "sum right", sketch.repeats, sizes[1], part.shape[1]
-        ).to(h)
-        out = h.new_zeros(count, sketch.repeats, *sizes)
+    def _summed(self, part: Part, sizes: tuple[int, int], index: Tensor, count: int) -> Tensor:
+        """Σ_m (S v_m) ⊗ (S' h_m) of each sequence (count, R, numbers), for one outer product."""
+        sketch, name = self.layout.sketch, f"{part.name}\0sum"
+        v, h = self.layout.pair(self.rows, part)
+        frames = haar(sketch.seed, name, "right", sketch.repeats, sizes[1], part.shape[1]).to(h)
+        where, sign = hashed(sketch.seed, name, "left hash", sketch.repeats, sizes[0], v.shape[2])
+        out = h.new_zeros(count, sketch.repeats, sizes[0] * sizes[1])
         for repeat in range(sketch.repeats):
-            own = v[:, repeat % v.shape[1]]
-            if sizes[0] < own.shape[1]:
-                stream = Stream(sketch.seed, f"{part.name}\0sum", sketch.repeats)
-                own = count_sketch(stream, own, sizes[0])[:, repeat]
-            right = h @ frames[repeat].T
-            for sequence, result in enumerate(out[:, repeat]):
-                mine = index == sequence
-                result += own[mine].T @ right[mine]
-        return out.flatten(2)
+            left = v[:, repeat % v.shape[1]]
+            if sizes[0] < v.shape[2]:
+                moved = left.new_zeros(len(left), sizes[0])
+                signed = left * sign[repeat].to(left)
+                left = moved.index_add_(1, where[repeat].to(left.device), signed)
+            both = left[:, :, None] * (h[:, 0] @ frames[repeat].T)[:, None, :]
+            out[:, repeat].index_add_(0, index, both.flatten(1))
+        return out
 
     def save(self, path: str | Path) -> None:
         """Writes `path`.safetensors (rows and token table) and `path`.json (layout, examples)."""

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,10 +45,8 @@ class Term:
     def dense(self, c: int, rows: int) -> Tensor:
         """The matrix of one cotangent, materialised (rows, b)."""
         left, right = self.one(c)
-        if left.dim() == 1:
-            out = right.new_zeros(rows, right.shape[1])
-            return out.index_add_(0, left, right)
-        return left.T @ right
+        out = right.new_zeros(rows, right.shape[1])
+        return out.index_add_(0, left, right) if left.dim() == 1 else out.addmm_(left.T, right)
 
 
 def weigh(terms: Sequence[Term], c: int, rows: int) -> Tensor:
@@ -108,8 +107,8 @@ def haar(seed: int, name: str, stream: str, repeats: int, size: int, width: int)
     """
     made = [normals(key(seed, name, r, stream), size * width) for r in range(repeats)]
     q, triangle = torch.linalg.qr(torch.stack(made).view(repeats, width, size))
-    q = q * triangle.diagonal(dim1=1, dim2=2).sign()[:, None, :]
-    return (q.mT * math.sqrt(width / size)).float().contiguous()
+    frames: Tensor = q * triangle.diagonal(dim1=1, dim2=2).sign()[:, None, :]
+    return (frames.mT * math.sqrt(width / size)).float().contiguous()
 
 
 @functools.lru_cache(maxsize=512)
@@ -122,8 +121,6 @@ def hashed(
 
 
 # --------------------------------------------------------------------------- projections
-#
-# Each takes one cotangent at a time: the bits of a token's sketch do not depend on its neighbours.
 
 
 @dataclass(frozen=True)
@@ -154,41 +151,25 @@ def two_sided(
     One-hot rows take a count sketch for S: it is exact on each of them.
     """
     repeats, (size, size_r) = stream.repeats, sizes
-    right = haar(stream.seed, stream.name, "right", repeats, size_r, shape[1])
     out = terms[0].right.new_zeros(len(terms[0]), repeats, size, size_r)
     for term in terms:
-        right_flat = right.to(term.right).flatten(0, 1).T
-        project: Tensor | None = None
+        right = _onto(stream, "right", term.right, size_r)  # (·, R, t, size_r)
         if term.left.dim() > 1:
-            frame = haar(stream.seed, stream.name, "left", repeats, size, shape[0])
-            project = frame.to(term.left).flatten(0, 1).T
-        shared_left = _onto(term.left, project) if term.left.dim() == 2 else None
-        shared_right = term.right @ right_flat if term.right.dim() == 2 else None
-        for c, result in enumerate(out):
-            left, other = term.one(c)
-            r = other @ right_flat if shared_right is None else shared_right
-            r = r.view(-1, repeats, size_r).transpose(0, 1)
-            if project is None:
-                result += _scattered(stream, left, r, shape[0], size)
-                continue
-            a = _onto(left, project) if shared_left is None else shared_left
-            result += a.view(-1, repeats, size).permute(1, 2, 0) @ r
+            out += _onto(stream, "left", term.left, size).mT @ right
+            continue
+        where, sign = hashed(stream.seed, stream.name, "left hash", repeats, size, shape[0])
+        where, sign = where.to(term.left.device)[:, term.left], sign.to(right)[:, term.left]
+        for repeat in range(repeats):
+            signed = right[:, repeat] * sign[repeat][:, None]
+            out[:, repeat].index_add_(1, where[repeat], signed)
     return out
 
 
-def _onto(x: Tensor, project: Tensor | None) -> Tensor:
-    assert project is not None
-    return x @ project
-
-
-def _scattered(stream: Stream, ids: Tensor, right: Tensor, rows: int, size: int) -> Tensor:
-    """Σ_t (S e_t) ⊗ right[r, t] with count sketches S of the ids: (R, size, ·)."""
-    where, sign = hashed(stream.seed, stream.name, "left hash", stream.repeats, size, rows)
-    where, sign = where.to(ids.device)[:, ids], sign.to(right)[:, ids]
-    out = right.new_zeros(len(right), size, right.shape[2])
-    for repeat, result in enumerate(out):
-        result.index_add_(0, where[repeat], right[repeat] * sign[repeat][:, None])
-    return out
+def _onto(stream: Stream, side: str, x: Tensor, size: int) -> Tensor:
+    """Rows (·, t, n) onto the frames of one side: (·, R, t, size)."""
+    frames = haar(stream.seed, stream.name, side, stream.repeats, size, x.shape[-1])
+    projected: Tensor = (x @ frames.to(x).flatten(0, 1).T).unflatten(-1, (stream.repeats, size))
+    return projected.transpose(-3, -2)
 
 
 def hashed_rows(
@@ -259,7 +240,8 @@ def tensor_sketch(
         buffer = x.new_zeros(len(x), repeats, size)
         for repeat in range(repeats):
             buffer[:, repeat].index_add_(1, where[repeat], x * sign[repeat])
-        return torch.fft.rfft(buffer)
+        spectra: Tensor = torch.fft.rfft(buffer)
+        return spectra
 
     shared = [
         [
@@ -282,72 +264,50 @@ def tensor_sketch(
 
 
 def low_rank(
-    terms: Sequence[Term], shape: tuple[int, int], rank: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The best rank-ρ form U Vᵀ of each matrix: U (c, ρ, a), V (c, ρ, b), and what is left.
+    stream: Stream, terms: Sequence[Term], shape: tuple[int, int], rank: int
+) -> tuple[Tensor, Tensor]:
+    """A rank-ρ part U Vᵀ of each matrix A, near its best: U (c, ρ, a) orthonormal, V (c, ρ, b).
 
-    The singular vectors are weighted by √σ. left over (c, 2): ‖A − U Vᵀ‖_F and σ_{ρ+1}, rounded up.
-    Through a T x T Gram of the factors in float64: 2 T² (a + b) FLOPs and one eigh of T each; a
-    residual below 1e-7 of the norm is rounding, and the stated one is at least that.
+    U spans (A Aᵀ)² A Ω for normal Ω, and V = Aᵀ U. A single outer product is returned as it is.
+    Cost: 12 ρ T (a + b) FLOPs a cotangent.
     """
-    count = len(terms[0])
-    first = terms[0].right
-    u = first.new_zeros(count, rank, shape[0])
-    v = first.new_zeros(count, rank, shape[1])
-    left_over = first.new_zeros(count, 2)
-    for c in range(count):
-        pairs = [term.one(c) for term in terms]
-        left = torch.cat([x for x, _ in pairs]).double()
-        right = torch.cat([y for _, y in pairs]).double()
-        if len(right) < shape[1]:
-            q, triangle = torch.linalg.qr(right.T)  # rightᵀ = q triangle
-            core = left.T @ triangle.T  # A = core qᵀ
-        else:
-            q, core = None, left.T @ right
-        values, vectors = torch.linalg.eigh(core.T @ core)
-        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-        kept = min(rank, len(values))
-        sigma = values[:kept].sqrt()
-        top = vectors[:, :kept]
-        root = sigma.sqrt()
-        safe = torch.where(root > 0, root, torch.ones_like(root))
-        onto = core @ top / safe * (root > 0)
-        u[c, :kept] = onto.T.to(u)
-        v[c, :kept] = ((top if q is None else q @ top) * root).T.to(v)
-        # float32 factors: their own rounding belongs to what is left over.
-        floor = 2e-7 * float(values.sum().sqrt())
-        left_over[c, 0] = float(values[kept:].sum().sqrt()) * (1 + 1e-6) + floor
-        left_over[c, 1] = float(values[kept].sqrt() if len(values) > kept else 0) + floor
-    return u, v, left_over
+    if rank == 1 and single(terms):
+        return terms[0].left, terms[0].right.expand(len(terms[0]), 1, -1)
+    start = normals(key(stream.seed, stream.name, 0, "low rank"), shape[1] * rank)
+    right = start.view(shape[1], rank).to(terms[0].right)
+    for _ in range(3):
+        onto = torch.stack([t.left.mT @ (t.right @ right) for t in terms]).sum(0)
+        onto = torch.linalg.qr(onto).Q
+        right = torch.stack([t.right.mT @ (t.left @ onto) for t in terms]).sum(0)
+    return onto.mT, right.mT
+
+
+def single(terms: Sequence[Term]) -> bool:
+    """Whether each gradient is one outer product."""
+    return len(terms) == 1 and terms[0].left.dim() == 3 and terms[0].left.shape[1] == 1
 
 
 # --------------------------------------------------------------------------- variances
+#
+# ⟨S A, S B⟩⟨S C, S D⟩ has the mean Σ W[p, q] T[p, q]: T pairs the rows of the four matrices by one
+# pattern and their columns by another, W says what a projection makes of such a pair.
 
-_EQUAL = 3  # the index of "all four equal" in a table of contractions
+_PATTERNS = (("ii", "kk"), ("ik", "ik"), ("ik", "ki"), ("ii", "ii"))  # rows of (A, B), (C, D)
 
 
-def contractions(a: Tensor, b: Tensor) -> Tensor:
-    """Table (4, 4) of ⟨S A, S B⟩²'s second moments' contractions, by how indices pair.
+def contractions(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """T (4, 4) float64: Σ a b c d over rows and columns that pair as AB|CD, AC|BD, AD|BC, ABCD.
 
-    Of the four row indices of A, B, A, B, and of the four column indices: AB|AB, AA|BB, A B'|B A',
-    or all equal.
+    Cost: 16 contractions of at most 4 rows columns min(rows, columns) FLOPs.
     """
-    a, b = a.double(), b.double()
-    columns, rows = a.T @ b, a @ b.T  # AᵀB, ABᵀ
-    inner, g = (a * b).sum(), (a * a * b * b).sum()
-    p, q = columns.square().sum(), (columns * columns.T).sum()
-    p_, q_ = rows.square().sum(), (rows * rows.T).sum()
-    n = a.square().sum() * b.square().sum()
-    column_diagonal = columns.diagonal().square().sum()
-    row_diagonal = rows.diagonal().square().sum()
-    column_norms = (a.square().sum(0) * b.square().sum(0)).sum()
-    row_norms = (a.square().sum(1) * b.square().sum(1)).sum()
-    return torch.stack([
-        torch.stack([inner**2, p, q, column_diagonal]),
-        torch.stack([p_, n, p_, column_norms]),
-        torch.stack([q_, p, inner**2, column_diagonal]),
-        torch.stack([row_diagonal, row_norms, row_diagonal, g]),
-    ])  # fmt: skip
+    given = [x.double().cpu().numpy() for x in (a, b, c, d)]
+    table = torch.empty(4, 4, dtype=torch.float64)
+    for p, row in enumerate(_PATTERNS):
+        for q, column in enumerate(_PATTERNS):
+            columns = "".join(column).translate(str.maketrans("ik", "jl"))
+            names = [i + j for i, j in zip("".join(row), columns, strict=True)]
+            table[p, q] = float(np.einsum(",".join(names) + "->", *given, optimize="optimal"))
+    return table
 
 
 def frame_moments(size: int, width: int) -> Tensor:
@@ -355,9 +315,8 @@ def frame_moments(size: int, width: int) -> Tensor:
     if size >= width:
         return torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     beta = width * (width - size) / (size * (width - 1) * (width + 2))
-    return torch.tensor(
-        [width / size - beta * (width + 1), beta, beta, 0.0], dtype=torch.float64
-    )  # fmt: skip
+    alpha = width / size - beta * (width + 1)
+    return torch.tensor([alpha, beta, beta, 0.0], dtype=torch.float64)
 
 
 def sign_moments(size: int) -> Tensor:
@@ -370,22 +329,22 @@ def normal_moments(size: int) -> Tensor:
     return torch.tensor([1.0, 1 / size, 1 / size, 0.0], dtype=torch.float64)
 
 
-def kronecker_variance(a: Tensor, b: Tensor, left: Tensor, right: Tensor) -> float:
-    """Var ⟨S A S'ᵀ, S B S'ᵀ⟩ of sides with these moments."""
-    table = contractions(a, b)
-    return max(float(left @ table @ right - table[0, 0]), 0.0)
-
-
-def tensor_sketch_variance(a: Tensor, b: Tensor, size: int) -> float:
-    """Exact, for an odd size: every pattern of indices, made disjoint, by its chance to collide."""
-    table = contractions(a, b)
-    # Contractions over patterns that exclude "all equal", which is a pattern of its own.
-    disjoint = table.clone()
-    disjoint[:_EQUAL] -= table[_EQUAL]
-    disjoint[:, :_EQUAL] -= disjoint[:, _EQUAL:]
+def tensor_sketch_moments(size: int) -> Tensor:
+    """W (4, 4) of a TensorSketch of odd size: the chance that a pattern's entries collide."""
+    # "All equal" is part of the other three; made disjoint, every pattern has one chance.
+    disjoint = torch.eye(4, dtype=torch.float64)
+    disjoint[:3, 3] = -1
     chance = torch.full((4, 4), 1 / size, dtype=torch.float64)
-    for row in (0, _EQUAL):
-        for column in (0, _EQUAL):
-            chance[row, column] = 1.0
+    chance[0, 0] = chance[0, 3] = chance[3, 0] = chance[3, 3] = 1
     chance[1, 2] = chance[2, 1] = 1 / size**2
-    return max(float((chance * disjoint).sum() - table[0, 0]), 0.0)
+    return disjoint.T @ chance @ disjoint
+
+
+def variance(moments: Tensor, pairs: Sequence[tuple[float, Tensor, Tensor]]) -> float:
+    """Var Σ sign ⟨S A, S B⟩ over pairs (sign, A, B) that share S, with W = `moments` (4, 4)."""
+    total = 0.0
+    for sign, a, b in pairs:
+        for other, c, d in pairs:
+            table = contractions(a, b, c, d)
+            total += sign * other * float((moments * table).sum() - table[0, 0])
+    return max(total, 0.0)

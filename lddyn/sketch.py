@@ -24,17 +24,16 @@ from lddyn.projections import (
     dense,
     frame_moments,
     key,
-    kronecker_variance,
-    low_rank,
     normal_moments,
     sign_moments,
     sparse,
     tensor_sketch,
-    tensor_sketch_variance,
+    tensor_sketch_moments,
     two_sided,
+    variance,
 )
 
-KINDS = ("twosided", "sjlt", "rademacher", "gaussian", "tensorsketch", "lowrank")
+KINDS = ("twosided", "lowrank", "sjlt", "rademacher", "gaussian", "tensorsketch")
 FORMAT = 1
 
 
@@ -43,12 +42,13 @@ class Sketch:
     """How token gradients are projected: R independent repeats of S with E⟨S A, S B⟩ = ⟨A, B⟩.
 
     Attributes:
-        kind: `"twosided"`: (S A S'ᵀ), S and S' random frames, from the factors alone; `"sjlt"`:
+        kind: `"twosided"`: S A S'ᵀ with random frames S and S', from the factors alone; `"sjlt"`:
             every entry of A to one bucket of each repeat; `"rademacher"`, `"gaussian"`: dense S;
-            `"tensorsketch"`: count sketches of both factors, convolved; `"lowrank"`: the best form
-            of A of rank ρ, biased, with a bound on what is left out.
-        k: Numbers per token for all that is sketched: all layers and repeats together. It is
-            divided by the layers' shares of the squared norm (`Layout`).
+            `"tensorsketch"`: count sketches of both factors, convolved; `"lowrank"`: a part A_ρ of
+            rank ρ is kept as it is, and ⟨S A, S B⟩ − ⟨S A_ρ, S B_ρ⟩, two-sided, stands for the rest
+            without bias.
+        k: Numbers per token for all that is sketched: all layers and repeats together. They are
+            divided by the layers' shares of the squared norm (`plan_layout`).
         seed: Any integer. Streams are keyed by (seed, parameter name, repeat).
         repeats: R. The standard error has R − 1 degrees of freedom.
         sides: Of a two-sided sketch: `"orthogonal"` (Haar frames) or `"sign"` (the op `sketch`).
@@ -59,14 +59,15 @@ class Sketch:
         ValueError: If an argument is not one of these.
 
     Sources: two-sided: Choe et al. 2024 (LoGra), with frames in place of its scaled normals; SJLT:
-    Kane & Nelson 2014; TensorSketch: Pham & Pagh 2013; variances: `docs/sketches.md`.
+    Kane & Nelson 2014; TensorSketch: Pham & Pagh 2013. Variances and when to use which:
+    `docs/sketches.md`.
 
     Example:
         >>> import torch, lddyn
         >>> sketch = lddyn.Sketch(k=256, seed=3)
         >>> x, grads = torch.randn(5, 16), torch.randn(2, 5, 12)
         >>> sketch.apply("layer.weight", x, grads).shape
-        torch.Size([2, 8, 30])
+        torch.Size([2, 8, 32])
     """
 
     kind: str = "twosided"
@@ -74,7 +75,7 @@ class Sketch:
     seed: int = 0
     repeats: int = 8
     sides: str = "orthogonal"
-    rank: int = 2
+    rank: int = 1
     exact: int = 256
 
     def __post_init__(self) -> None:
@@ -120,14 +121,13 @@ class Sketch:
 
         Returns:
             (c, R, k_layer), float32 (float64 for float64); the inner product of two tokens is the
-            mean over R of ⟨out[c, r], out'[c', r]⟩. "lowrank": (c, 1, ρ (d_out + d_in) + 2), to be
-            compared by a `Layout`.
+            mean over R of ⟨out[c, r], out'[c', r]⟩.
 
         Raises:
-            ValueError: If shapes or dtypes disagree, or size is below 1.
+            ValueError: If shapes disagree, or size is below 1.
 
         Cost: two-sided 2 T R (κ_o d_out + κ_i d_in + κ_o κ_i) FLOPs a token, the part of d_in once
-        for all; others as in `docs/sketches.md`. No token's bits depend on the other tokens.
+        for all; others as in `docs/sketches.md`.
         """
         own_rows = grads.dim() == 2
         if activations.dim() != 2 or grads.dim() not in (2, 3):
@@ -148,21 +148,18 @@ class Sketch:
         left, right = grads.to(dtype), activations.to(dtype)
         term = Term(left[:, None], right[:, None]) if own_rows else Term(left, right)
         shape = left.shape[-1], right.shape[-1]
-        if self.kind == "lowrank":
-            u, v, left_over = low_rank([term], shape, self.rank)
-            return torch.cat([u.flatten(1), v.flatten(1), left_over], 1)[:, None]
         return self.project(parameter_name, [term], shape, self.sizes(shape, size))
 
     def project(
         self, name: str, terms: Sequence[Term], shape: tuple[int, int], sizes: tuple[int, int]
     ) -> Tensor:
-        """Sketches (c, R, sizes[0] sizes[1]) of sums of terms; of any kind but "lowrank"."""
+        """Sketches (c, R, sizes[0] sizes[1]) of sums of terms."""
         stream, size = Stream(self.seed, name, self.repeats), sizes[0]
         one_hot = any(term.left.dim() == 1 for term in terms)
         vector = shape[1] == 1
         if one_hot or vector or self.kind in ("twosided", "lowrank"):
             if self.sides == "sign" and not one_hot and not vector:
-                return self._signed(stream, terms, shape, sizes)
+                return self._signed(stream, terms, sizes)
             return two_sided(stream, terms, shape, sizes).flatten(2)
         if self.kind == "tensorsketch":
             return tensor_sketch(stream, terms, shape, size)
@@ -170,23 +167,36 @@ class Sketch:
             return sparse(stream, terms, shape, size)
         return dense(stream, terms, shape, size, self.kind == "gaussian")
 
-    def _signed(
-        self, stream: Stream, terms: Sequence[Term], shape: tuple[int, int], sizes: tuple[int, int]
-    ) -> Tensor:
+    def _signed(self, stream: Stream, terms: Sequence[Term], sizes: tuple[int, int]) -> Tensor:
         """By the op `sketch`, one call for all cotangents where they share their inputs."""
         seed = key(self.seed, stream.name, 0, "op")
-        total: Tensor | None = None
+        parts = []
         for term in terms:
             if term.left.dim() == 3 and term.right.dim() == 2:
-                part = ops.sketch(term.right, term.left, *sizes, self.repeats, seed)
+                parts.append(ops.sketch(term.right, term.left, *sizes, self.repeats, seed))
             else:
                 pairs = [term.one(c) for c in range(len(term))]
-                part = torch.cat(
-                    [ops.sketch(r, x[None], *sizes, self.repeats, seed) for x, r in pairs]
-                )
-            total = part if total is None else total + part
-        assert total is not None
-        return total.flatten(2)
+                each = [ops.sketch(y, x[None], *sizes, self.repeats, seed) for x, y in pairs]
+                parts.append(torch.cat(each))
+        return torch.stack(parts).sum(0).flatten(2)
+
+    def moments(self, kind: str, shape: tuple[int, int], sizes: tuple[int, int]) -> Tensor:
+        """W (4, 4): E⟨S A, S B⟩² = Σ W[p, q] T[p, q], T the pairings of `projections.contractions`.
+
+        The table of all variances, of one repeat; `kind` is that of a `Part`.
+        """
+        if kind in ("onehot", "head", "summed head"):
+            left, right = sign_moments(sizes[0]), frame_moments(sizes[1], shape[1])
+        elif kind == "vector" or (self.kind in ("twosided", "lowrank") and self.sides != "sign"):
+            left, right = frame_moments(sizes[0], shape[0]), frame_moments(sizes[1], shape[1])
+        elif self.kind in ("twosided", "lowrank"):
+            left, right = sign_moments(sizes[0]), sign_moments(sizes[1])
+        elif self.kind == "tensorsketch":
+            return tensor_sketch_moments(sizes[0])
+        else:  # of A as one long vector
+            of = normal_moments if self.kind == "gaussian" else sign_moments
+            return of(sizes[0]).diag()
+        return left[:, None] * right[None, :]
 
     def variance(self, one: Tensor, other: Tensor, size: int | None = None) -> float:
         """Exact variance of the estimated ⟨A, B⟩, the mean over the R repeats.
@@ -195,8 +205,8 @@ class Sketch:
 
             gaussian                (N + c²) / k
             rademacher, sjlt        (N + c² − 2g) / k
-            twosided, tensorsketch  a sum over the ways in which row and column indices pair:
-                                    `projections.contractions`, algorithms.md §5.1
+            twosided, tensorsketch  a sum over the ways in which row and column indices pair
+                                    (`docs/sketches.md`)
 
         all divided by R.
 
@@ -206,30 +216,19 @@ class Sketch:
             size: Numbers of one repeat, as in `apply`.
 
         Raises:
-            ValueError: If the shapes disagree, or for "lowrank", which has no variance but a bound.
+            ValueError: If the shapes disagree.
 
-        Cost: 4 rows columns (rows + columns) FLOPs in float64.
+        Cost: 16 contractions, 4 rows columns min(rows, columns) FLOPs each, in float64.
         """
         if one.shape != other.shape or one.dim() != 2:
             raise ValueError(
                 "one and other must be matrices of one shape, got "
                 f"{tuple(one.shape)} and {tuple(other.shape)}"
             )
-        if self.kind == "lowrank":
-            raise ValueError("a low-rank form has no variance: its error is bounded (Layout.bound)")
         shape = (int(one.shape[0]), int(one.shape[1]))
         sizes = self.sizes(shape, self.k // self.repeats if size is None else size)
-        if self.kind == "twosided":
-            sides = [
-                sign_moments(n) if self.sides == "sign" else frame_moments(n, width)
-                for n, width in zip(sizes, shape, strict=True)
-            ]
-            return kronecker_variance(one, other, *sides) / self.repeats
-        if self.kind == "tensorsketch":
-            return tensor_sketch_variance(one, other, sizes[0]) / self.repeats
-        moments = normal_moments if self.kind == "gaussian" else sign_moments
-        flat = one.reshape(-1, 1), other.reshape(-1, 1)
-        return kronecker_variance(*flat, moments(sizes[0]), frame_moments(1, 1)) / self.repeats
+        kind = "vector" if shape[1] == 1 else "sketch"
+        return variance(self.moments(kind, shape, sizes), [(1.0, one, other)]) / self.repeats
 
 
 def best_sizes(rows: int, columns: int, size: int) -> tuple[int, int]:
@@ -256,31 +255,19 @@ class Part:
 
     Attributes:
         name: Canonical parameter name.
-        kind: `"exact"`: the gradient; `"sketch"`, `"vector"` (one column), `"onehot"` (rows are
-            token ids): R sketches; `"minus"`: the head's own part of a tied weight, to be taken
-            off; `"head"`: h exactly and the logit cotangent v, sketched or exact, compared as
-            ⟨h, h'⟩⟨v, v'⟩; `"summed head"`: its sketch, which can be summed over tokens;
-            `"lowrank"`: U and V and what is left out.
+        kind: `"exact"`: the gradient as it is. `"outer"`: U and V of a part U Vᵀ of it.
+            R sketches: `"sketch"`, `"vector"` (one column), `"onehot"` (its rows are token ids),
+            `"minus"` (of what an "outer" or "head" stands for: it is taken off again),
+            `"summed head"`. `"head"`: h and R count sketches of v, for v ⊗ h.
         shape: The gradient as a matrix (rows, columns).
-        sizes: Numbers of one repeat (left, right); of "exact" all; of "lowrank" (ρ, 2).
+        sizes: Numbers of one repeat (left, right); of "exact" (all, 1), of "outer" (ρ, 1), of
+            "head" (of v, 1).
     """
 
     name: str
     kind: str
     shape: tuple[int, int]
     sizes: tuple[int, int]
-
-    @property
-    def numbers(self) -> int:
-        """Numbers in a row, of one repeat where there are repeats."""
-        if self.kind == "lowrank":
-            return self.sizes[0] * sum(self.shape) + self.sizes[1]
-        return self.sizes[0] * self.sizes[1]
-
-    @property
-    def all_logits(self) -> bool:
-        """Whether a head's cotangents are kept as they are."""
-        return self.kind == "head" and self.sizes[0] == self.shape[0]
 
 
 _REPEATED = ("sketch", "vector", "onehot", "minus", "summed head")
@@ -290,21 +277,21 @@ _REPEATED = ("sketch", "vector", "onehot", "minus", "summed head")
 class Layout:
     """What a row of features is made of, and how two rows are compared.
 
-    A row: the exact parts, then the sketched ones repeat by repeat, then the head's h and v, then
-    low-rank forms. In each repeat r
+    A row: the exact parts, then the sketched ones repeat by repeat, then outer products. In each
+    repeat r
 
-        x_r = Σ_exact ⟨a, b⟩ + Σ_sketched ± ⟨a_r, b_r⟩ + ⟨h, h'⟩⟨v_r, v'_r⟩ + Σ_lowrank ⟨UVᵀ, U'V'ᵀ⟩
+        x_r = Σ_exact ⟨a, b⟩ + Σ_outer ⟨UVᵀ, U'V'ᵀ⟩ + Σ_sketched ± ⟨a_r, b_r⟩ + ⟨h, h'⟩⟨v_r, v'_r⟩
 
-    is an estimate of the inner product of two token gradients; x = mean x_r with standard error
-    sd(x_r) / √R and Student's t. Parts that are exact add nothing to it; low-rank ones add `bound`.
+    is an unbiased estimate of the inner product of two token gradients; x = mean x_r with standard
+    error sd(x_r) / √R and Student's t.
 
     Attributes:
         sketch: How the parts were made.
         parts: One or more for each trainable parameter.
         width: Numbers in a row.
-        linear: Whether rows may be summed over tokens: no head product, no low-rank form.
+        linear: Whether the sum of rows is the row of the sum: no outer products.
 
-    Made by `features`, or by `from_json` from what `to_json` wrote.
+    Made by `plan_layout`, or by `from_json` from what `to_json` wrote.
 
     Example:
         >>> import lddyn
@@ -318,64 +305,65 @@ class Layout:
     parts: tuple[Part, ...]
 
     @functools.cached_property
-    def _places(self) -> tuple[dict[tuple[str, str], int], tuple[int, int, int]]:
-        starts: dict[tuple[str, str], int] = {}
-        lengths = [0, 0, 0]
+    def _lengths(self) -> tuple[int, int]:
+        """Numbers of the exact parts, and of one repeat of the sketched ones."""
+        exact = sum(p.sizes[0] for p in self.parts if p.kind == "exact")
+        return exact, sum(p.sizes[0] * p.sizes[1] for p in self.parts if p.kind in _REPEATED)
+
+    @functools.cached_property
+    def places(self) -> dict[tuple[str, str], slice]:
+        """(name, kind) -> where a part is: in the row, or, if it is repeated, in a repeat."""
+        places = {}
+        exact, repeated = self._lengths
+        ends = [0, 0, exact + self.sketch.repeats * repeated]
         for part in self.parts:
-            where = 0 if part.kind == "exact" else 1 if part.kind in _REPEATED else 2
-            starts[part.name, part.kind] = lengths[where]
-            head = part.kind == "head"
-            lengths[where] += part.shape[1] + self._logits(part) if head else part.numbers
-        before = lengths[0] + self.sketch.repeats * lengths[1]
-        for part in self.parts:
-            if part.kind in ("head", "lowrank"):
-                starts[part.name, part.kind] += before
-        return starts, (lengths[0], lengths[1], lengths[2])
+            (left, right), (rows, columns) = part.sizes, part.shape
+            group, size = 1, left * right
+            if part.kind == "exact":
+                group = 0
+            elif part.kind == "outer":
+                group, size = 2, left * (rows + columns)
+            elif part.kind == "head":
+                group, size = 2, columns + self.sketch.repeats * left
+            places[part.name, part.kind] = slice(ends[group], ends[group] + size)
+            ends[group] += size
+        return places
 
-    @property
-    def starts(self) -> dict[tuple[str, str], int]:
-        """(name, kind) -> where the part starts: in the row; of repeated parts, in a repeat."""
-        return self._places[0]
-
-    def _logits(self, part: Part) -> int:
-        return part.sizes[0] if part.all_logits else self.sketch.repeats * part.sizes[0]
-
-    @property
-    def lengths(self) -> tuple[int, int, int]:
-        """Numbers of exact parts, of one repeat of the sketched ones, and of all the rest."""
-        return self._places[1]
-
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """Numbers (floats) in a row."""
-        exact, repeated, rest = self.lengths
+        exact, repeated = self._lengths
+        outer = [self.places[p.name, p.kind] for p in self.parts if p.kind in ("head", "outer")]
+        rest = sum(int(s.stop) - int(s.start) for s in outer)
         return exact + self.sketch.repeats * repeated + rest
 
     @property
     def linear(self) -> bool:
         """Whether the sum of rows is the row of the sum."""
-        return not any(part.kind in ("head", "lowrank") for part in self.parts)
+        return not any(part.kind in ("head", "outer") for part in self.parts)
+
+    def exact(self, rows: Tensor) -> Tensor:
+        """The exact parts (n, numbers): a view."""
+        return rows[:, : self._lengths[0]]
 
     def repeated(self, rows: Tensor) -> Tensor:
         """The sketched parts (n, R, numbers of a repeat): a view."""
-        exact, repeated, _ = self.lengths
+        exact, repeated = self._lengths
         end = exact + self.sketch.repeats * repeated
         return rows[:, exact:end].view(len(rows), self.sketch.repeats, repeated)
 
-    def head(self, rows: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-        """The head's h (n, d) and v (n, R or 1, numbers): views."""
-        start = self.starts[part.name, "head"]
-        end = start + part.shape[1]
-        v = rows[:, end : end + self._logits(part)]
-        return rows[:, start:end], v.unflatten(1, (-1, part.sizes[0]))
+    def pair(self, rows: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+        """Both factors of an outer product, views: U (n, ρ, rows), V (n, ρ, columns).
 
-    def low_rank(self, rows: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-        """U (n, ρ, rows), V (n, ρ, columns), and what is left over (n, 2): views."""
-        start, rank = self.starts[part.name, "lowrank"], part.sizes[0]
-        u, v, left_over = rows[:, start : start + part.numbers].split(
-            [rank * part.shape[0], rank * part.shape[1], 2], 1
+        Of the head: the sketches of v (n, R, numbers), and h (n, 1, columns).
+        """
+        inside = rows[:, self.places[part.name, part.kind]]
+        ranks = 1 if part.kind == "head" else part.sizes[0]
+        right = ranks * part.shape[1]
+        left = inside[:, right:].unflatten(
+            1, (-1, part.sizes[0]) if part.kind == "head" else (ranks, part.shape[0])
         )
-        return u.unflatten(1, (rank, -1)), v.unflatten(1, (rank, -1)), left_over
+        return left, inside[:, :right].unflatten(1, (ranks, part.shape[1]))
 
     def _check(self, **given: Tensor) -> list[Tensor]:
         for name, rows in given.items():
@@ -387,14 +375,33 @@ class Layout:
         dtype = functools.reduce(torch.promote_types, [x.dtype for x in found], torch.float32)
         return [x.to(dtype) for x in found]
 
-    def _weights(self, like: Tensor) -> Tensor:
-        """±1 of each number of a repeat."""
-        weights = like.new_ones(self.lengths[1])
+    def _signed(self, rows: Tensor) -> Tensor:
+        """The sketched parts, those that are to be taken off with a minus."""
+        weights = rows.new_ones(self._lengths[1])
         for part in self.parts:
             if part.kind == "minus":
-                start = self.starts[part.name, "minus"]
-                weights[start : start + part.numbers] = -1
-        return weights
+                weights[self.places[part.name, "minus"]] = -1
+        return self.repeated(rows) * weights
+
+    def _unsampled(self, a: Tensor, b: Tensor) -> Tensor:
+        """What every repeat has in common (n, m)."""
+        out = self.exact(a) @ self.exact(b).T
+        for part in self.parts:
+            if part.kind == "outer":
+                (u, v), (u_b, v_b) = self.pair(a, part), self.pair(b, part)
+                for i in range(part.sizes[0]):
+                    for j in range(part.sizes[0]):
+                        out += (u[:, i] @ u_b[:, j].T) * (v[:, i] @ v_b[:, j].T)
+        return out
+
+    def _sampled(self, a: Tensor, b: Tensor) -> Tensor:
+        """What differs between the repeats (R, n, m)."""
+        x = self._signed(a).transpose(0, 1) @ self.repeated(b).permute(1, 2, 0)
+        for part in self.parts:
+            if part.kind == "head":
+                (v, h), (v_b, h_b) = self.pair(a, part), self.pair(b, part)
+                x += (h[:, 0] @ h_b[:, 0].T) * (v.transpose(0, 1) @ v_b.permute(1, 2, 0))
+        return x
 
     def value(self, rows_a: Tensor, rows_b: Tensor) -> Tensor:
         """Estimated inner products of token gradients.
@@ -409,82 +416,40 @@ class Layout:
         Raises:
             ValueError: If a row has another width.
 
-        Cost: 2 n m width FLOPs.
+        Cost: 2 n m width FLOPs (ρ times that for outer products of rank ρ).
         """
         a, b = self._check(rows_a=rows_a, rows_b=rows_b)
-        exact, repeated, _ = self.lengths
-        end = exact + self.sketch.repeats * repeated
-        weights = self._weights(a).repeat(self.sketch.repeats) / self.sketch.repeats
-        weights = torch.cat([a.new_ones(exact), weights])
-        out = (a[:, :end] * weights) @ b[:, :end].T
+        out = self._signed(a).flatten(1) @ self.repeated(b).flatten(1).T
         for part in self.parts:
             if part.kind == "head":
-                (h, v), (h_b, v_b) = self.head(a, part), self.head(b, part)
-                out += (h @ h_b.T) * (v.flatten(1) @ v_b.flatten(1).T / v.shape[1])
-            elif part.kind == "lowrank":
-                out += self._paired(a, b, part)
-        return out
+                (v, h), (v_b, h_b) = self.pair(a, part), self.pair(b, part)
+                out += (h[:, 0] @ h_b[:, 0].T) * (v.flatten(1) @ v_b.flatten(1).T)
+        return out / self.sketch.repeats + self._unsampled(a, b)
+
+    def samples(self, rows_a: Tensor, rows_b: Tensor) -> Tensor:
+        """The R independent estimates x_r (R, n, m) whose mean is `value`; arguments as there."""
+        a, b = self._check(rows_a=rows_a, rows_b=rows_b)
+        return self._sampled(a, b) + self._unsampled(a, b)
 
     def estimate(self, rows_a: Tensor, rows_b: Tensor) -> Estimate:
-        """The same with standard errors: spread over the R repeats, over √R; plus `bound`.
+        """The same with standard errors: the spread of the R samples over √R.
 
         Args:
             rows_a: (n, width).
             rows_b: (m, width).
 
         Returns:
-            Estimate (n, m) with `samples` = R. Its standard error is zero where all is exact. The
-            bound of low-rank forms is added to it, so that intervals hold the truth too often.
+            Estimate (n, m) with `samples` = R. Its standard error is zero where all is exact.
 
         Raises:
             ValueError: If a row has another width.
 
-        Cost: 2 n m width FLOPs; R n m floats.
+        Cost: that of `value`; R n m floats.
         """
         a, b = self._check(rows_a=rows_a, rows_b=rows_b)
-        repeats = self.sketch.repeats
-        x = (self.repeated(a) * self._weights(a)).transpose(0, 1) @ self.repeated(b).permute(
-            1, 2, 0
-        )  # (R, n, m)
-        for part in self.parts:
-            if part.kind == "head" and not part.all_logits:
-                (h, v), (h_b, v_b) = self.head(a, part), self.head(b, part)
-                x += (h @ h_b.T) * (v.transpose(0, 1) @ v_b.permute(1, 2, 0))
-        stderr = x.double().std(0) / repeats**0.5
-        if any(part.kind == "lowrank" for part in self.parts):
-            stderr = stderr + self.bound(a, b)
-        return Estimate(self.value(a, b), stderr.to(a.dtype), repeats)
-
-    def _paired(self, a: Tensor, b: Tensor, part: Part) -> Tensor:
-        """⟨U Vᵀ, U' V'ᵀ⟩ (n, m)."""
-        (u, v, _), (u_b, v_b, _) = self.low_rank(a, part), self.low_rank(b, part)
-        products = (u.flatten(0, 1) @ u_b.flatten(0, 1).T) * (v.flatten(0, 1) @ v_b.flatten(0, 1).T)
-        shape = len(a), part.sizes[0], len(b), part.sizes[0]
-        return products.view(shape).sum((1, 3))
-
-    def bound(self, rows_a: Tensor, rows_b: Tensor) -> Tensor:
-        """|error| of the low-rank parts is at most this, always (n, m); zero without any.
-
-            Σ_parts min(‖A_ρ‖ τ', ‖A_ρ‖_* s') + min(τ ‖B_ρ‖, s ‖B_ρ‖_*) + τ τ'
-
-        with A = A_ρ + E, τ = ‖E‖_F, s = ‖E‖ (operator norm), ‖·‖_* the sum of singular values.
-
-        Raises:
-            ValueError: If a row has another width.
-        """
-        a, b = self._check(rows_a=rows_a, rows_b=rows_b)
-        total = a.new_zeros(len(a), len(b))
-        for part in self.parts:
-            if part.kind != "lowrank":
-                continue
-            (u, _, left), (u_b, _, left_b) = self.low_rank(a, part), self.low_rank(b, part)
-            sigma, sigma_b = u.square().sum(2), u_b.square().sum(2)
-            total += torch.minimum(
-                sigma.norm(dim=1)[:, None] * left_b[:, 0], sigma.sum(1)[:, None] * left_b[:, 1]
-            )
-            total += torch.minimum(left[:, :1] * sigma_b.norm(dim=1), left[:, 1:] * sigma_b.sum(1))
-            total += left[:, :1] * left_b[:, 0]
-        return total
+        x = self._sampled(a, b)
+        stderr = x.double().std(0) / self.sketch.repeats**0.5
+        return Estimate(x.mean(0) + self._unsampled(a, b), stderr.to(x), self.sketch.repeats)
 
     def to_json(self) -> dict[str, Any]:
         """Everything that defines the layout, for `from_json`."""
@@ -511,7 +476,7 @@ class Layout:
             layout = cls(Sketch(**described["sketch"]), parts)
         except (KeyError, TypeError) as error:
             raise ValueError(f"this describes no sketch layout: {error!r}") from None
-        known = {"exact", "head", "lowrank", *_REPEATED}
+        known = {"exact", "head", "outer", *_REPEATED}
         for part in parts:
             if part.kind not in known or min(*part.shape, *part.sizes) < 1:
                 raise ValueError(f"this describes no sketch layout: {part}")
