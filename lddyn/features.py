@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +37,7 @@ from lddyn.projections import (
 )
 from lddyn.pullback import DEFAULT_MEMORY, Pullback, parse_memory, segments_down
 from lddyn.sketch import Layout, Part, Sketch, best_sizes
-from lddyn.store import TokenTable
+from lddyn.store import Store, TokenTable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -151,9 +151,9 @@ def plan_layout(model: nn.Module | Anatomy, examples: Sequence[Example], sketch:
 
     A parameter's share of k is its share of ‖gradient‖², averaged over up to 8 evenly spaced tokens
     of each of the first 4 examples, which makes the sum of the variances least; at least one number
-    a repeat. What fits into its share as it is, is kept: a small matrix, or one whose gradients are
-    outer products, as above the last attention. Beyond k come vectors of up to `sketch.exact`
-    entries, and h of the head's v ⊗ h, of which v is sketched; and the low-rank parts.
+    a repeat. What fits into its share as it is, is kept: a vector, a small matrix, or one whose
+    gradients are outer products, as above the last attention. Beyond k come h of the head's v ⊗ h,
+    of which v is sketched, and low-rank parts.
 
     Args:
         model: A causal LM of transformers, or its Anatomy.
@@ -259,9 +259,6 @@ def _divide(
         lookup = "embedding" in anatomy.ledger[name].ops
         use = uses.get(name, "vector" if vector else "onehot" if lookup else "sketch")
         weight, size = squares.get(name, 0.0), parameter.numel()
-        if use == "vector" and size <= sketch.exact:
-            fixed.append(Part(name, "exact", (size, 1), (size, 1)))
-            continue
         if use == "vector":
             claims.append(_Claim(Part(name, use, (size, 1), (1, 1)), weight, whole=size))
             continue
@@ -579,6 +576,67 @@ def token_table(examples: Sequence[Example]) -> TokenTable:
     )
 
 
+def store_features(
+    store: Store,
+    model: nn.Module | Anatomy,
+    examples: Mapping[int, Example],
+    layout: Layout,
+    *,
+    by: str = "token",
+    memory: int | str = DEFAULT_MEMORY,
+    progress: bool = False,
+) -> int:
+    """Makes the features of examples one by one and appends them to a store; resumes.
+
+    Args:
+        store: Open for writing, made with `layout`, or with `layout.summed()` by sequence.
+        model: A causal LM of transformers, or its Anatomy.
+        examples: Place in the data set -> example. Those that the store has are left out.
+        layout: Of the tokens' rows; see `plan_layout`.
+        by: `"token"`, or `"sequence"`: one row an example, under the name of its first token.
+        memory: Workspace for one example's rows and one chunk.
+        progress: Show a bar over tokens.
+
+    Returns:
+        How many examples were appended.
+
+    Raises:
+        ValueError: If `by` is neither, the store is of another layout, or as by `features`.
+        StoreError: As by `Store.append`.
+
+    Cost: that of `features`; one example in memory, and a shard.
+    """
+    if by not in ("token", "sequence"):
+        raise ValueError(f"by must be 'token' or 'sequence', got {by!r}")
+    stored = layout if by == "token" else layout.summed()
+    if store.layout_json != stored.to_json():
+        raise ValueError(f"{store.path} has another layout: create it with that of these rows")
+    anatomy = model if isinstance(model, Anatomy) else Anatomy(model)
+    bar = tqdm(
+        total=sum(len(e) for e in examples.values()), desc="features", unit="token",
+        disable=None if progress else True, leave=False,
+    )  # fmt: skip
+    written = 0
+    for index, example in examples.items():
+        if not store.has(example):
+            feats = features(anatomy, [example], layout=layout, memory=memory)
+            if by == "token":
+                store.append(example, feats.rows, index=index)
+            else:
+                first = {
+                    "response_index": [example.positions[0] + 1 - len(example.prompt_ids)],
+                    "position": [example.positions[0]],
+                    "token_id": [example.targets[0]],
+                }
+                name, row = example.content_id, feats.per_sequence().rows
+                store.append(name, row, first, index=index)
+            written += 1
+        bar.update(len(example))
+    bar.close()
+    store.flush()
+    return written
+
+
 @dataclass(frozen=True)
 class Features:
     """Rows of token gradients, what tokens they are, and how they are compared. See `features`.
@@ -628,40 +686,30 @@ class Features:
     def per_sequence(self) -> Features:
         """The rows of whole sequences: sums over their tokens, of Σ_m w_m ∇ log π(y_m).
 
-        Outer products are not linear in rows: low-rank parts are left to their sketch, and those
-        that had none, as the head's v ⊗ h, are sketched with k / R numbers each.
-
         Returns:
-            Features with one row an example, in order, of a layout that is linear.
+            Features with one row an example, in order, of the layout `layout.summed()`.
         """
-        layout, sketch = self.layout, self.layout.sketch
+        layout, new = self.layout, self.layout.summed()
         owner, index = torch.unique(self.tokens.example_index, return_inverse=True)
         index = index.to(self.rows.device)
 
-        def summed_rows(x: Tensor) -> Tensor:
+        def total(x: Tensor) -> Tensor:
             return x.new_zeros(len(owner), *x.shape[1:]).index_add_(0, index, x)
 
-        parts, blocks = [], []
-        known = {part.name for part in layout.parts if part.kind == "minus"}
-        for part in layout.parts:
-            if part.kind in ("head", "outer") and part.name not in known:
-                height = part.sizes[0] if part.kind == "head" else part.shape[0]
-                size = max(1, sketch.k // sketch.repeats)
-                sizes = best_sizes(height, part.shape[1], size)
-                parts.append(Part(part.name, "summed head", part.shape, sizes))
-                blocks.append(self._summed(part, sizes, index, len(owner)))
-            elif part.kind not in ("head", "outer", "minus", "exact"):
-                parts.append(part)
-                place = layout.places[part.name, part.kind]
-                blocks.append(summed_rows(layout.repeated(self.rows)[..., place]))
-        parts += [part for part in layout.parts if part.kind == "exact"]
-        exact = summed_rows(layout.exact(self.rows))
-        rows = torch.cat([exact, torch.cat(blocks, 2).flatten(1)] if blocks else [exact], 1)
+        rows = self.rows.new_zeros(len(owner), new.width)
+        new.exact(rows)[:] = total(layout.exact(self.rows))
+        for part in new.parts:
+            place = new.repeated(rows)[..., new.places[part.name, part.kind]]
+            if part.kind == "summed":
+                outer = next(p for p in layout.parts if p.name == part.name)
+                place[:] = self._summed(outer, part.sizes, index, len(owner))
+            elif part.kind != "exact":
+                old = layout.places[part.name, part.kind]
+                place[:] = total(layout.repeated(self.rows)[..., old])
         first = [int((self.tokens.example_index == i).nonzero()[0]) for i in owner]
         none = torch.full((len(owner),), -1, dtype=torch.int32)
         names = [self.tokens.example_id[i] for i in first]
-        table = TokenTable(names, owner, none, none.clone(), none.clone())
-        return Features(rows, table, Layout(sketch, tuple(parts)))
+        return Features(rows, TokenTable(names, owner, none, none.clone(), none.clone()), new)
 
     def _summed(self, part: Part, sizes: tuple[int, int], index: Tensor, count: int) -> Tensor:
         """Σ_m (S v_m) ⊗ (S' h_m) of each sequence (count, R, numbers), for one outer product."""

@@ -53,7 +53,6 @@ class Sketch:
         repeats: R. The standard error has R − 1 degrees of freedom.
         sides: Of a two-sided sketch: `"orthogonal"` (Haar frames) or `"sign"` (the op `sketch`).
         rank: ρ of `"lowrank"`.
-        exact: Vectors (biases, gains) of at most this many entries are kept as they are.
 
     Raises:
         ValueError: If an argument is not one of these.
@@ -76,14 +75,13 @@ class Sketch:
     repeats: int = 8
     sides: str = "orthogonal"
     rank: int = 1
-    exact: int = 256
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.sides not in ("orthogonal", "sign"):
             raise ValueError(f"sides must be 'orthogonal' or 'sign', got {self.sides!r}")
-        for name, least in (("repeats", 2), ("k", 1), ("rank", 1), ("exact", 0)):
+        for name, least in (("repeats", 2), ("k", 1), ("rank", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
@@ -185,7 +183,7 @@ class Sketch:
 
         The table of all variances, of one repeat; `kind` is that of a `Part`.
         """
-        if kind in ("onehot", "head", "summed head"):
+        if kind in ("onehot", "head", "summed"):
             left, right = sign_moments(sizes[0]), frame_moments(sizes[1], shape[1])
         elif kind == "vector" or (self.kind in ("twosided", "lowrank") and self.sides != "sign"):
             left, right = frame_moments(sizes[0], shape[0]), frame_moments(sizes[1], shape[1])
@@ -258,7 +256,8 @@ class Part:
         kind: `"exact"`: the gradient as it is. `"outer"`: U and V of a part U Vᵀ of it.
             R sketches: `"sketch"`, `"vector"` (one column), `"onehot"` (its rows are token ids),
             `"minus"` (of what an "outer" or "head" stands for: it is taken off again),
-            `"summed head"`. `"head"`: h and R count sketches of v, for v ⊗ h.
+            `"summed"` (of outer products, for sums over tokens). `"head"`: h as it is and R count
+            sketches of v, for v ⊗ h.
         shape: The gradient as a matrix (rows, columns).
         sizes: Numbers of one repeat (left, right); of "exact" (all, 1), of "outer" (ρ, 1), of
             "head" (of v, 1).
@@ -270,7 +269,7 @@ class Part:
     sizes: tuple[int, int]
 
 
-_REPEATED = ("sketch", "vector", "onehot", "minus", "summed head")
+_REPEATED = ("sketch", "vector", "onehot", "minus", "summed")
 
 
 @dataclass(frozen=True)
@@ -341,6 +340,24 @@ class Layout:
     def linear(self) -> bool:
         """Whether the sum of rows is the row of the sum."""
         return not any(part.kind in ("head", "outer") for part in self.parts)
+
+    def summed(self) -> Layout:
+        """The layout of sums of rows over tokens, which is linear.
+
+        Low-rank parts are left to their sketch; outer products that had none, such as the head's
+        v ⊗ h, are sketched with k / R numbers each.
+        """
+        size = max(1, self.sketch.k // self.sketch.repeats)
+        corrected = {part.name for part in self.parts if part.kind == "minus"}
+        parts = []
+        for part in self.parts:
+            if part.kind not in ("head", "outer", "minus"):
+                parts.append(part)
+            elif part.kind != "minus" and part.name not in corrected:
+                height = part.sizes[0] if part.kind == "head" else part.shape[0]
+                sizes = best_sizes(height, part.shape[1], size)
+                parts.append(Part(part.name, "summed", part.shape, sizes))
+        return Layout(self.sketch, tuple(parts))
 
     def exact(self, rows: Tensor) -> Tensor:
         """The exact parts (n, numbers): a view."""

@@ -31,7 +31,7 @@ LAYERS = [
     {"lowrank"},
     {"ntk", "proxies", "store", "query", "plan", "sketch", "features"},
     {"dynamics", "probes", "massflow", "decompose", "figures"},
-    {"cli", "report", "lab", "integrations", "demo"},
+    {"cli", "report", "lab", "integrations", "demo", "__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 LEVEL["environment"] = LEVEL["ops"] + 1
