@@ -439,16 +439,17 @@ def row_squares(
     span = torch.linalg.qr(torch.stack(ranged, 1))[0] if k else like.new_zeros(inner.numel(), 0)
 
     def image(v: Tensor) -> Tensor:
-        return centre(product(v.view(inner))).double().pow(2).sum(-1)
+        # Centred here: where K has a lower rank than k, QR fills Q up with what is not.
+        return centre(product(centre(v.view(inner)))).double().pow(2).sum(-1)
 
     fixed = like.new_zeros(out[0], dtype=torch.float64)
-    for i in range(k):
-        fixed = fixed + image(span[:, i])
+    for column in span.T:
+        fixed = fixed + image(column)
     adds: list[Tensor] = []
 
     def estimate(count: int) -> Estimate:
         while len(adds) < count:
-            v = centre(signs(inner)).flatten()
+            v = signs(inner).flatten()
             adds.append(image(v - span @ (span.T @ v)))
         rows = torch.stack(adds, -1)
         samples = effective_samples(rows)
