@@ -55,7 +55,13 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 
+# Modules that are part of the public surface, named by errors and docstrings.
+_MODULES = ("ops", "reference")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"lddyn.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'lddyn' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"lddyn.{_PUBLIC[name]}"), name)
@@ -64,7 +70,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *_PUBLIC, *_MODULES})
 
 
 class _Package(types.ModuleType):

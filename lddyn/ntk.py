@@ -162,7 +162,7 @@ def token_gram(
                 twin = _find(observed, side)
                 pulls.append(
                     (
-                        Pullback(side.trace, side.given, select, _chunk(side, budget)),
+                        Pullback(side.trace, side.given, select, chunk_size(side, budget)),
                         None if twin is None else starts_o[twin],
                         starts_u[index],
                     )
@@ -177,7 +177,7 @@ def token_gram(
                     mask[chosen[id(updated[twin])]] = False
                     rest = rest[mask]
                 if len(rest):
-                    pull = Pullback(side.trace, side.given, rest, _chunk(side, budget))
+                    pull = Pullback(side.trace, side.given, rest, chunk_size(side, budget))
                     pulls.append((pull, starts_o[index], None))
 
         heads = [pull.head_factors() for pull, _, _ in pulls]
@@ -999,7 +999,7 @@ def _find(sides: Sequence[Side], wanted: Side) -> int | None:
     return next((i for i, side in enumerate(sides) if side is wanted), None)
 
 
-def _chunk(side: Side, budget: int) -> int:
+def chunk_size(side: Side, budget: int) -> int:
     """Cotangents of a chunk: some thousands of rows fill the products, and stay in cache."""
     best = max(CHUNK // 2, min(CHUNK, _ROWS // side.trace.length))
     return int(max(1, min(best, budget // 4 // side.bytes_per_cotangent())))

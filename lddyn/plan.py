@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lddyn.ledger import HEAD, Work
-from lddyn.ntk import CHUNK, Side
-from lddyn.pullback import reach
+from lddyn.ntk import Side, chunk_size
+from lddyn.pullback import DEFAULT_MEMORY, parse_memory, reach
 from lddyn.rowwise import spread
 
 
@@ -38,7 +38,9 @@ class Cost:
         return f"{self.flops / 1e9:.4g} GFLOP ({shares})"
 
 
-def gram_cost(observed: Sequence[Side], updated: Sequence[Side], chunk: int = CHUNK) -> Cost:
+def gram_cost(
+    observed: Sequence[Side], updated: Sequence[Side], memory: int | str = DEFAULT_MEMORY
+) -> Cost:
     """FLOPs of `token_gram` for sides whose rows are cotangents on every response token.
 
     One cotangent at position p costs (p + 1)/T of a segment's linear FLOPs, and twice its attention
@@ -59,6 +61,7 @@ def gram_cost(observed: Sequence[Side], updated: Sequence[Side], chunk: int = CH
         width = sum(w.width for w in work.values()) - (1 - share.width) * top.width
         widths[key] = width / trace.length
         positions = trace.positions.sort().values.tolist()
+        chunk = chunk_size(side, parse_memory(memory))
         for start in range(0, len(positions), chunk):
             part = positions[start : start + chunk]
             far = reach(part[-1], trace.length) / trace.length
