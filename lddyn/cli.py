@@ -934,6 +934,70 @@ def _ranks() -> Iterator[tuple[int, int, Callable[[], None]]]:
         distributed.destroy_process_group()
 
 
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Option(help="Folder or hub name of a causal LM.", show_default=False)
+    ],
+    data: Data,
+    fields: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD,FIELD,…|all",
+            help="Responses of each row. Default: those of the data format.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first rows of the data.", show_default=False)
+    ] = None,
+    rtol: Annotated[
+        float | None,
+        typer.Option(help="Wanted relative error of the whole table. Default: exact."),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="Kind of sketch to look at. Default: twosided and lowrank."),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut sequences to this many tokens.", show_default=False)
+    ] = None,
+    memory: Annotated[str, typer.Option(help="What may be used beyond the model.")] = "4GiB",
+    dtype: Annotated[str, typer.Option(help=f"Of the model: {' '.join(_DTYPES)}.")] = "float32",
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="peft adapter; only it is trained.", show_default=False),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Say how to compare all tokens of a data set, exactly or by sketches, and what it costs."""
+    with _one_line_errors():
+        if dtype not in _DTYPES:
+            raise Problem(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        if not data.is_file():
+            raise Problem(f"{data}: no such file")
+        import torch
+
+        import lddyn
+
+        if device != "cpu" and not _device_exists(device):
+            raise Problem(f"--device must be a device of this machine, got {device!r}")
+        tokenizer = _load_tokenizer(model, trust_remote_code)
+        lm = _load_model(model, getattr(torch, dtype), trust_remote_code, adapter).to(device)
+        config = getattr(lm, "config", None)
+        examples = list(_data_set(tokenizer, data, fields, limit, max_length, config).values())
+        sketch = None if kind is None else lddyn.Sketch(kind)
+        way = lddyn.plan(lm, examples, rtol=rtol, memory=memory, sketch=sketch)
+        if as_json:
+            _print_json(way.to_json())
+            return
+        _say(way.explain())
+
+
 @features_app.command()
 def query(
     path: Annotated[Path, typer.Argument(metavar="STORE", show_default=False)],
