@@ -995,7 +995,8 @@ def plan(
         if as_json:
             _print_json(way.to_json())
             return
-        _say(way.explain())
+        for line in way.explain().splitlines():
+            _say(line)
 
 
 @features_app.command()

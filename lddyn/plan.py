@@ -449,20 +449,21 @@ def _exact(
     # What `token_gram` does: factors of one segment for a group of updated rows at a time.
     least = 4 * max(load.workspace for load in distinct)
     width = sum(len(u) * u.length for u in columns) * rates.widest * rates.element
-    groups = max(1, math.ceil(width / max(1, left // 2)))
-    cost = _paired(rows, columns, distinct, max(left, 1))
-    again = (groups - 1) * sum(sum(load.pulled(max(left, 1))) for load in rows)
-    flops, shared = cost.flops + again, [n for n in anatomy.shared() if n != anatomy.head_weight]
+    space = max(left, least)
+    groups = max(1, math.ceil(width / (space // 2)))
+    again = (groups - 1) * sum(sum(load.pulled(space)) for load in rows)
+    flops = _paired(rows, columns, distinct, space).flops + again
     why = tables if groups == 1 else f"{tables}; the observed side is pulled back {groups} times"
+    shared = [n for n in anatomy.shared() if n != anatomy.head_weight]
     if shared:
         why = f"{shared[0]} is used by several blocks: push"
-    memory = fixed + min(max(left, least), max(least, int(2 * width)))
+    memory = fixed + min(space, max(least, int(2 * width)))
     found.append(Candidate("paired", flops, flops / rate, memory, 0, 0.0,
                            left >= least and not shared, why, left))  # fmt: skip
     for transposed in (False, True):
         one, other = (columns, rows) if transposed else (rows, columns)
         # Without a caller who wants it, the dearer direction is not worth a line.
-        cost = _pushed(one, other, max(left, 1))
+        cost = _pushed(one, other, space)
         most = 8 * rates.vocabulary * max(map(len, one))
         least = 2 * (max(o.workspace for o in other) * (1 + blocks // 2) + most)
         what = "observed rows through the updated side" if transposed else "updated rows through"
