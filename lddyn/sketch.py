@@ -443,6 +443,21 @@ class Layout:
                 out += (h[:, 0] @ h_b[:, 0].T) * (v.flatten(1) @ v_b.flatten(1).T)
         return out / self.sketch.repeats + self._unsampled(a, b)
 
+    def as_query(self, rows: Tensor) -> Tensor:
+        """Rows (n, width) whose plain inner product with others is `value`: for vector indices.
+
+        Raises:
+            ValueError: If the layout is not linear, or a row has another width.
+        """
+        if not self.linear:
+            raise ValueError(
+                "as_query needs a linear layout, this one holds outer products: sum the tokens of "
+                "sequences (Features.per_sequence, lddyn features build --by sequence)"
+            )
+        (a,) = self._check(rows=rows)
+        sketched = self._signed(a).flatten(1) / self.sketch.repeats
+        return torch.cat([self.exact(a), sketched], 1)
+
     def samples(self, rows_a: Tensor, rows_b: Tensor) -> Tensor:
         """The R independent estimates x_r (R, n, m) whose mean is `value`; arguments as there."""
         a, b = self._check(rows_a=rows_a, rows_b=rows_b)

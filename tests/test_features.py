@@ -10,7 +10,7 @@ import zoo
 
 import lddyn
 from lddyn.anatomy import Anatomy
-from lddyn.features import plan_layout
+from lddyn.features import plan_layout, store_features
 from lddyn.ledger import UnsupportedModelError
 from lddyn.sketch import KINDS, Layout, Part
 
@@ -303,3 +303,22 @@ def test_what_is_kept_as_an_outer_product_must_be_one():
     )
     with pytest.raises(UnsupportedModelError, match=f"gradients of {name} were outer products"):
         lddyn.features(lm, examples, layout=Layout(layout.sketch, parts))
+
+
+def test_faiss_finds_what_query_finds(tmp_path):
+    pytest.importorskip("faiss")
+    model, examples = zoo.build("llama"), [
+        lddyn.Example([1, 2 + i], [3, 4 + i, 5, 7 + 2 * i]) for i in range(9)
+    ]  # fmt: skip
+    layout = plan_layout(model, examples, lddyn.Sketch(k=2048))
+    stored = layout.summed()
+    with lddyn.Store.create(tmp_path / "s", {}, stored, exist_ok=True) as store:
+        store_features(store, model, dict(enumerate(examples)), layout, by="sequence")
+    store = lddyn.Store.open(tmp_path / "s", layout=stored)
+    rows = store.rows()[:3]
+    values, found = store.to_faiss().search(stored.as_query(rows).numpy(), 4)
+    hits = store.query(rows, 4, sign="up")
+    assert torch.equal(torch.from_numpy(found), hits.index)
+    torch.testing.assert_close(torch.from_numpy(values), hits.estimate.value)
+    with pytest.raises(ValueError, match="linear layout"):
+        layout.as_query(torch.zeros(1, layout.width))
