@@ -527,6 +527,7 @@ def features(
     if layout is None:
         layout = plan_layout(anatomy, examples, sketch or Sketch())
     _check_layout(layout, anatomy)
+    largest = max((p.shape[0] * p.shape[1] for p in layout.parts if p.kind == "sketch"), default=0)
     bar = tqdm(
         total=sum(len(e) for e in examples), desc="features", unit="token",
         disable=None if progress else True, leave=False,
@@ -536,11 +537,14 @@ def features(
         with _cpu_threads(threads):
             trace = anatomy.trace(example)
         total = sum(len(e) for e in examples) * layout.width * trace.logits.element_size()
-        work = Side(trace).bytes_per_cotangent() * min(chunk, len(example))
+        count = min(chunk, len(example))
+        work = Side(trace).bytes_per_cotangent() * count
+        if layout.sketch.kind in ("sjlt", "rademacher", "gaussian"):  # gradients are formed
+            work += (2 * count + 8) * largest * trace.logits.element_size()
         if total + work > budget:
             raise ValueError(
                 f"memory must be at least {total + work} bytes, {total} for all rows and {work} "
-                f"for a chunk of {min(chunk, len(example))} tokens of a sequence of "
+                f"for a chunk of {count} tokens of a sequence of "
                 f"{trace.length}, got {budget}: raise it, lower chunk, or give fewer examples at a "
                 "time with one layout"
             )

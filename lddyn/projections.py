@@ -215,10 +215,15 @@ def sparse(stream: Stream, terms: Sequence[Term], shape: tuple[int, int], size: 
     """(c, R, size): each entry of the matrix goes to one bucket of each repeat, with a sign.
 
     The repeats together are the block form of SJLT (Kane & Nelson 2014) with R nonzeros a column.
-    Cost: 2 T a b FLOPs to materialise a gradient, and R a b additions.
+    Cost: 2 T a b FLOPs to materialise a gradient, R a b additions, and making R a b numbers.
     """
-    whole = [weigh(terms, c, shape[0]).flatten()[None] for c in range(len(terms[0]))]
-    return torch.cat([count_sketch(stream, x, size) for x in whole])
+    count = shape[0] * shape[1]
+    whole = torch.stack([weigh(terms, c, shape[0]).flatten() for c in range(len(terms[0]))])
+    out = whole.new_zeros(len(whole), stream.repeats, size)
+    for repeat in range(stream.repeats):  # tables as large as the weight are not kept
+        where, sign = buckets(key(stream.seed, stream.name, repeat, "hash"), count, size)
+        out[:, repeat].index_add_(1, where.to(whole.device), whole * sign.to(whole))
+    return out
 
 
 def tensor_sketch(
