@@ -22,7 +22,7 @@ def model(name):
     """A tiny model; after a "+" what is added to it."""
     base, _, more = name.partition("+")
     changes = {"": {}, "lora": {}, "tied": {"tie_word_embeddings": True}}
-    changes["small"] = {"hidden_size": 16, "intermediate_size": 24}
+    changes["small"] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     changes["bias"] = {"attention_bias": True, "mlp_bias": True}
     if more == "lora":
         with warnings.catch_warnings():
@@ -121,7 +121,7 @@ def test_low_rank_parts_take_most_of_the_error():
 def test_intervals_of_whole_models_hold_the_truth(kind):
     """95 % intervals of 8 repeats each, 1,000 seeds, four tokens with all others of a model."""
     seeds = 1000
-    feats = repeated("llama+small", lddyn.Sketch(kind, k=800, seed=1), 8 * seeds)
+    feats = repeated("llama+small", lddyn.Sketch(kind, k=400, seed=1), 8 * seeds)
     some = torch.tensor([0, 3, 7, 9])
     samples = feats.layout.samples(feats.rows[some], feats.rows).view(seeds, 8, 4, -1)
     estimate = lddyn.Estimate(samples.mean(1), samples.std(1) / 8**0.5, 8)
