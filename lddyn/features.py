@@ -574,7 +574,9 @@ def token_table(examples: Sequence[Example]) -> TokenTable:
     return TokenTable(
         [e.content_id for e in examples for _ in range(len(e))],
         torch.tensor([i for i, e in enumerate(examples) for _ in range(len(e))]),
-        torch.tensor([m for e in examples for m in range(len(e))], dtype=torch.int32),
+        torch.tensor(
+            [p + 1 - len(e.prompt_ids) for e in examples for p in e.positions], dtype=torch.int32
+        ),
         torch.tensor([p for e in examples for p in e.positions], dtype=torch.int32),
         torch.tensor([t for e in examples for t in e.targets], dtype=torch.int32),
     )

@@ -3,6 +3,7 @@
 import functools
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +134,33 @@ def test_intervals_of_whole_models_hold_the_truth(kind):
     assert 0.93 <= float(held[:, own].mean()) <= 0.97  # norms
 
 
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def test_errors_on_a_trained_model_are_those_of_theory(monkeypatch):
+    """The whole chain against plain backward passes and the variance formulas."""
+    trained, data = SHARED / "models/hh-llama-2m", SHARED / "data/hh-helpful/probes.jsonl"
+    if not (trained.exists() and data.exists()):
+        pytest.skip(f"NOT RUN: the trained model or its dialogues are not in {SHARED}")
+    import sketches
+    import transformers
+
+    lm = transformers.AutoModelForCausalLM.from_pretrained(trained).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained)
+    rows = (lddyn.encode_row(tokenizer, r, ["chosen"]) for r in lddyn.rows(data, limit=12))
+    short = [sketches.cut(r["chosen"]) for r in rows if len(r["chosen"].prompt_ids) < 70][:2]
+    monkeypatch.setattr(sketches, "PAIRS", 6)
+    monkeypatch.setattr(sketches, "SEEDS", 40)
+    monkeypatch.setattr(sketches, "SIZES", {"twosided": [1024], "tensorsketch": [1024]})
+    monkeypatch.setattr(sketches, "truncated", lambda *_: [])
+    for rows in sketches.measure(lm, short)["kinds"].values():
+        for group in ("other sequence", "itself"):
+            found = rows[0][group]
+            assert found["error"] == pytest.approx(found["theory"], rel=0.2)
+            assert found["stated"] == pytest.approx(found["theory"], rel=0.15)
+            assert 0.9 < found["held"] < 0.99
+
+
 # --------------------------------------------------------------------------- the same bits
 
 
@@ -186,6 +214,13 @@ def test_weights_scale_rows():
     weighed = lddyn.features(model("llama"), [one], weights=[weights], layout=plain.layout)
     expected = plain.gram().value * weights[:, None]
     torch.testing.assert_close(weighed.gram(plain).value, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_token_table_counts_within_the_response():
+    ex = lddyn.Example([5, 9], [21, 9, 40, 2], response_mask=[True, False, True, True])
+    tokens = lddyn.features(model("llama"), [ex], lddyn.Sketch(k=800)).tokens
+    assert tokens.response_index.tolist() == [0, 2, 3]
+    assert tokens.position.tolist() == [1, 3, 4] and tokens.token_id.tolist() == [21, 40, 2]
 
 
 def test_float64_models_have_float64_features():
