@@ -189,12 +189,7 @@ def plan_layout(model: nn.Module | Anatomy, examples: Sequence[Example], sketch:
             if name != base or not single(terms):
                 dense.add(base)
             kept = None
-            if (
-                low_rank_kind
-                and use == "sketch"
-                and not single(terms)
-                and _has_low_rank(anatomy, base)
-            ):
+            if low_rank_kind and use == "sketch" and not single(terms) and _alone(anatomy, base):
                 stream = Stream(sketch.seed, base, sketch.repeats)
                 kept = low_rank(stream, terms, shape, min(sketch.rank, *shape))
             for c in range(len(rows)):
@@ -221,8 +216,8 @@ def plan_layout(model: nn.Module | Anatomy, examples: Sequence[Example], sketch:
     return Layout(sketch, _divide(anatomy, sketch, squares, uses, dense))
 
 
-def _has_low_rank(anatomy: Anatomy, name: str) -> bool:
-    """Whether all of a weight's gradient is in one matrix at a time; elsewhere it is sketched."""
+def _alone(anatomy: Anatomy, name: str) -> bool:
+    """Whether all of a weight's gradient is seen at once: only then factors can stand for it."""
     return anatomy.trainable[name].dim() == 2 and len(anatomy.ledger[name].segments) == 1
 
 
@@ -270,9 +265,9 @@ def _divide(
                 raise _mixed(name)
             claim.copies = 2
             claim.weight += 2 * (weight * squares["head"]) ** 0.5
-        elif use == "sketch" and name in uses and name not in dense:
+        elif use == "sketch" and name in uses and name not in dense and _alone(anatomy, name):
             claim.whole, claim.kept = sum(shape), "outer"
-        elif use == "sketch" and sketch.kind == "lowrank" and _has_low_rank(anatomy, name):
+        elif use == "sketch" and sketch.kind == "lowrank" and _alone(anatomy, name):
             claim.copies = 2
             fixed.append(Part(name, "outer", shape, (min(sketch.rank, *shape), 1)))
         if parameter.dim() == 2 and claim.copies == 1 and size <= (claim.whole or size):

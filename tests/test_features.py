@@ -29,7 +29,10 @@ def model(name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return zoo.lora(base)
-    return zoo.build(base, **changes[more]).eval()
+    lm = zoo.build(base, **changes.get(more, {})).eval()
+    if more == "shared":
+        lm.model.layers[0].mlp = lm.model.layers[1].mlp
+    return lm
 
 
 @functools.cache
@@ -62,8 +65,8 @@ def assert_unbiased(estimate, gram):
     assert float(((estimate.value - gram) / scale(gram)).abs().max()) < 0.1
 
 
-ALL = ["llama", "llama+bias", "llama+tied", "llama+lora", "gpt2", "opt", "mixtral", "qwen3",
-       "qwen3_moe", "gemma2", "falcon", "gpt_oss"]  # fmt: skip
+ALL = ["llama", "llama+bias", "llama+tied", "llama+lora", "llama+shared", "gpt2", "opt", "mixtral",
+       "qwen3", "qwen3_moe", "gemma2", "falcon", "gpt_oss"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ALL)
