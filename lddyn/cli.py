@@ -810,6 +810,9 @@ def build(
     max_length: Annotated[
         int | None, typer.Option(help="Cut sequences to this many tokens.", show_default=False)
     ] = None,
+    skip: Annotated[
+        bool, typer.Option("--skip", help="Leave out what is too long or cannot be encoded.")
+    ] = False,
     memory: Annotated[str, typer.Option(help="Workspace beyond the model.")] = "4GiB",
     dtype: Annotated[str, typer.Option(help=f"Of the model: {' '.join(_DTYPES)}.")] = "float32",
     adapter: Annotated[
@@ -848,7 +851,11 @@ def build(
         tokenizer = _load_tokenizer(model, trust_remote_code)
         lm = _load_model(model, getattr(torch, dtype), trust_remote_code, adapter).to(device)
         config = getattr(lm, "config", None)
-        examples = _data_set(tokenizer, data, fields, limit, max_length, config)
+        examples, left_out = _data_set(
+            tokenizer, data, fields, limit, max_length, config, skip=skip
+        )
+        if left_out and me == 0:
+            _warn(f"{len(left_out)} left out; the first: {left_out[0]}")
         identity = identify(lm, tokenizer, dtype=dtype, rows=by)
         parts = [out]
         if world > 1:
@@ -874,6 +881,7 @@ def build(
             for part in parts:
                 shutil.rmtree(part)
         found = _describe(Store.open(out)) | {"written": written, "processes": world}
+        found["left_out"] = left_out
         found["seconds"] = round(time.perf_counter() - began, 3)
         if as_json:
             _print_json(found)
@@ -888,31 +896,42 @@ def _data_set(
     limit: int | None,
     max_length: int | None,
     config: Any,
-) -> dict[int, Example]:
-    """Place in the data set -> example; what is there twice counts once."""
+    skip: bool,
+) -> tuple[dict[int, Example], list[str]]:
+    """Place in the data set -> example, what is there twice once; and why others are left out."""
     from lddyn.examples import encode_row
     from lddyn.examples import rows as read
 
     wanted: Any = "all" if fields == "all" else _split(fields) or None
     found: dict[int, Example] = {}
     seen: set[str] = set()
+    left_out: list[str] = []
     place = 0
     for number, row in enumerate(read(data, limit=limit)):
         try:
             encoded = encode_row(tokenizer, row, wanted, max_length=max_length, skip_empty=True)
         except ValueError as error:
-            raise Problem(f"row {number}: {error}") from error
+            if not skip:
+                raise Problem(f"row {number}: {error}") from error
+            left_out.append(f"row {number}: {error}")
+            continue
         if wanted not in (None, "all"):
             encoded = {name: e for name, e in encoded.items() if name in wanted}
         for name, example in encoded.items():
-            _check_limits(example, f"row {number}, {name}", config)
-            if example.content_id not in seen:
-                found[place] = example
-            seen.add(example.content_id)
             place += 1
+            try:
+                _check_limits(example, f"row {number}, {name}", config)
+            except Problem as error:
+                if not skip:
+                    raise
+                left_out.append(str(error))
+                continue
+            if example.content_id not in seen:
+                found[place - 1] = example
+            seen.add(example.content_id)
     if not found:
         raise Problem(f"{data} has no response to make features of")
-    return found
+    return found, left_out
 
 
 @contextlib.contextmanager

@@ -189,12 +189,7 @@ def plan_layout(model: nn.Module | Anatomy, examples: Sequence[Example], sketch:
             if name != base or not single(terms):
                 dense.add(base)
             kept = None
-            if (
-                low_rank_kind
-                and use == "sketch"
-                and not single(terms)
-                and _has_low_rank(anatomy, base)
-            ):
+            if low_rank_kind and use == "sketch" and not single(terms) and _alone(anatomy, base):
                 stream = Stream(sketch.seed, base, sketch.repeats)
                 kept = low_rank(stream, terms, shape, min(sketch.rank, *shape))
             for c in range(len(rows)):
@@ -221,8 +216,8 @@ def plan_layout(model: nn.Module | Anatomy, examples: Sequence[Example], sketch:
     return Layout(sketch, _divide(anatomy, sketch, squares, uses, dense))
 
 
-def _has_low_rank(anatomy: Anatomy, name: str) -> bool:
-    """Whether all of a weight's gradient is in one matrix at a time; elsewhere it is sketched."""
+def _alone(anatomy: Anatomy, name: str) -> bool:
+    """Whether all of a weight's gradient is seen at once: only then factors can stand for it."""
     return anatomy.trainable[name].dim() == 2 and len(anatomy.ledger[name].segments) == 1
 
 
@@ -270,9 +265,9 @@ def _divide(
                 raise _mixed(name)
             claim.copies = 2
             claim.weight += 2 * (weight * squares["head"]) ** 0.5
-        elif use == "sketch" and name in uses and name not in dense:
+        elif use == "sketch" and name in uses and name not in dense and _alone(anatomy, name):
             claim.whole, claim.kept = sum(shape), "outer"
-        elif use == "sketch" and sketch.kind == "lowrank" and _has_low_rank(anatomy, name):
+        elif use == "sketch" and sketch.kind == "lowrank" and _alone(anatomy, name):
             claim.copies = 2
             fixed.append(Part(name, "outer", shape, (min(sketch.rank, *shape), 1)))
         if parameter.dim() == 2 and claim.copies == 1 and size <= (claim.whole or size):
@@ -527,6 +522,7 @@ def features(
     if layout is None:
         layout = plan_layout(anatomy, examples, sketch or Sketch())
     _check_layout(layout, anatomy)
+    largest = max((p.shape[0] * p.shape[1] for p in layout.parts if p.kind == "sketch"), default=0)
     bar = tqdm(
         total=sum(len(e) for e in examples), desc="features", unit="token",
         disable=None if progress else True, leave=False,
@@ -536,11 +532,14 @@ def features(
         with _cpu_threads(threads):
             trace = anatomy.trace(example)
         total = sum(len(e) for e in examples) * layout.width * trace.logits.element_size()
-        work = Side(trace).bytes_per_cotangent() * min(chunk, len(example))
+        count = min(chunk, len(example))
+        work = Side(trace).bytes_per_cotangent() * count
+        if layout.sketch.kind in ("sjlt", "rademacher", "gaussian"):  # gradients are formed
+            work += (2 * count + 8) * largest * trace.logits.element_size()
         if total + work > budget:
             raise ValueError(
                 f"memory must be at least {total + work} bytes, {total} for all rows and {work} "
-                f"for a chunk of {min(chunk, len(example))} tokens of a sequence of "
+                f"for a chunk of {count} tokens of a sequence of "
                 f"{trace.length}, got {budget}: raise it, lower chunk, or give fewer examples at a "
                 "time with one layout"
             )
@@ -570,7 +569,9 @@ def token_table(examples: Sequence[Example]) -> TokenTable:
     return TokenTable(
         [e.content_id for e in examples for _ in range(len(e))],
         torch.tensor([i for i, e in enumerate(examples) for _ in range(len(e))]),
-        torch.tensor([m for e in examples for m in range(len(e))], dtype=torch.int32),
+        torch.tensor(
+            [p + 1 - len(e.prompt_ids) for e in examples for p in e.positions], dtype=torch.int32
+        ),
         torch.tensor([p for e in examples for p in e.positions], dtype=torch.int32),
         torch.tensor([t for e in examples for t in e.targets], dtype=torch.int32),
     )

@@ -2,7 +2,7 @@
 
 A token's gradient of one weight is A = Σ_t l_t ⊗ r_t, a x b in the weight's own shape. A projection
 S keeps k numbers of it, such that ⟨S A, S B⟩ has the mean ⟨A, B⟩ and a known variance. All numbers
-come from SplitMix64 under a key of (seed, parameter, repeat, stream): the same on any device.
+come from SplitMix64 under a key of (seed, parameter, stream): the same on any device.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def weigh(terms: Sequence[Term], c: int, rows: int) -> Tensor:
 # --------------------------------------------------------------------------- numbers from a counter
 
 
-def key(seed: int, name: str, repeat: int, stream: str) -> int:
+def key(seed: int, name: str, stream: str) -> int:
     """A signed 64-bit key, independent for every argument; SHA-256, not Python's hash."""
-    text = f"{seed}\0{name}\0{repeat}\0{stream}".encode()
+    text = f"{seed}\0{name}\0{stream}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little", signed=True)
 
 
@@ -73,11 +73,9 @@ def _uniform(k: int, count: int) -> Tensor:
 
 def normals(k: int, count: int) -> Tensor:
     """Standard normal float64 by Box and Muller."""
-    half = -(-count // 2)
-    u = _uniform(k, 2 * half)
-    radius = u[:half].log().mul_(-2).sqrt_()
-    angle = u[half:] * (2 * math.pi)
-    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count]
+    u = _uniform(k, count + count % 2).view(-1, 2)
+    radius, angle = u[:, 0].log().mul_(-2).sqrt_(), u[:, 1] * (2 * math.pi)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).flatten()[:count]
 
 
 def signs(k: int, count: int) -> Tensor:
@@ -105,8 +103,8 @@ def haar(seed: int, name: str, stream: str, repeats: int, size: int, width: int)
     the signs of the diagonal taken out (Mezzadri 2007); then rounded, so that another LAPACK's last
     bits do not show.
     """
-    made = [normals(key(seed, name, r, stream), size * width) for r in range(repeats)]
-    q, triangle = torch.linalg.qr(torch.stack(made).view(repeats, width, size))
+    made = normals(key(seed, name, stream), repeats * size * width)
+    q, triangle = torch.linalg.qr(made.view(repeats, width, size))
     frames: Tensor = q * triangle.diagonal(dim1=1, dim2=2).sign()[:, None, :]
     return (frames.mT * math.sqrt(width / size)).float().contiguous()
 
@@ -116,8 +114,8 @@ def hashed(
     seed: int, name: str, stream: str, repeats: int, size: int, width: int
 ) -> tuple[Tensor, Tensor]:
     """Buckets and signs (repeats, width) of independent count sketches."""
-    made = [buckets(key(seed, name, r, stream), width, size) for r in range(repeats)]
-    return torch.stack([b for b, _ in made]), torch.stack([s for _, s in made]).float()
+    where, sign = buckets(key(seed, name, stream), repeats * width, size)
+    return where.view(repeats, width), sign.float().view(repeats, width)
 
 
 # --------------------------------------------------------------------------- projections
@@ -204,7 +202,7 @@ def dense(
     for repeat in range(stream.repeats):
         for lo in range(0, size, block):
             rows = min(block, size - lo)
-            at = key(stream.seed, stream.name, repeat, f"dense {lo}")
+            at = key(stream.seed, stream.name, f"dense {repeat} {lo}")
             matrix = draw(at, rows * count).view(rows, count).to(whole)
             for c, vector in enumerate(whole):
                 out[c, repeat, lo : lo + rows] = matrix @ vector
@@ -215,10 +213,15 @@ def sparse(stream: Stream, terms: Sequence[Term], shape: tuple[int, int], size: 
     """(c, R, size): each entry of the matrix goes to one bucket of each repeat, with a sign.
 
     The repeats together are the block form of SJLT (Kane & Nelson 2014) with R nonzeros a column.
-    Cost: 2 T a b FLOPs to materialise a gradient, and R a b additions.
+    Cost: 2 T a b FLOPs to materialise a gradient, R a b additions, and making R a b numbers.
     """
-    whole = [weigh(terms, c, shape[0]).flatten()[None] for c in range(len(terms[0]))]
-    return torch.cat([count_sketch(stream, x, size) for x in whole])
+    count = shape[0] * shape[1]
+    whole = torch.stack([weigh(terms, c, shape[0]).flatten() for c in range(len(terms[0]))])
+    out = whole.new_zeros(len(whole), stream.repeats, size)
+    for repeat in range(stream.repeats):  # tables as large as the weight are not kept
+        where, sign = buckets(key(stream.seed, stream.name, f"hash {repeat}"), count, size)
+        out[:, repeat].index_add_(1, where.to(whole.device), whole * sign.to(whole))
+    return out
 
 
 def tensor_sketch(
@@ -273,7 +276,7 @@ def low_rank(
     """
     if rank == 1 and single(terms):
         return terms[0].left, terms[0].right.expand(len(terms[0]), 1, -1)
-    start = normals(key(stream.seed, stream.name, 0, "low rank"), shape[1] * rank)
+    start = normals(key(stream.seed, stream.name, "low rank"), shape[1] * rank)
     right = start.view(shape[1], rank).to(terms[0].right)
     for _ in range(3):
         onto = torch.stack([t.left.mT @ (t.right @ right) for t in terms]).sum(0)

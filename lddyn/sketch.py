@@ -49,7 +49,7 @@ class Sketch:
             without bias.
         k: Numbers per token for all that is sketched: all layers and repeats together. They are
             divided by the layers' shares of the squared norm (`plan_layout`).
-        seed: Any integer. Streams are keyed by (seed, parameter name, repeat).
+        seed: Any integer. Streams are keyed by (seed, parameter name, use).
         repeats: R. The standard error has R − 1 degrees of freedom.
         sides: Of a two-sided sketch: `"orthogonal"` (Haar frames) or `"sign"` (the op `sketch`).
         rank: ρ of `"lowrank"`.
@@ -167,7 +167,7 @@ class Sketch:
 
     def _signed(self, stream: Stream, terms: Sequence[Term], sizes: tuple[int, int]) -> Tensor:
         """By the op `sketch`, one call for all cotangents where they share their inputs."""
-        seed = key(self.seed, stream.name, 0, "op")
+        seed = key(self.seed, stream.name, "op")
         parts = []
         for term in terms:
             if term.left.dim() == 3 and term.right.dim() == 2:

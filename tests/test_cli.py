@@ -419,6 +419,15 @@ def test_features_build_by_sequence(model, pairs, tmp_path):
     assert answer.startswith("all of ") and " ± " in answer
 
 
+def test_features_build_leaves_out_what_does_not_fit(model, data, tmp_path):
+    fits = tmp_path / "rows.jsonl"
+    fits.write_text("".join(data.read_text().splitlines(True)[:4]), encoding="utf-8")
+    arguments = ["--model", model, "--data", fits, "--store", tmp_path / "s", "-k", 900]
+    assert "row 2, chosen: length must be <= 64" in errors("features", "build", *arguments)
+    document = built(model, fits, tmp_path / "s", "--skip")
+    assert document["examples"] == 3 and len(document["left_out"]) == 3  # one is there twice
+
+
 @pytest.mark.slow
 def test_features_build_on_two_ranks_makes_the_same_files(model, pairs, tmp_path):
     built(model, pairs, tmp_path / "one")
