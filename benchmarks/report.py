@@ -17,7 +17,7 @@ PAGES = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("performance", "kernels", "operator", "store", "sketches")
+        for name in ("performance", "kernels", "operator", "store", "sketches", "plan")
     ),
 ]
 
@@ -338,10 +338,23 @@ def sketches(section: dict) -> str:
     )
 
 
+def planner(section: dict) -> str:
+    """Errors that the planner expects of the sketches it proposes, and the measured ones."""
+    rows = [
+        [str(r["sequences"]), f"{r['tokens']:,}", r["kind"], f"{100 * r['rtol']:.0f} %",
+         f"{r['k']:,}", f"{100 * r['expected']:.1f} %", f"{100 * r['measured']:.1f} %",
+         f"{r['measured'] / r['expected']:.2f}"]
+        for r in section["result"]
+    ]  # fmt: skip
+    header = ["sequences", "tokens", "kind", "wanted", "k", "expected", "measured", "ratio"]
+    return table(header, rows) + f"\n\n<sub>{made_by(section)}</sub>"
+
+
 MODELS = {"dialogue": "Llama trained on dialogues", "demo": "The demo's language model"}
 
 SECTIONS = {
     "sketches": sketches,
+    "planner": planner,
     "store": store,
     "dialogue": dialogue,
     "influence": influence,

@@ -978,6 +978,9 @@ def plan(
         str | None,
         typer.Option(help="Kind of sketch to look at. Default: twosided and lowrank."),
     ] = None,
+    skip: Annotated[
+        bool, typer.Option("--skip", help="Leave out what is too long or cannot be encoded.")
+    ] = False,
     max_length: Annotated[
         int | None, typer.Option(help="Cut sequences to this many tokens.", show_default=False)
     ] = None,
@@ -1008,11 +1011,15 @@ def plan(
         tokenizer = _load_tokenizer(model, trust_remote_code)
         lm = _load_model(model, getattr(torch, dtype), trust_remote_code, adapter).to(device)
         config = getattr(lm, "config", None)
-        examples = list(_data_set(tokenizer, data, fields, limit, max_length, config).values())
+        examples, left_out = _data_set(
+            tokenizer, data, fields, limit, max_length, config, skip=skip
+        )
+        if left_out:
+            _warn(f"{len(left_out)} left out; the first: {left_out[0]}")
         sketch = None if kind is None else lddyn.Sketch(kind)
-        way = lddyn.plan(lm, examples, rtol=rtol, memory=memory, sketch=sketch)
+        way = lddyn.plan(lm, list(examples.values()), rtol=rtol, memory=memory, sketch=sketch)
         if as_json:
-            _print_json(way.to_json())
+            _print_json(way.to_json() | {"left_out": len(left_out)})
             return
         for line in way.explain().splitlines():
             _say(line)
