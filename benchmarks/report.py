@@ -17,7 +17,7 @@ PAGES = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("performance", "kernels", "operator", "store", "sketches", "plan")
+        for name in ("performance", "kernels", "operator", "sketches", "plan", "store", "streaming")
     ),
 ]
 
@@ -350,11 +350,41 @@ def planner(section: dict) -> str:
     return table(header, rows) + f"\n\n<sub>{made_by(section)}</sub>"
 
 
+def streaming(section: dict) -> str:
+    """A model on disk against the same model in memory."""
+    r = section["result"]
+    sizes = r["sizes"]
+    rows = []
+    for name, row in r["ways"].items():
+        rows.append([
+            name, duration(row["seconds"]), f"{row['seconds_over_in_memory']:.2f}×",
+            f"{row['processor_seconds_over_in_memory']:.2f}×",
+            megabytes(row["weights_resident_bytes"]), megabytes(row["peak_bytes"]),
+            f"{row['bytes_read'] / 1e9:.1f} GB" if "bytes_read" in row else "–",
+            "–" if name == "in memory" else "to the bit" if row["equal"]
+            else f"{row['largest_difference']:.0e}",
+        ])  # fmt: skip
+    some = r["ways"]["streamed"]
+    header = ["way", "time", "/ in memory", "processor time", "weights held", "peak", "read",
+              "table equal"]  # fmt: skip
+    threads = "one thread" if r["threads"] == 1 else f"{r['threads']} threads"
+    return (
+        f"Random Llama, d = {sizes['hidden']}, {sizes['layers']} layers, V = "
+        f"{sizes['vocabulary']:,}, float32: {megabytes(r['weight_bytes'])} in {r['shards']} files, "
+        f"**{r['weights_over_budget']:.1f}×** the budget of {megabytes(r['budget_bytes'])} "
+        f"({megabytes(some['outside_blocks_bytes'])} outside the blocks and {some['slots']} slots "
+        f"of {megabytes(some['slot_bytes'])}). T = {sizes['length']}, M = L = {sizes['response']}, "
+        f"{threads}, fastest of {r['rounds']} rounds.\n\n{table(header, rows)}\n\n"
+        f"<sub>{made_by(section)}</sub>"
+    )
+
+
 MODELS = {"dialogue": "Llama trained on dialogues", "demo": "The demo's language model"}
 
 SECTIONS = {
     "sketches": sketches,
     "planner": planner,
+    "streaming": streaming,
     "store": store,
     "dialogue": dialogue,
     "influence": influence,

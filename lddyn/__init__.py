@@ -50,6 +50,7 @@ _PUBLIC = {
     "rows": "examples",
     "selftest": "environment",
     "sign_delta": "proxies",
+    "stream": "stream",
     "token_log_probs": "decompose",
     "true_float64": "anatomy",
 }

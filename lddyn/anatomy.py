@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from lddyn import layers
 from lddyn.examples import Example
@@ -214,7 +215,7 @@ class Anatomy:
                 f"the head must be an nn.Linear, got {type(self.head).__name__}: merge adapters "
                 "on lm_head first (lddyn takes the head in closed form)"
             )
-        self.blocks = _find_blocks(base)
+        self.blocks = find_blocks(base)
         with _LOCK:  # another thread's analysis may have switched gradients off
             self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable and not allow_frozen:
@@ -226,6 +227,7 @@ class Anatomy:
         self.direct: set[str] = set()
         self.head_weight = self.trainable_by_id.get(id(self.head.weight), (None,))[0]
         self.head_bias = self.trainable_by_id.get(id(self.head.bias), (None,))[0]
+        self.streamed = any(map(is_streamed, model.parameters()))
         self._logits_checked = False
         if self.blocks[0]._forward_pre_hooks or self.blocks[-1]._forward_hooks:
             # Elsewhere a hook that changes a hidden state is seen: one block's output is not the
@@ -487,6 +489,14 @@ class Anatomy:
         """X in the shape in which block i returns its output."""
         return (x, *[None] * (self._tuples[i] - 1)) if self._tuples[i] else x
 
+    def _whole(self, i: int, forward: Any, args: Any, kwargs: Any) -> Any:
+        """A block as part of a plain pass; a streamed one is run again on the way back."""
+        if self.streamed and torch.is_grad_enabled():
+            return checkpoint(
+                forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+            )
+        return forward(*args, **kwargs)
+
     def _run(self, ids: Tensor) -> Any:
         return self.base(input_ids=ids, use_cache=False, return_dict=True)
 
@@ -607,7 +617,10 @@ class Anatomy:
                 )
 
     def _explain_non_finite(self, trace: Trace) -> None:
+        parameter: Any
         for name, parameter in self.model.named_parameters():
+            if is_streamed(parameter):
+                parameter.fetch()
             if not bool(torch.isfinite(parameter).all()):
                 count = int((~torch.isfinite(parameter)).sum())
                 raise NonFiniteError(
@@ -674,10 +687,7 @@ class Anatomy:
             captured.append(h.reshape(-1, h.shape[-1])[positions])
             return self._dummy(h)
 
-        def block(i: int, forward: Any, args: Any, kwargs: Any) -> Any:
-            return forward(*args, **kwargs)
-
-        with self._patched(block, head):
+        with self._patched(self._whole, head):
             self._run(torch.tensor([example.ids], device=self.device))
         return captured[0]
 
@@ -693,10 +703,7 @@ class Anatomy:
         def head(h: Tensor) -> Any:
             return original(h.reshape(-1, h.shape[-1])[positions][None])
 
-        def block(i: int, forward: Any, args: Any, kwargs: Any) -> Any:
-            return forward(*args, **kwargs)
-
-        with self._patched(block, head):
+        with self._patched(self._whole, head):
             logits: Tensor = self._run(ids).logits[0]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -823,6 +830,11 @@ def _at_rows(value: Any, length: int, rows: Tensor) -> Any:
     return value
 
 
+def is_streamed(parameter: Tensor) -> bool:
+    """Whether a weight is in memory only while its block is used (see `stream`), else NaN."""
+    return hasattr(parameter, "fetch")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception is an allocator's refusal, on GPU or CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -865,7 +877,7 @@ def back_project(rows: Tensor, weight: Tensor, budget: int = 1 << 28) -> Tensor:
     return out
 
 
-def _find_blocks(model: nn.Module) -> list[nn.Module]:
+def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The decoder layers: the longest ModuleList that holds most of the parameters."""
     candidates = [
         (sum(p.numel() for p in m.parameters()), -depth, m)

@@ -199,6 +199,15 @@ def decompose(
         typer.Option(help="Clip the gradient's norm, as trainers do.", show_default=False),
     ] = None,
     memory: Annotated[str, typer.Option(help="Workspace beyond model and result.")] = "4GiB",
+    stream: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MEMORY",
+            help="Read the blocks' weights as they are used, at most this much at once (512MiB); "
+            "needs --adapter.",
+            show_default=False,
+        ),
+    ] = None,
     attention: Annotated[str, typer.Option(help="lddyn or eager.")] = "lddyn",
     dtype: Annotated[str, typer.Option(help=" ".join(_DTYPES) + ".")] = "float32",
     adapter: Annotated[
@@ -206,7 +215,10 @@ def decompose(
         typer.Option(help="peft adapter; only it is trained.", show_default=False),
     ] = None,
     verify: Annotated[
-        bool, typer.Option(help="Check against real steps on a float64 copy.")
+        bool,
+        typer.Option(
+            help="Check against real steps on a float64 copy (with --stream: in --dtype)."
+        ),
     ] = True,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
@@ -230,6 +242,11 @@ def decompose(
             raise Problem(f"--objective must be sft or dpo, got {objective!r}")
         if dtype not in _DTYPES:
             raise Problem(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        if stream is not None and adapter is None:
+            raise Problem(
+                "--stream needs --adapter: a step of all weights holds three times the model "
+                "(gradient, step, shifted copy), got no adapter"
+            )
         content = _read_row(data, row)  # before torch is imported: it fails fast
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
@@ -255,7 +272,8 @@ def decompose(
                 f"row {row} of {data} has no field {absent[0]!r}; there are: "
                 + ", ".join(sorted(examples))
             )
-        lm = _load_model(model, chosen_dtype, trust_remote_code, adapter).to(device)
+        lm = _load_model(model, chosen_dtype, trust_remote_code, adapter, stream, device)
+        lm = lm.to(device)
         config = getattr(lm, "config", None)
         findings = lddyn.audit(
             tokenizer, [content], fields or None, max_length=max_length, config=config
@@ -279,8 +297,9 @@ def decompose(
         decomposed = time.perf_counter()
         verification = None
         if verify:
-            _progress("checking against real steps in float64 …")
-            verification = dec.verify()
+            _progress("checking against real steps …")
+            # A streamed model has no float64 copy.
+            verification = dec.verify() if stream is None else dec.verify(dtype=None)
         seconds = {
             "load": loaded - began,
             "decompose": decomposed - loaded,
@@ -444,9 +463,35 @@ def _load_tokenizer(name: str, trust: bool) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
 
 
-def _load_model(name: str, dtype: torch.dtype, trust: bool, adapter: str | None = None) -> Any:
+def _load_model(
+    name: str,
+    dtype: torch.dtype,
+    trust: bool,
+    adapter: str | None = None,
+    stream: str | None = None,
+    device: str = "cpu",
+) -> Any:
     """A causal LM in evaluation mode; weights that its files do not have are an error."""
     _local(name, "--model")
+    if stream is None:
+        model = _load_whole(name, dtype, trust)
+    else:
+        import lddyn
+
+        with _quiet_transformers(), _loading("model", name):
+            model = lddyn.stream(name, stream, dtype=dtype, device=device, trust_remote_code=trust)
+    if adapter is not None:
+        _local(adapter, "--adapter")
+        try:
+            from peft import PeftModel
+        except ImportError:
+            raise Problem("--adapter needs peft: pip install peft") from None
+        with _loading("adapter", adapter):
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    return model.eval()
+
+
+def _load_whole(name: str, dtype: torch.dtype, trust: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     with _quiet_transformers(), _loading("model", name):
@@ -459,15 +504,7 @@ def _load_model(name: str, dtype: torch.dtype, trust: bool, adapter: str | None 
             f"--model {name}: {len(missing)} weights are not in its files and would be random, "
             f"{missing[0]} first"
         )
-    if adapter is not None:
-        _local(adapter, "--adapter")
-        try:
-            from peft import PeftModel
-        except ImportError:
-            raise Problem("--adapter needs peft: pip install peft") from None
-        with _loading("adapter", adapter):
-            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    return model.eval()
+    return model
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lddyn import ops
-from lddyn.anatomy import Anatomy, Trace, true_float64, undisturbed
+from lddyn.anatomy import Anatomy, Trace, is_streamed, true_float64, undisturbed
 from lddyn.examples import Example
 from lddyn.ledger import UnsupportedModelError
 from lddyn.ntk import Side, factored_gram, factored_push, token_gram
@@ -558,6 +558,14 @@ class _Session:
         self.max_grad_norm, self.rule, self.memory = max_grad_norm, rule, memory
         self.attention, self.progress = attention, progress
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        streamed = {n: p for n, p in trainable.items() if is_streamed(p)}
+        if streamed:
+            size = sum(p.nbytes for p in streamed.values())
+            raise UnsupportedModelError(
+                f"{len(streamed)} streamed weights are trainable, {next(iter(streamed))} first: a "
+                "decomposition holds their gradient, the step and a shifted copy, "
+                f"{3 * size:,} bytes; train an adapter instead, or use lddyn.ntk, which holds none"
+            )
         if isinstance(optimizer, str):
             if lr is None:
                 raise ValueError(f"lr is needed with optimizer={optimizer!r}")
@@ -837,7 +845,11 @@ class _Session:
 
     def _remember(self) -> None:
         """Notes which weights this is about."""
-        self.weights = [(p, p._version, p.data_ptr(), _mark(p)) for p in self.model.parameters()]
+        self.weights = [
+            (p, p._version, p.data_ptr(), _mark(p))
+            for p in self.model.parameters()
+            if not is_streamed(p)  # read-only
+        ]
 
     def _check_unchanged(self) -> None:
         if sorted(n for n, p in self.model.named_parameters() if p.requires_grad) != self.trainable:
@@ -891,7 +903,12 @@ class _Session:
         lrs = [self.lr * 2.0**-k for k in range(6)] if lrs is None else list(lrs)
         if not lrs or any(not (math.isfinite(lr) and lr > 0) for lr in lrs):
             raise ValueError(f"lrs must be positive numbers, got {lrs}")
-        model = copy.deepcopy(self.model)
+        streamed = any(map(is_streamed, self.model.parameters()))
+        if streamed and dtype is not None:
+            raise UnsupportedModelError(
+                f"a streamed model cannot be copied in {dtype}: use verify(dtype=None), in its own"
+            )
+        model = shifted_copy(self.model, None) if streamed else copy.deepcopy(self.model)
         old = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         context: Any = torch.no_grad()
         if dtype is not None:

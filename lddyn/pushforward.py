@@ -271,6 +271,8 @@ def push(linear: Linearized, source: Source, state: Tensor | None) -> Tensor | N
 class Pushforward:
     """Pushes sources through one trace; keeps the linearised segments while `keep` is set.
 
+    With streamed weights it keeps none: they would hold the weights.
+
     Cost per tangent: 2 N T FLOPs for the block-linear parameters plus the taps' own tangents; the
     linearisation costs one forward and one backward pass and is shared by all tangents when kept.
     """
@@ -278,7 +280,7 @@ class Pushforward:
     def __init__(self, trace: Trace, keep: bool = True):
         self.trace = trace
         self.anatomy: Anatomy = trace.anatomy
-        self.keep = keep
+        self.keep = keep and not self.anatomy.streamed
         self._kept: dict[int, Linearized] = {}
 
     def _segment(self, segment: int) -> Linearized:

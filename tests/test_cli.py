@@ -166,6 +166,11 @@ def test_adapter(model, data, tmp_path):
     )  # fmt: skip
     assert 0 < found["trainable_parameters"] < 1000
     assert found["reference_log_probs"] is not None
+    again = decomposed(
+        model, data, "--objective", "dpo", "--adapter", tmp_path, "--reference", "adapter-off",
+        "--stream", "1MiB", "--lr", 1e-3,
+    )  # fmt: skip
+    assert again["loss"] == found["loss"] and again["verification"]["dtype"] == "model dtype"
 
 
 def test_output_folder_can_be_rendered_again(model, data, tmp_path):
@@ -231,6 +236,8 @@ def errors(*arguments):
         (["--device", "abacus"], "--device must be a device of this machine"),
         (["--reference", "./nowhere", "--objective", "dpo"], "no such folder"),
         (["--adapter", "./nowhere"], "no such folder"),
+        (["--stream", "512MiB"], "--stream needs --adapter"),
+        (["--stream", "1KiB", "--adapter", "./nowhere"], "memory must hold"),
     ],
 )
 def test_bad_input_is_one_line(model, data, arguments, message):
