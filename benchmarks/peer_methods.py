@@ -143,7 +143,7 @@ def lddyn_exact(model, rows: list[Row]) -> Answer:
     return Answer(lddyn.ntk(model, example, example).gram(), 0, everything(model))
 
 
-def lddyn_sketch(k: int, **settings) -> Callable:
+def lddyn_sketch(k: int, head: int, **settings) -> Callable:
     """lddyn's features: of the tokens of one sequence, or summed over each sequence."""
 
     def run(model, rows: list[Row]) -> Answer:
@@ -156,7 +156,7 @@ def lddyn_sketch(k: int, **settings) -> Callable:
         ]
         found = lddyn.features(model, examples, sketch=lddyn.Sketch(k=k, seed=0, **settings))
         if not tokens:
-            found = found.per_sequence()
+            found = found.per_sequence(head)
         return Answer(found.gram().value, nbytes([found.rows]), everything(model))
 
     return run
@@ -245,7 +245,9 @@ def dattri_llm(mode: str = "", rank: int = 0) -> Callable:
         keep, settings = Keep(), {}
         covers = names_of(model, (nn.Linear, nn.Embedding))
         if rank:
-            settings = {"projection_kwargs": {"__default__": {"proj_dim": rank}}}
+            settings = {
+                "projection_kwargs": {"__default__": {"proj_dim": rank, "proj_max_batch_size": 64}}
+            }
             settings["capture_style"] = "materialized"
         else:
             norms = {n: m for n, m in model.named_modules() if type(m).__name__.endswith("RMSNorm")}
@@ -358,9 +360,7 @@ def bergson(projection: int, target: str = "per_module", tokens: bool = False) -
             collector = InMemoryCollector(
                 model=model, data=data, cfg=config, processor=processor, skip_hessians=True
             )
-            order = [
-                list(range(i, min(i + BATCH, len(used)))) for i in range(0, len(used), BATCH)
-            ]
+            order = [list(range(i, min(i + BATCH, len(used)))) for i in range(0, len(used), BATCH)]
             computer = CollectorComputer(
                 model, data, collector=collector, batches=order, cfg=config
             )
@@ -380,13 +380,14 @@ def dattri_logra(size: int) -> Callable:
         covers = names_of(model, (nn.Linear,))
 
         def loss(model, batch, device):
-            return loss_of_batch(model, batch).sum()
+            return losses(model, batch["input_ids"], batch["labels"]).sum()
+
+        def collate(some):  # a dictionary: it takes the first row alone of anything else
+            return dict(zip(("input_ids", "labels"), next(batches(some, len(some)))))  # noqa: B905
 
         task = AttributionTask(loss, model, checkpoints=model.state_dict())
         attributor = LoGraAttributor(task, hessian="Identity", proj_dim=size, device="cpu")
-        loader = torch.utils.data.DataLoader(
-            rows, batch_size=BATCH, collate_fn=lambda some: next(batches(some, len(some)))
-        )
+        loader = torch.utils.data.DataLoader(rows, batch_size=BATCH, collate_fn=collate)
         attributor.cache(loader)
         count = len(loader)
         parts = [attributor.offload_manager.retrieve_gradients(i) for i in range(count)]
@@ -481,6 +482,9 @@ LIGHT, BERGSON, LOGIX = "peers", "bergson", "logix"  # environments: see docs/pe
 TOKENS = ("tokens",)
 METHODS = {
     "lddyn": Method(lddyn_exact, cases=TOKENS, exact=True),
+    # As many numbers a sequence as 8 × 8 and 45 × 45 a layer: k of the layers, 8 · head of the head.
+    "lddyn, sketch 1856": Method(lddyn_sketch(960, 112), needs="lddyn.features"),
+    "lddyn, sketch 58720": Method(lddyn_sketch(29360, 3670), needs="lddyn.features"),
     "torch, factors by hand": Method(torch_batched, cases=TOKENS, exact=True),
     "torch, loop": Method(torch_loop, exact=True),
     "opacus": Method(opacus, LIGHT, "opacus", exact=True),

@@ -167,9 +167,7 @@ def worker(name: str, case: str, folder: Path, repeats: int, out: str) -> None:
     Path(out).write_text(json.dumps(figures))
 
 
-def measure(
-    name: str, case: str, folder: Path, python: str, repeats: int, timeout: float
-) -> dict:
+def measure(name: str, case: str, folder: Path, python: str, repeats: int, timeout: float) -> dict:
     """Runs a worker process; returns its figures, or the error it died of."""
     from safetensors.torch import load_file
 
@@ -237,6 +235,7 @@ class Truth:
         def hook(name):
             def keep(module, args, out):
                 inputs[name], outputs[name] = args[0].detach(), out
+
             return keep
 
         for name, module in model.named_modules():
@@ -321,7 +320,7 @@ def position_section(truth: Truth) -> dict:
 def run_all(folder: Path, pythons: dict[str, str], repeats: int, timeout: float,
             methods: list[str]) -> dict:  # fmt: skip
     """Every method on both cases, and section (c)."""
-    result: dict = {"cases": {}, "enough": ENOUGH}
+    result: dict = {"cases": {}, "versions": {}}
     for case in CASES:
         truth = Truth(folder, case)
         rows: dict[str, dict] = {}
@@ -330,7 +329,11 @@ def run_all(folder: Path, pythons: dict[str, str], repeats: int, timeout: float,
             if env and env not in pythons:
                 row = {"error": f"no --python {env}=PATH was given"}
             else:
-                row = measure(name, case, folder, pythons.get(env, sys.executable), repeats, timeout)
+                row = measure(
+                    name, case, folder, pythons.get(env, sys.executable), repeats, timeout
+                )
+            if "versions" in row:
+                result["versions"][env or "lddyn"] = row.pop("versions")
             gram = row.pop("gram", None)
             if gram is not None:
                 row["errors"] = errors(gram, truth, row["covers"])
