@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "kernels", "operator", "store")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("performance", "kernels", "operator", "store", "sketches")
+    ),
 ]
 
 
@@ -285,7 +288,60 @@ def norms_large(section: dict) -> str:
     )
 
 
+def sketches(section: dict) -> str:
+    """Errors of sketches by kind and size, measured, stated and predicted."""
+    result, text = section["result"], []
+    for name, found in result["models"].items():
+        rows = []
+        for kind, sizes in found["kinds"].items():
+            for row in sizes:
+                cells = [kind, f"{row['k']:,}", f"{row['numbers']:,}"]
+                for group in ("other sequence", "itself"):
+                    r = row[group]
+                    cells += [f"{100 * r[x]:.2g} %" for x in ("error", "stated", "theory")]
+                    cells.append(f"{100 * r['held']:.0f} %")
+                rows.append(cells)
+        cut = [
+            [str(r["rank"]), f"{r['numbers']:,}",
+             *(f"{100 * r[g]:.2g} %" for g in ("other sequence", "itself"))]
+            for r in found["truncated"]
+        ]  # fmt: skip
+        header = ["kind", "k", "numbers a token", "error", "stated", "theory", "held", "itself",
+                  "stated", "theory", "held"]  # fmt: skip
+        text.append(
+            f"**{MODELS[name]}**, {found['parameters']:,} parameters, {found['tokens']} tokens. "
+            f"Two tokens of different sequences: rms cosine {found['rms_cosine']:.3f}. One token's "
+            f"gradient of one weight: effective rank {found['effective_rank']:.2f}, "
+            f"{100 * found['share_of_rank_one']:.0f} % of its square in one direction "
+            "(medians).\n\n"
+            + table(header, rows)
+            + "\n\nLow-rank forms alone (embedding and head exact and not counted), biased:\n\n"
+            + table(["rank", "numbers a token", "other sequence", "itself"], cut)
+        )
+    costs = ""
+    if "cost" in result:
+        c = result["cost"]
+        pull = c["seconds"].pop("pullback")
+        each = ", ".join(f"{n} {s / pull:.2f}×" for n, s in c["seconds"].items())
+        costs = (
+            "\n\nTime of features at k = 4,096 over that of the pullback alone "
+            f"({duration(pull)} for {c['tokens']} tokens of a sequence of {c['length']}, one "
+            f"thread): {each}."
+        )
+    return (
+        f"R = {result['repeats']}, {result['seeds']} seeds; root-mean-square over token pairs, in "
+        "units of ‖a‖‖b‖: two tokens of different sequences, then a token with itself. *held*: how "
+        "often the 95 % interval held the truth.\n\n"
+        + "\n\n".join(text)
+        + costs
+        + f"\n\n<sub>{made_by(section)}</sub>"
+    )
+
+
+MODELS = {"dialogue": "Llama trained on dialogues", "demo": "The demo's language model"}
+
 SECTIONS = {
+    "sketches": sketches,
     "store": store,
     "dialogue": dialogue,
     "influence": influence,
@@ -339,6 +395,44 @@ def plot_scaling(section: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_sketches(section: dict, path: Path) -> None:
+    """Error against numbers a token: measured (dots), predicted (lines)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = section["result"]["models"]
+    figure, axes = plt.subplots(
+        len(models), 2, figsize=(11, 4.2 * len(models)), layout="constrained", squeeze=False
+    )
+    for line, (model, found) in zip(axes, models.items(), strict=True):
+        groups = ("other sequence", "itself")
+        titles = ("tokens of different sequences", "a token with itself")
+        for axis, group, title in zip(line, groups, titles, strict=True):
+            for i, (kind, rows) in enumerate(found["kinds"].items()):
+                x = [row["numbers"] for row in rows]
+                axis.loglog(x, [row[group]["theory"] for row in rows], "-", color=f"C{i}", lw=1.2)
+                error = [row[group]["error"] for row in rows]
+                axis.loglog(x, error, "o", color=f"C{i}", label=kind, ms=5)
+            x = [row["numbers"] for row in found["truncated"]]
+            error = [row[group] for row in found["truncated"]]
+            axis.loglog(x, error, "x:", color="0.4", label="low rank alone, biased")
+            guide = [600, 32000]
+            axis.loglog(guide, [n**-0.5 for n in guide], ":", color="0.7", label="1/√numbers")
+            if group == "other sequence":
+                axis.axhline(found["rms_cosine"], color="0.2", lw=0.8, ls="--")
+                axis.annotate("rms of the truth", (guide[1], found["rms_cosine"]), fontsize=8,
+                              ha="right", va="bottom")  # fmt: skip
+            axis.set_title(f"{MODELS[model]}: {title}", fontsize=10)
+            axis.set_xlabel("numbers a token")
+            axis.grid(alpha=0.25)
+        line[0].set_ylabel("error / ‖a‖‖b‖")
+    axes[0, 1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -356,6 +450,8 @@ def main() -> int:
                     pages[page] = f"{before}{start}\n{render(section)}\n{end}{after}"
             if name == "scaling" and not args.check:
                 plot_scaling(section, RESULTS / "scaling.png")
+            if name == "sketches" and not args.check:
+                plot_sketches(section, RESULTS / "sketches.png")
     stale = [page for page in PAGES if pages[page] != original[page]]
     for page in stale:
         if args.check:

@@ -27,11 +27,11 @@ LAYERS = [
     {"anatomy", "objectives", "optimizers", "examples"},
     {"factors", "shards"},
     {"rowwise"},
-    {"pullback", "pushforward", "norms"},
+    {"pullback", "pushforward", "norms", "projections"},
     {"lowrank"},
-    {"ntk", "proxies", "store", "query", "plan", "sketch"},
+    {"ntk", "proxies", "store", "query", "plan", "sketch", "features"},
     {"dynamics", "probes", "massflow", "decompose", "figures"},
-    {"cli", "report", "lab", "integrations", "demo"},
+    {"cli", "report", "lab", "integrations", "demo", "__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 LEVEL["environment"] = LEVEL["ops"] + 1
