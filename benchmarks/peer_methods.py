@@ -143,7 +143,7 @@ def lddyn_exact(model, rows: list[Row]) -> Answer:
     return Answer(lddyn.ntk(model, example, example).gram(), 0, everything(model))
 
 
-def lddyn_sketch(k: int, head: int, **settings) -> Callable:
+def lddyn_sketch(k: int, **settings) -> Callable:
     """lddyn's features: of the tokens of one sequence, or summed over each sequence."""
 
     def run(model, rows: list[Row]) -> Answer:
@@ -156,7 +156,7 @@ def lddyn_sketch(k: int, head: int, **settings) -> Callable:
         ]
         found = lddyn.features(model, examples, sketch=lddyn.Sketch(k=k, seed=0, **settings))
         if not tokens:
-            found = found.per_sequence(head)
+            found = found.per_sequence()
         return Answer(found.gram().value, nbytes([found.rows]), everything(model))
 
     return run
@@ -189,7 +189,7 @@ def torch_loop(model, rows: list[Row]) -> Answer:
 
 
 def torch_batched(model, rows: list[Row]) -> Answer:
-    """One forward pass, hooks, is_grads_batched, factors pushed and paired: by hand, for a Llama."""
+    """One forward pass, hooks, is_grads_batched, factors paired: by hand, for a Llama."""
     from opponents import Tokens, batched_factors, contract
 
     ids, first = the_sequence(rows)
@@ -232,7 +232,7 @@ def torchjd_tokens(model, rows: list[Row]) -> Answer:
 
 
 def dattri_llm(mode: str = "", rank: int = 0) -> Callable:
-    """dattri-llm's hooks, norms declared by hand; exact by similarity, or LoGra of rank² a layer."""
+    """dattri-llm's hooks; exact by similarity, norms declared by hand, or LoGra of rank²."""
 
     def run(model, rows: list[Row]) -> Answer:
         from dattri_llm.gradient.callbacks import HookManagerCallback
@@ -482,9 +482,15 @@ LIGHT, BERGSON, LOGIX = "peers", "bergson", "logix"  # environments: see docs/pe
 TOKENS = ("tokens",)
 METHODS = {
     "lddyn": Method(lddyn_exact, cases=TOKENS, exact=True),
-    # As many numbers a sequence as 8 × 8 and 45 × 45 a layer: k of the layers, 8 · head of the head.
-    "lddyn, sketch 1856": Method(lddyn_sketch(960, 112), needs="lddyn.features"),
-    "lddyn, sketch 58720": Method(lddyn_sketch(29360, 3670), needs="lddyn.features"),
+    # Rows of whole sequences have 2 k numbers: as many as 8 × 8 and 45 × 45 a layer.
+    "lddyn, two-sided 928": Method(lddyn_sketch(928), needs="lddyn.features"),
+    "lddyn, two-sided 29360": Method(lddyn_sketch(29360), needs="lddyn.features"),
+    "lddyn, TensorSketch 928": Method(
+        lddyn_sketch(928, kind="tensorsketch"), needs="lddyn.features"
+    ),
+    "lddyn, TensorSketch 29360": Method(
+        lddyn_sketch(29360, kind="tensorsketch"), needs="lddyn.features"
+    ),
     "torch, factors by hand": Method(torch_batched, cases=TOKENS, exact=True),
     "torch, loop": Method(torch_loop, exact=True),
     "opacus": Method(opacus, LIGHT, "opacus", exact=True),

@@ -45,7 +45,7 @@ CANNOT = {
         "TRAK, CudaProjector": "fast_jl needs a GPU",
     },
     "sequences": {
-        "lddyn, exact": "no exact Gram of summed gradients: it would be summed from all token pairs",
+        "lddyn, exact": "no exact Gram of summed gradients but the sum over all token pairs",
         "TRAK, CudaProjector": "fast_jl needs a GPU",
     },
 }  # fmt: skip
