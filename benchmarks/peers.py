@@ -394,7 +394,11 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     sizes = {key: getattr(args, key) for key in SIZES}
-    pythons = dict(pair.split("=", 1) for pair in args.python)
+    # Absolute, as workers run elsewhere; links stay, as they are what makes an environment.
+    pythons = {
+        name: str(Path(path).absolute())
+        for name, path in (pair.split("=", 1) for pair in args.python)
+    }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if args.model:
