@@ -17,7 +17,16 @@ PAGES = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("performance", "kernels", "operator", "sketches", "plan", "store", "streaming")
+        for name in (
+            "performance",
+            "kernels",
+            "operator",
+            "sketches",
+            "plan",
+            "store",
+            "streaming",
+            "peers",
+        )
     ),
 ]
 
@@ -124,6 +133,74 @@ def closeness(case: dict | None) -> str:
         return "–"
     wrong = "" if case["match"] else " ✗"
     return f"{duration(case['seconds'])}, {case['percent_of_ceiling']:.0f} %{wrong}"
+
+
+def peers(section: dict) -> str:
+    """Grams of other libraries: time, memory, what is kept, errors; and position gradients."""
+    result, sizes = section["result"], section["result"]["sizes"]
+    titles = {
+        "tokens": f"(a) {sizes['length']} loss tokens of one sequence",
+        "sequences": f"(b) {sizes['count']} whole sequences",
+    }
+    parts = []
+    for case in titles:
+        content, rows = result["cases"][case], []
+        ways = sorted(content["rows"].items(), key=lambda i: i[1].get("seconds", 1e9))
+        for name, row in ways:
+            if "error" in row:
+                rows.append([name, *["–"] * 6, row["error"].replace("|", "/")[:80]])
+                continue
+            e = row["errors"]
+            rows.append([
+                name, duration(row["seconds"]), f"{row.get('times_base', 0):.1f}×",
+                megabytes(row["peak_bytes"]), small_bytes(row["stored_bytes"] / sizes["count"]),
+                *(f"{e[k]:.2g}" if e[k] > 1e-4 else "exact" for k in ("full", "cover_scaled")),
+                row["covers"],
+            ])  # fmt: skip
+        base = "lddyn" if case == "tokens" else "torch"
+        header = ["method", "CPU time", f"/ {base}", "peak", "kept a row", "error",
+                  "of its share, rescaled", "parameters"]  # fmt: skip
+        cannot = "; ".join(f"{k}: {v}" for k, v in content["cannot"].items())
+        parts.append(f"**{titles[case]}**\n\n{table(header, rows)}\n\nNot here: {cannot}.")
+    ways = {n: r for n, r in result["cases"]["tokens"]["rows"].items() if "seconds" in r}
+    ours = ways["lddyn"]["seconds"]
+    others = {n: r for n, r in ways.items() if not n.startswith(("lddyn", "torch,"))}
+    exact = {n: r for n, r in others.items() if r["errors"]["cover"] < 1e-4}
+    sketches = {n: r for n, r in others.items() if n not in exact}
+    for kind, some in (("sketch", sketches), ("exact Gram", exact)):
+        if some:
+            name, row = min(some.items(), key=lambda i: i[1]["seconds"])
+            parts.append(
+                f"(a) The fastest {kind} of a library is {name}: {row['seconds'] / ours:.1f}× the "
+                f"time of lddyn's exact Gram; error {row['errors']['full']:.2g} over all, "
+                f"{row['errors']['cover_scaled']:.2g} over its own parameters at the best scale."
+            )
+    c, peer = result["positions"], result["positions"].get("peer", {})
+    cosine = c["cosine_of_same_token"]
+    told = (
+        f" bergson's own per-token Gram is that of the positions (to "
+        f"{peer['error_as_positions']:.0e}) and {peer['errors']['cover']:.2f} off that of the "
+        "loss tokens, over the parameters it sees."
+        if "error_as_positions" in peer
+        else ""
+    )
+    parts.append(
+        f"**(c) position gradients**: their Gram is {c['gram_error']:.2f} off that of the loss "
+        f"tokens, {c['gram_error_scaled']:.2f} at the best scale; correlation off the diagonal "
+        f"{c['off_diagonal_correlation']:.2f}; cosine between the two gradients of a token "
+        f"{cosine['least']:.2f} to {cosine['largest']:.2f}, median {cosine['median']:.2f}.{told}"
+    )
+    names = {n: v for found in result["versions"].values() for n, v in found.items()}
+    common = ("python", "torch", "transformers", "lddyn")
+    used = ", ".join(f"{n} {v}" for n, v in sorted(names.items()) if n not in common)
+    return "\n\n".join([*parts, f"<sub>{used}. {made_by(section)}</sub>"])
+
+
+def small_bytes(value: float) -> str:
+    """Bytes in the unit that fits."""
+    if value >= 1e6:
+        return f"{value / 1e6:.1f} MB"
+    return f"{value / 1e3:.1f} kB" if value else "–"
 
 
 def scaling(section: dict) -> str:
@@ -389,6 +466,8 @@ SECTIONS = {
     "dialogue": dialogue,
     "influence": influence,
     "scaling": scaling,
+    "peers": peers,
+    "peers-trained": peers,
     "exactness": exactness,
     "orders": orders,
     "ops": ops,
