@@ -18,7 +18,7 @@ STAMP := .venv/$(subst =,-,$(LDDYN_TORCH))
 FREED := $(if $(filter $(PINNED),$(LDDYN_TORCH)),^torch==,^torch==|^triton==)
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint lint-ruff lint-format lint-types lint-csrc bench gpu-check format clean
+.PHONY: demo test lint lint-ruff lint-format lint-types lint-csrc bench peers gpu-check format clean
 
 demo: .venv/installed
 	$(BIN)/lddyn demo
@@ -43,6 +43,25 @@ lint-csrc: .venv/installed
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest benchmarks --benchmark-json=.benchmarks/latest.json
 	$(BIN)/python benchmarks/record.py .benchmarks/latest.json $(RESULTS)
+
+# The libraries of docs/peers.md, in three environments. LogIX needs Python 3.10 and is left out where
+# there is none. torchvision and torchaudio may come built for another torch, and then no model loads.
+PYTHON310 ?= $(shell command -v python3.10)
+PEERS := peers bergson $(if $(PYTHON310),logix)
+peers: .venv/installed $(PEERS:%=.venv-%/installed)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers.py --out benchmarks/results/peers.json \
+		$(foreach p,$(PEERS),--python $(p)=$(CURDIR)/.venv-$(p)/bin/python)
+
+.venv-peers/installed: benchmarks/peers-requirements.txt
+.venv-bergson/installed: benchmarks/peers-requirements-bergson.txt
+.venv-logix/installed: benchmarks/peers-requirements-logix.txt
+.venv-logix/installed: PYTHON = $(PYTHON310)
+.venv-peers/installed .venv-bergson/installed .venv-logix/installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --disable-pip-version-check -q "$(PINNED)"
+	$(@D)/bin/pip install --disable-pip-version-check -q "$(PINNED)" -r $<
+	$(@D)/bin/pip uninstall -q -y torchvision torchaudio
+	touch $@
 
 # Needs torch, triton, pybind11, ninja and nvcc; makes no virtual environment, fetches nothing.
 gpu-check:

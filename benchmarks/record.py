@@ -32,8 +32,9 @@ def provenance() -> dict[str, Any]:
     commit = os.environ.get("LDDYN_COMMIT", "")  # for a copy without a repository
     if not commit and shutil.which("git"):
         commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+            cwd=Path(__file__).parent,  # wherever it was called from
+        ).stdout.strip()  # fmt: skip
     return {
         "processor": processor,
         "cores": os.cpu_count(),

@@ -17,7 +17,16 @@ PAGES = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("performance", "kernels", "operator", "store", "streaming")
+        for name in (
+            "performance",
+            "kernels",
+            "operator",
+            "sketches",
+            "plan",
+            "store",
+            "streaming",
+            "peers",
+        )
     ),
 ]
 
@@ -124,6 +133,74 @@ def closeness(case: dict | None) -> str:
         return "–"
     wrong = "" if case["match"] else " ✗"
     return f"{duration(case['seconds'])}, {case['percent_of_ceiling']:.0f} %{wrong}"
+
+
+def peers(section: dict) -> str:
+    """Grams of other libraries: time, memory, what is kept, errors; and position gradients."""
+    result, sizes = section["result"], section["result"]["sizes"]
+    titles = {
+        "tokens": f"(a) {sizes['length']} loss tokens of one sequence",
+        "sequences": f"(b) {sizes['count']} whole sequences",
+    }
+    parts = []
+    for case in titles:
+        content, rows = result["cases"][case], []
+        ways = sorted(content["rows"].items(), key=lambda i: i[1].get("seconds", 1e9))
+        for name, row in ways:
+            if "error" in row:
+                rows.append([name, *["–"] * 6, row["error"].replace("|", "/")[:80]])
+                continue
+            e = row["errors"]
+            rows.append([
+                name, duration(row["seconds"]), f"{row.get('times_base', 0):.1f}×",
+                megabytes(row["peak_bytes"]), small_bytes(row["stored_bytes"] / sizes["count"]),
+                *(f"{e[k]:.2g}" if e[k] > 1e-4 else "exact" for k in ("full", "cover_scaled")),
+                row["covers"],
+            ])  # fmt: skip
+        base = "lddyn" if case == "tokens" else "torch"
+        header = ["method", "CPU time", f"/ {base}", "peak", "kept a row", "error",
+                  "of its share, rescaled", "parameters"]  # fmt: skip
+        cannot = "; ".join(f"{k}: {v}" for k, v in content["cannot"].items())
+        parts.append(f"**{titles[case]}**\n\n{table(header, rows)}\n\nNot here: {cannot}.")
+    ways = {n: r for n, r in result["cases"]["tokens"]["rows"].items() if "seconds" in r}
+    ours = ways["lddyn"]["seconds"]
+    others = {n: r for n, r in ways.items() if not n.startswith(("lddyn", "torch,"))}
+    exact = {n: r for n, r in others.items() if r["errors"]["cover"] < 1e-4}
+    sketches = {n: r for n, r in others.items() if n not in exact}
+    for kind, some in (("sketch", sketches), ("exact Gram", exact)):
+        if some:
+            name, row = min(some.items(), key=lambda i: i[1]["seconds"])
+            parts.append(
+                f"(a) The fastest {kind} of a library is {name}: {row['seconds'] / ours:.1f}× the "
+                f"time of lddyn's exact Gram; error {row['errors']['full']:.2g} over all, "
+                f"{row['errors']['cover_scaled']:.2g} over its own parameters at the best scale."
+            )
+    c, peer = result["positions"], result["positions"].get("peer", {})
+    cosine = c["cosine_of_same_token"]
+    told = (
+        f" bergson's own per-token Gram is that of the positions (to "
+        f"{peer['error_as_positions']:.0e}) and {peer['errors']['cover']:.2f} off that of the "
+        "loss tokens, over the parameters it sees."
+        if "error_as_positions" in peer
+        else ""
+    )
+    parts.append(
+        f"**(c) position gradients**: their Gram is {c['gram_error']:.2f} off that of the loss "
+        f"tokens, {c['gram_error_scaled']:.2f} at the best scale; correlation off the diagonal "
+        f"{c['off_diagonal_correlation']:.2f}; cosine between the two gradients of a token "
+        f"{cosine['least']:.2f} to {cosine['largest']:.2f}, median {cosine['median']:.2f}.{told}"
+    )
+    names = {n: v for found in result["versions"].values() for n, v in found.items()}
+    common = ("python", "torch", "transformers", "lddyn")
+    used = ", ".join(f"{n} {v}" for n, v in sorted(names.items()) if n not in common)
+    return "\n\n".join([*parts, f"<sub>{used}. {made_by(section)}</sub>"])
+
+
+def small_bytes(value: float) -> str:
+    """Bytes in the unit that fits."""
+    if value >= 1e6:
+        return f"{value / 1e6:.1f} MB"
+    return f"{value / 1e3:.1f} kB" if value else "–"
 
 
 def scaling(section: dict) -> str:
@@ -288,6 +365,68 @@ def norms_large(section: dict) -> str:
     )
 
 
+def sketches(section: dict) -> str:
+    """Errors of sketches by kind and size, measured, stated and predicted."""
+    result, text = section["result"], []
+    for name, found in result["models"].items():
+        rows = []
+        for kind, sizes in found["kinds"].items():
+            for row in sizes:
+                cells = [kind, f"{row['k']:,}", f"{row['numbers']:,}"]
+                for group in ("other sequence", "itself"):
+                    r = row[group]
+                    cells += [f"{100 * r[x]:.2g} %" for x in ("error", "stated", "theory")]
+                    cells.append(f"{100 * r['held']:.0f} %")
+                rows.append(cells)
+        cut = [
+            [str(r["rank"]), f"{r['numbers']:,}",
+             *(f"{100 * r[g]:.2g} %" for g in ("other sequence", "itself"))]
+            for r in found["truncated"]
+        ]  # fmt: skip
+        header = ["kind", "k", "numbers a token", "error", "stated", "theory", "held", "itself",
+                  "stated", "theory", "held"]  # fmt: skip
+        text.append(
+            f"**{MODELS[name]}**, {found['parameters']:,} parameters, {found['tokens']} tokens. "
+            f"Two tokens of different sequences: rms cosine {found['rms_cosine']:.3f}. One token's "
+            f"gradient of one weight: effective rank {found['effective_rank']:.2f}, "
+            f"{100 * found['share_of_rank_one']:.0f} % of its square in one direction "
+            "(medians).\n\n"
+            + table(header, rows)
+            + "\n\nLow-rank forms alone (embedding and head exact and not counted), biased:\n\n"
+            + table(["rank", "numbers a token", "other sequence", "itself"], cut)
+        )
+    costs = ""
+    if "cost" in result:
+        c = result["cost"]
+        pull = c["seconds"].pop("pullback")
+        each = ", ".join(f"{n} {s / pull:.2f}×" for n, s in c["seconds"].items())
+        costs = (
+            "\n\nTime of features at k = 4,096 over that of the pullback alone "
+            f"({duration(pull)} for {c['tokens']} tokens of a sequence of {c['length']}, one "
+            f"thread): {each}."
+        )
+    return (
+        f"R = {result['repeats']}, {result['seeds']} seeds; root-mean-square over token pairs, in "
+        "units of ‖a‖‖b‖: two tokens of different sequences, then a token with itself. *held*: how "
+        "often the 95 % interval held the truth.\n\n"
+        + "\n\n".join(text)
+        + costs
+        + f"\n\n<sub>{made_by(section)}</sub>"
+    )
+
+
+def planner(section: dict) -> str:
+    """Errors that the planner expects of the sketches it proposes, and the measured ones."""
+    rows = [
+        [str(r["sequences"]), f"{r['tokens']:,}", r["kind"], f"{100 * r['rtol']:.0f} %",
+         f"{r['k']:,}", f"{100 * r['expected']:.1f} %", f"{100 * r['measured']:.1f} %",
+         f"{r['measured'] / r['expected']:.2f}"]
+        for r in section["result"]
+    ]  # fmt: skip
+    header = ["sequences", "tokens", "kind", "wanted", "k", "expected", "measured", "ratio"]
+    return table(header, rows) + f"\n\n<sub>{made_by(section)}</sub>"
+
+
 def streaming(section: dict) -> str:
     """A model on disk against the same model in memory."""
     r = section["result"]
@@ -317,12 +456,18 @@ def streaming(section: dict) -> str:
     )
 
 
+MODELS = {"dialogue": "Llama trained on dialogues", "demo": "The demo's language model"}
+
 SECTIONS = {
+    "sketches": sketches,
+    "planner": planner,
     "streaming": streaming,
     "store": store,
     "dialogue": dialogue,
     "influence": influence,
     "scaling": scaling,
+    "peers": peers,
+    "peers-trained": peers,
     "exactness": exactness,
     "orders": orders,
     "ops": ops,
@@ -372,6 +517,44 @@ def plot_scaling(section: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_sketches(section: dict, path: Path) -> None:
+    """Error against numbers a token: measured (dots), predicted (lines)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = section["result"]["models"]
+    figure, axes = plt.subplots(
+        len(models), 2, figsize=(11, 4.2 * len(models)), layout="constrained", squeeze=False
+    )
+    for line, (model, found) in zip(axes, models.items(), strict=True):
+        groups = ("other sequence", "itself")
+        titles = ("tokens of different sequences", "a token with itself")
+        for axis, group, title in zip(line, groups, titles, strict=True):
+            for i, (kind, rows) in enumerate(found["kinds"].items()):
+                x = [row["numbers"] for row in rows]
+                axis.loglog(x, [row[group]["theory"] for row in rows], "-", color=f"C{i}", lw=1.2)
+                error = [row[group]["error"] for row in rows]
+                axis.loglog(x, error, "o", color=f"C{i}", label=kind, ms=5)
+            x = [row["numbers"] for row in found["truncated"]]
+            error = [row[group] for row in found["truncated"]]
+            axis.loglog(x, error, "x:", color="0.4", label="low rank alone, biased")
+            guide = [600, 32000]
+            axis.loglog(guide, [n**-0.5 for n in guide], ":", color="0.7", label="1/√numbers")
+            if group == "other sequence":
+                axis.axhline(found["rms_cosine"], color="0.2", lw=0.8, ls="--")
+                axis.annotate("rms of the truth", (guide[1], found["rms_cosine"]), fontsize=8,
+                              ha="right", va="bottom")  # fmt: skip
+            axis.set_title(f"{MODELS[model]}: {title}", fontsize=10)
+            axis.set_xlabel("numbers a token")
+            axis.grid(alpha=0.25)
+        line[0].set_ylabel("error / ‖a‖‖b‖")
+    axes[0, 1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -389,6 +572,8 @@ def main() -> int:
                     pages[page] = f"{before}{start}\n{render(section)}\n{end}{after}"
             if name == "scaling" and not args.check:
                 plot_scaling(section, RESULTS / "scaling.png")
+            if name == "sketches" and not args.check:
+                plot_sketches(section, RESULTS / "sketches.png")
     stale = [page for page in PAGES if pages[page] != original[page]]
     for page in stale:
         if args.check:

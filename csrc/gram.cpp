@@ -18,6 +18,7 @@ namespace lddyn {
 namespace {
 
 constexpr int64_t kRows = 32, kTokens = 16, kColumns = 192, kMostPaired = 6;
+constexpr int64_t kPartial = 1 << 22;  // partial sums, in elements: 16 MiB, or one set of them
 
 // out[r, c] += sum over `tokens` runs of `columns` of e[r] g[c], for R rows m and C cotangents l.
 template <typename V, int R, int C>
@@ -153,8 +154,12 @@ Task choose_task() { return task_any; }
 void gram_cpu(const GramCpu& p, int threads) {
   static const Task run = choose_task();
   const int64_t tiles = (p.t + kTokens - 1) / kTokens, blocks = (p.m + kRows - 1) / kRows;
-  std::vector<float> partial(tiles * p.m * p.n);
-  const bool parallel = tiles * blocks > 1 && p.m * p.n * p.t * p.d > 1 << 20;
+  // Tiles of a group add to the same sums, one after the other.
+  const int64_t most = std::max<int64_t>(1, kPartial / std::max<int64_t>(1, p.m * p.n));
+  const int64_t deep = std::max<int64_t>(1, (tiles + most - 1) / most),
+                groups = (tiles + deep - 1) / deep;
+  std::vector<float> partial(groups * p.m * p.n);
+  const bool parallel = groups * blocks > 1 && p.m * p.n * p.t * p.d > 1 << 20;
   // Allocated here: an exception must not leave a parallel region.
   const int64_t width = std::min(kColumns, p.d), size = (kRows + kMostPaired) * kTokens * width;
   std::vector<float> buffers(size * std::max(1, threads));
@@ -165,16 +170,19 @@ void gram_cpu(const GramCpu& p, int threads) {
     // Columns outermost: a slice of both sides' gradients stays in the last cache for all tasks.
     for (int64_t j0 = 0; j0 < p.d; j0 += kColumns) {
 #pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < tiles * blocks; ++i) {
-        const int64_t tile = i / blocks, m0 = i % blocks * kRows, t0 = tile * kTokens;
-        run(p, j0, std::min(kColumns, p.d - j0), t0, std::min(p.t, t0 + kTokens), m0,
-            std::min(p.m, m0 + kRows), e, ragged, partial.data() + (tile * p.m + m0) * p.n);
+      for (int64_t i = 0; i < groups * blocks; ++i) {
+        const int64_t group = i / blocks, m0 = i % blocks * kRows;
+        const int64_t end = std::min(p.t, (group + 1) * deep * kTokens);
+        for (int64_t t0 = group * deep * kTokens; t0 < end; t0 += kTokens) {
+          run(p, j0, std::min(kColumns, p.d - j0), t0, std::min(p.t, t0 + kTokens), m0,
+              std::min(p.m, m0 + kRows), e, ragged, partial.data() + (group * p.m + m0) * p.n);
+        }
       }
     }
   }
   for (int64_t i = 0; i < p.m * p.n; ++i) {
     double total = 0;
-    for (int64_t tile = 0; tile < tiles; ++tile) total += partial[tile * p.m * p.n + i];
+    for (int64_t g = 0; g < groups; ++g) total += partial[g * p.m * p.n + i];
     p.out[i] = static_cast<float>(total);
   }
 }

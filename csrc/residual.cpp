@@ -4,6 +4,10 @@
 // sums; the output is then scaled in cache. The top token is left out of the sums, so that
 // partition = 1 + tail and nothing cancels when pi_top -> 1. Sums run in float over kChunk columns
 // and in double over chunks; the order is fixed, so the bits do not depend on `threads`.
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cmath>
 #include <limits>
 
@@ -12,13 +16,22 @@
 namespace lddyn {
 namespace {
 
-constexpr int64_t kChunk = 256;  // columns summed in float, and searched for the index of a maximum
+// Columns summed in float, and searched for the index of a maximum.
+constexpr int64_t kChunk = 1024;
+
+template <typename A>
+constexpr A kLowest = sizeof(A) == 4 ? -87 : -746;  // exp is 0 below
+// A NaN stays.
+template <typename A>
+LDDYN_INLINE A clamp(A x) {
+  return x < kLowest<A> ? kLowest<A> : x;
+}
 
 LDDYN_INLINE double exponential(double x) { return std::exp(x); }
 // exp(x) for x <= 0 within 2 ulp; 0 below the normal range. Branch-free, so that loops vectorise.
 LDDYN_INLINE float exponential(float x) {
-  constexpr float kLowest = -87.0f, kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds
-  const float clamped = x < kLowest ? kLowest : x;         // a NaN stays
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds
+  const float clamped = clamp(x);
   const float shifted = clamped * 1.44269504f + kRound;
   const float whole = shifted - kRound;
   const float r = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
@@ -30,7 +43,7 @@ LDDYN_INLINE float exponential(float x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   const float scale = from_bits((to_bits(shifted) + 127u) << 23);
-  return x < kLowest ? 0.0f : p * scale;
+  return x < kLowest<float> ? 0.0f : p * scale;
 }
 
 template <typename T>
@@ -104,7 +117,7 @@ LDDYN_INLINE void exponentials(const T* z, A peak, int64_t lo, int64_t hi, A* ou
       const A e = exponential(d);
       out[v] = e;
       tail += e;
-      moment += e * (d < A(-1000) ? A(-1000) : d);  // a masked token: 0 * -inf
+      moment += e * clamp(d);  // a masked token: not 0 * -inf
       squares += e * e;
     }
     sums->tail += tail, sums->moment += moment, sums->squares += squares;
@@ -188,9 +201,21 @@ LDDYN_SIMD void row_bfloat16(const Residual& p, int64_t n) { row<BFloat16, float
 LDDYN_SIMD void row_float16(const Residual& p, int64_t n) { row<Float16, float>(p, n); }
 LDDYN_SIMD void row_float64(const Residual& p, int64_t n) { row<double, double>(p, n); }
 
+// Touching fresh pages of 4 KiB costs more than the op itself: asks for large ones.
+void prefer_large_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr intptr_t kPage = 1 << 21;
+  const intptr_t begin = reinterpret_cast<intptr_t>(data), first = (begin + kPage - 1) & -kPage;
+  const intptr_t last = (begin + bytes) & -kPage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint
+#endif
+}
+
 }  // namespace
 
 void residual_cpu(const Residual& p, int threads) {
+  const int64_t element = p.dtype == Dtype::kFloat64 ? 8 : 4;
+  prefer_large_pages(p.residual, p.n * p.vocabulary * element);
   constexpr void (*kRows[])(const Residual&, int64_t) = {row_float32, row_bfloat16, row_float16,
                                                          row_float64};
   const auto compute = kRows[static_cast<int>(p.dtype)];

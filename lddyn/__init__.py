@@ -26,10 +26,13 @@ _PUBLIC = {
     "Decomposition": "decompose",
     "Estimate": "estimate",
     "Example": "examples",
+    "Features": "features",
     "LowRank": "lowrank",
     "NTK": "ntk",
     "Objective": "objectives",
+    "Plan": "plan",
     "SFT": "objectives",
+    "Sketch": "sketch",
     "Store": "store",
     "audit": "examples",
     "backend": "ops",
@@ -38,9 +41,11 @@ _PUBLIC = {
     "encode": "examples",
     "encode_row": "examples",
     "env": "environment",
+    "features": "features",
     "gram": "ops",
     "lbk": "proxies",
     "ntk": "ntk",
+    "plan": "plan",
     "residual": "ops",
     "rows": "examples",
     "selftest": "environment",
@@ -53,7 +58,13 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 
+# Modules that are part of the public surface, named by errors and docstrings.
+_MODULES = ("ops", "reference")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"lddyn.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'lddyn' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"lddyn.{_PUBLIC[name]}"), name)
@@ -62,7 +73,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *_PUBLIC, *_MODULES})
 
 
 class _Package(types.ModuleType):

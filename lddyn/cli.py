@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -723,7 +723,7 @@ def report(
 # Stores of token features
 
 store_app = typer.Typer(help="Look after stores of token features.", no_args_is_help=True)
-features_app = typer.Typer(help="Ask stores of token features.", no_args_is_help=True)
+features_app = typer.Typer(help="Make and ask stores of token features.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 app.add_typer(features_app, name="features")
 
@@ -813,6 +813,256 @@ def merge(
 
 
 @features_app.command()
+def build(
+    model: Annotated[
+        str, typer.Option(help="Folder or hub name of a causal LM.", show_default=False)
+    ],
+    data: Data,
+    out: Annotated[Path, typer.Option("--store", help="Folder of the store.", show_default=False)],
+    fields: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD,FIELD,…|all",
+            help="Responses of each row. Default: those of the data format.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first rows of the data.", show_default=False)
+    ] = None,
+    kind: Annotated[
+        str,
+        typer.Option(help="twosided, lowrank, sjlt, rademacher, gaussian or tensorsketch."),
+    ] = "twosided",
+    k: Annotated[int, typer.Option("-k", help="Sketched numbers for each token.")] = 4096,
+    repeats: Annotated[int, typer.Option(help="Independent repeats among them: error bars.")] = 8,
+    rank: Annotated[int, typer.Option(help="Rank that lowrank keeps.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the sketch.")] = 0,
+    by: Annotated[
+        str, typer.Option(help="A row for each token, or for each sequence: its tokens' sum.")
+    ] = "token",
+    rows: Annotated[
+        str, typer.Option(help="Numbers in the store: float32, bfloat16 or float16.")
+    ] = "float32",
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut sequences to this many tokens.", show_default=False)
+    ] = None,
+    skip: Annotated[
+        bool, typer.Option("--skip", help="Leave out what is too long or cannot be encoded.")
+    ] = False,
+    memory: Annotated[str, typer.Option(help="Workspace beyond the model.")] = "4GiB",
+    dtype: Annotated[str, typer.Option(help=f"Of the model: {' '.join(_DTYPES)}.")] = "float32",
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="peft adapter; only it is trained.", show_default=False),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Sketch the gradient of every response token of a data set into a store.
+
+    A run that was stopped goes on where it was. Under `torchrun -m lddyn features build …` each
+    process takes its share of the examples; the store is the same.
+    """
+    with _one_line_errors(), _ranks() as (me, world, wait):
+        began = time.perf_counter()
+        if dtype not in _DTYPES:
+            raise Problem(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        if by not in ("token", "sequence"):
+            raise Problem(f"--by must be token or sequence, got {by!r}")
+        if not data.is_file():
+            raise Problem(f"{data}: no such file")
+        import torch
+
+        from lddyn.anatomy import Anatomy
+        from lddyn.features import plan_layout, store_features
+        from lddyn.sketch import Sketch
+        from lddyn.store import Store, identify
+
+        if device != "cpu" and not _device_exists(device):
+            raise Problem(f"--device must be a device of this machine, got {device!r}")
+        sketch = Sketch(kind, k=k, seed=seed, repeats=repeats, rank=rank)
+        tokenizer = _load_tokenizer(model, trust_remote_code)
+        lm = _load_model(model, getattr(torch, dtype), trust_remote_code, adapter).to(device)
+        config = getattr(lm, "config", None)
+        examples, left_out = _data_set(
+            tokenizer, data, fields, limit, max_length, config, skip=skip
+        )
+        if left_out and me == 0:
+            _warn(f"{len(left_out)} left out; the first: {left_out[0]}")
+        identity = identify(lm, tokenizer, dtype=dtype, rows=by)
+        parts = [out]
+        if world > 1:
+            parts = [out.with_name(f"{out.name}.rank-{i}-of-{world}") for i in range(world)]
+            if out.exists() and not all(part.exists() for part in parts):
+                raise Problem(f"--store must be a new folder for {world} processes: {out} is there")
+        anatomy = Anatomy(lm)
+        # Of all ranks alike, and not of what is left to do.
+        layout = plan_layout(anatomy, list(examples.values()), sketch)
+        stored = layout if by == "token" else layout.summed()
+        with Store.create(parts[me], identity, stored, rows, exist_ok=True) as store:
+            mine = {i: e for n, (i, e) in enumerate(examples.items()) if n % world == me}
+            written = store_features(
+                store, anatomy, mine, layout, by=by, memory=memory, progress=me == 0
+            )
+        wait()
+        if me != 0:
+            return
+        if world > 1:
+            import shutil
+
+            Store.merge(parts, out)
+            for part in parts:
+                shutil.rmtree(part)
+        found = _describe(Store.open(out)) | {"written": written, "processes": world}
+        found["left_out"] = left_out
+        found["seconds"] = round(time.perf_counter() - began, 3)
+        if as_json:
+            _print_json(found)
+            return
+        _say(_short(found), f"({found['seconds']:.1f} s)")
+
+
+def _data_set(
+    tokenizer: Any,
+    data: Path,
+    fields: str | None,
+    limit: int | None,
+    max_length: int | None,
+    config: Any,
+    skip: bool,
+) -> tuple[dict[int, Example], list[str]]:
+    """Place in the data set -> example, what is there twice once; and why others are left out."""
+    from lddyn.examples import encode_row
+    from lddyn.examples import rows as read
+
+    wanted: Any = "all" if fields == "all" else _split(fields) or None
+    found: dict[int, Example] = {}
+    seen: set[str] = set()
+    left_out: list[str] = []
+    place = 0
+    for number, row in enumerate(read(data, limit=limit)):
+        try:
+            encoded = encode_row(tokenizer, row, wanted, max_length=max_length, skip_empty=True)
+        except ValueError as error:
+            if not skip:
+                raise Problem(f"row {number}: {error}") from error
+            left_out.append(f"row {number}: {error}")
+            continue
+        if wanted not in (None, "all"):
+            encoded = {name: e for name, e in encoded.items() if name in wanted}
+        for name, example in encoded.items():
+            place += 1
+            try:
+                _check_limits(example, f"row {number}, {name}", config)
+            except Problem as error:
+                if not skip:
+                    raise
+                left_out.append(str(error))
+                continue
+            if example.content_id not in seen:
+                found[place - 1] = example
+            seen.add(example.content_id)
+    if not found:
+        raise Problem(f"{data} has no response to make features of")
+    return found, left_out
+
+
+@contextlib.contextmanager
+def _ranks() -> Iterator[tuple[int, int, Callable[[], None]]]:
+    """Which process of how many this is, as torchrun says, and what waits for the others."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield 0, 1, lambda: None
+        return
+    import datetime
+
+    from torch import distributed
+
+    # Shares may take hours, and differ by as much.
+    distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    try:
+        yield distributed.get_rank(), world, distributed.barrier
+    finally:
+        distributed.destroy_process_group()
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Option(help="Folder or hub name of a causal LM.", show_default=False)
+    ],
+    data: Data,
+    fields: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD,FIELD,…|all",
+            help="Responses of each row. Default: those of the data format.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first rows of the data.", show_default=False)
+    ] = None,
+    rtol: Annotated[
+        float | None,
+        typer.Option(help="Wanted relative error of the whole table. Default: exact."),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="Kind of sketch to look at. Default: twosided and lowrank."),
+    ] = None,
+    skip: Annotated[
+        bool, typer.Option("--skip", help="Leave out what is too long or cannot be encoded.")
+    ] = False,
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut sequences to this many tokens.", show_default=False)
+    ] = None,
+    memory: Annotated[str, typer.Option(help="What may be used beyond the model.")] = "4GiB",
+    dtype: Annotated[str, typer.Option(help=f"Of the model: {' '.join(_DTYPES)}.")] = "float32",
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="peft adapter; only it is trained.", show_default=False),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Say how to compare all tokens of a data set, exactly or by sketches, and what it costs."""
+    with _one_line_errors():
+        if dtype not in _DTYPES:
+            raise Problem(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        if not data.is_file():
+            raise Problem(f"{data}: no such file")
+        import torch
+
+        import lddyn
+
+        if device != "cpu" and not _device_exists(device):
+            raise Problem(f"--device must be a device of this machine, got {device!r}")
+        tokenizer = _load_tokenizer(model, trust_remote_code)
+        lm = _load_model(model, getattr(torch, dtype), trust_remote_code, adapter).to(device)
+        config = getattr(lm, "config", None)
+        examples, left_out = _data_set(
+            tokenizer, data, fields, limit, max_length, config, skip=skip
+        )
+        if left_out:
+            _warn(f"{len(left_out)} left out; the first: {left_out[0]}")
+        sketch = None if kind is None else lddyn.Sketch(kind)
+        way = lddyn.plan(lm, list(examples.values()), rtol=rtol, memory=memory, sketch=sketch)
+        if as_json:
+            _print_json(way.to_json() | {"left_out": len(left_out)})
+            return
+        for line in way.explain().splitlines():
+            _say(line)
+
+
+@features_app.command()
 def query(
     path: Annotated[Path, typer.Argument(metavar="STORE", show_default=False)],
     example: Annotated[
@@ -865,11 +1115,13 @@ def query(
         if as_json:
             _print_json({"store": str(path), "example_id": name, "by": by, "queries": queries})
             return
+        whole = store.identity.get("rows") == "sequence"
         for entry in queries:
-            _say(f"token {entry['response_index']} (id {entry['token_id']}) of {name}")
+            title = f"token {entry['response_index']} (id {entry['token_id']}) of {name}"
+            _say(f"all of {name}" if whole else title)
             for hit in entry["hits"]:
-                what = f"all {hit['tokens']} tokens"
-                if hit["token_id"] is not None:
+                what = "all" if whole else f"all {hit['tokens']} tokens"
+                if hit["token_id"] is not None and not whole:
                     what = f"token {hit['response_index']} (id {hit['token_id']})"
                 error = f" ± {hit['stderr']:.2g}" if hit["stderr"] else ""
                 place = f"example {hit['example_index']} ({hit['example_id']})"

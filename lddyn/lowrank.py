@@ -322,10 +322,13 @@ def find_low_rank(
         return form
 
     most = limit if rank is None else rank
+    # Random rows that bring nothing new four times in a row have found all there is; tokens that
+    # are asked one by one have not.
+    patience = tokens if span == "data" and most >= tokens else 4
     target = min(8, most) if rank is None else rank
     while True:
         stalled = 0
-        while len(found.left) < target and stalled < 4:
+        while len(found.left) < target and stalled < patience:
             stalled = 0 if found.grow(next_rows()) else stalled + 1
         form = assemble()
         if rank is not None or target >= most or stalled:

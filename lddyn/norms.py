@@ -422,11 +422,13 @@ def row_squares(
         whole: Whether to sum over m.
         like: A tensor of the dtype and device of the cotangents.
         sampling: Precision; k directions (default 8) and q probes (default: by the variance of the
-            first 8); limit on the number of products with K or Kᵀ.
+            first 8); limit on the number of products with K or Kᵀ, 2 k + q: where it is small,
+            the defaults are too.
     """
     generator = sampling.generator()
-    k = 8 if sampling.directions is None else sampling.directions
     probes, rtol, limit = sampling.probes, sampling.rtol, sampling.limit
+    k = min(8, limit // 4) if sampling.directions is None else sampling.directions
+    pilot = max(4, min(8, limit - 2 * k))
 
     def centre(x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if centred else x
@@ -439,16 +441,17 @@ def row_squares(
     span = torch.linalg.qr(torch.stack(ranged, 1))[0] if k else like.new_zeros(inner.numel(), 0)
 
     def image(v: Tensor) -> Tensor:
-        return centre(product(v.view(inner))).double().pow(2).sum(-1)
+        # Centred here: where K has a lower rank than k, QR fills Q up with what is not.
+        return centre(product(centre(v.view(inner)))).double().pow(2).sum(-1)
 
     fixed = like.new_zeros(out[0], dtype=torch.float64)
-    for i in range(k):
-        fixed = fixed + image(span[:, i])
+    for column in span.T:
+        fixed = fixed + image(column)
     adds: list[Tensor] = []
 
     def estimate(count: int) -> Estimate:
         while len(adds) < count:
-            v = centre(signs(inner)).flatten()
+            v = signs(inner).flatten()
             adds.append(image(v - span @ (span.T @ v)))
         rows = torch.stack(adds, -1)
         samples = effective_samples(rows)
@@ -456,13 +459,13 @@ def row_squares(
         value = (fixed.sum() if whole else fixed) + total.mean(-1)
         return Estimate(value, (total.var(-1) / count).sqrt(), samples)
 
-    found = estimate(8 if probes is None else probes)
+    found = estimate(pilot if probes is None else probes)
     error = relative(found)
     if probes is None and error > rtol:
         # Decided once, by the pilot: probes that were added until the error looks small would
         # prefer samples whose error looks smaller than it is.
         wanted = int(len(adds) * (error / rtol) ** 2 * 1.2) + 1
-        found = estimate(max(8, min(wanted, limit - 2 * k)))
+        found = estimate(max(pilot, min(wanted, limit - 2 * k)))
         error = relative(found)
     if error > 1.25 * rtol:
         sampling.missed(error, k, len(adds), "given" if probes else f"limit = {limit}")

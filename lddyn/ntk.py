@@ -99,6 +99,10 @@ class Side:
         elements = max((w.elements for w in trace.work.values()), default=0)
         return 4 * elements * trace.hidden.element_size()
 
+    def chunk(self, budget: int) -> int:
+        """Cotangents to pull back together."""
+        return chunk_size(self.trace.length, self.bytes_per_cotangent(), budget)
+
 
 def token_gram(
     observed: Sequence[Side],
@@ -162,7 +166,7 @@ def token_gram(
                 twin = _find(observed, side)
                 pulls.append(
                     (
-                        Pullback(side.trace, side.given, select, _chunk(side, budget)),
+                        Pullback(side.trace, side.given, select, side.chunk(budget)),
                         None if twin is None else starts_o[twin],
                         starts_u[index],
                     )
@@ -177,7 +181,7 @@ def token_gram(
                     mask[chosen[id(updated[twin])]] = False
                     rest = rest[mask]
                 if len(rest):
-                    pull = Pullback(side.trace, side.given, rest, _chunk(side, budget))
+                    pull = Pullback(side.trace, side.given, rest, side.chunk(budget))
                     pulls.append((pull, starts_o[index], None))
 
         heads = [pull.head_factors() for pull, _, _ in pulls]
@@ -999,10 +1003,10 @@ def _find(sides: Sequence[Side], wanted: Side) -> int | None:
     return next((i for i, side in enumerate(sides) if side is wanted), None)
 
 
-def _chunk(side: Side, budget: int) -> int:
+def chunk_size(length: int, bytes_per_cotangent: int, budget: int) -> int:
     """Cotangents of a chunk: some thousands of rows fill the products, and stay in cache."""
-    best = max(CHUNK // 2, min(CHUNK, _ROWS // side.trace.length))
-    return int(max(1, min(best, budget // 4 // side.bytes_per_cotangent())))
+    best = max(CHUNK // 2, min(CHUNK, _ROWS // length))
+    return int(max(1, min(best, budget // 4 // max(1, bytes_per_cotangent))))
 
 
 def _groups(sides: Sequence[Side], budget: int) -> list[list[tuple[int, Tensor]]]:

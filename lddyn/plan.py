@@ -1,14 +1,139 @@
-"""What an exact answer costs: FLOPs counted from a traced forward pass, not from a model's name."""
+"""What an answer costs, and which way to it is cheapest: FLOPs, bytes and error before any work.
+
+FLOPs are counted from a traced forward pass, not from a model's name. Errors of sketches are those
+of a few tokens that are sketched, pair by pair, and weighed by how many pairs of a kind there are.
+"""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from lddyn import ops
+from lddyn.anatomy import Anatomy, undisturbed
+from lddyn.estimate import Estimate
+from lddyn.examples import Example
+from lddyn.features import features, plan_layout
 from lddyn.ledger import HEAD, Work
-from lddyn.ntk import CHUNK, Side
-from lddyn.pullback import reach
+from lddyn.ntk import Side, chunk_size, factored_gram, token_gram
+from lddyn.pullback import DEFAULT_MEMORY, parse_memory, reach
 from lddyn.rowwise import spread
+from lddyn.sketch import Layout, Sketch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_PILOT = 8, 8  # examples of a side, and tokens of each, whose products tell a sketch's error
+_ROUNDS = 4  # of looking for k
+_KINDS = ("twosided", "lowrank")
+
+# --------------------------------------------------------------------------- FLOPs
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a model's products cost: FLOPs and elements, per token of one forward pass.
+
+    linear: products with weights. mixing: attention, per token squared. row: what one cotangent
+    costs above the last attention. width: outputs of products with weights; widest: of the widest
+    segment. workspace: bytes of a cotangent. trace: elements that a stored forward pass keeps.
+    hidden, vocabulary: of the head.
+    """
+
+    linear: float
+    mixing: float
+    row: float
+    width: float
+    widest: float
+    workspace: float
+    trace: float
+    hidden: int
+    vocabulary: int
+    element: int  # bytes
+
+    @classmethod
+    def of(cls, side: Side) -> Rates:
+        """From a trace. Cost: see `rowwise.spread`."""
+        trace, length = side.trace, side.trace.length
+        last, share = trace.anatomy.segments[-2], spread(trace)
+        work = {n: w for n, w in trace.work.items() if n != HEAD}
+        top = work.get(last, Work())
+        linear = sum(w.linear for w in work.values()) - (1 - share.flops) * top.linear
+        mixing = sum(w.mixing for w in work.values()) - (top.mixing if share.flops < 1 else 0)
+        width = sum(w.width for w in work.values()) - (1 - share.width) * top.width
+        return cls(
+            linear / length,
+            mixing / length**2,
+            (1 - share.flops) * top.linear / length,
+            width / length,
+            max((w.width for w in trace.work.values()), default=0) / length,
+            side.bytes_per_cotangent() / length,
+            sum(x.numel() for x in trace.inputs) / length,
+            trace.hidden.shape[-1],
+            trace.logits.shape[-1],
+            trace.logits.element_size(),
+        )
+
+
+@dataclass(frozen=True)
+class Load:
+    """A sequence of T tokens with a cotangent on each of some positions, in ascending order."""
+
+    rates: Rates
+    length: int
+    positions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, side: Side) -> Load:
+        """The load of a traced side."""
+        positions = side.trace.positions.sort().values.tolist()
+        return cls(Rates.of(side), side.trace.length, tuple(positions))
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def reached(self) -> float:
+        """Mean number of tokens that a cotangent reaches, p + 1."""
+        return sum(self.positions) / len(self.positions) + 1
+
+    @property
+    def workspace(self) -> int:
+        """Bytes of one cotangent that is pulled back."""
+        return math.ceil(self.rates.workspace * self.length)
+
+    @property
+    def kept(self) -> int:
+        """Bytes of the stored forward pass, logits of the response tokens among them."""
+        rates = self.rates
+        head = len(self) * (rates.hidden + rates.vocabulary)
+        return int((rates.trace * self.length + head) * rates.element)
+
+    def pulled(self, budget: int) -> tuple[float, float]:
+        """FLOPs of (replays, pulling back) all cotangents in the engine's chunks.
+
+        One cotangent at position p costs (p + 1)/T of a segment's linear FLOPs, and twice its
+        attention FLOPs scaled by ((p + 1)/T)² (both operands of each product move); above the last
+        attention it costs one row (see `rowwise`).
+        """
+        rates, chunk = self.rates, chunk_size(self.length, self.workspace, budget)
+        replay = pullback = 0.0
+        for start in range(0, len(self), chunk):
+            part = self.positions[start : start + chunk]
+            far = reach(part[-1], self.length)
+            replay += far * rates.linear + far**2 * rates.mixing + len(part) * rates.row
+            pullback += len(part) * (far * rates.linear + 2 * far**2 * rates.mixing + rates.row)
+        return replay, pullback
+
+    @property
+    def head(self) -> float:
+        """FLOPs of the cotangents through the head."""
+        return 4.0 * len(self) * self.rates.hidden * self.rates.vocabulary
 
 
 @dataclass
@@ -38,37 +163,457 @@ class Cost:
         return f"{self.flops / 1e9:.4g} GFLOP ({shares})"
 
 
-def gram_cost(observed: Sequence[Side], updated: Sequence[Side], chunk: int = CHUNK) -> Cost:
+def gram_cost(
+    observed: Sequence[Side], updated: Sequence[Side], memory: int | str = DEFAULT_MEMORY
+) -> Cost:
     """FLOPs of `token_gram` for sides whose rows are cotangents on every response token.
 
-    One cotangent at position p costs (p + 1)/T of a segment's linear FLOPs, and twice its attention
-    FLOPs scaled by ((p + 1)/T)² (both operands of each product move); above the last attention it
-    costs one row (see `rowwise`). A side that is observed and updated is pulled back once.
+    A side that is observed and updated is pulled back once.
     """
-    replay = pullback = pairing = head = 0.0
-    once = {id(side): side for side in (*observed, *updated)}
-    widths = {}
-    for key, side in once.items():
-        trace = side.trace
-        last, share = trace.anatomy.segments[-2], spread(trace)
-        work = {n: w for n, w in trace.work.items() if n != HEAD}
-        top = work.get(last, Work())
-        linear = sum(w.linear for w in work.values()) - (1 - share.flops) * top.linear
-        mixing = sum(w.mixing for w in work.values()) - (top.mixing if share.flops < 1 else 0)
-        rows = (1 - share.flops) * top.linear / trace.length
-        width = sum(w.width for w in work.values()) - (1 - share.width) * top.width
-        widths[key] = width / trace.length
-        positions = trace.positions.sort().values.tolist()
-        for start in range(0, len(positions), chunk):
-            part = positions[start : start + chunk]
-            far = reach(part[-1], trace.length) / trace.length
-            replay += far * linear + far**2 * mixing + len(part) * rows
-            pullback += len(part) * (far * linear + 2 * far**2 * mixing + rows)
-        head += 4.0 * len(side) * trace.hidden.shape[-1] * trace.logits.shape[-1]
-    for one in observed:
-        for other in updated:
-            mean_o, mean_u = (float((x.trace.positions + 1).double().mean()) for x in (one, other))
-            pushed, paired = mean_o * other.trace.length, mean_u * len(other)
-            pairing += 2.0 * len(one) * widths[id(one)] * (pushed + paired)
-            head += 2.0 * len(one) * len(other) * one.trace.logits.shape[-1]
-    return Cost(replay, pullback, pairing, head)
+    loads = {id(side): Load.of(side) for side in (*observed, *updated)}
+    return _paired([loads[id(s)] for s in observed], [loads[id(s)] for s in updated],
+                   list(loads.values()), parse_memory(memory))  # fmt: skip
+
+
+def _paired(
+    observed: Sequence[Load], updated: Sequence[Load], distinct: Sequence[Load], budget: int
+) -> Cost:
+    pulled = [load.pulled(budget) for load in distinct]
+    widths = sum(len(o) * o.rates.width * o.reached for o in observed)
+    rows = sum(len(o) * o.rates.width for o in observed)
+    pairing = 2.0 * widths * sum(u.length for u in updated)
+    pairing += 2.0 * rows * sum(u.reached * len(u) for u in updated)
+    m, n = sum(map(len, observed)), sum(map(len, updated))
+    head = sum(load.head for load in distinct) + 2.0 * m * n * observed[0].rates.vocabulary
+    return Cost(sum(r for r, _ in pulled), sum(p for _, p in pulled), pairing, head)
+
+
+def _pushed(observed: Sequence[Load], updated: Sequence[Load], budget: int) -> Cost:
+    """Every updated row pulled back, and pushed through every observed sequence."""
+    pulled = [load.pulled(budget) for load in updated]
+    rows, pairing = sum(map(len, updated)), 0.0
+    through = sum(o.length * o.rates.linear + 2 * o.length**2 * o.rates.mixing for o in observed)
+    for u in updated:
+        touched = 2.0 * u.reached * u.rates.width
+        pairing += len(u) * touched * sum(o.length for o in observed)
+    head = sum(u.head for u in updated) + rows * sum(o.head / 2 for o in observed)
+    return Cost(
+        sum(r for r, _ in pulled), sum(p for _, p in pulled) + rows * through, pairing, head
+    )
+
+
+def _sketched(loads: Sequence[Load], layout: Layout, pairs: int, budget: int) -> tuple[Cost, int]:
+    """Every row pulled back and sketched, and all pairs compared: FLOPs, and bytes of all rows."""
+    pulled = [load.pulled(budget) for load in loads]
+    fixed = per_token = 0.0  # FLOPs of a row
+    repeats, sketch = layout.sketch.repeats, layout.sketch
+    for part in layout.parts:
+        (left, right), (rows, columns) = part.sizes, part.shape
+        if part.kind not in ("sketch", "minus", "onehot"):
+            fixed += 2.0 * left * right * repeats
+        elif sketch.kind in ("twosided", "lowrank"):
+            per_token += 2.0 * repeats * left * (rows + right)
+        elif sketch.kind == "tensorsketch":
+            per_token += 2.0 * repeats * (rows + columns + 3 * left * math.log2(left + 1))
+        else:
+            per_token += 2.0 * rows * columns
+            fixed += (2.0 * left if sketch.kind != "sjlt" else 2.0) * repeats * rows * columns
+    count = sum(map(len, loads))
+    work = sum(len(load) * load.reached for load in loads) * per_token + count * fixed
+    width = layout.width
+    cost = Cost(sum(r for r, _ in pulled), sum(p for _, p in pulled),
+                work + 2.0 * pairs * width, sum(load.head / 2 for load in loads))  # fmt: skip
+    return cost, count * width * loads[0].rates.element
+
+
+# --------------------------------------------------------------------------- the choice
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to the table of all token pairs.
+
+    Attributes:
+        method: `"paired"`: both sides pulled back, factors paired; `"pushed"`: rows of one side
+            pushed through the other; `"features"`: sketches in memory; `"store"`: on disk.
+        flops: All of it.
+        seconds: flops at the rate of a product, measured when planned: a lower bound.
+        memory: Bytes beyond the model, at the most.
+        disk: Bytes.
+        error: Expected ‖Ĝ − G‖_F / ‖G‖_F; 0: exact to rounding; NaN: not known.
+        fits: Whether memory suffices.
+        why: What decides.
+        workspace: Bytes of `memory` that the engine may use as it likes.
+        transposed: Whether the observed side's rows are the ones that are pushed.
+        layout: Of sketches.
+    """
+
+    method: str
+    flops: float
+    seconds: float
+    memory: int
+    disk: int
+    error: float
+    fits: bool
+    why: str
+    workspace: int = 0
+    transposed: bool = False
+    layout: Layout | None = None
+
+    @property
+    def name(self) -> str:
+        """The method, and the sketch's kind and size."""
+        if self.layout is None:
+            return self.method
+        sketch = self.layout.sketch
+        return f"{self.method} ({sketch.kind}, k = {sketch.k})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every way that was looked at, and the one to take. Made by `plan`.
+
+    Attributes:
+        shape: (M, L), tokens of both sides.
+        candidates: In the order of FLOPs.
+        chosen: The cheapest that fits and is precise enough; None: there is none.
+        memory: Bytes that were given.
+        rtol: Wanted error; None: exact.
+        rate: FLOP/s of a product of this model's size, here and now.
+    """
+
+    shape: tuple[int, int]
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate | None
+    memory: int
+    rtol: float | None
+    rate: float
+    anatomy: Anatomy
+    observed: tuple[Example, ...]
+    updated: tuple[Example, ...]
+
+    def explain(self) -> str:
+        """A table of all candidates, and what to do."""
+        wanted = "exact" if self.rtol is None else f"within {100 * self.rtol:g} %"
+        lines = [
+            f"{self.shape[0]} x {self.shape[1]} token pairs of {len(self.observed)} and "
+            f"{len(self.updated)} sequences, {wanted}, in {_bytes(self.memory)} beyond the model",
+            f"{'':2}{'way':36} {'GFLOP':>9} {'time ≥':>9} {'memory':>9} {'disk':>9} {'error':>8}",
+        ]
+        for c in self.candidates:
+            error = "exact" if c.error == 0 else "?" if math.isnan(c.error) else f"{c.error:.2%}"
+            disk = _bytes(c.disk) if c.disk else "–"
+            mark = "→" if c is self.chosen else " "
+            lines.append(
+                f"{mark:2}{c.name:36} {c.flops / 1e9:9.4g} {_seconds(c.seconds):>9} "
+                f"{_bytes(c.memory):>9} {disk:>9} {error:>8}"
+            )
+            lines.append(f"{'':4}{c.why}")
+        lines.append(f"time at {self.rate / 1e9:.4g} GFLOP/s, the rate of one product here and now")
+        if self.chosen is None:
+            lines.append("nothing fits: raise memory or rtol, or plan for fewer examples at a time")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers, for other programs."""
+        rows = []
+        for c in self.candidates:
+            row = {k: v for k, v in vars(c).items() if k != "layout"}
+            row["error"] = None if math.isnan(c.error) else c.error
+            row["chosen"] = c is self.chosen
+            row["sketch"] = None if c.layout is None else vars(c.layout.sketch)
+            row["width"] = None if c.layout is None else c.layout.width
+            rows.append(row)
+        return {
+            "shape": list(self.shape), "memory": self.memory, "rtol": self.rtol,
+            "flops_per_second": self.rate, "candidates": rows,
+        }  # fmt: skip
+
+    def run(self, progress: bool = False) -> Estimate:
+        """⟨∇ log π(y_m), ∇ log π(y_l)⟩ of all token pairs (M, L), the chosen way.
+
+        Raises:
+            RuntimeError: If nothing was chosen, or a store was: it is made by
+                `lddyn features build`, and is asked, not multiplied out.
+        """
+        chosen = self.chosen
+        if chosen is None:
+            raise RuntimeError(f"there is no way to run:\n{self.explain()}")
+        if chosen.method == "store":
+            assert chosen.layout is not None
+            sketch = chosen.layout.sketch
+            raise RuntimeError(
+                "the plan is a store: make it with lddyn features build --kind "
+                f"{sketch.kind} -k {sketch.k} --repeats {sketch.repeats} --seed {sketch.seed}, and "
+                "ask it with lddyn features query"
+            )
+        same = self.observed == self.updated
+        if chosen.layout is not None:
+            made = [
+                features(self.anatomy, side, layout=chosen.layout, memory=self.memory,
+                         progress=progress)
+                for side in ((self.observed,) if same else (self.observed, self.updated))
+            ]  # fmt: skip
+            return made[0].gram(made[-1])
+        sides = {e: Side.log_probs(self.anatomy.trace(e)) for e in (*self.observed, *self.updated)}
+        one, other = [sides[e] for e in self.observed], [sides[e] for e in self.updated]
+        if chosen.method == "paired":
+            table = token_gram(one, other, chosen.workspace, progress)
+        elif chosen.transposed:
+            table = factored_gram(other, one, chosen.workspace, progress).T
+        else:
+            table = factored_gram(one, other, chosen.workspace, progress)
+        return Estimate(table, torch.zeros_like(table))
+
+
+@undisturbed
+def plan(
+    model: nn.Module | Anatomy,
+    observed: Sequence[Example],
+    updated: Sequence[Example] | None = None,
+    *,
+    rtol: float | None = None,
+    memory: int | str = DEFAULT_MEMORY,
+    sketch: Sketch | None = None,
+) -> Plan:
+    """How to get the inner products of all token gradients of these sequences, and at what cost.
+
+    Args:
+        model: A causal LM of transformers, or its Anatomy.
+        observed: Sequences whose counted response tokens are the M rows.
+        updated: Those of the L columns; default: the same.
+        rtol: Wanted ‖Ĝ − G‖_F / ‖G‖_F; sketches are made as large as that takes. Default: exact.
+        memory: Bytes beyond the model, or "2GiB": stored forward passes, workspace and result.
+        sketch: Kind, repeats and seed to look at, and k where rtol is not given; default: two-sided
+            and low-rank ones.
+
+    Returns:
+        Plan: `explain()` it, `run()` it.
+
+    Raises:
+        ValueError: If a side is empty, or rtol is not positive.
+
+    Cost: a forward pass; the features of up to 16 sequences with 8 tokens each, a few times.
+
+    Example:
+        >>> import lddyn, transformers
+        >>> config = transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32,
+        ...     num_hidden_layers=2, num_attention_heads=2, pad_token_id=None)
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> examples = [lddyn.Example([1, 2], [3, 4, 5 + i]) for i in range(4)]
+        >>> way = lddyn.plan(model, examples)
+        >>> way.chosen.method, way.run().value.shape
+        ('paired', torch.Size([12, 12]))
+    """
+    observed = tuple(observed)
+    updated = observed if updated is None else tuple(updated)
+    for name, side in (("observed", observed), ("updated", updated)):
+        if not side:
+            raise ValueError(f"{name} must hold at least one Example, got none")
+    if rtol is not None and not rtol > 0:
+        raise ValueError(f"rtol must be positive, got {rtol}")
+    anatomy, budget = model if isinstance(model, Anatomy) else Anatomy(model), parse_memory(memory)
+    longest = max((*observed, *updated), key=lambda e: e.length)
+    rates = Rates.of(Side.log_probs(anatomy.trace(longest)))
+    loads = {e: Load(rates, e.length, tuple(e.positions)) for e in (*observed, *updated)}
+    rows, columns = [loads[e] for e in observed], [loads[e] for e in updated]
+    rate = _rate(anatomy, rates)
+    found = _exact(anatomy, rows, columns, list(loads.values()), rate, budget)
+    pilot = _Pilot(anatomy, observed, updated, loads[longest].workspace, budget)
+    for kind in _KINDS if sketch is None else (sketch.kind,):
+        wished = Sketch(kind) if sketch is None else sketch
+        layout, error = pilot.look(wished, rtol)
+        found += _estimated(rows, columns, list(loads.values()), layout, error, rate, budget)
+    found.sort(key=lambda c: c.flops)
+    good = [c for c in found if c.fits and (c.error == 0 or (rtol is not None and c.error <= rtol))]
+    chosen = min(good, key=lambda c: (c.flops, c.disk), default=None)
+    shape = sum(map(len, rows)), sum(map(len, columns))
+    return Plan(shape, tuple(found), chosen, budget, rtol, rate, anatomy, observed, updated)
+
+
+def _exact(
+    anatomy: Anatomy,
+    rows: Sequence[Load],
+    columns: Sequence[Load],
+    distinct: Sequence[Load],
+    rate: float,
+    budget: int,
+) -> list[Candidate]:
+    """Both sides pulled back, and either one pushed through the other."""
+    rates, blocks = rows[0].rates, len(anatomy.blocks)
+    m, n = sum(map(len, rows)), sum(map(len, columns))
+    fixed = sum(load.kept for load in distinct) + m * n * rates.element
+    left, found = budget - fixed, []
+    tables = f"{_bytes(fixed)} for {len(distinct)} forward passes and the table"
+
+    # What `token_gram` does: factors of one segment for a group of updated rows at a time.
+    least = 4 * max(load.workspace for load in distinct)
+    width = sum(len(u) * u.length for u in columns) * rates.widest * rates.element
+    space = max(left, least)
+    groups = max(1, math.ceil(width / (space // 2)))
+    again = (groups - 1) * sum(sum(load.pulled(space)) for load in rows)
+    flops = _paired(rows, columns, distinct, space).flops + again
+    why = tables if groups == 1 else f"{tables}; the observed side is pulled back {groups} times"
+    shared = [n for n in anatomy.shared() if n != anatomy.head_weight]
+    if shared:
+        why = f"{shared[0]} is used by several blocks: push"
+    memory = fixed + min(space, max(least, int(2 * width)))
+    found.append(Candidate("paired", flops, flops / rate, memory, 0, 0.0,
+                           left >= least and not shared, why, left))  # fmt: skip
+    for transposed in (False, True):
+        one, other = (columns, rows) if transposed else (rows, columns)
+        # Without a caller who wants it, the dearer direction is not worth a line.
+        cost = _pushed(one, other, space)
+        most = 8 * rates.vocabulary * max(map(len, one))
+        least = 2 * (max(o.workspace for o in other) * (1 + blocks // 2) + most)
+        what = "observed rows through the updated side" if transposed else "updated rows through"
+        why = f"{tables}; {what}{'' if transposed else ' the observed side'}"
+        found.append(Candidate("pushed", cost.flops, cost.flops / rate, fixed + least, 0, 0.0,
+                               left >= least, why, left, transposed))  # fmt: skip
+    found.remove(max(found[1:], key=lambda c: c.flops))
+    return found
+
+
+def _estimated(
+    rows: Sequence[Load],
+    columns: Sequence[Load],
+    distinct: Sequence[Load],
+    layout: Layout,
+    error: float,
+    rate: float,
+    budget: int,
+) -> list[Candidate]:
+    """Sketches in memory and on disk."""
+    m, n = sum(map(len, rows)), sum(map(len, columns))
+    cost, size = _sketched(distinct, layout, m * n, budget)
+    element = rows[0].rates.element
+    work = max(load.workspace * min(16, len(load)) for load in distinct)
+    one = max(map(len, distinct)) * layout.width * element
+    memory = size + work + m * n * element
+    why = f"{layout.width} numbers a token; every token once, kept for later questions"
+    seconds = cost.flops / rate
+    return [
+        Candidate("features", cost.flops, seconds, memory, 0, error, memory <= budget, why,
+                  layout=layout),
+        Candidate("store", cost.flops, seconds, one + work, size, error, one + work <= budget,
+                  f"{why}, on disk; asked for the largest products", layout=layout),
+    ]  # fmt: skip
+
+
+class _Pilot:
+    """A few tokens of a few sequences, whose sketched products tell how far sketches are off."""
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        observed: tuple[Example, ...],
+        updated: tuple[Example, ...],
+        workspace: int,
+        budget: int,
+    ):
+        self.anatomy, self.budget = anatomy, budget
+        self.chunk = max(1, min(16, budget // 2 // workspace))
+        self.examples = list(dict.fromkeys((*observed, *updated)))
+        sides = [dict.fromkeys(observed), dict.fromkeys(updated)]
+        picked = [_spaced(list(side), _PILOT[0]) for side in sides]
+        union = list(dict.fromkeys((*picked[0], *picked[1])))
+        self.thin = [_thinned(e, _PILOT[1]) for e in union]
+        rows = [e for e, thin in zip(union, self.thin, strict=True) for _ in range(len(thin))]
+        self.sides = [torch.tensor([e in side for e in rows]) for side in sides]
+        # Token pairs by kind: a token with itself, two of a sequence, two of different ones.
+        tokens = sum(map(len, observed)) * sum(map(len, updated))
+        both = [e for e in observed if e in sides[1]]
+        times = {e: updated.count(e) for e in set(both)}
+        own = sum(times[e] * len(e) for e in both)
+        inside = sum(times[e] * len(e) ** 2 for e in both)
+        self.counts = own, inside - own, tokens - inside
+
+    def look(self, sketch: Sketch, rtol: float | None) -> tuple[Layout, float]:
+        """The smallest sketch of this kind within rtol, or the nearest; and its expected error."""
+        repeats, tried = sketch.repeats, []
+        # A few tokens miss some of the tail of the errors: a tenth on trained models.
+        aim = math.inf if rtol is None else 0.85 * rtol
+        least = 2 * repeats * (len(self.anatomy.trainable) + 1)
+        parameters = sum(p.numel() for p in self.anatomy.trainable.values())
+        most = max(least, min(parameters, self.budget // 2 // (8 * sum(map(len, self.thin)))))
+        k, seen = min(max(sketch.k, least), most), set()
+        for _ in range(_ROUNDS):
+            k = -(-k // repeats) * repeats
+            if k in seen:
+                break
+            seen.add(k)
+            layout = plan_layout(self.anatomy, self.examples, replace(sketch, k=k))
+            error = self.error(layout)
+            tried.append((layout, error))
+            if rtol is None or error == 0 or 0.75 * aim <= error <= aim:
+                break
+            k = int(min(max(1.15 * k * (error / aim) ** 2, least), most))
+        precise = [(x, e) for x, e in tried if e <= aim]
+        if precise:
+            return min(precise, key=lambda found: found[0].width)
+        return min(tried, key=lambda found: found[1])
+
+    def error(self, layout: Layout) -> float:
+        """Expected ‖Ĝ − G‖_F / ‖G‖_F of all token pairs."""
+        made = features(
+            self.anatomy, self.thin, layout=layout, memory=self.budget, chunk=self.chunk
+        )
+        products, table = made.gram(), made.tokens
+        spread = products.stderr.double() ** 2
+        square = products.value.double() ** 2 - spread
+        index = table.example_index.to(spread.device)
+        inside = index[:, None] == index
+        own = torch.eye(len(made), dtype=torch.bool, device=spread.device)
+        one, other = (side.to(spread.device) for side in self.sides)
+        across = (one[:, None] & other) & ~inside
+        off = total = 0.0
+        kinds = own, inside & ~own, across if bool(across.any()) else ~inside
+        for count, kind in zip(self.counts, kinds, strict=True):
+            if count and bool(kind.any()):
+                off += count * float(spread[kind].mean())
+                total += count * float(square[kind].mean())
+        return math.sqrt(off / total) if total > 0 else math.nan
+
+
+def _spaced(items: Sequence[Any], count: int) -> list[Any]:
+    """At most so many, evenly spaced."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def _thinned(example: Example, count: int) -> Example:
+    """The same sequence with at most so many counted tokens."""
+    first = len(example.prompt_ids) - 1
+    kept = set(_spaced(list(example.positions), count))
+    mask = tuple(first + i in kept for i in range(len(example.response_ids)))
+    return replace(example, response_mask=mask)
+
+
+def _rate(anatomy: Anatomy, rates: Rates) -> float:
+    """FLOP/s of a product with one of the model's widths."""
+    like = anatomy.head.weight
+    a = torch.randn(2048, rates.hidden, device=like.device, dtype=like.dtype)
+    b = torch.randn(rates.hidden, 4 * rates.hidden, device=like.device, dtype=like.dtype)
+    best = math.inf
+    for _ in range(4):
+        began = time.perf_counter()
+        ops.product(a, b)
+        if a.is_cuda:
+            torch.cuda.synchronize(a.device)
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * a.numel() * b.shape[1] / best
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
+def _seconds(value: float) -> str:
+    if value < 120:
+        return f"{value:.2g} s"
+    return f"{value / 60:.3g} min" if value < 7200 else f"{value / 3600:.3g} h"

@@ -24,7 +24,9 @@ class Layout(Protocol):
     """How features are to be read: what a sketch knows of the rows that it made.
 
     A layout with an attribute `linear` that is true promises that `value` and `estimate` are linear
-    in each row; the standard error of a sum over tokens then comes from the sum of their rows.
+    in each row; the standard error of a sum over tokens then comes from the sum of their rows. One
+    with `samples(rows_a, rows_b)`, independent estimates (R, n, m) whose mean is `value`, has it
+    from the spread of the summed samples.
     """
 
     @property
@@ -63,9 +65,13 @@ class Pairing:
     def stderr_of_sum(self, query: Tensor, rows: Tensor) -> tuple[Tensor, int | None]:
         """Standard error () of the sum of the values over the rows.
 
-        Errors of different tokens share the sketch and may add up: without a linear layout, the sum
-        of the errors bounds that of the sum.
+        Errors of different tokens share the sketch and may add up: where the layout cannot say, the
+        sum of the errors bounds that of the sum.
         """
+        samples_of = getattr(self.layout, "samples", None)
+        if samples_of is not None:
+            sums = samples_of(query, rows).double().sum((1, 2))
+            return (sums.std() / len(sums) ** 0.5).float(), len(sums)
         if getattr(self.layout, "linear", False):
             rows = rows.sum(0, keepdim=True)
         stderr, samples = self.stderr(query, rows)

@@ -930,6 +930,38 @@ class Store:
 
     # ------------------------------------------------------------------ many against many
 
+    def to_faiss(self, factory: str = "Flat") -> Any:
+        """An index of faiss over all rows by inner product, for searches that may be approximate.
+
+            index.search(store.layout.as_query(rows).numpy(), k)    # (n, k) values and row numbers
+
+        Args:
+            factory: As faiss.index_factory takes it: `"Flat"` is exact, `"IVF1024,PQ64"` small.
+
+        Raises:
+            ImportError: If faiss is not installed.
+            ValueError: If the layout is not linear; `query` needs no index, and takes any.
+            StoreCorruptError: If a shard is damaged.
+
+        Cost: N width floats in memory, twice while an index that needs it is trained.
+        """
+        try:
+            import faiss  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        except ImportError:
+            raise ImportError("to_faiss needs faiss: pip install lddyn[faiss]") from None
+        if self.layout_json is not None and not getattr(self.layout, "linear", False):
+            raise ValueError(
+                f"the layout of {self.path} must be linear for faiss, and be given when the store "
+                "is opened: outer products have no plain inner product; use query, or a store of "
+                "sequences (lddyn features build --by sequence)"
+            )
+        index = faiss.index_factory(self.width, factory, faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            index.train(self.rows().float().numpy())
+        for record in self._records:
+            index.add(self._shard(record.number).rows.float().numpy())
+        return index
+
     def query(
         self,
         rows: Tensor,

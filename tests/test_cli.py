@@ -373,6 +373,105 @@ def test_store_verify_ls_merge(stores, tmp_path):
     assert "out must be another folder" in errors("store", "merge", b, "--out", b)
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Five rows, the last one like the first."""
+    path = tmp_path_factory.mktemp("pairs") / "rows.jsonl"
+    rows = [{**ROW, "prompt": f"a {w} c ?"} for w in "bcdeb"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def built(model, pairs, store, *more):
+    """The JSON document of a store that must be made."""
+    result = call(
+        "features", "build", "--model", model, "--data", pairs, "--store", store, "-k", 900,
+        "--json", *more,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def files(path):
+    return {p.name: p.read_bytes() for p in Path(path).iterdir() if p.name != "lock"}
+
+
+def test_features_build_resumes_and_answers(model, pairs, tmp_path):
+    first = built(model, pairs, tmp_path / "s", "--limit", 4)
+    assert first["examples"] == first["written"] == 8 and first["processes"] == 1
+    assert first["layout"]["sketch"]["k"] == 900
+    whole = built(model, pairs, tmp_path / "s")
+    assert whole["examples"] == 8 and whole["written"] == 0  # the last row is there already
+    again = built(model, pairs, tmp_path / "again")
+    assert again["tokens"] == first["tokens"] == 4 * (4 + 3)
+    assert files(tmp_path / "again") == files(tmp_path / "s")
+    arguments = "features", "query", tmp_path / "s", "--index", 2, "-k", 3
+    entry = json.loads(call(*arguments, "--json").stdout)["queries"][0]
+    hits = entry["hits"]
+    assert len(hits) == 3 and all(hit["stderr"] > 0 for hit in hits)
+    assert " ± " in call(*arguments, "--by", "sequence").stdout
+    changed = errors(
+        "features", "build", "--model", model, "--data", pairs, "--store", tmp_path / "s", "-k", 901
+    )
+    assert "layout" in changed
+
+
+def test_features_build_by_sequence(model, pairs, tmp_path):
+    document = built(
+        model, pairs, tmp_path / "s", "--by", "sequence", "--fields", "chosen,other", "--kind",
+        "lowrank", "--rank", 2, "--rows", "bfloat16",
+    )  # fmt: skip
+    assert document["tokens"] == document["examples"] == 8 and document["dtype"] == "bfloat16"
+    answer = call("features", "query", tmp_path / "s", "--index", 0, "-k", 2).stdout
+    assert answer.startswith("all of ") and " ± " in answer
+
+
+def test_features_build_leaves_out_what_does_not_fit(model, data, tmp_path):
+    fits = tmp_path / "rows.jsonl"
+    fits.write_text("".join(data.read_text().splitlines(True)[:4]), encoding="utf-8")
+    arguments = ["--model", model, "--data", fits, "--store", tmp_path / "s", "-k", 900]
+    assert "row 2, chosen: length must be <= 64" in errors("features", "build", *arguments)
+    document = built(model, fits, tmp_path / "s", "--skip")
+    assert document["examples"] == 3 and len(document["left_out"]) == 3  # one is there twice
+
+
+@pytest.mark.slow
+def test_features_build_on_two_ranks_makes_the_same_files(model, pairs, tmp_path):
+    built(model, pairs, tmp_path / "one")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+        "0", "--standalone", "-m", "lddyn", "features", "build", "--model", model, "--data", pairs,
+        "--store", tmp_path / "two", "-k", "900", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["processes"] == 2
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert not list(tmp_path.glob("two.rank-*"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--by", "word"], "--by must be token or sequence, got 'word'"),
+        (["--kind", "hash"], "kind must be one of twosided"),
+        (["-k", 9], "k must be at least"),
+        (["--dtype", "int8"], "--dtype must be one of float32"),
+        (["--rows", "int8"], "dtype must be one of float32"),
+        (["--fields", "colour"], "colour"),
+        (["--device", "abacus"], "--device must be a device of this machine"),
+        (["--data", "nowhere"], "nowhere: no such file"),
+        (["--memory", "1KB"], "memory must be at least"),
+    ],
+)
+def test_features_build_refuses(model, pairs, tmp_path, more, message):
+    arguments = ["--model", model, "--data", pairs, "--store", tmp_path / "s", "-k", 900]
+    assert message in errors("features", "build", *arguments, *more)
+
+
 def test_features_query(stores, tmp_path):
     paths, examples = stores
     store = lddyn.Store.merge(paths, tmp_path / "all")

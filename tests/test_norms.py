@@ -324,3 +324,30 @@ def test_effective_samples():
     assert 15 <= effective_samples(normal) <= 16
     assert 3 <= effective_samples(normal.pow(2)) <= 5
     assert effective_samples(normal[:1]) <= 6  # one entry cannot tell
+
+
+# --------------------------------------------------------------------------- kernels of low rank
+
+
+@pytest.mark.parametrize("reduce", ["row", "all"])
+@pytest.mark.parametrize("is_centred", [False, True], ids=["plain", "centred"])
+def test_more_directions_than_the_kernel_has(reduce, is_centred):
+    """Where K is exhausted, what else QR finds adds nothing: a shift of all logits is not seen."""
+    model = zoo.build("gpt2")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("ln_f.bias"))
+    examples = zoo.examples()
+    kernel = lddyn.ntk(model, *examples)
+    dense = zoo.dense_kernel(model, *examples)
+    wanted = norms(zoo.centred(dense) if is_centred else dense, reduce)
+    found = kernel.frobenius(reduce=reduce, centred=is_centred, directions=48, probes=8)
+    assert torch.allclose(found.value, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reduce", ["row", "all"])
+def test_more_directions_than_there_are_logits(reduce):
+    model = zoo.build("llama", vocab_size=3)
+    example = lddyn.Example(prompt_ids=[1, 2], response_ids=[0])
+    found = lddyn.ntk(model, example, example).frobenius(reduce=reduce)
+    wanted = norms(zoo.centred(zoo.dense_kernel(model, example, example)), reduce)
+    assert torch.allclose(found.value, wanted, rtol=1e-5)

@@ -240,6 +240,37 @@ def test_order_of_sides_and_repeats():
         assert float((many[rows, columns] - block).abs().max()) <= 2e-6 * size
 
 
+class Table(torch.nn.Module):
+    """An MLP behind a gain that an embedding of other rows than the tokens makes."""
+
+    def __init__(self, inner, rows):
+        super().__init__()
+        self.inner, self.rows, self.table = inner, rows, torch.nn.Embedding(8, 32)
+
+    def forward(self, x):
+        at = torch.arange(x.shape[1])
+        if self.rows == "one":
+            return self.inner(x * (1 + self.table(torch.tensor([3]))))
+        gains = self.table((at[:, None] - at).clamp(0, 7))  # (T, T, d), as for relative positions
+        gains = gains * (at[:, None] >= at)[..., None]
+        return self.inner(x * (1 + gains.mean(1)[None] * x.shape[1] / (at[:, None] + 1)))
+
+
+@pytest.mark.parametrize("rows", ["one", "pairs of tokens"])
+def test_embeddings_of_other_rows_than_the_tokens(rows):
+    """Several chunks of one side, whose rows are not the tokens in their order."""
+    model = zoo.build("llama")
+    block = model.model.layers[0]
+    block.mlp = Table(block.mlp, rows)
+    examples = [
+        lddyn.Example(prompt_ids=[5], response_ids=[7 * i % 80 + 3 for i in range(n)])
+        for n in (3, 40)
+    ]
+    truth, scale = zoo.oracle_gram(model, *examples)
+    observed, updated = sides(model, examples)
+    assert zoo.normalised_error(token_gram([observed], [updated]), truth, scale) <= FLOAT32
+
+
 def test_same_bits_twice():
     model = zoo.build("mixtral")
     first, second = (token_gram(*[[s] for s in sides(model)]) for _ in range(2))

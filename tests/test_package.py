@@ -27,11 +27,11 @@ LAYERS = [
     {"anatomy", "objectives", "optimizers", "examples"},
     {"factors", "shards"},
     {"rowwise"},
-    {"pullback", "pushforward", "norms"},
+    {"pullback", "pushforward", "norms", "projections"},
     {"lowrank", "stream"},
-    {"ntk", "proxies", "store", "query", "plan", "sketch"},
+    {"ntk", "proxies", "store", "query", "plan", "sketch", "features"},
     {"dynamics", "probes", "massflow", "decompose", "figures"},
-    {"cli", "report", "lab", "integrations", "demo"},
+    {"cli", "report", "lab", "integrations", "demo", "__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 LEVEL["environment"] = LEVEL["ops"] + 1
@@ -244,3 +244,12 @@ def test_no_source_file_names_a_machine():
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".cpp", ".cu", ".h") or path.name == "run":
                 assert not telling.search(path.read_text()), path.name
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import lddyn.reference", "from lddyn import reference", "import lddyn; lddyn.reference.gram"],
+)
+def test_the_specification_can_be_imported_first(statement):
+    check = "; import torch; assert torch.ops.lddyn.gram; assert 'lddyn.ops' in sys.modules"
+    python(f"import sys; {statement}{check}")

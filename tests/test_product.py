@@ -121,6 +121,19 @@ def test_a_torch_without_the_function(error, monkeypatch):
         family._onednn.cache_clear()
 
 
+@pytest.mark.parametrize("default", [torch.set_default_dtype, torch.set_default_device])
+def test_the_probe_does_not_see_defaults(default):
+    """Its answer is kept for the process: it must not be that of a moment in float64."""
+    if not family._onednn():
+        pytest.skip("torch has no oneDNN here")
+    family._onednn.cache_clear()
+    default(torch.float64 if default is torch.set_default_dtype else "meta")
+    try:
+        assert family._onednn()
+    finally:
+        default(torch.float32 if default is torch.set_default_dtype else None)
+
+
 @pytest.mark.parametrize("which", ["x", "weight"])
 def test_derivatives_are_those_of_a_product(which):
     """OneDNN's function has none: it would say zero, or nothing."""

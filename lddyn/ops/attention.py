@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lddyn import reference
-from lddyn.ops.dispatch import Normal, Op, check_alike, native, register
+from lddyn.ops.dispatch import Normal, Op, check_alike, native, register, specification
 
 
 def _check_attention(
@@ -254,7 +254,7 @@ _attention_pullback = register(
         {
             "triton": _attention_pullback_triton,
             "cpp": _attention_pullback_cpp,
-            "reference": reference.attention_pullback,
+            "reference": specification("attention_pullback"),
         },
         lambda normal: (*_forward_sample(normal), normal(3, 4, 5, 3), 0.4, 2.0),
     ),
@@ -269,7 +269,7 @@ _attention_pushforward = register(
         {
             "triton": _attention_pushforward_triton,
             "cpp": _attention_pushforward_cpp,
-            "reference": reference.attention_pushforward,
+            "reference": specification("attention_pushforward"),
         },
         lambda normal: (
             *_forward_sample(normal),

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lddyn import reference
+
 logger = logging.getLogger("lddyn")
 
 BACKENDS = ("cuda", "triton", "cpp", "reference")
@@ -242,6 +244,15 @@ def _not_differentiable(op: Any) -> RuntimeError:
         f"{name} is not differentiable: detach its inputs, or call the plain-torch "
         f"lddyn.reference.{name.split('::')[1]}"
     )
+
+
+def specification(name: str) -> Callable[..., Any]:
+    """`lddyn.reference.NAME`, found when it is called.
+
+    Whoever imports lddyn.reference first imports torch by it, and thereby this package, while the
+    names of lddyn.reference are still to come.
+    """
+    return lambda *args: getattr(reference, name)(*args)
 
 
 _library = torch.library.Library("lddyn", "DEF")

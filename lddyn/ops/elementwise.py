@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lddyn import reference
-from lddyn.ops.dispatch import DTYPES, Normal, Op, check_alike, native, register
+from lddyn.ops.dispatch import DTYPES, Normal, Op, check_alike, native, register, specification
 
 
 def _check_batch(name: str, x: Tensor, shared_name: str, shared: Tensor) -> None:
@@ -126,7 +126,7 @@ _gated_pullback = register(
         {
             "triton": _triton("gated_pullback"),
             "cpp": _gated_pullback_cpp,
-            "reference": reference.gated_pullback,
+            "reference": specification("gated_pullback"),
         },
         lambda normal: (normal(5, 7), normal(5, 7), normal(3, 5, 7)),
     ),
@@ -140,7 +140,7 @@ _gated_pushforward = register(
         {
             "triton": _triton("gated_pushforward"),
             "cpp": _gated_pushforward_cpp,
-            "reference": reference.gated_pushforward,
+            "reference": specification("gated_pushforward"),
         },
         lambda normal: (normal(5, 7), normal(5, 7), normal(3, 5, 7), normal(3, 5, 7)),
     ),
@@ -293,7 +293,7 @@ _norm_pullback = register(
         {
             "triton": _triton("norm_pullback"),
             "cpp": _norm_pullback_cpp,
-            "reference": reference.norm_pullback,
+            "reference": specification("norm_pullback"),
         },
         _norm_sample,
     ),
@@ -308,7 +308,7 @@ _norm_pushforward = register(
         {
             "triton": _triton("norm_pushforward"),
             "cpp": _norm_pushforward_cpp,
-            "reference": reference.norm_pushforward,
+            "reference": specification("norm_pushforward"),
         },
         _norm_sample,
     ),
@@ -430,7 +430,7 @@ _rotary = register(
         "rotary",
         _check_rotary,
         _rotary_fake,
-        {"triton": _triton("rotary"), "cpp": _rotary_cpp, "reference": reference.rotary},
+        {"triton": _triton("rotary"), "cpp": _rotary_cpp, "reference": specification("rotary")},
         lambda normal: (normal(3, 2, 5, 6), normal(5, 6), normal(5, 6), True),
     ),
     "(Tensor x, Tensor cos, Tensor sin, bool transpose) -> Tensor",

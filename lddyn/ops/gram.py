@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from lddyn import reference
-from lddyn.ops.dispatch import DTYPES, Normal, Op, check_alike, launched, native, register, stream
+from lddyn.ops.dispatch import (
+    DTYPES,
+    Normal,
+    Op,
+    check_alike,
+    launched,
+    native,
+    register,
+    specification,
+    stream,
+)
 
 _Lengths = Tensor | None
 
@@ -260,7 +270,7 @@ _gram = register(
             "cuda": _gram_cuda,
             "triton": _gram_triton,
             "cpp": _gram_cpp,
-            "reference": reference.gram,
+            "reference": specification("gram"),
         },
         _gram_sample,
     ),
@@ -306,8 +316,8 @@ def gram(
         TypeError: If dtypes differ or are not supported.
 
     Cost: the least of 2STd_in + 2 M T d_out (S + L), the same with the sides exchanged, and
-    2 d_in d_out (MS + LT + ML) flops; 32 MiB of workspace, and a float32 copy of low-precision
-    grads on CPU.
+    2 d_in d_out (MS + LT + ML) flops. Workspace: S T similarities and tens of MiB; on CPU also a
+    float32 copy of low-precision grads.
 
     Example:
         >>> a, g = torch.eye(2), torch.ones(3, 2, 4)

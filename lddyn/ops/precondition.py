@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lddyn import reference
-from lddyn.ops.dispatch import Op, check_alike, register
+from lddyn.ops.dispatch import Op, check_alike, register, specification
 
 
 def _check_preconditioned_push(
@@ -60,7 +60,7 @@ _preconditioned_push = register(
         "preconditioned_push",
         _check_preconditioned_push,
         _preconditioned_push_fake,
-        {"triton": _preconditioned_push_triton, "reference": reference.preconditioned_push},
+        {"triton": _preconditioned_push_triton, "reference": specification("preconditioned_push")},
         lambda normal: (normal(13, 5).abs(), normal(7, 5), normal(9, 5), normal(3, 9, 13)),
         leading=3,  # P may have a dtype of its own
     ),

@@ -22,7 +22,7 @@ def _onednn() -> bool:
     """Whether oneDNN's float32 product is there and right: it is not a public function of torch."""
     if not torch.backends.mkldnn.is_available():
         return False
-    x = torch.arange(96.0).view(32, 3)
+    x = torch.arange(96, dtype=torch.float32, device="cpu").view(32, 3)
     try:
         return torch.equal(_by_onednn(x, x.T.contiguous()), x @ x.T)
     except (AttributeError, RuntimeError, TypeError):

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from lddyn import reference
-from lddyn.ops.dispatch import DTYPES, Op, check_alike, launched, native, register, stream
+from lddyn.ops.dispatch import (
+    DTYPES,
+    Op,
+    check_alike,
+    launched,
+    native,
+    register,
+    specification,
+    stream,
+)
 
 
 def _check_sketch(
@@ -75,7 +84,7 @@ _sketch = register(
         "sketch",
         _check_sketch,
         _sketch_fake,
-        {"cuda": _launch_cuda, "triton": _sketch_triton, "reference": reference.sketch},
+        {"cuda": _launch_cuda, "triton": _sketch_triton, "reference": specification("sketch")},
         lambda normal: (normal(9, 5), normal(3, 9, 13), 4, 3, 2, 7),
     ),
     "(Tensor activations, Tensor grads, SymInt size_out, SymInt size_in, SymInt repeats, "

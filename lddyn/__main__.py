@@ -1,0 +1,6 @@
+"""`python -m lddyn`: the command line, for launchers such as torchrun."""
+
+from lddyn.cli import main
+
+if __name__ == "__main__":
+    main()

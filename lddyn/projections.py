@@ -1,0 +1,353 @@
+"""Random projections of matrices given as sums of outer products, and their exact variances.
+
+A token's gradient of one weight is A = Σ_t l_t ⊗ r_t, a x b in the weight's own shape. A projection
+S keeps k numbers of it, such that ⟨S A, S B⟩ has the mean ⟨A, B⟩ and a known variance. All numbers
+come from SplitMix64 under a key of (seed, parameter, stream): the same on any device.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lddyn.reference import words
+
+_BLOCK = 1 << 22  # numbers of a dense projection that are made at a time
+
+
+@dataclass(frozen=True)
+class Term:
+    """Σ_t left[t] ⊗ right[t] for each of c cotangents.
+
+    left, right: (T, size), which all cotangents share, or (c, T, size). left may be the rows (T,)
+    of a one-hot matrix instead, as token ids are.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __len__(self) -> int:
+        """Cotangents."""
+        return len(self.left) if self.left.dim() == 3 else len(self.right)
+
+    def one(self, c: int) -> tuple[Tensor, Tensor]:
+        """Both sides of one cotangent."""
+        left = self.left[c] if self.left.dim() == 3 else self.left
+        return left, self.right[c] if self.right.dim() == 3 else self.right
+
+    def dense(self, c: int, rows: int) -> Tensor:
+        """The matrix of one cotangent, materialised (rows, b)."""
+        left, right = self.one(c)
+        out = right.new_zeros(rows, right.shape[1])
+        return out.index_add_(0, left, right) if left.dim() == 1 else out.addmm_(left.T, right)
+
+
+def weigh(terms: Sequence[Term], c: int, rows: int) -> Tensor:
+    """One cotangent's matrix (rows, b), from all its terms."""
+    out = terms[0].dense(c, rows)
+    for term in terms[1:]:
+        out = out + term.dense(c, rows)
+    return out
+
+
+# --------------------------------------------------------------------------- numbers from a counter
+
+
+def key(seed: int, name: str, stream: str) -> int:
+    """A signed 64-bit key, independent for every argument; SHA-256, not Python's hash."""
+    text = f"{seed}\0{name}\0{stream}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little", signed=True)
+
+
+def _uniform(k: int, count: int) -> Tensor:
+    """Uniform float64 in (0, 1)."""
+    return ((words(k, count) >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)
+
+
+def normals(k: int, count: int) -> Tensor:
+    """Standard normal float64 by Box and Muller."""
+    u = _uniform(k, count + count % 2).view(-1, 2)
+    radius, angle = u[:, 0].log().mul_(-2).sqrt_(), u[:, 1] * (2 * math.pi)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).flatten()[:count]
+
+
+def signs(k: int, count: int) -> Tensor:
+    """Signs ±1 float64: 64 of each word."""
+    word = words(k, -(-count // 64))
+    bit = (word[:, None] >> torch.arange(64, device="cpu")) & 1
+    return (1 - 2 * bit).flatten()[:count].double()
+
+
+def buckets(k: int, count: int, size: int) -> tuple[Tensor, Tensor]:
+    """A bucket in [0, size) and a sign ±1 for each index, int64 and float64.
+
+    The bucket is the high half of a word times the size, shifted: uniform to within size / 2³².
+    """
+    word = words(k, count)
+    bucket = (((word >> 32) & 0xFFFFFFFF) * size) >> 32
+    return bucket, (1 - 2 * (word & 1)).double()
+
+
+@functools.lru_cache(maxsize=512)
+def haar(seed: int, name: str, stream: str, repeats: int, size: int, width: int) -> Tensor:
+    """Independent random frames (repeats, size, width) float32: E SᵀS = I, S Sᵀ = (width/size) I.
+
+    The first rows of a Haar orthogonal matrix: QR of a normal matrix in float64, on the CPU, with
+    the signs of the diagonal taken out (Mezzadri 2007); then rounded, so that another LAPACK's last
+    bits do not show.
+    """
+    made = normals(key(seed, name, stream), repeats * size * width)
+    q, triangle = torch.linalg.qr(made.view(repeats, width, size))
+    frames: Tensor = q * triangle.diagonal(dim1=1, dim2=2).sign()[:, None, :]
+    return (frames.mT * math.sqrt(width / size)).float().contiguous()
+
+
+@functools.lru_cache(maxsize=512)
+def hashed(
+    seed: int, name: str, stream: str, repeats: int, size: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Buckets and signs (repeats, width) of independent count sketches."""
+    where, sign = buckets(key(seed, name, stream), repeats * width, size)
+    return where.view(repeats, width), sign.float().view(repeats, width)
+
+
+# --------------------------------------------------------------------------- projections
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Which numbers a projection uses."""
+
+    seed: int
+    name: str
+    repeats: int
+
+
+def count_sketch(stream: Stream, vectors: Tensor, size: int) -> Tensor:
+    """Count sketches (c, R, size) of vectors (c, n)."""
+    c, n = vectors.shape
+    where, sign = hashed(stream.seed, stream.name, "hash", stream.repeats, size, n)
+    where, sign = where.to(vectors.device), sign.to(vectors)
+    out = vectors.new_zeros(c, stream.repeats, size)
+    for repeat in range(stream.repeats):
+        out[:, repeat].index_add_(1, where[repeat], vectors * sign[repeat])
+    return out
+
+
+def two_sided(
+    stream: Stream, terms: Sequence[Term], shape: tuple[int, int], sizes: tuple[int, int]
+) -> Tensor:
+    """Σ_t (S l_t) ⊗ (S' r_t) (c, R, sizes[0], sizes[1]); S and S' orthogonal sides.
+
+    One-hot rows take a count sketch for S: it is exact on each of them.
+    """
+    repeats, (size, size_r) = stream.repeats, sizes
+    out = terms[0].right.new_zeros(len(terms[0]), repeats, size, size_r)
+    for term in terms:
+        right = _onto(stream, "right", term.right, size_r)  # (·, R, t, size_r)
+        if term.left.dim() > 1:
+            out += _onto(stream, "left", term.left, size).mT @ right
+            continue
+        where, sign = hashed(stream.seed, stream.name, "left hash", repeats, size, shape[0])
+        where, sign = where.to(term.left.device)[:, term.left], sign.to(right)[:, term.left]
+        for repeat in range(repeats):
+            signed = right[:, repeat] * sign[repeat][:, None]
+            out[:, repeat].index_add_(1, where[repeat], signed)
+    return out
+
+
+def _onto(stream: Stream, side: str, x: Tensor, size: int) -> Tensor:
+    """Rows (·, t, n) onto the frames of one side: (·, R, t, size)."""
+    frames = haar(stream.seed, stream.name, side, stream.repeats, size, x.shape[-1])
+    projected: Tensor = (x @ frames.to(x).flatten(0, 1).T).unflatten(-1, (stream.repeats, size))
+    return projected.transpose(-3, -2)
+
+
+def hashed_rows(
+    stream: Stream, left: Tensor, right: Tensor, sizes: tuple[int, int], width: int
+) -> Tensor:
+    """`two_sided` of dense vectors over one-hot rows: left (c, rows) ⊗ right (c, b), one each."""
+    where, sign = hashed(
+        stream.seed, stream.name, "left hash", stream.repeats, sizes[0], left.shape[1]
+    )
+    where, sign = where.to(left.device), sign.to(left)
+    frame = haar(stream.seed, stream.name, "right", stream.repeats, sizes[1], width).to(right)
+    out = left.new_zeros(len(left), stream.repeats, *sizes)
+    for repeat in range(stream.repeats):
+        pushed = left.new_zeros(len(left), sizes[0])
+        pushed.index_add_(1, where[repeat], left * sign[repeat])
+        out[:, repeat] = pushed[:, :, None] * (right @ frame[repeat].T)[:, None, :]
+    return out
+
+
+def dense(
+    stream: Stream, terms: Sequence[Term], shape: tuple[int, int], size: int, gaussian: bool
+) -> Tensor:
+    """(c, R, size): every number is the inner product with a random matrix of independent entries.
+
+    Cost: 2 c R size a b FLOPs, and making R size a b random numbers.
+    """
+    draw = normals if gaussian else signs
+    count = shape[0] * shape[1]
+    whole = torch.stack([weigh(terms, c, shape[0]).flatten() for c in range(len(terms[0]))])
+    out = whole.new_empty(len(whole), stream.repeats, size)
+    block = max(1, _BLOCK // count)
+    for repeat in range(stream.repeats):
+        for lo in range(0, size, block):
+            rows = min(block, size - lo)
+            at = key(stream.seed, stream.name, f"dense {repeat} {lo}")
+            matrix = draw(at, rows * count).view(rows, count).to(whole)
+            for c, vector in enumerate(whole):
+                out[c, repeat, lo : lo + rows] = matrix @ vector
+    return out.div_(size**0.5)
+
+
+def sparse(stream: Stream, terms: Sequence[Term], shape: tuple[int, int], size: int) -> Tensor:
+    """(c, R, size): each entry of the matrix goes to one bucket of each repeat, with a sign.
+
+    The repeats together are the block form of SJLT (Kane & Nelson 2014) with R nonzeros a column.
+    Cost: 2 T a b FLOPs to materialise a gradient, R a b additions, and making R a b numbers.
+    """
+    count = shape[0] * shape[1]
+    whole = torch.stack([weigh(terms, c, shape[0]).flatten() for c in range(len(terms[0]))])
+    out = whole.new_zeros(len(whole), stream.repeats, size)
+    for repeat in range(stream.repeats):  # tables as large as the weight are not kept
+        where, sign = buckets(key(stream.seed, stream.name, f"hash {repeat}"), count, size)
+        out[:, repeat].index_add_(1, where.to(whole.device), whole * sign.to(whole))
+    return out
+
+
+def tensor_sketch(
+    stream: Stream, terms: Sequence[Term], shape: tuple[int, int], size: int
+) -> Tensor:
+    """(c, R, size) with size odd: entry (i, j) goes to bucket h(i) + h'(j) mod size (Pham & Pagh).
+
+    Σ_t of circular convolutions of two count sketches, by FFT.
+    """
+    repeats, outs = stream.repeats, []
+    tables = [
+        hashed(stream.seed, stream.name, side, repeats, size, width)
+        for side, width in zip(("left", "right"), shape, strict=True)
+    ]
+
+    def moved(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        """Spectra (T, R, size // 2 + 1) of the count sketches of rows (T, n)."""
+        where, sign = table[0].to(x.device), table[1].to(x)
+        buffer = x.new_zeros(len(x), repeats, size)
+        for repeat in range(repeats):
+            buffer[:, repeat].index_add_(1, where[repeat], x * sign[repeat])
+        spectra: Tensor = torch.fft.rfft(buffer)
+        return spectra
+
+    shared = [
+        [
+            moved(x, table) if x.dim() == 2 else None
+            for x, table in zip((term.left, term.right), tables, strict=True)
+        ]
+        for term in terms
+    ]
+    for c in range(len(terms[0])):
+        total: Tensor | None = None
+        for term, known in zip(terms, shared, strict=True):
+            left, right = (
+                moved(x, table) if have is None else have
+                for x, table, have in zip(term.one(c), tables, known, strict=True)
+            )
+            part = (left * right).sum(0)
+            total = part if total is None else total + part
+        outs.append(torch.fft.irfft(total, n=size))
+    return torch.stack(outs)
+
+
+def low_rank(
+    stream: Stream, terms: Sequence[Term], shape: tuple[int, int], rank: int
+) -> tuple[Tensor, Tensor]:
+    """A rank-ρ part U Vᵀ of each matrix A, near its best: U (c, ρ, a) orthonormal, V (c, ρ, b).
+
+    U spans (A Aᵀ)² A Ω for normal Ω, and V = Aᵀ U. A single outer product is returned as it is.
+    Cost: 12 ρ T (a + b) FLOPs a cotangent.
+    """
+    if rank == 1 and single(terms):
+        return terms[0].left, terms[0].right.expand(len(terms[0]), 1, -1)
+    start = normals(key(stream.seed, stream.name, "low rank"), shape[1] * rank)
+    right = start.view(shape[1], rank).to(terms[0].right)
+    for _ in range(3):
+        onto = torch.stack([t.left.mT @ (t.right @ right) for t in terms]).sum(0)
+        onto = torch.linalg.qr(onto).Q
+        right = torch.stack([t.right.mT @ (t.left @ onto) for t in terms]).sum(0)
+    return onto.mT, right.mT
+
+
+def single(terms: Sequence[Term]) -> bool:
+    """Whether each gradient is one outer product."""
+    return len(terms) == 1 and terms[0].left.dim() == 3 and terms[0].left.shape[1] == 1
+
+
+# --------------------------------------------------------------------------- variances
+#
+# ⟨S A, S B⟩⟨S C, S D⟩ has the mean Σ W[p, q] T[p, q]: T pairs the rows of the four matrices by one
+# pattern and their columns by another, W says what a projection makes of such a pair.
+
+_PATTERNS = (("ii", "kk"), ("ik", "ik"), ("ik", "ki"), ("ii", "ii"))  # rows of (A, B), (C, D)
+
+
+def contractions(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """T (4, 4) float64: Σ a b c d over rows and columns that pair as AB|CD, AC|BD, AD|BC, ABCD.
+
+    Cost: 16 contractions of at most 4 rows columns min(rows, columns) FLOPs.
+    """
+    given = [x.double().cpu().numpy() for x in (a, b, c, d)]
+    table = torch.empty(4, 4, dtype=torch.float64)
+    for p, row in enumerate(_PATTERNS):
+        for q, column in enumerate(_PATTERNS):
+            columns = "".join(column).translate(str.maketrans("ik", "jl"))
+            names = [i + j for i, j in zip("".join(row), columns, strict=True)]
+            table[p, q] = float(np.einsum(",".join(names) + "->", *given, optimize="optimal"))
+    return table
+
+
+def frame_moments(size: int, width: int) -> Tensor:
+    """E[M_ij M_kl] of M = SᵀS for a Haar frame: weights of ij|kl, ik|jl, il|jk, all equal."""
+    if size >= width:
+        return torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    beta = width * (width - size) / (size * (width - 1) * (width + 2))
+    alpha = width / size - beta * (width + 1)
+    return torch.tensor([alpha, beta, beta, 0.0], dtype=torch.float64)
+
+
+def sign_moments(size: int) -> Tensor:
+    """The same for independent signs, or for a count sketch."""
+    return torch.tensor([1.0, 1 / size, 1 / size, -2 / size], dtype=torch.float64)
+
+
+def normal_moments(size: int) -> Tensor:
+    """The same for independent normals."""
+    return torch.tensor([1.0, 1 / size, 1 / size, 0.0], dtype=torch.float64)
+
+
+def tensor_sketch_moments(size: int) -> Tensor:
+    """W (4, 4) of a TensorSketch of odd size: the chance that a pattern's entries collide."""
+    # "All equal" is part of the other three; made disjoint, every pattern has one chance.
+    disjoint = torch.eye(4, dtype=torch.float64)
+    disjoint[:3, 3] = -1
+    chance = torch.full((4, 4), 1 / size, dtype=torch.float64)
+    chance[0, 0] = chance[0, 3] = chance[3, 0] = chance[3, 3] = 1
+    chance[1, 2] = chance[2, 1] = 1 / size**2
+    return disjoint.T @ chance @ disjoint
+
+
+def variance(moments: Tensor, pairs: Sequence[tuple[float, Tensor, Tensor]]) -> float:
+    """Var Σ sign ⟨S A, S B⟩ over pairs (sign, A, B) that share S, with W = `moments` (4, 4)."""
+    total = 0.0
+    for sign, a, b in pairs:
+        for other, c, d in pairs:
+            table = contractions(a, b, c, d)
+            total += sign * other * float((moments * table).sum() - table[0, 0])
+    return max(total, 0.0)
