@@ -901,9 +901,8 @@ def build(
                 raise Problem(f"--store must be a new folder for {world} processes: {out} is there")
         anatomy = Anatomy(lm)
         # Of all ranks alike, and not of what is left to do.
-        layout = plan_layout(anatomy, list(examples.values()), sketch)
-        stored = layout if by == "token" else layout.summed()
-        with Store.create(parts[me], identity, stored, rows, exist_ok=True) as store:
+        layout = plan_layout(anatomy, list(examples.values()), sketch, by)
+        with Store.create(parts[me], identity, layout, rows, exist_ok=True) as store:
             mine = {i: e for n, (i, e) in enumerate(examples.items()) if n % world == me}
             written = store_features(
                 store, anatomy, mine, layout, by=by, memory=memory, progress=me == 0

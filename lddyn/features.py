@@ -35,7 +35,13 @@ from lddyn.projections import (
     single,
     weigh,
 )
-from lddyn.pullback import DEFAULT_MEMORY, Pullback, parse_memory, segments_down
+from lddyn.pullback import (
+    DEFAULT_MEMORY,
+    Pullback,
+    parse_memory,
+    pull_together,
+    segments_down,
+)
 from lddyn.sketch import Layout, Part, Sketch, best_sizes
 from lddyn.store import Store, TokenTable
 
@@ -112,14 +118,28 @@ def _walk(
     """Pulls the cotangents of a trace down, and shows each chunk's gradients of each segment."""
     anatomy = trace.anatomy
     with anatomy.analysis():
-        rows = None
-        if weights is not None:
-            rows = ops.residual(trace.logits, trace.targets)[0] * weights[:, None]
-        pull = Pullback(trace, rows, select, chunk)
+        pull = Pullback(trace, _weighted(trace, weights), select, chunk)
         visit(pull.selected, Gradients.of(pull.head_factors(), anatomy))
         for segment in segments_down(anatomy):
             for selected, factors in pull.step(segment):
                 visit(selected, Gradients.of(factors, anatomy))
+
+
+def _walk_together(
+    trace: Trace, weights: Tensor | None, visit: Callable[[Tensor, Gradients], None]
+) -> None:
+    """The same for one cotangent, the sum of all tokens'; of the head, a row for each token."""
+    row = torch.zeros(1, dtype=torch.long, device=trace.ids.device)
+    with trace.anatomy.analysis():
+        for factors in pull_together(trace, _weighted(trace, weights)):
+            visit(row, Gradients.of(factors, trace.anatomy))
+
+
+def _weighted(trace: Trace, weights: Tensor | None) -> Tensor | None:
+    """Log-prob rows times weights; None: as they are."""
+    if weights is None:
+        return None
+    return ops.residual(trace.logits, trace.targets)[0] * weights[:, None]
 
 
 def _head_sides(head: HeadFactor) -> tuple[Tensor, Tensor]:
@@ -146,7 +166,9 @@ class _Claim:
 
 
 @undisturbed
-def plan_layout(model: nn.Module | Anatomy, examples: Sequence[Example], sketch: Sketch) -> Layout:
+def plan_layout(
+    model: nn.Module | Anatomy, examples: Sequence[Example], sketch: Sketch, by: str = "token"
+) -> Layout:
     """Divides k over the parameters of a model: a layout for `features`.
 
     A parameter's share of k is its share of ‖gradient‖², averaged over up to 8 evenly spaced tokens
@@ -155,27 +177,33 @@ def plan_layout(model: nn.Module | Anatomy, examples: Sequence[Example], sketch:
     gradients are outer products, as above the last attention. Beyond k come h of the head's v ⊗ h,
     of which v is sketched, and low-rank parts.
 
+    By sequence, shares are those of the first 8 whole gradients. The layout is linear: the
+    head is sketched like other weights, and a low rank is not looked for.
+
     Args:
         model: A causal LM of transformers, or its Anatomy.
         examples: Sequences, of which the first are looked at.
         sketch: k, kind and the rest.
+        by: `"token"` or `"sequence"`: what a row is.
 
     Returns:
         Layout; whoever shares it makes rows that can be compared.
 
     Raises:
-        ValueError: If there is no example, or k is too small for the number of parameters.
+        ValueError: If there is no example, `by` is neither, or k is too small for the number of
+            parameters.
         UnsupportedModelError: If a parameter is used in two ways at once.
 
     Cost: a forward pass of 4 examples; the pullback and the materialised gradients of 32 tokens.
     """
     if not examples:
         raise ValueError("at least one example is needed to divide k over the parameters, got none")
+    together = _by_sequence(by)
     anatomy = model if isinstance(model, Anatomy) else Anatomy(model)
     squares: dict[str, float] = {}
     uses: dict[str, str] = {}
     dense: set[str] = set()  # whose gradients are not outer products
-    low_rank_kind = sketch.kind == "lowrank"
+    low_rank_kind = sketch.kind == "lowrank" and not together
 
     def note(name: str, use: str, square: float) -> None:
         squares[name] = squares.get(name, 0.0) + square
@@ -186,7 +214,7 @@ def plan_layout(model: nn.Module | Anatomy, examples: Sequence[Example], sketch:
         for name, terms in found.weights.items():
             base, use = base_name(name), _use(name, terms)
             shape = int(anatomy.trainable[base].shape[-2]), int(anatomy.trainable[base].shape[-1])
-            if name != base or not single(terms):
+            if together or name != base or not single(terms):
                 dense.add(base)
             kept = None
             if low_rank_kind and use == "sketch" and not single(terms) and _alone(anatomy, base):
@@ -202,10 +230,18 @@ def plan_layout(model: nn.Module | Anatomy, examples: Sequence[Example], sketch:
             note(name, "vector", float(vector.square().sum()))
         if found.head is not None and (found.head.weight or found.head.bias):
             h, v = _head_sides(found.head)
-            both = h.square().sum(1) * v.square().sum(1)
+            if together and found.head.bias is not None:
+                note(found.head.bias, "vector", float(v.sum(0).square().sum()))
+                h = _wide(found.head.hidden)
+            both = (h @ h.T) * (v @ v.T)
+            both = both if together else both.diagonal()
             squares["head"] = squares.get("head", 0.0) + float(both.sum())
 
-    for example in examples[: _PILOT[0]]:
+    for example in examples[: _PILOT[0] * (1 + together)]:
+        if together:
+            with _cpu_threads(1):
+                _walk_together(anatomy.trace(example), None, visit)
+            continue
         count = min(_PILOT[1], len(example))
         select = torch.linspace(0, len(example) - 1, count).round().long()
         with _cpu_threads(1):
@@ -213,7 +249,7 @@ def plan_layout(model: nn.Module | Anatomy, examples: Sequence[Example], sketch:
             _walk(trace, None, select.to(trace.positions.device), CHUNK, visit)
     # Three digits: what another device rounds differently should not move a number.
     squares = {name: float(f"{square:.3g}") for name, square in squares.items()}
-    return Layout(sketch, _divide(anatomy, sketch, squares, uses, dense))
+    return Layout(sketch, _divide(anatomy, sketch, squares, uses, dense, together))
 
 
 def _alone(anatomy: Anatomy, name: str) -> bool:
@@ -241,13 +277,14 @@ def _divide(
     squares: dict[str, float],
     uses: dict[str, str],
     dense: set[str],
+    together: bool,
 ) -> tuple[Part, ...]:
     fixed: list[Part] = []  # beyond k
     claims: list[_Claim] = []
     head = anatomy.head_weight, anatomy.head_bias
     for name, parameter in anatomy.trainable.items():
         tied = name == head[0] and anatomy.tied
-        if name in head and not tied:
+        if name in head and not tied and not (together and name == head[1]):
             continue
         # A parameter that no pilot token reached may yet be reached: an expert of its own, say.
         vector = parameter.dim() not in (2, 3) or name in anatomy.direct
@@ -263,16 +300,23 @@ def _divide(
         if tied:
             if use != "onehot":
                 raise _mixed(name)
-            claim.copies = 2
+            claim.copies = 1 if together else 2  # a sum is in the embedding's numbers
             claim.weight += 2 * (weight * squares["head"]) ** 0.5
+            claim.weight += squares["head"] if together else 0.0
         elif use == "sketch" and name in uses and name not in dense and _alone(anatomy, name):
             claim.whole, claim.kept = sum(shape), "outer"
-        elif use == "sketch" and sketch.kind == "lowrank" and _alone(anatomy, name):
+        elif (
+            use == "sketch" and sketch.kind == "lowrank" and not together and _alone(anatomy, name)
+        ):
             claim.copies = 2
             fixed.append(Part(name, "outer", shape, (min(sketch.rank, *shape), 1)))
         if parameter.dim() == 2 and claim.copies == 1 and size <= (claim.whole or size):
             claim.whole, claim.kept = size, "exact"
-    if head != (None, None):
+    if together and head[0] and not anatomy.tied:
+        shape = anatomy.vocabulary, int(anatomy.head.weight.shape[1])
+        part = Part(head[0], "summed", shape, (1, 1))
+        claims.append(_Claim(part, squares["head"], whole=shape[0] * shape[1]))
+    elif head != (None, None) and not together:
         width = (int(anatomy.head.weight.shape[1]) if head[0] else 0) + (1 if head[1] else 0)
         name = head[0] or head[1] or ""
         part = Part(name, "head", (anatomy.vocabulary, width), (1, 1))
@@ -335,8 +379,9 @@ def _shares(sketch: Sketch, claims: list[_Claim]) -> list[Part]:
 class _Writer:
     """Puts the gradients of one example's chunks into its rows."""
 
-    def __init__(self, rows: Tensor, layout: Layout, anatomy: Anatomy):
+    def __init__(self, rows: Tensor, layout: Layout, anatomy: Anatomy, together: bool):
         self.rows, self.layout, self.anatomy = rows, layout, anatomy
+        self.together = together
         self.parts: dict[str, dict[str, Part]] = {}
         for part in layout.parts:
             self.parts.setdefault(part.name, {})[part.kind] = part
@@ -347,14 +392,9 @@ class _Writer:
         for name, terms in found.weights.items():
             self._weight(block, name, terms)
         for name, vector in found.vectors.items():
-            part = self._part(name, "vector")
-            numbers = vector
-            if part.kind != "exact":
-                term = Term(vector[:, None], vector.new_ones(len(vector), 1, 1))
-                numbers = self.layout.sketch.project(name, [term], part.shape, part.sizes)
-            self._add(block, part, numbers)
+            self._vector(block, name, vector)
         if found.head is not None and (found.head.weight or found.head.bias):
-            self._head(block, found.head)
+            (self._summed_head if self.together else self._head)(block, found.head)
         self.rows[selected] = block
 
     def _add(self, block: Tensor, part: Part, numbers: Tensor) -> None:
@@ -364,12 +404,24 @@ class _Writer:
         else:
             self.layout.repeated(block)[..., place] += numbers
 
+    def _vector(self, block: Tensor, name: str, vector: Tensor) -> None:
+        part, numbers = self._part(name, "vector"), vector
+        if part.kind != "exact":
+            term = Term(vector[:, None], vector.new_ones(len(vector), 1, 1))
+            numbers = self.layout.sketch.project(name, [term], part.shape, part.sizes)
+        self._add(block, part, numbers)
+
     def _weight(self, block: Tensor, name: str, terms: list[Term]) -> None:
         layout, sketch = self.layout, self.layout.sketch
         part = self._part(name, _use(name, terms))
         if part.kind == "exact":
             whole = [weigh(terms, c, part.shape[0]).flatten() for c in range(len(block))]
             self._add(block, part, torch.stack(whole))
+            return
+        if part.kind == "summed":
+            for term in terms:
+                left = term.left if term.left.dim() == 3 else term.left[None]
+                self._add(block, part, self._hashed(part, left, term.right))
             return
         # A tied head keeps an "outer" of its own under the embedding's name.
         outer = None if part.kind == "onehot" else self.parts[part.name].get("outer")
@@ -399,13 +451,37 @@ class _Writer:
         left[:] = v[:, None] if part.kind == "outer" else count_sketch(stream, v, part.sizes[0])
         tied = self.parts[name].get("minus")
         if tied is not None:
-            own = hashed_rows(stream, v, _wide(head.hidden), tied.sizes, tied.shape[1]).flatten(2)
+            hidden = _wide(head.hidden)[:, None]
+            own = hashed_rows(stream, v[:, None], hidden, tied.sizes, tied.shape[1]).flatten(2)
             self._add(block, tied, own)
             self._add(block, self.parts[name]["onehot"], own)
 
+    def _summed_head(self, block: Tensor, head: HeadFactor) -> None:
+        """Of all tokens together: Σ_m v_m ⊗ h_m."""
+        v, h = _wide(head.rows)[None], _wide(head.hidden)[None]
+        if head.bias is not None:
+            self._vector(block, head.bias, v.sum(1))
+        if head.weight is None:
+            return
+        part = self._part(head.weight, "summed")
+        numbers = (v.mT @ h).flatten(1) if part.kind == "exact" else self._hashed(part, v, h)
+        self._add(block, part, numbers)
+
+    def _hashed(self, part: Part, left: Tensor, right: Tensor) -> Tensor:
+        """Σ_t left[t] ⊗ right[t] with hashed rows, as an embedding's are; "summed": if need be."""
+        sketch, summed = self.layout.sketch, part.kind == "summed"
+        name = f"{part.name}\0sum" if summed else part.name
+        stream = Stream(sketch.seed, name, sketch.repeats)
+        whole = summed and part.sizes[0] == part.shape[0]
+        return hashed_rows(stream, left, right, part.sizes, part.shape[1], whole).flatten(2)
+
     def _part(self, name: str, use: str) -> Part:
         parts = self.parts.get(base_name(name), {})
-        others = {"sketch": ("exact", "outer"), "head": ("outer",)}.get(use, ("exact",))
+        others = {
+            "sketch": ("exact", "outer", "summed"),
+            "head": ("outer",),
+            "summed": ("exact", "onehot"),
+        }.get(use, ("exact",))
         found = next((parts[kind] for kind in (use, *others) if kind in parts), None)
         if found is None:
             raise UnsupportedModelError(
@@ -429,7 +505,8 @@ def _check_outer(name: str, terms: list[Term], form: tuple[Tensor, Tensor]) -> N
 
 def _check_layout(layout: Layout, anatomy: Anatomy) -> None:
     expected = {n: p.numel() for n, p in anatomy.trainable.items()}
-    if anatomy.head_weight and anatomy.head_bias:  # one part for both
+    bias = any(part.name == anatomy.head_bias for part in layout.parts)
+    if anatomy.head_weight and anatomy.head_bias and not bias:  # one part for both
         expected[anatomy.head_weight] += expected.pop(anatomy.head_bias)
     found: dict[str, int] = {}
     for part in layout.parts:
@@ -451,6 +528,7 @@ def features(
     examples: Sequence[Example],
     sketch: Sketch | None = None,
     *,
+    by: str = "token",
     weights: Sequence[Tensor] | None = None,
     layout: Layout | None = None,
     memory: int | str = DEFAULT_MEMORY,
@@ -467,6 +545,8 @@ def features(
         model: A causal LM of transformers, or its Anatomy.
         examples: Sequences; each of their counted response tokens is a row.
         sketch: How gradients are sketched; default `Sketch()`. Not with `layout`.
+        by: `"token"`; or `"sequence"`: a row is the gradient of a whole sequence's log-prob,
+            Σ_m w_m ∇ log π(y_m), at the cost of one plain backward pass.
         weights: One (tokens,) tensor per example: row m is w_m ∇ log π(y_m).
         layout: That of earlier rows, to compare with them. Default: `plan_layout` of these
             examples, so another order of them may make another one.
@@ -501,7 +581,7 @@ def features(
         >>> estimate.value.shape, estimate.samples
         (torch.Size([3, 3]), 8)
     """
-    examples = list(examples)
+    examples, together = list(examples), _by_sequence(by)
     if not examples:
         raise ValueError("examples must hold at least one Example, got none")
     if sketch is not None and layout is not None and sketch != layout.sketch:
@@ -520,8 +600,15 @@ def features(
     budget = parse_memory(memory)
     anatomy = model if isinstance(model, Anatomy) else Anatomy(model)
     if layout is None:
-        layout = plan_layout(anatomy, examples, sketch or Sketch())
+        layout = plan_layout(anatomy, examples, sketch or Sketch(), by)
     _check_layout(layout, anatomy)
+    if together and not layout.linear:
+        raise ValueError(
+            "layout must be one of sequences, this one keeps outer products of tokens: make it "
+            "with plan_layout(…, by='sequence')"
+        )
+    if not together and any(part.kind == "summed" for part in layout.parts):
+        raise ValueError("layout is one of sequences: give by='sequence', or a layout of tokens")
     largest = max((p.shape[0] * p.shape[1] for p in layout.parts if p.kind == "sketch"), default=0)
     bar = tqdm(
         total=sum(len(e) for e in examples), desc="features", unit="token",
@@ -531,8 +618,9 @@ def features(
     for index, example in enumerate(examples):
         with _cpu_threads(threads):
             trace = anatomy.trace(example)
-        total = sum(len(e) for e in examples) * layout.width * trace.logits.element_size()
-        count = min(chunk, len(example))
+        total = sum(1 if together else len(e) for e in examples)
+        total *= layout.width * trace.logits.element_size()
+        count = 1 if together else min(chunk, len(example))
         work = Side(trace).bytes_per_cotangent() * count
         if layout.sketch.kind in ("sjlt", "rademacher", "gaussian"):  # gradients are formed
             work += (2 * count + 8) * largest * trace.logits.element_size()
@@ -543,14 +631,25 @@ def features(
                 f"{trace.length}, got {budget}: raise it, lower chunk, or give fewer examples at a "
                 "time with one layout"
             )
-        block = trace.logits.new_zeros(len(example), layout.width)
+        block = trace.logits.new_zeros(1 if together else len(example), layout.width)
         given = None if weights is None else weights[index].to(trace.logits)
+        writer = _Writer(block, layout, anatomy, together)
         with _cpu_threads(threads):
-            _walk(trace, given, None, chunk, _Writer(block, layout, anatomy))
+            if together:
+                _walk_together(trace, given, writer)
+            else:
+                _walk(trace, given, None, chunk, writer)
         rows.append(block)
         bar.update(len(example))
     bar.close()
-    return Features(torch.cat(rows), token_table(examples), layout)
+    table = _sequence_table if together else token_table
+    return Features(torch.cat(rows), table(examples), layout)
+
+
+def _by_sequence(by: str) -> bool:
+    if by not in ("token", "sequence"):
+        raise ValueError(f"by must be 'token' or 'sequence', got {by!r}")
+    return by == "sequence"
 
 
 @contextlib.contextmanager
@@ -577,6 +676,13 @@ def token_table(examples: Sequence[Example]) -> TokenTable:
     )
 
 
+def _sequence_table(examples: Sequence[Example]) -> TokenTable:
+    """The same for rows of whole sequences."""
+    none = torch.full((len(examples),), -1, dtype=torch.int32)
+    names = [e.content_id for e in examples]
+    return TokenTable(names, torch.arange(len(examples)), none, none.clone(), none.clone())
+
+
 def store_features(
     store: Store,
     model: nn.Module | Anatomy,
@@ -590,10 +696,10 @@ def store_features(
     """Makes the features of examples one by one and appends them to a store; resumes.
 
     Args:
-        store: Open for writing, made with `layout`, or with `layout.summed()` by sequence.
+        store: Open for writing, made with `layout`.
         model: A causal LM of transformers, or its Anatomy.
         examples: Place in the data set -> example. Those that the store has are left out.
-        layout: Of the tokens' rows; see `plan_layout`.
+        layout: Of the rows; see `plan_layout`.
         by: `"token"`, or `"sequence"`: one row an example, under the name of its first token.
         memory: Workspace for one example's rows and one chunk.
         progress: Show a bar over tokens.
@@ -607,10 +713,7 @@ def store_features(
 
     Cost: that of `features`; one example in memory, and a shard.
     """
-    if by not in ("token", "sequence"):
-        raise ValueError(f"by must be 'token' or 'sequence', got {by!r}")
-    stored = layout if by == "token" else layout.summed()
-    if store.layout_json != stored.to_json():
+    if store.layout_json != layout.to_json():
         raise ValueError(f"{store.path} has another layout: create it with that of these rows")
     anatomy = model if isinstance(model, Anatomy) else Anatomy(model)
     bar = tqdm(
@@ -620,7 +723,7 @@ def store_features(
     written = 0
     for index, example in examples.items():
         if not store.has(example):
-            feats = features(anatomy, [example], layout=layout, memory=memory)
+            feats = features(anatomy, [example], by=by, layout=layout, memory=memory)
             if by == "token":
                 store.append(example, feats.rows, index=index)
             else:
@@ -629,8 +732,7 @@ def store_features(
                     "position": [example.positions[0]],
                     "token_id": [example.targets[0]],
                 }
-                name, row = example.content_id, feats.per_sequence().rows
-                store.append(name, row, first, index=index)
+                store.append(example.content_id, feats.rows, first, index=index)
             written += 1
         bar.update(len(example))
     bar.close()

@@ -171,19 +171,28 @@ def _onto(stream: Stream, side: str, x: Tensor, size: int) -> Tensor:
 
 
 def hashed_rows(
-    stream: Stream, left: Tensor, right: Tensor, sizes: tuple[int, int], width: int
+    stream: Stream,
+    left: Tensor,
+    right: Tensor,
+    sizes: tuple[int, int],
+    width: int,
+    whole: bool = False,
 ) -> Tensor:
-    """`two_sided` of dense vectors over one-hot rows: left (c, rows) ⊗ right (c, b), one each."""
-    where, sign = hashed(
-        stream.seed, stream.name, "left hash", stream.repeats, sizes[0], left.shape[1]
-    )
+    """`two_sided` over one-hot rows of Σ_t left[t] ⊗ right[t]: left (c, t, rows), right (c, t, b).
+
+    whole: there are as many buckets as rows, which stay where they are.
+    """
+    count = left.shape[-1]
+    where, sign = hashed(stream.seed, stream.name, "left hash", stream.repeats, sizes[0], count)
     where, sign = where.to(left.device), sign.to(left)
     frame = haar(stream.seed, stream.name, "right", stream.repeats, sizes[1], width).to(right)
     out = left.new_zeros(len(left), stream.repeats, *sizes)
     for repeat in range(stream.repeats):
-        pushed = left.new_zeros(len(left), sizes[0])
-        pushed.index_add_(1, where[repeat], left * sign[repeat])
-        out[:, repeat] = pushed[:, :, None] * (right @ frame[repeat].T)[:, None, :]
+        pushed = left
+        if not whole:
+            pushed = left.new_zeros(*left.shape[:2], sizes[0])
+            pushed.index_add_(2, where[repeat], left * sign[repeat])
+        out[:, repeat] = pushed.mT @ (right @ frame[repeat].T)
     return out
 
 

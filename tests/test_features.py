@@ -259,6 +259,65 @@ def test_sums_of_exact_rows_are_exact():
     assert float(sums[0, 1]) == pytest.approx(float(gram[:m, m:].sum()), rel=1e-4)
 
 
+def sequence_truth(name):
+    """The exact Gram of both examples' whole gradients."""
+    m, gram = len(zoo.examples()[0]), truth(name)
+    blocks = [[gram[:m, :m], gram[:m, m:]], [gram[m:, :m], gram[m:, m:]]]
+    return torch.tensor([[float(b.sum()) for b in row] for row in blocks])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "twosided") for name in ALL), *(("llama", kind) for kind in KINDS)],
+)
+def test_whole_sequences_are_unbiased(name, kind):
+    """One backward pass each; every parameter counts once."""
+    lm, examples = model(name), zoo.examples()
+    layout = plan_layout(lm, examples, lddyn.Sketch(kind, k=1200, seed=2), by="sequence")
+    more = replace(layout.sketch, k=layout.sketch.k * REPEATS // 8, repeats=REPEATS)
+    feats = lddyn.features(lm, examples, by="sequence", layout=Layout(more, layout.parts))
+    assert feats.layout.linear and feats.tokens.example_id == [e.content_id for e in examples]
+    estimate, expected = feats.gram(), sequence_truth(name)
+    error = (estimate.value - expected) / estimate.stderr.clamp_min(1e-9)
+    assert float(error.abs().max()) < 4.5
+    assert float(((estimate.value - expected) / scale(expected)).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "llama+bias", "llama+tied", "gpt2", "opt"])
+def test_whole_sequences_that_fit_are_exact(name):
+    feats = lddyn.features(model(name), zoo.examples(), lddyn.Sketch(k=10**6), by="sequence")
+    assert {part.kind for part in feats.layout.parts} == {"exact"}
+    expected = sequence_truth(name)
+    torch.testing.assert_close(feats.gram().value, expected, rtol=2e-5, atol=1e-5)
+
+
+def test_weights_of_whole_sequences():
+    examples = zoo.examples()
+    weights = [torch.linspace(-1, 2, len(e)) for e in examples]
+    lm, sketch = model("llama"), lddyn.Sketch(k=10**6)
+    feats = lddyn.features(lm, examples, sketch, by="sequence", weights=weights)
+    w = torch.cat(weights)
+    owner = torch.tensor([i for i, e in enumerate(examples) for _ in range(len(e))])
+    whole = torch.zeros(2, 2).index_put_(
+        (owner[:, None], owner[None]), w[:, None] * truth("llama") * w, accumulate=True
+    )
+    torch.testing.assert_close(feats.gram().value, whole, rtol=2e-5, atol=1e-5)
+
+
+def test_layouts_of_tokens_and_of_sequences_are_not_mixed():
+    lm, examples = model("llama"), zoo.examples()
+    layouts = {by: plan_layout(lm, examples, lddyn.Sketch(k=2000), by) for by in _BY}
+    with pytest.raises(ValueError, match="make it with plan_layout"):
+        lddyn.features(lm, examples, by="sequence", layout=layouts["token"])
+    with pytest.raises(ValueError, match="layout is one of sequences"):
+        lddyn.features(lm, examples, layout=layouts["sequence"])
+    with pytest.raises(ValueError, match="by must be 'token' or 'sequence', got 'row'"):
+        plan_layout(lm, examples, lddyn.Sketch(), "row")
+
+
+_BY = ("token", "sequence")
+
+
 def test_a_store_answers_with_standard_errors(tmp_path):
     examples = zoo.examples()
     feats = lddyn.features(model("llama"), examples, lddyn.Sketch(k=2000))
@@ -348,15 +407,15 @@ def test_faiss_finds_what_query_finds(tmp_path):
     model, examples = zoo.build("llama"), [
         lddyn.Example([1, 2 + i], [3, 4 + i, 5, 7 + 2 * i]) for i in range(9)
     ]  # fmt: skip
-    layout = plan_layout(model, examples, lddyn.Sketch(k=2048))
-    stored = layout.summed()
+    stored = plan_layout(model, examples, lddyn.Sketch(k=2048), by="sequence")
     with lddyn.Store.create(tmp_path / "s", {}, stored, exist_ok=True) as store:
-        store_features(store, model, dict(enumerate(examples)), layout, by="sequence")
+        store_features(store, model, dict(enumerate(examples)), stored, by="sequence")
     store = lddyn.Store.open(tmp_path / "s", layout=stored)
     rows = store.rows()[:3]
     values, found = store.to_faiss().search(stored.as_query(rows).numpy(), 4)
     hits = store.query(rows, 4, sign="up")
     assert torch.equal(torch.from_numpy(found), hits.index)
     torch.testing.assert_close(torch.from_numpy(values), hits.estimate.value)
+    layout = plan_layout(model, examples, lddyn.Sketch(k=2048))
     with pytest.raises(ValueError, match="linear layout"):
         layout.as_query(torch.zeros(1, layout.width))
