@@ -144,7 +144,7 @@ def lddyn_exact(model, rows: list[Row]) -> Answer:
 
 
 def lddyn_sketch(k: int, **settings) -> Callable:
-    """lddyn's features: of the tokens of one sequence, or summed over each sequence."""
+    """lddyn's features: of the tokens of one sequence, or of whole sequences."""
 
     def run(model, rows: list[Row]) -> Answer:
         import lddyn
@@ -154,9 +154,10 @@ def lddyn_sketch(k: int, **settings) -> Callable:
         examples = [
             lddyn.Example(prompt_ids=ids[:first], response_ids=ids[first:]) for ids, first in used
         ]
-        found = lddyn.features(model, examples, sketch=lddyn.Sketch(k=k, seed=0, **settings))
-        if not tokens:
-            found = found.per_sequence()
+        found = lddyn.features(
+            model, examples, lddyn.Sketch(k=k, seed=0, **settings),
+            by="token" if tokens else "sequence",
+        )  # fmt: skip
         return Answer(found.gram().value, nbytes([found.rows]), everything(model))
 
     return run

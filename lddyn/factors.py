@@ -31,7 +31,11 @@ def batched_vjp(
         reached[:] = [i for i, x in enumerate(found) if x is not None]
         return tuple(x for x in found if x is not None)
 
-    for i, result in zip(reached, torch.func.vmap(vjp)(*cotangents), strict=True):
+    if all(len(x) == 1 for x in cotangents):  # vmap would cost more than a small model's products
+        results = tuple(x[None] for x in vjp(*(x[0] for x in cotangents)))
+    else:
+        results = torch.func.vmap(vjp)(*cotangents)
+    for i, result in zip(reached, results, strict=True):
         gradients[i] = result
     return gradients
 
