@@ -28,7 +28,7 @@ from lddyn.sketch import Layout, Sketch
 if TYPE_CHECKING:
     from torch import nn
 
-_PILOT = 8, 8  # examples of a side, and tokens of each, whose products tell a sketch's error
+_PILOT = 8, 64  # examples of a side, and tokens of all, whose products tell a sketch's error
 _ROUNDS = 4  # of looking for k
 _KINDS = ("twosided", "lowrank")
 
@@ -393,7 +393,7 @@ def plan(
     Raises:
         ValueError: If a side is empty, or rtol is not positive.
 
-    Cost: a forward pass; the features of up to 16 sequences with 8 tokens each, a few times.
+    Cost: a forward pass; the features of 64 to 128 tokens of up to 16 sequences, a few times.
 
     Example:
         >>> import lddyn, transformers
@@ -517,7 +517,7 @@ class _Pilot:
         sides = [dict.fromkeys(observed), dict.fromkeys(updated)]
         picked = [_spaced(list(side), _PILOT[0]) for side in sides]
         union = list(dict.fromkeys((*picked[0], *picked[1])))
-        self.thin = [_thinned(e, _PILOT[1]) for e in union]
+        self.thin = [_thinned(e, max(8, _PILOT[1] // len(union))) for e in union]
         rows = [e for e, thin in zip(union, self.thin, strict=True) for _ in range(len(thin))]
         self.sides = [torch.tensor([e in side for e in rows]) for side in sides]
         # Token pairs by kind: a token with itself, two of a sequence, two of different ones.
