@@ -484,13 +484,14 @@ TOKENS = ("tokens",)
 METHODS = {
     "lddyn": Method(lddyn_exact, cases=TOKENS, exact=True),
     # Rows of whole sequences have 2 k numbers: as many as 8 × 8 and 45 × 45 a layer.
-    "lddyn, two-sided 928": Method(lddyn_sketch(928), needs="lddyn.features"),
-    "lddyn, two-sided 29360": Method(lddyn_sketch(29360), needs="lddyn.features"),
-    "lddyn, TensorSketch 928": Method(
-        lddyn_sketch(928, kind="tensorsketch"), needs="lddyn.features"
+    "lddyn, two-sided 1920": Method(lddyn_sketch(1920), needs="lddyn.features"),
+    "lddyn, two-sided 60000": Method(lddyn_sketch(60000), needs="lddyn.features"),
+    "lddyn, TensorSketch 1920": Method(
+        lddyn_sketch(1920, kind="tensorsketch"), needs="lddyn.features"
     ),
-    "lddyn, TensorSketch 29360": Method(
-        lddyn_sketch(29360, kind="tensorsketch"), needs="lddyn.features"
+    "lddyn, sparse 1920": Method(lddyn_sketch(1920, kind="sjlt"), needs="lddyn.features"),
+    "lddyn, TensorSketch 60000": Method(
+        lddyn_sketch(60000, kind="tensorsketch"), needs="lddyn.features"
     ),
     "torch, factors by hand": Method(torch_batched, cases=TOKENS, exact=True),
     "torch, loop": Method(torch_loop, exact=True),
