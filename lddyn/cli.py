@@ -791,8 +791,11 @@ def ls(paths: Stores, as_json: Json = False) -> None:
         for found in documents:
             _say(_short(found))
             for name in ("identity", "layout"):
-                if found[name]:
-                    _say(f"  {name}: {json.dumps(found[name], ensure_ascii=False)}")
+                shown = dict(found[name] or {})
+                if "parts" in shown:  # of a sketch: one or more for every parameter
+                    shown["parts"] = f"{len(shown['parts'])} (--json shows them)"
+                if shown:
+                    _say(f"  {name}: {json.dumps(shown, ensure_ascii=False)}")
 
 
 @store_app.command()
