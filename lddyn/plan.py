@@ -391,7 +391,7 @@ def plan(
         Plan: `explain()` it, `run()` it.
 
     Raises:
-        ValueError: If a side is empty, or rtol is not positive.
+        ValueError: If a side is empty, or rtol is not positive and finite.
 
     Cost: a forward pass; the features of 64 to 128 tokens of up to 16 sequences, a few times.
 
@@ -410,8 +410,8 @@ def plan(
     for name, side in (("observed", observed), ("updated", updated)):
         if not side:
             raise ValueError(f"{name} must hold at least one Example, got none")
-    if rtol is not None and not rtol > 0:
-        raise ValueError(f"rtol must be positive, got {rtol}")
+    if rtol is not None and not 0 < rtol < math.inf:
+        raise ValueError(f"rtol must be positive and finite, got {rtol}")
     anatomy, budget = model if isinstance(model, Anatomy) else Anatomy(model), parse_memory(memory)
     longest = max((*observed, *updated), key=lambda e: e.length)
     rates = Rates.of(Side.log_probs(anatomy.trace(longest)))
@@ -547,11 +547,13 @@ class _Pilot:
             tried.append((layout, error))
             if rtol is None or error == 0 or 0.75 * aim <= error <= aim:
                 break
-            k = int(min(max(1.15 * k * (error / aim) ** 2, least), most))
+            # Products that drown in the noise of the sketch (NaN): four times as many numbers.
+            growth = 4.0 if math.isnan(error) else 1.15 * (error / aim) ** 2
+            k = int(min(max(k * growth, least), most))
         precise = [(x, e) for x, e in tried if e <= aim]
         if precise:
             return min(precise, key=lambda found: found[0].width)
-        return min(tried, key=lambda found: found[1])
+        return min(tried, key=lambda found: math.inf if math.isnan(found[1]) else found[1])
 
     def error(self, layout: Layout) -> float:
         """Expected ‖Ĝ − G‖_F / ‖G‖_F of all token pairs."""

@@ -154,6 +154,17 @@ def test_the_expected_error_of_a_sketch_is_the_measured_one(kind):
     assert 1 / 1.5 < measured / found.error < 1.5
 
 
+def test_a_pair_that_drowns_in_noise_is_planned():
+    """Of one token with another the first sketch sees nothing: its error is not known."""
+    anatomy = Anatomy(zoo.build("llama"))
+    for token in (5, 7, 9, 10):
+        pair = [lddyn.Example([token], [6])], [lddyn.Example([token + 2, 2], [8, 9])]
+        for rtol in (0.1, 10.0):
+            way = lddyn.plan(anatomy, *pair, rtol=rtol, sketch=lddyn.Sketch(k=300))
+            assert way.chosen is not None
+            json.dumps(way.to_json(), allow_nan=False)
+
+
 def test_memory_decides():
     """The table and the forward passes do not fit: sketches, on disk if they must."""
     anatomy, some = Anatomy(zoo.build("llama")), examples(40, tokens=40)
@@ -191,8 +202,9 @@ def test_what_cannot_be_planned_says_so():
     anatomy = Anatomy(zoo.build("llama"))
     with pytest.raises(ValueError, match="updated must hold"):
         lddyn.plan(anatomy, examples(1), [])
-    with pytest.raises(ValueError, match="rtol must be positive, got -1"):
-        lddyn.plan(anatomy, examples(1), rtol=-1)
+    for rtol in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"rtol must be positive and finite, got {rtol}"):
+            lddyn.plan(anatomy, examples(1), rtol=rtol)
 
 
 def test_the_plan_is_told_as_text_and_json():
