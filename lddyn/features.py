@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 CHUNK = 16
+PAIRS = 1 << 22  # of tokens, times repeats, that are compared at a time
 _PILOT = 4, 8  # examples, and tokens of each, whose norms divide k
 
 # --------------------------------------------------------------------------- gradients of a chunk
@@ -609,21 +610,19 @@ def features(
         )
     if not together and any(part.kind == "summed" for part in layout.parts):
         raise ValueError("layout is one of sequences: give by='sequence', or a layout of tokens")
-    largest = max((p.shape[0] * p.shape[1] for p in layout.parts if p.kind == "sketch"), default=0)
+    heights = [1 if together else len(e) for e in examples]
     bar = tqdm(
-        total=sum(len(e) for e in examples), desc="features", unit="token",
+        total=sum(map(len, examples)), desc="features", unit="token",
         disable=None if progress else True, leave=False,
     )  # fmt: skip
-    rows: list[Tensor] = []
+    rows: Tensor | None = None
+    start = 0
     for index, example in enumerate(examples):
         with _cpu_threads(threads):
             trace = anatomy.trace(example)
-        total = sum(1 if together else len(e) for e in examples)
-        total *= layout.width * trace.logits.element_size()
-        count = 1 if together else min(chunk, len(example))
-        work = Side(trace).bytes_per_cotangent() * count
-        if layout.sketch.kind in ("sjlt", "rademacher", "gaussian"):  # gradients are formed
-            work += (2 * count + 8) * largest * trace.logits.element_size()
+        element, count = trace.logits.element_size(), 1 if together else min(chunk, len(example))
+        total = sum(heights) * layout.width * element
+        work = chunk_bytes(layout, Side(trace).bytes_per_cotangent(), count, element)
         if total + work > budget:
             raise ValueError(
                 f"memory must be at least {total + work} bytes, {total} for all rows and {work} "
@@ -631,7 +630,10 @@ def features(
                 f"{trace.length}, got {budget}: raise it, lower chunk, or give fewer examples at a "
                 "time with one layout"
             )
-        block = trace.logits.new_zeros(1 if together else len(example), layout.width)
+        if rows is None:
+            rows = trace.logits.new_zeros(sum(heights), layout.width)
+        block = rows[start : start + heights[index]]
+        start += heights[index]
         given = None if weights is None else weights[index].to(trace.logits)
         writer = _Writer(block, layout, anatomy, together)
         with _cpu_threads(threads):
@@ -639,17 +641,26 @@ def features(
                 _walk_together(trace, given, writer)
             else:
                 _walk(trace, given, None, chunk, writer)
-        rows.append(block)
         bar.update(len(example))
     bar.close()
+    assert rows is not None
     table = _sequence_table if together else token_table
-    return Features(torch.cat(rows), table(examples), layout)
+    return Features(rows, table(examples), layout)
 
 
 def _by_sequence(by: str) -> bool:
     if by not in ("token", "sequence"):
         raise ValueError(f"by must be 'token' or 'sequence', got {by!r}")
     return by == "sequence"
+
+
+def chunk_bytes(layout: Layout, per_cotangent: int, count: int, element: int) -> int:
+    """Workspace of a chunk of cotangents: `per_cotangent` of the pullback, and what is formed."""
+    work = per_cotangent * count
+    if layout.sketch.kind in ("sjlt", "rademacher", "gaussian"):  # gradients are formed
+        sizes = (p.shape[0] * p.shape[1] for p in layout.parts if p.kind == "sketch")
+        work += (2 * count + 8) * max(sizes, default=0) * element
+    return work
 
 
 @contextlib.contextmanager
@@ -778,7 +789,7 @@ class Features:
                 "other has another layout, so its rows cannot be compared with these: make both "
                 "with the same layout=…"
             )
-        step = max(1, 2**24 // (self.layout.sketch.repeats * max(1, len(other))))
+        step = max(1, PAIRS // (self.layout.sketch.repeats * max(1, len(other))))
         found = [self.layout.estimate(part, other.rows) for part in self.rows.split(step)]
         return Estimate(
             torch.cat([e.value for e in found]),

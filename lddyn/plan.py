@@ -18,7 +18,15 @@ from lddyn import ops
 from lddyn.anatomy import Anatomy, undisturbed
 from lddyn.estimate import Estimate
 from lddyn.examples import Example
-from lddyn.features import features, plan_layout
+from lddyn.features import (
+    CHUNK,
+    PAIRS,
+    Features,
+    chunk_bytes,
+    features,
+    plan_layout,
+    token_table,
+)
 from lddyn.ledger import HEAD, Work
 from lddyn.ntk import Side, chunk_size, factored_gram, token_gram
 from lddyn.pullback import DEFAULT_MEMORY, parse_memory, reach
@@ -238,7 +246,7 @@ class Candidate:
             pushed through the other; `"features"`: sketches in memory; `"store"`: on disk.
         flops: All of it.
         seconds: flops at the rate of a product, measured when planned: a lower bound.
-        memory: Bytes beyond the model, at the most.
+        memory: Bytes beyond the model; exact ways take more, up to `workspace`, where that helps.
         disk: Bytes.
         error: Expected ‖Ĝ − G‖_F / ‖G‖_F; 0: exact to rounding; NaN: not known.
         fits: Whether memory suffices.
@@ -347,14 +355,8 @@ class Plan:
                 f"{sketch.kind} -k {sketch.k} --repeats {sketch.repeats} --seed {sketch.seed}, and "
                 "ask it with lddyn features query"
             )
-        same = self.observed == self.updated
         if chosen.layout is not None:
-            made = [
-                features(self.anatomy, side, layout=chosen.layout, memory=self.memory,
-                         progress=progress)
-                for side in ((self.observed,) if same else (self.observed, self.updated))
-            ]  # fmt: skip
-            return made[0].gram(made[-1])
+            return self._compare(chosen.layout, progress)
         sides = {e: Side.log_probs(self.anatomy.trace(e)) for e in (*self.observed, *self.updated)}
         one, other = [sides[e] for e in self.observed], [sides[e] for e in self.updated]
         if chosen.method == "paired":
@@ -364,6 +366,24 @@ class Plan:
         else:
             table = factored_gram(one, other, chosen.workspace, progress)
         return Estimate(table, torch.zeros_like(table))
+
+    def _compare(self, layout: Layout, progress: bool) -> Estimate:
+        """The products of sketches; every sequence is sketched once."""
+        distinct = list(dict.fromkeys((*self.observed, *self.updated)))
+        made = features(
+            self.anatomy, distinct, layout=layout, memory=self.memory, progress=progress
+        )
+        places = torch.arange(len(made)).split([len(e) for e in distinct])
+        place = dict(zip(distinct, places, strict=True))
+
+        def rows(side: tuple[Example, ...]) -> Features:
+            at = torch.cat([place[e] for e in side])
+            first, last = int(at[0]), int(at[-1]) + 1
+            one_piece = last - first == len(at) and bool((at.diff() == 1).all())
+            found = made.rows[first:last] if one_piece else made.rows[at.to(made.rows.device)]
+            return Features(found, token_table(side), layout)
+
+        return rows(self.observed).gram(rows(self.updated))
 
 
 @undisturbed
@@ -487,9 +507,15 @@ def _estimated(
     m, n = sum(map(len, rows)), sum(map(len, columns))
     cost, size = _sketched(distinct, layout, m * n, budget)
     element = rows[0].rates.element
-    work = max(load.workspace * min(16, len(load)) for load in distinct)
+    work = max(
+        chunk_bytes(layout, load.workspace, min(CHUNK, len(load)), element) for load in distinct
+    )
     one = max(map(len, distinct)) * layout.width * element
-    memory = size + work + m * n * element
+    # Rows of a sequence that is listed twice are copied; pairs are compared some at a time.
+    tokens = sum(map(len, distinct))
+    copied = 0 if tokens == m + n or tokens == m == n else (m + n) * layout.width * element
+    compared = 4 * m * n * element + 24 * min(layout.sketch.repeats * m * n, PAIRS)
+    memory = size + max(work, copied + compared)
     why = f"{layout.width} numbers a token; every token once, kept for later questions"
     seconds = cost.flops / rate
     return [

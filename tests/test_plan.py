@@ -179,6 +179,20 @@ def test_memory_decides():
         nothing.run()
 
 
+@pytest.mark.parametrize("kind", ["twosided", "sjlt"])
+@pytest.mark.parametrize("sides", ["same", "repeated", "shared"])
+def test_sketches_run_in_the_memory_they_were_planned_for(kind, sides):
+    """Gradients that are formed count; a sequence that is listed again is not sketched again."""
+    anatomy, some = Anatomy(zoo.build("llama")), examples(4)
+    pair = {"same": (some, None), "repeated": (some[:2] * 9, some[1:2] * 9),
+            "shared": (some[:3], some[1:])}[sides]  # fmt: skip
+    way = lddyn.plan(anatomy, *pair, rtol=0.4, sketch=lddyn.Sketch(kind))
+    chosen = next(c for c in way.candidates if c.method == "features")
+    found = dataclasses.replace(way, chosen=chosen, memory=chosen.memory).run()
+    one, other = (lddyn.features(anatomy, side or some, layout=chosen.layout) for side in pair)
+    torch.testing.assert_close(found.value, one.gram(other).value, rtol=1e-4, atol=1e-4)
+
+
 def test_a_small_workspace_pulls_the_observed_side_again():
     anatomy, some = Anatomy(zoo.build("llama")), examples(10, tokens=40)
     ample = lddyn.plan(anatomy, some).candidates
