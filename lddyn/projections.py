@@ -106,7 +106,8 @@ def haar(seed: int, name: str, stream: str, repeats: int, size: int, width: int)
     made = normals(key(seed, name, stream), repeats * size * width)
     q, triangle = torch.linalg.qr(made.view(repeats, width, size))
     frames: Tensor = q * triangle.diagonal(dim1=1, dim2=2).sign()[:, None, :]
-    return (frames.mT * math.sqrt(width / size)).float().contiguous()
+    with torch._C.DisableTorchFunction():  # `true_float64` would keep the last bits
+        return (frames.mT * math.sqrt(width / size)).float().contiguous()
 
 
 @functools.lru_cache(maxsize=512)

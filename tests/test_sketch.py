@@ -196,6 +196,15 @@ def test_frames_are_orthogonal_and_independent():
     assert not torch.allclose(frames[0], frames[1])
 
 
+def test_frames_are_the_same_within_true_float64():
+    """They are kept, so what a float64 model gets must not depend on who asked first."""
+    with lddyn.true_float64():
+        within = haar(0, "true_float64", "left", 2, 3, 7)
+    assert within.dtype == torch.float32
+    haar.cache_clear()
+    assert torch.equal(within, haar(0, "true_float64", "left", 2, 3, 7))
+
+
 def test_more_repeats_begin_with_the_same_numbers():
     assert torch.equal(normals(3, 9)[:5], normals(3, 5))
     assert torch.equal(haar(0, "w", "left", 5, 2, 6)[:2], haar(0, "w", "left", 2, 2, 6))
