@@ -55,8 +55,9 @@ class StoreIdentityError(StoreError):
     """
 
     def __init__(self, path: Path, fields: dict[str, tuple[Any, Any]]) -> None:
-        """The message names all fields with both values."""
-        listed = "; ".join(f"{k}: stored {a!r}, given {b!r}" for k, (a, b) in fields.items())
+        """The message names all fields with both values, of lists what differs first."""
+        shown = {k: _apart(a, b) for k, (a, b) in fields.items()}
+        listed = "; ".join(f"{k}: stored {a!r}, given {b!r}" for k, (a, b) in shown.items())
         super().__init__(
             f"{path} belongs to something else: {listed} (open it with what made it, or make "
             "another store)"
@@ -150,6 +151,16 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in content.items():
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+def _apart(stored: Any, given: Any) -> tuple[Any, Any]:
+    """Of two lists the first entries that differ, or else their lengths."""
+    if isinstance(stored, list) and isinstance(given, list):
+        for one, other in zip(stored, given, strict=False):
+            if one != other:
+                return one, other
+        return len(stored), len(given)
+    return stored, given
 
 
 def differences(stored: Any, given: Any) -> dict[str, tuple[Any, Any]]:

@@ -419,3 +419,14 @@ def test_faiss_finds_what_query_finds(tmp_path):
     layout = plan_layout(model, examples, lddyn.Sketch(k=2048))
     with pytest.raises(ValueError, match="linear layout"):
         layout.as_query(torch.zeros(1, layout.width))
+
+
+def test_another_layout_is_told_in_few_words(tmp_path):
+    """Not as all its parts: what was asked for in another way is told beside them."""
+    examples = zoo.examples()
+    layouts = [plan_layout(model("llama"), examples, lddyn.Sketch(k=k)) for k in (1000, 3000)]
+    lddyn.Store.create(tmp_path / "s", {}, layouts[0]).close()
+    with pytest.raises(lddyn.store.StoreIdentityError) as caught:
+        lddyn.Store.create(tmp_path / "s", {}, layouts[1], exist_ok=True)
+    assert "layout.sketch.k: stored 1000, given 3000" in str(caught.value)
+    assert len(str(caught.value)) < 600
