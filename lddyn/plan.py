@@ -621,8 +621,8 @@ def _thinned(example: Example, count: int) -> Example:
 def _rate(anatomy: Anatomy, rates: Rates) -> float:
     """FLOP/s of a product with one of the model's widths."""
     like = anatomy.head.weight
-    a = torch.randn(2048, rates.hidden, device=like.device, dtype=like.dtype)
-    b = torch.randn(rates.hidden, 4 * rates.hidden, device=like.device, dtype=like.dtype)
+    a = like.new_full((2048, rates.hidden), 0.5)  # not of the caller's random numbers
+    b = like.new_full((rates.hidden, 4 * rates.hidden), 0.5)
     best = math.inf
     for _ in range(4):
         began = time.perf_counter()
