@@ -814,7 +814,7 @@ class Features:
         new.exact(rows)[:] = total(layout.exact(self.rows))
         for part in new.parts:
             place = new.repeated(rows)[..., new.places[part.name, part.kind]]
-            if part.kind == "summed":
+            if part.kind == "summed" and (part.name, "summed") not in layout.places:
                 outer = next(p for p in layout.parts if p.name == part.name)
                 place[:] = self._summed(outer, part.sizes, index, len(owner))
             elif part.kind != "exact":

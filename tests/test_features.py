@@ -251,6 +251,12 @@ def test_sums_over_sequences_are_unbiased(name, kind):
     assert float(((estimate.value - expected) / estimate.stderr).abs().max()) < 4
 
 
+def test_sums_of_sums_are_the_same():
+    sums = lddyn.features(model("llama"), zoo.examples(), lddyn.Sketch(k=2000)).per_sequence()
+    again = sums.per_sequence()
+    assert again.layout == sums.layout and torch.equal(again.rows, sums.rows)
+
+
 def test_sums_of_exact_rows_are_exact():
     """All but outer products, which are sketched for the purpose."""
     feats = lddyn.features(model("llama"), zoo.examples(), lddyn.Sketch(k=10**6))
