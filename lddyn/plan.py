@@ -630,7 +630,7 @@ def _rate(anatomy: Anatomy, rates: Rates) -> float:
         if a.is_cuda:
             torch.cuda.synchronize(a.device)
         best = min(best, time.perf_counter() - began)
-    return 2.0 * a.numel() * b.shape[1] / best
+    return float(2.0 * a.numel() * b.shape[1] / best)
 
 
 def _bytes(count: float) -> str:
