@@ -583,9 +583,8 @@ class _Pilot:
 
     def error(self, layout: Layout) -> float:
         """Expected ‖Ĝ − G‖_F / ‖G‖_F of all token pairs."""
-        made = features(
-            self.anatomy, self.thin, layout=layout, memory=self.budget, chunk=self.chunk
-        )
+        # Few rows, and a chunk that fits if any does: where neither fits, the plan has to say so.
+        made = features(self.anatomy, self.thin, layout=layout, memory=2**62, chunk=self.chunk)
         products, table = made.gram(), made.tokens
         spread = products.stderr.double() ** 2
         square = products.value.double() ** 2 - spread

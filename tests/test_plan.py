@@ -182,6 +182,16 @@ def test_memory_decides():
         nothing.run()
 
 
+@pytest.mark.parametrize("memory", [1, "300KiB"])
+@pytest.mark.parametrize("rtol", [None, 0.3])
+def test_memory_in_which_no_sketch_fits_is_planned_for(memory, rtol):
+    way = lddyn.plan(Anatomy(zoo.build("llama")), examples(10), rtol=rtol, memory=memory)
+    if memory == 1:
+        assert way.chosen is None and "nothing fits" in way.explain()
+    else:
+        assert way.chosen.fits and way.chosen.memory <= way.memory
+
+
 @pytest.mark.parametrize("kind", ["twosided", "sjlt"])
 @pytest.mark.parametrize("sides", ["same", "repeated", "shared"])
 def test_sketches_run_in_the_memory_they_were_planned_for(kind, sides):
