@@ -350,10 +350,11 @@ class Plan:
         if chosen.method == "store":
             assert chosen.layout is not None
             sketch = chosen.layout.sketch
+            rank = f" --rank {sketch.rank}" if sketch.kind == "lowrank" else ""
             raise RuntimeError(
                 "the plan is a store: make it with lddyn features build --kind "
-                f"{sketch.kind} -k {sketch.k} --repeats {sketch.repeats} --seed {sketch.seed}, and "
-                "ask it with lddyn features query"
+                f"{sketch.kind} -k {sketch.k} --repeats {sketch.repeats} --seed {sketch.seed}"
+                f"{rank}, and ask it with lddyn features query"
             )
         if chosen.layout is not None:
             return self._compare(chosen.layout, progress)

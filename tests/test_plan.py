@@ -176,6 +176,10 @@ def test_memory_decides():
     assert tight.chosen.method == "store" and tight.chosen.disk > 0
     with pytest.raises(RuntimeError, match="lddyn features build --kind"):
         tight.run()
+    low = lddyn.plan(anatomy, some, memory="8MiB", sketch=lddyn.Sketch("lowrank", rank=3))
+    stored = next(c for c in low.candidates if c.method == "store")
+    with pytest.raises(RuntimeError, match=r"--kind lowrank .* --rank 3,"):
+        dataclasses.replace(low, chosen=stored).run()
     nothing = lddyn.plan(anatomy, some, memory="8MiB")
     assert nothing.chosen is None and "raise memory or rtol" in nothing.explain()
     with pytest.raises(RuntimeError, match="no way"):
