@@ -42,8 +42,9 @@ from lddyn.pullback import (
     pull_together,
     segments_down,
 )
+from lddyn.shards import COLUMNS
 from lddyn.sketch import Layout, Part, Sketch, best_sizes
-from lddyn.store import Store, TokenTable
+from lddyn.store import Store, TokenTable, token_columns
 
 if TYPE_CHECKING:
     from torch import nn
@@ -644,8 +645,10 @@ def features(
         bar.update(len(example))
     bar.close()
     assert rows is not None
-    table = _sequence_table if together else token_table
-    return Features(rows, table(examples), layout)
+    if together:
+        names = [e.content_id for e in examples]
+        return Features(rows, _sequence_table(names, torch.arange(len(names))), layout)
+    return Features(rows, token_table(examples), layout)
 
 
 def _by_sequence(by: str) -> bool:
@@ -676,22 +679,22 @@ def _cpu_threads(count: int | None) -> Iterator[None]:
 
 def token_table(examples: Sequence[Example]) -> TokenTable:
     """Which token each row is, for rows of these examples in their order."""
+    found = [token_columns(e) for e in examples]
+    columns = (
+        torch.tensor([x for each in found for x in each[name]], dtype=torch.int32)
+        for name in COLUMNS
+    )
     return TokenTable(
         [e.content_id for e in examples for _ in range(len(e))],
         torch.tensor([i for i, e in enumerate(examples) for _ in range(len(e))]),
-        torch.tensor(
-            [p + 1 - len(e.prompt_ids) for e in examples for p in e.positions], dtype=torch.int32
-        ),
-        torch.tensor([p for e in examples for p in e.positions], dtype=torch.int32),
-        torch.tensor([t for e in examples for t in e.targets], dtype=torch.int32),
+        *columns,
     )
 
 
-def _sequence_table(examples: Sequence[Example]) -> TokenTable:
-    """The same for rows of whole sequences."""
-    none = torch.full((len(examples),), -1, dtype=torch.int32)
-    names = [e.content_id for e in examples]
-    return TokenTable(names, torch.arange(len(examples)), none, none.clone(), none.clone())
+def _sequence_table(names: list[str], index: Tensor) -> TokenTable:
+    """The same for rows of whole sequences: content ids and places."""
+    none = torch.full((len(names),), -1, dtype=torch.int32)
+    return TokenTable(names, index, none, none.clone(), none.clone())
 
 
 def store_features(
@@ -738,11 +741,7 @@ def store_features(
             if by == "token":
                 store.append(example, feats.rows, index=index)
             else:
-                first = {
-                    "response_index": [example.positions[0] + 1 - len(example.prompt_ids)],
-                    "position": [example.positions[0]],
-                    "token_id": [example.targets[0]],
-                }
+                first = {name: of[:1] for name, of in token_columns(example).items()}
                 store.append(example.content_id, feats.rows, first, index=index)
             written += 1
         bar.update(len(example))
@@ -821,9 +820,8 @@ class Features:
                 old = layout.places[part.name, part.kind]
                 place[:] = total(layout.repeated(self.rows)[..., old])
         first = [int((self.tokens.example_index == i).nonzero()[0]) for i in owner]
-        none = torch.full((len(owner),), -1, dtype=torch.int32)
         names = [self.tokens.example_id[i] for i in first]
-        return Features(rows, TokenTable(names, owner, none, none.clone(), none.clone()), new)
+        return Features(rows, _sequence_table(names, owner), new)
 
     def _summed(self, part: Part, sizes: tuple[int, int], index: Tensor, count: int) -> Tensor:
         """Σ_m (S v_m) ⊗ (S' h_m) of each sequence (count, R, numbers), for one outer product."""
@@ -881,4 +879,4 @@ class Features:
         return cls(rows, TokenTable(names, *(tensors[name] for name in _COLUMNS)), layout)
 
 
-_COLUMNS = ("example_index", "response_index", "position", "token_id")
+_COLUMNS = ("example_index", *COLUMNS)

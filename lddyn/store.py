@@ -152,6 +152,16 @@ class _Place:
 # Identity
 
 
+def token_columns(example: Example) -> dict[str, Sequence[int]]:
+    """`response_index`, `position` and `token_id` of each counted response token."""
+    first = len(example.prompt_ids) - 1
+    return {
+        "response_index": [p - first for p in example.positions],
+        "position": example.positions,
+        "token_id": example.targets,
+    }
+
+
 def identify(
     model: torch.nn.Module,
     tokenizer: Any = None,
@@ -680,12 +690,7 @@ class Store:
         if tokens is None:
             if isinstance(example, str):
                 raise ValueError("tokens must be given with a content id: which token is each row?")
-            first = len(example.prompt_ids) - 1
-            tokens = {
-                "response_index": [p - first for p in example.positions],
-                "position": example.positions,
-                "token_id": example.targets,
-            }
+            tokens = token_columns(example)
         columns = {column: _column(column, tokens, len(rows)) for column in COLUMNS}
         if index is None:
             index = len(self.example_ids) + len(self._waiting)
