@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -201,9 +202,9 @@ def _pushed(observed: Sequence[Load], updated: Sequence[Load], budget: int) -> C
     pulled = [load.pulled(budget) for load in updated]
     rows, pairing = sum(map(len, updated)), 0.0
     through = sum(o.length * o.rates.linear + 2 * o.length**2 * o.rates.mixing for o in observed)
+    length = sum(o.length for o in observed)
     for u in updated:
-        touched = 2.0 * u.reached * u.rates.width
-        pairing += len(u) * touched * sum(o.length for o in observed)
+        pairing += len(u) * (2.0 * u.reached * u.rates.width) * length
     head = sum(u.head for u in updated) + rows * sum(o.head / 2 for o in observed)
     return Cost(
         sum(r for r, _ in pulled), sum(p for _, p in pulled) + rows * through, pairing, head
@@ -539,7 +540,7 @@ class _Pilot:
         budget: int,
     ):
         self.anatomy, self.budget = anatomy, budget
-        self.chunk = max(1, min(16, budget // 2 // workspace))
+        self.chunk = max(1, min(CHUNK, budget // 2 // workspace))
         self.examples = list(dict.fromkeys((*observed, *updated)))
         sides = [dict.fromkeys(observed), dict.fromkeys(updated)]
         picked = [_spaced(list(side), _PILOT[0]) for side in sides]
@@ -549,10 +550,9 @@ class _Pilot:
         self.sides = [torch.tensor([e in side for e in rows]) for side in sides]
         # Token pairs by kind: a token with itself, two of a sequence, two of different ones.
         tokens = sum(map(len, observed)) * sum(map(len, updated))
-        both = [e for e in observed if e in sides[1]]
-        times = {e: updated.count(e) for e in set(both)}
-        own = sum(times[e] * len(e) for e in both)
-        inside = sum(times[e] * len(e) ** 2 for e in both)
+        times = Counter(updated)
+        own = sum(times[e] * len(e) for e in observed)
+        inside = sum(times[e] * len(e) ** 2 for e in observed)
         self.counts = own, inside - own, tokens - inside
 
     def look(self, sketch: Sketch, rtol: float | None) -> tuple[Layout, float]:
