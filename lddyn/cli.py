@@ -52,6 +52,32 @@ Data = Annotated[
         show_default=False,
     ),
 ]
+Model = Annotated[str, typer.Option(help="Folder or hub name of a causal LM.", show_default=False)]
+Fields = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FIELD,FIELD,…|all",
+        help="Responses of each row. Default: those of the data format.",
+        show_default=False,
+    ),
+]
+Limit = Annotated[
+    int | None, typer.Option(help="Only the first rows of the data.", show_default=False)
+]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Cut sequences to this many tokens.", show_default=False)
+]
+Skip = Annotated[
+    bool, typer.Option("--skip", help="Leave out what is too long or cannot be encoded.")
+]
+Dtype = Annotated[str, typer.Option(help=f"Of the model: {' '.join(_DTYPES)}.")]
+Adapter = Annotated[
+    str | None, typer.Option(help="peft adapter; only it is trained.", show_default=False)
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 
 
 class Problem(ValueError):
@@ -152,9 +178,7 @@ def _root(
 
 @app.command()
 def decompose(
-    model: Annotated[
-        str, typer.Option(help="Folder or hub name of a causal LM.", show_default=False)
-    ],
+    model: Model,
     data: Data,
     row: Annotated[int, typer.Option(help="Which row of the data, from 0.")] = 0,
     objective: Annotated[str, typer.Option(help="sft or dpo.")] = "sft",
@@ -191,9 +215,7 @@ def decompose(
             metavar="PATH|self|adapter-off", help="π_ref of DPO; self: the model before the step."
         ),
     ] = "self",
-    max_length: Annotated[
-        int | None, typer.Option(help="Cut sequences to this many tokens.", show_default=False)
-    ] = None,
+    max_length: MaxLength = None,
     max_grad_norm: Annotated[
         float | None,
         typer.Option(help="Clip the gradient's norm, as trainers do.", show_default=False),
@@ -210,20 +232,15 @@ def decompose(
     ] = None,
     attention: Annotated[str, typer.Option(help="lddyn or eager.")] = "lddyn",
     dtype: Annotated[str, typer.Option(help=" ".join(_DTYPES) + ".")] = "float32",
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="peft adapter; only it is trained.", show_default=False),
-    ] = None,
+    adapter: Adapter = None,
     verify: Annotated[
         bool,
         typer.Option(
             help="Check against real steps on a float64 copy (with --stream: in --dtype)."
         ),
     ] = True,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of torch.")] = 0,
     as_json: Json = False,
     out: Annotated[
@@ -240,8 +257,7 @@ def decompose(
         objective = objective.lower()
         if objective not in ("sft", "dpo"):
             raise Problem(f"--objective must be sft or dpo, got {objective!r}")
-        if dtype not in _DTYPES:
-            raise Problem(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        _check_dtype(dtype)
         if stream is not None and adapter is None:
             raise Problem(
                 "--stream needs --adapter: a step of all weights holds three times the model "
@@ -258,8 +274,7 @@ def decompose(
 
         torch.manual_seed(seed)
         chosen_dtype: torch.dtype = getattr(torch, dtype)
-        if device != "cpu" and not _device_exists(device):
-            raise Problem(f"--device must be a device of this machine, got {device!r}")
+        _check_device(device)
         tokenizer = _load_tokenizer(model, trust_remote_code)
         observed = _split(observe)
         wanted, fields = _fields(content, row, objective, _split(update), observed)
@@ -341,14 +356,18 @@ def _progress(message: str) -> None:
         typer.echo(message, err=True)
 
 
-def _device_exists(device: str) -> bool:
+def _check_dtype(dtype: str) -> None:
+    if dtype not in _DTYPES:
+        raise Problem(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+
+
+def _check_device(device: str) -> None:
     import torch
 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        return False
-    return True
+        raise Problem(f"--device must be a device of this machine, got {device!r}") from None
 
 
 def _read_row(data: Path, row: int) -> dict[str, Any]:
@@ -461,6 +480,14 @@ def _load_tokenizer(name: str, trust: bool) -> Any:
 
     with _quiet_transformers(), _loading("tokenizer", name):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+
+
+def _load(name: str, dtype: str, trust: bool, adapter: str | None, device: str) -> tuple[Any, Any]:
+    """Tokenizer and model."""
+    import torch
+
+    tokenizer = _load_tokenizer(name, trust)
+    return tokenizer, _load_model(name, getattr(torch, dtype), trust, adapter).to(device)
 
 
 def _load_model(
@@ -612,9 +639,7 @@ def audit(
         typer.Option(metavar="FIELD,FIELD,…|all", help="Further response columns to check."),
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="As the trainer has it.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """List what is wrong with a data set: empty, cut, merged, identical, without EOS."""
@@ -817,22 +842,11 @@ def merge(
 
 @features_app.command()
 def build(
-    model: Annotated[
-        str, typer.Option(help="Folder or hub name of a causal LM.", show_default=False)
-    ],
+    model: Model,
     data: Data,
     out: Annotated[Path, typer.Option("--store", help="Folder of the store.", show_default=False)],
-    fields: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FIELD,FIELD,…|all",
-            help="Responses of each row. Default: those of the data format.",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Only the first rows of the data.", show_default=False)
-    ] = None,
+    fields: Fields = None,
+    limit: Limit = None,
     kind: Annotated[
         str,
         typer.Option(help="twosided, lowrank, sjlt, rademacher, gaussian or tensorsketch."),
@@ -847,22 +861,13 @@ def build(
     rows: Annotated[
         str, typer.Option(help="Numbers in the store: float32, bfloat16 or float16.")
     ] = "float32",
-    max_length: Annotated[
-        int | None, typer.Option(help="Cut sequences to this many tokens.", show_default=False)
-    ] = None,
-    skip: Annotated[
-        bool, typer.Option("--skip", help="Leave out what is too long or cannot be encoded.")
-    ] = False,
+    max_length: MaxLength = None,
+    skip: Skip = False,
     memory: Annotated[str, typer.Option(help="Workspace beyond the model.")] = "4GiB",
-    dtype: Annotated[str, typer.Option(help=f"Of the model: {' '.join(_DTYPES)}.")] = "float32",
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="peft adapter; only it is trained.", show_default=False),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    dtype: Dtype = "float32",
+    adapter: Adapter = None,
+    trust_remote_code: TrustRemoteCode = False,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Sketch the gradient of every response token of a data set into a store.
@@ -872,28 +877,21 @@ def build(
     """
     with _one_line_errors(), _ranks() as (me, world, wait):
         began = time.perf_counter()
-        if dtype not in _DTYPES:
-            raise Problem(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        _check_dtype(dtype)
         if by not in ("token", "sequence"):
             raise Problem(f"--by must be token or sequence, got {by!r}")
         if not data.is_file():
             raise Problem(f"{data}: no such file")
-        import torch
 
         from lddyn.anatomy import Anatomy
         from lddyn.features import plan_layout, store_features
         from lddyn.sketch import Sketch
         from lddyn.store import Store, identify
 
-        if device != "cpu" and not _device_exists(device):
-            raise Problem(f"--device must be a device of this machine, got {device!r}")
+        _check_device(device)
         sketch = Sketch(kind, k=k, seed=seed, repeats=repeats, rank=rank)
-        tokenizer = _load_tokenizer(model, trust_remote_code)
-        lm = _load_model(model, getattr(torch, dtype), trust_remote_code, adapter).to(device)
-        config = getattr(lm, "config", None)
-        examples, left_out = _data_set(
-            tokenizer, data, fields, limit, max_length, config, skip=skip
-        )
+        tokenizer, lm = _load(model, dtype, trust_remote_code, adapter, device)
+        examples, left_out = _data_set(tokenizer, lm, data, fields, limit, max_length, skip=skip)
         if left_out and me == 0:
             _warn(f"{len(left_out)} left out; the first: {left_out[0]}")
         identity = identify(lm, tokenizer, dtype=dtype, rows=by)
@@ -930,11 +928,11 @@ def build(
 
 def _data_set(
     tokenizer: Any,
+    model: Any,
     data: Path,
     fields: str | None,
     limit: int | None,
     max_length: int | None,
-    config: Any,
     skip: bool,
 ) -> tuple[dict[int, Example], list[str]]:
     """Place in the data set -> example, what is there twice once; and why others are left out."""
@@ -959,7 +957,7 @@ def _data_set(
         for name, example in encoded.items():
             place += 1
             try:
-                _check_limits(example, f"row {number}, {name}", config)
+                _check_limits(example, f"row {number}, {name}", getattr(model, "config", None))
             except Problem as error:
                 if not skip:
                     raise
@@ -994,21 +992,10 @@ def _ranks() -> Iterator[tuple[int, int, Callable[[], None]]]:
 
 @app.command()
 def plan(
-    model: Annotated[
-        str, typer.Option(help="Folder or hub name of a causal LM.", show_default=False)
-    ],
+    model: Model,
     data: Data,
-    fields: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FIELD,FIELD,…|all",
-            help="Responses of each row. Default: those of the data format.",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Only the first rows of the data.", show_default=False)
-    ] = None,
+    fields: Fields = None,
+    limit: Limit = None,
     rtol: Annotated[
         float | None,
         typer.Option(help="Wanted relative error of the whole table. Default: exact."),
@@ -1017,42 +1004,26 @@ def plan(
         str | None,
         typer.Option(help="Kind of sketch to look at. Default: twosided and lowrank."),
     ] = None,
-    skip: Annotated[
-        bool, typer.Option("--skip", help="Leave out what is too long or cannot be encoded.")
-    ] = False,
-    max_length: Annotated[
-        int | None, typer.Option(help="Cut sequences to this many tokens.", show_default=False)
-    ] = None,
+    skip: Skip = False,
+    max_length: MaxLength = None,
     memory: Annotated[str, typer.Option(help="What may be used beyond the model.")] = "4GiB",
-    dtype: Annotated[str, typer.Option(help=f"Of the model: {' '.join(_DTYPES)}.")] = "float32",
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="peft adapter; only it is trained.", show_default=False),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    dtype: Dtype = "float32",
+    adapter: Adapter = None,
+    trust_remote_code: TrustRemoteCode = False,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Say how to compare all tokens of a data set, exactly or by sketches, and what it costs."""
     with _one_line_errors():
-        if dtype not in _DTYPES:
-            raise Problem(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        _check_dtype(dtype)
         if not data.is_file():
             raise Problem(f"{data}: no such file")
-        import torch
 
         import lddyn
 
-        if device != "cpu" and not _device_exists(device):
-            raise Problem(f"--device must be a device of this machine, got {device!r}")
-        tokenizer = _load_tokenizer(model, trust_remote_code)
-        lm = _load_model(model, getattr(torch, dtype), trust_remote_code, adapter).to(device)
-        config = getattr(lm, "config", None)
-        examples, left_out = _data_set(
-            tokenizer, data, fields, limit, max_length, config, skip=skip
-        )
+        _check_device(device)
+        tokenizer, lm = _load(model, dtype, trust_remote_code, adapter, device)
+        examples, left_out = _data_set(tokenizer, lm, data, fields, limit, max_length, skip=skip)
         if left_out:
             _warn(f"{len(left_out)} left out; the first: {left_out[0]}")
         sketch = None if kind is None else lddyn.Sketch(kind)
