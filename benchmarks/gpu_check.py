@@ -94,6 +94,7 @@ def plan(device: str, capability: str, small: bool, out: str) -> list[Step]:
             Step(f"engine {name}", [*me, "--worker", f"engine {name}"], 100)
             for name in (("small",) if small else ("0.5B", "7B"))
         ),
+        Step("exactness", [*me, "--worker", "exactness"], 90),
         test_step(small),
         *(
             Step(
@@ -108,9 +109,9 @@ def plan(device: str, capability: str, small: bool, out: str) -> list[Step]:
     ]
 
 
-def run(steps: list[Step]) -> int:
+def run(steps: list[Step], limit: float = LIMIT) -> int:
     """Runs the steps; prints a table; returns the number of failures."""
-    deadline, rows, failures = time.monotonic() + LIMIT, [], 0
+    deadline, rows, failures = time.monotonic() + limit, [], 0
     for step in steps:
         start = time.monotonic()
         if step.refusal:
@@ -350,6 +351,70 @@ def measure_engine(watch: Stopwatch, name: str) -> dict[str, Any]:
     return found
 
 
+def measure_exactness(small: bool, device: str) -> dict[str, Any]:
+    """The engine on the device against itself in float64 on the CPU, for every tiny architecture.
+
+    Errors are normalised as in benchmarks/truth.py: influence by the norms of the gradients, the
+    shift by its largest value. `same_bits` says whether features are equal when made twice.
+    """
+    import copy
+    import tempfile
+
+    import torch
+
+    import lddyn
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    import zoo
+
+    def table(model: Any) -> tuple[Any, Any, Any]:
+        pair = zoo.examples()
+        step = lddyn.decompose(model, pair[0], lddyn.SFT(pair[1]), lr=1.0)[0]
+        norms = [lddyn.ntk(model, x, x).gram().diagonal().double().sqrt().cpu() for x in pair]
+        return (
+            step.influence.double().cpu(),
+            step.delta_log_probs().double().cpu(),
+            norms[0][:, None] * norms[1],
+        )
+
+    found: dict[str, Any] = {}
+    sketch = lddyn.Sketch(k=4096, seed=3)
+    for name in ["llama", "gpt2"] if small else list(zoo.ARCHITECTURES):
+        model = zoo.build(name).eval()
+        with lddyn.true_float64():
+            influence, shift, norms = table(copy.deepcopy(model).double())
+        row: dict[str, Any] = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            there = copy.deepcopy(model).to(device, dtype)
+            got = table(there)
+            row[str(dtype).removeprefix("torch.")] = {
+                "influence": float(((got[0] - influence) / norms).abs().max()),
+                "delta_log_probs": float((got[1] - shift).abs().max() / shift.abs().max()),
+            }
+        there = copy.deepcopy(model).to(device)
+        for by in ("token", "sequence"):
+            twice = [lddyn.features(there, zoo.examples(), sketch, by=by) for _ in range(2)]
+            here = lddyn.features(model, zoo.examples(), sketch, by=by)
+            one, other = (x.gram().value.double().cpu() for x in (twice[0], here))
+            row[f"features by {by}"] = {
+                "same_bits": bool((twice[0].rows == twice[1].rows).all()),
+                "difference": distance(one, other),
+            }
+        found[name] = row
+    with tempfile.TemporaryDirectory() as folder:
+        model = zoo.build("llama").eval()
+        model.save_pretrained(folder)
+        pair = zoo.examples()
+        resident = lddyn.ntk(model.to(device), *pair).gram()
+        streamed = lddyn.stream(folder, "1GiB", device=device)
+        equal = bool((lddyn.ntk(streamed, *pair).gram() == resident).all())
+        found["stream"] = {"equal_to_the_bit": equal}
+    found["failed"] = [name for name in found if "float32" in found[name]
+                       and not max(found[name]["float32"].values()) <= 1e-5]  # fmt: skip
+    found["failed"] += [] if equal else ["stream"]
+    return found
+
+
 def probe(device: str) -> None:
     """Every op's odd-shaped sample on every kernel of the device, for the sanitizers."""
     import torch
@@ -382,7 +447,9 @@ def work(what: str, device: str, small: bool, out: str) -> int:
 
     watch, failures = Stopwatch(device, small), 0
     jobs: dict[str, Callable[[], Any]]
-    if what.startswith("engine"):
+    if what == "exactness":
+        jobs = {what: lambda: measure_exactness(small, device)}
+    elif what.startswith("engine"):
         jobs = {what: lambda: measure_engine(watch, what.removeprefix("engine "))}
     else:
         jobs = {
@@ -401,6 +468,7 @@ def work(what: str, device: str, small: bool, out: str) -> int:
         except Exception as error:  # the other sections still count; this one is a failure
             failures += 1
             result = {"error": f"{type(error).__name__}: {error}"}
+        failures += bool(result.get("failed"))
         print(section, json.dumps(result, indent=1), flush=True)
         record(out, section, result)
     return failures
@@ -411,6 +479,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
     parser.add_argument("--out", help="results file; default: benchmarks/results/GPU.json")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="the build and these steps alone")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for all steps")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -428,6 +498,12 @@ def main() -> int:
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     out = args.out or str(ROOT / "benchmarks" / "results" / f"{slug}.json")
     steps = plan(args.device, capability, args.small, out)
+    if args.only:
+        unknown = set(args.only) - {step.name for step in steps}
+        if unknown:
+            parser.error(f"no such step: {', '.join(sorted(unknown))}; there are: "
+                         f"{', '.join(step.name for step in steps)}")  # fmt: skip
+        steps = [step for step in steps if step.name in ("build", *args.only)]
     if args.dry_run:
         for step in steps:
             print(f"{step.name}: {step.refusal or ' '.join(step.command)}")
@@ -435,7 +511,7 @@ def main() -> int:
     if args.device == "cuda" and not there:
         print("NO CUDA GPU was found by torch: nothing was built, run or measured.")
         return 1
-    return run(steps)
+    return run(steps, args.limit)
 
 
 if __name__ == "__main__":
