@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lddyn.console import one_line_errors, safe
+from lddyn.lab.commands import app as lab_app
+
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
@@ -99,37 +102,6 @@ def main() -> None:
     app()
 
 
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turn an exception into one line on standard error and an exit status."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort, BrokenPipeError):
-        raise
-    except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
-        raise typer.Exit(130) from None
-    except Exception as error:
-        if _LOG.isEnabledFor(logging.DEBUG):
-            _LOG.debug("traceback", exc_info=True)
-        expected = (ValueError, TypeError, OSError, ImportError, RuntimeError, KeyError, IndexError)
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        message = lines[0] if lines else type(error).__name__
-        if isinstance(error, KeyError):
-            message = f"KeyError: {message}"
-        if not isinstance(error, expected):
-            message = f"{type(error).__name__}: {message} (LDDYN_LOG=DEBUG shows the traceback)"
-        typer.echo(f"error: {_safe(message)}", err=True)
-        raise typer.Exit(2 if isinstance(error, expected) else 1) from None
-
-
-def _safe(text: str) -> str:
-    """Text that cannot move the terminal's cursor."""
-    from lddyn.figures import printable
-
-    return printable(text)
-
-
 def _print_json(document: Mapping[str, Any]) -> None:
     from lddyn.report import plain
 
@@ -138,11 +110,11 @@ def _print_json(document: Mapping[str, Any]) -> None:
 
 def _say(*lines: str) -> None:
     for line in lines:
-        typer.echo(_safe(line))
+        typer.echo(safe(line))
 
 
 def _warn(message: str) -> None:
-    typer.echo(f"warning: {_safe(message)}", err=True)
+    typer.echo(f"warning: {safe(message)}", err=True)
 
 
 def _print_table(table: Table) -> None:
@@ -252,7 +224,7 @@ def decompose(
     ] = None,
 ) -> None:
     """Decompose one SFT or DPO step on one row of data: what it did to every token, and why."""
-    with _one_line_errors():
+    with one_line_errors():
         began = time.perf_counter()
         objective = objective.lower()
         if objective not in ("sft", "dpo"):
@@ -595,7 +567,7 @@ def _print_decomposition(dec: Decomposition, verification: Verification | None) 
     columns = ["log π before", "Δ log π", *(f"from {s}" for s in sources)]
     table = Table("nats")
     for column in (*columns, "± (start − mid)"):
-        table.add_column(Text(_safe(column)), justify="right", overflow="fold")
+        table.add_column(Text(safe(column)), justify="right", overflow="fold")
     if verification is not None:
         table.add_column("measured", justify="right")
     start = 0
@@ -603,7 +575,7 @@ def _print_decomposition(dec: Decomposition, verification: Verification | None) 
         parts = {k: float(v.sum()) for k, v in o.by_sequence().items()}
         total = float(o.delta_logp.sum())
         cells = [
-            Text(_safe(o.name)),
+            Text(safe(o.name)),
             Text(signed(float(o.logp.sum()), 5)),
             Text(signed(total, 5), style="bold blue" if total > 0 else "bold red"),
             *(Text(signed(parts.get(s, 0.0), 4)) for s in sources),
@@ -643,7 +615,7 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """List what is wrong with a data set: empty, cut, merged, identical, without EOS."""
-    with _one_line_errors():
+    with one_line_errors():
         name = tokenizer or model
         if name is None:
             raise Problem("give --model or --tokenizer: findings depend on the tokens")
@@ -681,7 +653,7 @@ def env(
     as_json: Json = False,
 ) -> None:
     """Show versions, devices, compiled parts and backends: what a bug report needs."""
-    with _one_line_errors():
+    with one_line_errors():
         from lddyn import environment
 
         if as_json:
@@ -706,7 +678,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train a tiny LM here, finetune it, and explain one SFT and one DPO step of it."""
-    with _one_line_errors():
+    with one_line_errors():
         from lddyn.demo import run
 
         summary = run(out, quick=quick, progress=True, seed=seed)
@@ -723,7 +695,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Draw the pictures and write the page of a saved run again."""
-    with _one_line_errors():
+    with one_line_errors():
         from lddyn import report as reports
 
         decs, verifications, summary = reports.read_run(run_dir)
@@ -751,6 +723,7 @@ store_app = typer.Typer(help="Look after stores of token features.", no_args_is_
 features_app = typer.Typer(help="Make and ask stores of token features.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 app.add_typer(features_app, name="features")
+app.add_typer(lab_app, name="lab")
 
 Stores = Annotated[list[Path], typer.Argument(metavar="STORE…", show_default=False)]
 
@@ -780,7 +753,7 @@ def _short(found: Mapping[str, Any]) -> str:
 @store_app.command()
 def verify(paths: Stores, as_json: Json = False) -> None:
     """Read every byte of stores and check it; exit status 1 if anything is damaged."""
-    with _one_line_errors():
+    with one_line_errors():
         from lddyn.store import Store, StoreCorruptError
 
         documents = []
@@ -806,7 +779,7 @@ def verify(paths: Stores, as_json: Json = False) -> None:
 @store_app.command()
 def ls(paths: Stores, as_json: Json = False) -> None:
     """Show what stores hold and what they belong to."""
-    with _one_line_errors():
+    with one_line_errors():
         from lddyn.store import Store
 
         documents = [_describe(Store.open(path)) for path in paths]
@@ -830,7 +803,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Make one store of those of several ranks, in the order of the data set."""
-    with _one_line_errors():
+    with one_line_errors():
         from lddyn.store import Store
 
         found = _describe(Store.merge(paths, out))
@@ -875,7 +848,7 @@ def build(
     A run that was stopped goes on where it was. Under `torchrun -m lddyn features build …` each
     process takes its share of the examples; the store is the same.
     """
-    with _one_line_errors(), _ranks() as (me, world, wait):
+    with one_line_errors(), _ranks() as (me, world, wait):
         began = time.perf_counter()
         _check_dtype(dtype)
         if by not in ("token", "sequence"):
@@ -1014,7 +987,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say how to compare all tokens of a data set, exactly or by sketches, and what it costs."""
-    with _one_line_errors():
+    with one_line_errors():
         _check_dtype(dtype)
         if not data.is_file():
             raise Problem(f"{data}: no such file")
@@ -1059,7 +1032,7 @@ def query(
     as_json: Json = False,
 ) -> None:
     """Which of the stored tokens or sequences pull the tokens of one up, or push them down."""
-    with _one_line_errors():
+    with one_line_errors():
         from lddyn.store import Store
 
         store = Store.open(path, layout=_layout(path))

@@ -31,6 +31,7 @@ LAYERS = [
     {"lowrank", "stream"},
     {"ntk", "proxies", "store", "query", "plan", "sketch", "features"},
     {"dynamics", "probes", "massflow", "decompose", "figures"},
+    {"console"},
     {"cli", "report", "lab", "integrations", "demo", "__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

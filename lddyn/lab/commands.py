@@ -1,0 +1,76 @@
+"""`lddyn lab NAME`: one command an experiment. Nothing heavy is imported before one runs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lddyn.console import one_line_errors
+from lddyn.lab import EXPERIMENTS
+
+app = typer.Typer(
+    help="The paper's experiments, with K measured: pictures, tables, and a page that says whether "
+    "what was expected was seen.",
+    no_args_is_help=True,
+)
+
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for everything. Default: lab/NAME.", show_default=False),
+]
+Seed = Annotated[int, typer.Option(help="Of all random numbers.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew: delete what --out holds.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
+
+
+def launch(
+    name: str, out: Path | None, seed: int, fresh: bool, as_json: bool, **options: Any
+) -> dict[str, Any]:
+    """Runs an experiment, prints its claims or its JSON; errors are one line."""
+    with one_line_errors():
+        folder = out or Path("lab") / name
+        if fresh and (folder / "identity.json").exists():
+            shutil.rmtree(folder)
+        experiment = importlib.import_module(f"lddyn.lab.{name}")
+        results: dict[str, Any] = experiment.run(folder, seed=seed, progress=True, **options)
+        if as_json:
+            typer.echo(json.dumps(results, indent=1))
+        else:
+            _print(results, folder)
+        return results
+
+
+def _print(results: Mapping[str, Any], folder: Path) -> None:
+    for sentence in results["seen"]:
+        typer.echo(sentence)
+    for claim in results["claims"]:
+        typer.echo(f"  {claim['name']}: {claim['verdict']}. {claim['ours']}")
+    typer.echo(f"{folder / 'index.html'}")
+
+
+@app.command("all")
+def everything(
+    out: Out = None, seed: Seed = 0, fresh: Fresh = False, as_json: AsJson = False
+) -> None:
+    """Every experiment at its defaults, and one scoreboard of all claims."""
+    from lddyn.lab import scoreboard
+
+    folder = out or Path("lab")
+    found = []
+    # With --json, standard output is the one document.
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        for name in EXPERIMENTS:
+            typer.echo(f"\n{name}: {EXPERIMENTS[name]}")
+            command = next(c for c in app.registered_commands if c.name == name)
+            assert command.callback is not None
+            found.append(command.callback(out=folder / name, seed=seed, fresh=fresh))
+        document = scoreboard.write(found, folder)
+    typer.echo(json.dumps(document, indent=1) if as_json else str(folder / "scoreboard.md"))

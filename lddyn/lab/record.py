@@ -1,0 +1,303 @@
+"""What an experiment leaves behind: steps that are not done twice, tables, figures, claims, a page.
+
+lab = Lab("squeeze", out, seed=0, options={...})
+curve = lab.once("curve", measure)          # from disk, if this was done before
+lab.table("curve", curve)                   # tables/curve.json, tables/curve.parquet
+lab.figure("curve", figure)                 # figures/curve.png, figures/curve.pdf
+lab.claim(Claim(...))
+lab.finish("what was expected", "what was seen")    # results.json, index.html
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+
+from lddyn.report import plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["AGREES", "DISAGREES", "UNTESTABLE", "Claim", "Lab"]
+
+T = TypeVar("T")
+AGREES, DISAGREES, UNTESTABLE = "agrees", "disagrees", "not testable at this scale"
+Verdict = Literal["agrees", "disagrees", "not testable at this scale"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper, put to the test.
+
+    Attributes:
+        name: Short and unique within the experiment: "sft 1".
+        text: What is claimed.
+        source: Where: "§4.1, result 1".
+        published: The published number or observation.
+        corrected: What the published material says once its mistakes are corrected; empty if it
+            has none here.
+        ours: What was measured here, with its unit.
+        verdict: "agrees", "disagrees" or "not testable at this scale".
+        reason: Why the verdict, honestly.
+        value: The deciding statistic.
+        interval: Its 95 % interval.
+    """
+
+    name: str
+    text: str
+    source: str
+    published: str
+    ours: str
+    verdict: Verdict
+    reason: str
+    corrected: str = ""
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.verdict not in (AGREES, DISAGREES, UNTESTABLE):
+            raise ValueError(
+                f"verdict of claim {self.name!r} must be {AGREES!r}, {DISAGREES!r} or "
+                f"{UNTESTABLE!r}, got {self.verdict!r}"
+            )
+
+
+@dataclass
+class Lab:
+    """The folder of one experiment.
+
+    Attributes:
+        name: Of the experiment; its page is titled by it.
+        folder: Where everything goes; made if it is not there.
+        seed: Of all random numbers.
+        options: Everything else that decides the results. A folder made with other options is
+            refused, with the names of those that differ.
+        progress: Show bars on standard error.
+
+    Example:
+        >>> lab = Lab("example", "out/example", seed=0, options={"steps": 3})
+        >>> lab.once("squares", lambda: [i * i for i in range(3)])
+        [0, 1, 4]
+    """
+
+    name: str
+    folder: Path
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    progress: bool = True
+    claims: list[Claim] = field(default_factory=list, init=False)
+    figures: dict[str, str] = field(default_factory=dict, init=False)
+    tables: list[str] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._began = time.perf_counter()
+        identity = {"experiment": self.name, "seed": self.seed, "options": plain(self.options)}
+        path = self.folder / "identity.json"
+        if path.exists():
+            old = json.loads(path.read_text(encoding="utf-8"))
+            a, b = ({**x, **x["options"]} for x in (old, identity))
+            differ = [k for k in {**a, **b} if k != "options" and a.get(k) != b.get(k)]
+            if differ:
+                said = ", ".join(f"{k} (there {a.get(k)!r}, now {b.get(k)!r})" for k in differ)
+                raise ValueError(
+                    f"{self.folder} holds an experiment with other settings: {said}; give another "
+                    "--out, the same settings, or --fresh to begin anew"
+                )
+        _write(path, identity)
+
+    # ------------------------------------------------------------------ randomness and progress
+
+    def generator(self, *labels: str | int) -> torch.Generator:
+        """Random numbers of the seed and these labels alone, whatever else was drawn."""
+        text = "\0".join(map(str, (self.name, self.seed, *labels)))
+        digest = hashlib.sha256(text.encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def bar(self, items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+        """The items, with a progress bar."""
+        from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+        bar: Iterable[T] = tqdm(
+            items, desc=label, total=total, disable=not self.progress, leave=False
+        )
+        return bar
+
+    # ------------------------------------------------------------------ results
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """A step's result: from disk if an earlier run got this far, else made and kept.
+
+        Args:
+            name: Of the step.
+            make: Returns what JSON can hold; large arrays belong into files of `self.path`.
+        """
+        path = self.path("steps", f"{name}.json")
+        if path.exists():
+            value: T = json.loads(path.read_text(encoding="utf-8"))["value"]
+            return value
+        start = time.perf_counter()
+        made = plain(make())
+        _write(path, {"value": made, "seconds": time.perf_counter() - start})
+        return made  # type: ignore[no-any-return]
+
+    def seconds(self, name: str) -> float:
+        """What a step took when it was made."""
+        text = self.path("steps", f"{name}.json").read_text(encoding="utf-8")
+        return float(json.loads(text)["seconds"])
+
+    def path(self, *parts: str) -> Path:
+        """A path in the folder, whose parent is there."""
+        path = self.folder.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Every number of a figure, as tables/NAME.json and, with pyarrow, tables/NAME.parquet."""
+        rows = [plain(dict(row)) for row in rows]
+        _write(self.path("tables", f"{name}.json"), rows)
+        self.tables.append(name)
+        try:
+            import pyarrow as arrow
+            import pyarrow.parquet as parquet
+        except ImportError:  # an extra
+            return
+        parquet.write_table(arrow.Table.from_pylist(rows), self.path("tables", f"{name}.parquet"))
+
+    def figure(self, name: str, figure: Figure, caption: str = "") -> None:
+        """A picture, as figures/NAME.png and .pdf; its caption says what to look at."""
+        figure.savefig(self.path("figures", f"{name}.png"), dpi=110)
+        # No date within, so that the same numbers give the same file.
+        figure.savefig(self.path("figures", f"{name}.pdf"), metadata={"CreationDate": None})
+        self.figures[name] = caption
+
+    def claim(self, claim: Claim) -> None:
+        """A line of the scoreboard."""
+        if any(claim.name == other.name for other in self.claims):
+            raise ValueError(f"claim {claim.name!r} was made already")
+        self.claims.append(claim)
+
+    def finish(self, expected: Sequence[str], seen: Sequence[str]) -> dict[str, Any]:
+        """Writes results.json and index.html.
+
+        Args:
+            expected: Sentences: what the paper predicts.
+            seen: Sentences: what happened here.
+
+        Returns:
+            What results.json holds.
+        """
+        from lddyn import environment
+
+        steps = sorted(self.path("steps", "x").parent.glob("*.json"))
+        took = {p.stem: json.loads(p.read_text(encoding="utf-8"))["seconds"] for p in steps}
+        results = plain(
+            {
+                "experiment": self.name,
+                "seed": self.seed,
+                "options": self.options,
+                "expected": list(expected),
+                "seen": list(seen),
+                "claims": [asdict(claim) for claim in self.claims],
+                "figures": self.figures,
+                "tables": self.tables,
+                "seconds": {"this run": time.perf_counter() - self._began, "steps": took},
+                "versions": environment.env()["versions"],
+            }
+        )
+        _write(self.path("results.json"), results)
+        pictures = {
+            name: base64.b64encode(self.path("figures", f"{name}.png").read_bytes()).decode("ascii")
+            for name in self.figures
+        }
+        page = _environment().get_template("page").render(results=results, pictures=pictures)
+        _replace(self.path("index.html"), page)
+        return results  # type: ignore[no-any-return]
+
+
+def _write(path: Path, content: Any) -> None:
+    _replace(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _environment() -> Any:
+    from jinja2 import DictLoader, Environment, StrictUndefined
+
+    return Environment(
+        loader=DictLoader({"page": _PAGE}), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>lddyn lab {{ results.experiment }}</title>
+<style>
+:root { color-scheme: light dark; --ink:#1d1d1f; --soft:#5f6368; --paper:#fff; --card:#f6f7f9;
+  --line:#dfe1e5 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink:#e8e8ea; --soft:#a3a7ad; --paper:#16181c; --card:#1f2227; --line:#343941 }
+  img { filter: brightness(.92) } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 64rem; padding: 1.2rem; background: var(--paper);
+  color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
+h1 { font-size: 1.7rem } h2 { margin-top: 2rem; font-size: 1.3rem }
+.lead { background: var(--card); border-radius: .6rem; padding: .6rem 1.2rem }
+.soft { color: var(--soft); font-size: .88rem } .scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .88rem }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left;
+  vertical-align: top } th { color: var(--soft); font-weight: 600 }
+figure { margin: 1.2rem 0 } figure img { max-width: 100%; height: auto; border-radius: .4rem }
+</style>
+</head>
+<body>
+<h1>lddyn lab {{ results.experiment }}</h1>
+<h2>What was expected</h2>
+<div class="lead">{% for s in results.expected %}<p>{{ s }}</p>{% endfor %}</div>
+<h2>What was seen</h2>
+<div class="lead">{% for s in results.seen %}<p>{{ s }}</p>{% endfor %}</div>
+{% if results.claims %}
+<h2>Do they agree?</h2>
+<div class="scroll"><table>
+<tr><th>claim</th><th>published</th><th>corrected</th><th>here</th><th>verdict</th></tr>
+{% for c in results.claims %}
+<tr><td><b>{{ c.name }}</b> {{ c.text }} <span class="soft">{{ c.source }}</span></td>
+<td>{{ c.published }}</td><td>{{ c.corrected }}</td>
+<td>{{ c.ours }}{% if c.interval %}
+<span class="soft">95 %: {{ "%.3g" % c.interval[0] }} to {{ "%.3g" % c.interval[1] }}</span>
+{% endif %}</td>
+<td><b>{{ c.verdict }}</b><br><span class="soft">{{ c.reason }}</span></td></tr>
+{% endfor %}
+</table></div>
+{% endif %}
+{% for name, caption in results.figures.items() %}
+<figure><img alt="{{ caption or name }}" src="data:image/png;base64,{{ pictures[name] }}">
+<figcaption class="soft">{{ caption }}</figcaption></figure>
+{% endfor %}
+<h2>How it was made</h2>
+<p class="soft">Seed {{ results.seed }};
+{% for k, v in results.options.items() %}{{ k }} {{ v }}; {% endfor %}
+{% for k, v in results.versions.items() %}{{ k }} {{ v }}{{ ", " if not loop.last }}{% endfor %}.
+Every number of the figures is in tables/.</p>
+</body>
+</html>
+"""

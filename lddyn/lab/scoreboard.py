@@ -1,0 +1,51 @@
+"""Experiment × claim: published, corrected, ours, and whether they agree."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write(results: Sequence[Mapping[str, Any]], folder: str | Path) -> dict[str, Any]:
+    """Writes scoreboard.json and scoreboard.md.
+
+    Args:
+        results: What the experiments' `run` returned.
+        folder: Where to; made if it is not there.
+
+    Returns:
+        {"claims": rows, "verdicts": counts, "seconds": per experiment}.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"experiment": r["experiment"], **claim} for r in results for claim in r["claims"]]
+    document = {
+        "claims": rows,
+        "verdicts": dict(Counter(row["verdict"] for row in rows)),
+        "seconds": {r["experiment"]: sum(r["seconds"]["steps"].values()) for r in results},
+    }
+    (folder / "scoreboard.json").write_text(
+        json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    (folder / "scoreboard.md").write_text(_markdown(rows), encoding="utf-8")
+    return document
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| claim | published | corrected | ours | verdict |", "|---|---|---|---|---|"]
+    for row in rows:
+        low, high = row["interval"] or (None, None)
+        ours = row["ours"] + (f" (95 %: {low:.3g} to {high:.3g})" if low is not None else "")
+        cells = (
+            f"**{row['experiment']}: {row['name']}.** {row['text']} ({row['source']})",
+            row["published"], row["corrected"], ours, f"**{row['verdict']}.** {row['reason']}",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+    return "\n".join(lines) + "\n"

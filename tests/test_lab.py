@@ -1,0 +1,79 @@
+"""What experiments share: steps kept, other settings refused, tables, figures, claims, the page."""
+
+import json
+
+import pytest
+import torch
+
+from lddyn.figures import _figure
+from lddyn.lab import scoreboard
+from lddyn.lab.record import AGREES, DISAGREES, Claim, Lab
+
+
+def claim(name="one", verdict=AGREES, **changes):
+    return Claim(name, "x | <b>", "§1", "3", "4 nats", verdict, "because", **changes)
+
+
+def test_a_step_is_made_once(tmp_path):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return {"a": (1, 2.5), "b": float("nan")}
+
+    for _ in range(2):
+        found = Lab("x", tmp_path, progress=False).once("step", make)
+        assert found == {"a": [1, 2.5], "b": None}
+    assert len(calls) == 1
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    Lab("x", tmp_path, seed=1, options={"steps": 3, "sizes": (1, 2)})
+    Lab("x", tmp_path, seed=1, options={"steps": 3, "sizes": (1, 2)})
+    with pytest.raises(ValueError, match=r"steps \(there 3, now 4\)"):
+        Lab("x", tmp_path, seed=1, options={"steps": 4, "sizes": (1, 2)})
+    with pytest.raises(ValueError, match=r"seed \(there 1, now 2\)"):
+        Lab("x", tmp_path, seed=2, options={"steps": 3, "sizes": (1, 2)})
+
+
+def test_random_numbers_depend_on_their_labels_alone(tmp_path):
+    lab = Lab("x", tmp_path)
+    a = torch.rand(3, generator=lab.generator("a", 1))
+    torch.rand(3, generator=lab.generator("b"))
+    assert torch.equal(a, torch.rand(3, generator=lab.generator("a", 1)))
+    assert not torch.equal(a, torch.rand(3, generator=lab.generator("a", 2)))
+
+
+def test_everything_is_on_the_page(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    lab = Lab("x", tmp_path, options={"steps": 3})
+    lab.table("numbers", [{"a": 1, "b": 0.5}, {"a": 2, "b": None}])
+    lab.figure("picture", _figure(2, 1, "picture"), "Look <here>.")
+    lab.claim(claim(interval=(1.0, 2.0), value=1.5))
+    with pytest.raises(ValueError, match="'one' was made already"):
+        lab.claim(claim())
+    lab.finish(["It falls."], ["It fell."])
+    page = (tmp_path / "index.html").read_text()
+    for text in ("It falls.", "It fell.", "Look &lt;here&gt;.", "x | &lt;b&gt;", "data:image/png"):
+        assert text in page
+    assert json.loads((tmp_path / "results.json").read_text())["claims"][0]["value"] == 1.5
+    assert (tmp_path / "figures" / "picture.pdf").read_bytes()[:4] == b"%PDF"
+    rows = parquet.read_table(tmp_path / "tables" / "numbers.parquet").to_pylist()
+    assert rows == json.loads((tmp_path / "tables" / "numbers.json").read_text())
+
+
+def test_scoreboard(tmp_path):
+    results = []
+    for name, verdict in (("a", AGREES), ("b", DISAGREES)):
+        lab = Lab(name, tmp_path / name)
+        lab.claim(claim(verdict=verdict, interval=(0.1, 0.2)))
+        results.append(lab.finish([], []))
+    found = scoreboard.write(results, tmp_path)
+    assert found["verdicts"] == {AGREES: 1, DISAGREES: 1}
+    lines = (tmp_path / "scoreboard.md").read_text().splitlines()
+    assert len(lines) == 4 and "x \\| <b>" in lines[2] and "0.1 to 0.2" in lines[2]
+
+
+def test_a_verdict_is_one_of_three():
+    with pytest.raises(ValueError, match="got 'maybe'"):
+        claim(verdict="maybe")
