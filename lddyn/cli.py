@@ -192,7 +192,7 @@ def decompose(
         float | None,
         typer.Option(help="Clip the gradient's norm, as trainers do.", show_default=False),
     ] = None,
-    memory: Annotated[str, typer.Option(help="Workspace beyond model and result.")] = "4GiB",
+    memory: Annotated[str, typer.Option(help="Workspace beyond model and result.")] = "auto",
     stream: Annotated[
         str | None,
         typer.Option(
@@ -836,7 +836,7 @@ def build(
     ] = "float32",
     max_length: MaxLength = None,
     skip: Skip = False,
-    memory: Annotated[str, typer.Option(help="Workspace beyond the model.")] = "4GiB",
+    memory: Annotated[str, typer.Option(help="Workspace beyond the model.")] = "auto",
     dtype: Dtype = "float32",
     adapter: Adapter = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -979,7 +979,7 @@ def plan(
     ] = None,
     skip: Skip = False,
     max_length: MaxLength = None,
-    memory: Annotated[str, typer.Option(help="What may be used beyond the model.")] = "4GiB",
+    memory: Annotated[str, typer.Option(help="What may be used beyond the model.")] = "auto",
     dtype: Dtype = "float32",
     adapter: Adapter = None,
     trust_remote_code: TrustRemoteCode = False,

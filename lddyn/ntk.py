@@ -50,6 +50,7 @@ from lddyn.pushforward import (
 Sink = Callable[[str, Tensor, Tensor, Tensor], None]  # parameter, rows o, rows u, block (c, c')
 CHUNK = 32
 _ROWS = 4096
+_ROWS_GPU = 2**20
 
 
 @dataclass
@@ -101,7 +102,8 @@ class Side:
 
     def chunk(self, budget: int) -> int:
         """Cotangents to pull back together."""
-        return chunk_size(self.trace.length, self.bytes_per_cotangent(), budget)
+        device = self.trace.hidden.device
+        return chunk_size(self.trace.length, self.bytes_per_cotangent(), budget, device)
 
 
 def token_gram(
@@ -127,7 +129,7 @@ def token_gram(
     Cost: 2 N (Σ_m (p_m + 1) + Σ_l (p_l + 1)) FLOPs for pulling, plus (T + L)/(2 d) of that for
     pairing. A side that is both observed and updated is pulled back once.
     """
-    budget = parse_memory(memory)
+    budget = parse_memory(memory, updated[0].trace.anatomy.device)
     observed, updated = _distinct(observed), _distinct(updated)
     anatomy = updated[0].trace.anatomy
     shared = [n for n in anatomy.shared() if n != anatomy.head_weight]
@@ -260,8 +262,9 @@ def factored_push(
 
     Cost: L (2 N T_u + 2 N T_o + 2 T_o T_u Σd_out) FLOPs; with P, 2 N (T_u + T_o) per row more.
     """
-    budget = parse_memory(memory)
     anatomy = updated[0].trace.anatomy
+    budget = parse_memory(memory, anatomy.device)
+    widest = _ROWS_GPU if anatomy.device.type == "cuda" else CHUNK
     starts = _offsets(updated)
     vocabulary = 8 * anatomy.vocabulary * max(len(t.positions) for t in observed)
     pushes = [Pushforward(t, keep=_graph_bytes(t) * len(observed) < budget // 2) for t in observed]
@@ -274,7 +277,7 @@ def factored_push(
     )
     for start, side in zip(starts, updated, strict=False):
         per_row = side.bytes_per_cotangent() * (1 + len(anatomy.blocks) // 2) + vocabulary
-        size = max(1, min(CHUNK, budget // 2 // per_row))
+        size = max(1, min(widest, budget // 2 // per_row))
         order = side.trace.positions.argsort(stable=True) if select is None else select
         pending = list(order.split(size))
         while pending:
@@ -467,7 +470,9 @@ class NTK:
 
     def _pushforward(self) -> Pushforward:
         """Through χo, for many products: it keeps its linearised segments where they fit."""
-        fits = _graph_bytes(self.observed) < parse_memory(self.memory) // 2
+        fits = (
+            _graph_bytes(self.observed) < parse_memory(self.memory, self.updated.logits.device) // 2
+        )
         return Pushforward(self.observed, keep=fits)
 
     def block(self, m: int, token: int) -> Tensor:
@@ -898,7 +903,7 @@ class NTK:
     def _tokens_at_once(self, n_o: int, n_u: int) -> int:
         """Updated tokens whose products with all observed ones fit a quarter of the memory."""
         size = self.shape[0] * n_o * n_u * self.updated.logits.element_size()
-        return max(1, parse_memory(self.memory) // 4 // size)
+        return max(1, parse_memory(self.memory, self.updated.logits.device) // 4 // size)
 
     def _image_squares(self, v: Tensor, centred: bool, precondition: Direction | None) -> Tensor:
         """‖K_{m,l} v‖² (M, L) for one cotangent (V,), centred on the observed side where asked."""
@@ -929,7 +934,7 @@ class NTK:
 
 
 def ntk(
-    model: nn.Module,
+    model: nn.Module | Anatomy,
     observed: Example,
     updated: Example,
     *,
@@ -942,11 +947,12 @@ def ntk(
         K[m, l] = (∇θ z_m(χo)) (∇θ z_l(χu))ᵀ        (paper Eq. 3 and 5)
 
     Args:
-        model: A causal LM of transformers; only parameters with requires_grad=True count.
+        model: A causal LM of transformers, or its Anatomy, which is worth opening once for many
+            pairs; only parameters with requires_grad=True count.
         observed: χo, M counted response tokens.
         updated: χu, L counted response tokens.
-        memory: Workspace in bytes or as "2GiB".
-        attention: "lddyn" or "eager", see Anatomy.
+        memory: Workspace in bytes or as "2GiB"; "auto" is 4 GiB, a third of what is free on a GPU.
+        attention: "lddyn" or "eager", see Anatomy; an Anatomy has its own.
         progress: Show progress bars.
 
     Returns:
@@ -962,7 +968,7 @@ def ntk(
         >>> K.shape, K.gram().shape
         ((3, 50, 3, 50), torch.Size([3, 3]))
     """
-    anatomy = Anatomy(model, attention)
+    anatomy = model if isinstance(model, Anatomy) else Anatomy(model, attention)
     first = anatomy.trace(observed)
     second = first if updated is observed else anatomy.trace(updated)
     return NTK(first, second, memory, progress)
@@ -1003,9 +1009,16 @@ def _find(sides: Sequence[Side], wanted: Side) -> int | None:
     return next((i for i, side in enumerate(sides) if side is wanted), None)
 
 
-def chunk_size(length: int, bytes_per_cotangent: int, budget: int) -> int:
-    """Cotangents of a chunk: some thousands of rows fill the products, and stay in cache."""
+def chunk_size(
+    length: int, bytes_per_cotangent: int, budget: int, device: torch.device | None = None
+) -> int:
+    """Cotangents of a chunk: some thousands of rows fill the products, and stay in cache.
+
+    A GPU has no such cache, and a chunk costs it the launches of a replay: as many as fit.
+    """
     best = max(CHUNK // 2, min(CHUNK, _ROWS // length))
+    if device is not None and device.type == "cuda":
+        best = max(best, _ROWS_GPU // length)
     return int(max(1, min(best, budget // 4 // max(1, bytes_per_cotangent))))
 
 

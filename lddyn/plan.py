@@ -434,7 +434,8 @@ def plan(
             raise ValueError(f"{name} must hold at least one Example, got none")
     if rtol is not None and not 0 < rtol < math.inf:
         raise ValueError(f"rtol must be positive and finite, got {rtol}")
-    anatomy, budget = model if isinstance(model, Anatomy) else Anatomy(model), parse_memory(memory)
+    anatomy = model if isinstance(model, Anatomy) else Anatomy(model)
+    budget = parse_memory(memory, anatomy.device)
     longest = max((*observed, *updated), key=lambda e: e.length)
     rates = Rates.of(Side.log_probs(anatomy.trace(longest)))
     loads = {e: Load(rates, e.length, tuple(e.positions)) for e in (*observed, *updated)}

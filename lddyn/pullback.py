@@ -26,13 +26,16 @@ from lddyn.rowwise import pull_rows
 
 Gradient = dict[str, Tensor]  # parameter name -> tensor of its shape
 
-DEFAULT_MEMORY = "4GiB"
+# 4 GiB; on a GPU, whose kernels want many rows, a third of what is free.
+DEFAULT_MEMORY = "auto"
 _UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def parse_memory(memory: int | str) -> int:
+def parse_memory(memory: int | str, device: torch.device | None = None) -> int:
     """Bytes of a budget such as "2GiB", "500MB" or a plain number of bytes.
+
+    "auto" is 4 GiB, or a third of the free memory of a GPU where that is more.
 
     Raises:
         ValueError: If the text is not a positive number followed by a unit.
@@ -41,6 +44,9 @@ def parse_memory(memory: int | str) -> int:
         >>> parse_memory("2GiB")
         2147483648
     """
+    if memory == "auto":
+        cuda = device is not None and device.type == "cuda"
+        return max(_UNITS["GIB"] * 4, torch.cuda.mem_get_info(device)[0] // 3 if cuda else 0)
     if isinstance(memory, int) and not isinstance(memory, bool):
         value = memory
     else:

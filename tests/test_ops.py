@@ -510,7 +510,7 @@ def test_choose(device, able, chosen):
 def test_an_impossible_override_raises():
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this call: not here"):
         ops.choose("cpu", "cuda", REFUSED)
-    with pytest.raises(ValueError, match="must be one of cuda, triton, cpp, reference; got 'gpu'"):
+    with pytest.raises(ValueError, match="must be one of blas, cuda, triton, cpp, reference; got 'gpu'"):
         ops.choose("cpu", "gpu", REFUSED)
     with pytest.raises(ValueError, match="got 'gpu'"), lddyn.backend("gpu"):
         pass

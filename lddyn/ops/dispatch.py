@@ -26,9 +26,12 @@ from lddyn import reference
 
 logger = logging.getLogger("lddyn")
 
-BACKENDS = ("cuda", "triton", "cpp", "reference")
+BACKENDS = ("blas", "cuda", "triton", "cpp", "reference")
 # What is tried without an override, best first; any other device type runs the reference.
-_PREFERRED = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
+_PREFERRED = {
+    "cpu": ("cpp", "reference"),
+    "cuda": ("blas", "triton", "cuda", "reference"),
+}
 _override: ContextVar[str | None] = ContextVar("lddyn_backend", default=None)
 
 # --------------------------------------------------------------------------- backends
@@ -57,7 +60,7 @@ def why_not(backend: str, device: torch.device) -> str:
     >>> why_not("reference", torch.device("cpu"))
     ''
     """
-    if backend == "reference":
+    if backend in ("reference", "blas"):  # torch's own products, on any device
         return ""
     if backend == "triton":
         if not _has_triton():
@@ -94,8 +97,9 @@ def choose(device: str, override: str | None, refusals: dict[str, str]) -> str:
         ValueError: If the override is not a backend.
         RuntimeError: If the override is refused; nothing falls back.
 
-    >>> choose("cuda", None, {"triton": "not installed", "cuda": "not built", "reference": ""})
-    'reference'
+    >>> refusals = {"blas": "none", "triton": "not installed", "cuda": "", "reference": ""}
+    >>> choose("cuda", None, refusals)
+    'cuda'
     """
     if override is None:
         preferred = _PREFERRED.get(device, ("reference",))
@@ -112,7 +116,7 @@ def backend(name: str) -> Iterator[None]:
     """Run every op inside the block on one backend, and raise where that is impossible.
 
     Args:
-        name: ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``. The environment variable
+        name: ``"blas"``, ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``. The environment variable
             ``LDDYN_BACKEND`` does the same for a whole process; the block wins over it.
 
     Raises:

@@ -257,6 +257,41 @@ def _push_cpp(
     return out
 
 
+def _gram_blas(
+    a_o: Tensor,
+    g_o: Tensor,
+    a_u: Tensor,
+    g_u: Tensor,
+    lengths_o: _Lengths = None,
+    lengths_u: _Lengths = None,
+) -> Tensor:
+    """Two dense products, nothing skipped: on an H200 faster than both kernels, causal or not."""
+    if g_o.dtype == torch.float64:
+        return reference.gram(a_o, g_o, a_u, g_u, lengths_o, lengths_u)
+    if 0 in (*g_o.shape, *g_u.shape, a_o.shape[1]):
+        return g_o.new_zeros(len(g_o), len(g_u), dtype=torch.float32)
+    return _cheapest(_push_blas, _materialise, a_o, g_o, a_u, g_u, lengths_o, lengths_u)
+
+
+def _push_blas(
+    a_o: Tensor,
+    g_o: Tensor,
+    a_u: Tensor,
+    g_u: Tensor,
+    lengths_o: _Lengths,
+    lengths_u: _Lengths,
+) -> Tensor:
+    (m, _, d_out), (n, t, _) = g_o.shape, g_u.shape
+    dtype = _workspace(g_o.dtype)
+    similarity, right = _product(a_u, a_o.T).to(dtype), g_u.to(dtype).reshape(n, t * d_out)
+    out = g_o.new_empty(m, n, dtype=torch.float32)
+    rows = max(1, 4 * _PUSHED // (t * d_out))
+    for lo in range(0, m, rows):
+        pushed = torch.matmul(similarity, g_o[lo : lo + rows].to(dtype))
+        out[lo : lo + rows] = _product(pushed.flatten(1), right.T)
+    return out
+
+
 def _gram_sample(normal: Normal) -> tuple[Any, ...]:
     return normal(17, 5), normal(3, 17, 13), normal(9, 5), normal(7, 9, 13)
 
@@ -267,6 +302,7 @@ _gram = register(
         _check_gram,
         _gram_fake,
         {
+            "blas": _gram_blas,
             "cuda": _gram_cuda,
             "triton": _gram_triton,
             "cpp": _gram_cpp,
