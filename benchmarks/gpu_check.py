@@ -36,6 +36,8 @@ ENGINES = {  # hidden, layers, intermediate, heads, key heads, vocabulary, tied
     "7B": (4096, 32, 11_008, 32, 32, 32_000, False),
     "small": (32, 2, 48, 4, 2, 64, False),
 }
+# What differs for a device: norms, gates, windows, soft-capping, experts, ALiBi, packed weights.
+ARCHITECTURES = ["llama", "gpt2", "gemma2", "mixtral", "falcon", "opt", "gpt_oss", "bloom"]
 
 # --------------------------------------------------------------------------- plan
 
@@ -181,7 +183,7 @@ class Stopwatch:
         return statistics.median(times[2:])
 
     def device_seconds(self, call: Callable[[], Any], calls: int = 5) -> float | None:
-        """Median of a call replayed as a graph: without the launches of Python; None if it fails."""
+        """Median of a call replayed as a graph, without Python's launches; None if it fails."""
         import torch
 
         if self.device != "cuda":
@@ -375,8 +377,8 @@ def measure_engine(watch: Stopwatch, name: str) -> dict[str, Any]:
     return found
 
 
-def measure_exactness(small: bool, device: str) -> dict[str, Any]:
-    """The engine on the device against itself in float64 on the CPU, for every tiny architecture.
+def measure_exactness(names: list[str], device: str) -> dict[str, Any]:
+    """The engine on the device against itself in float64 on the CPU, for tiny architectures.
 
     Errors are normalised as in benchmarks/truth.py: influence by the norms of the gradients, the
     shift by its largest value. `same_bits` says whether features are equal when made twice.
@@ -403,7 +405,7 @@ def measure_exactness(small: bool, device: str) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     sketch = lddyn.Sketch(k=4096, seed=3)
-    for name in ["llama", "gpt2"] if small else list(zoo.ARCHITECTURES):
+    for name in names:
         model = zoo.build(name).eval()
         with lddyn.true_float64():
             influence, shift, norms = table(copy.deepcopy(model).double())
@@ -425,6 +427,7 @@ def measure_exactness(small: bool, device: str) -> dict[str, Any]:
                 "difference": distance(one, other),
             }
         found[name] = row
+        print(name, row, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         model = zoo.build("llama").eval()
         model.save_pretrained(folder)
@@ -471,8 +474,9 @@ def work(what: str, device: str, small: bool, out: str) -> int:
 
     watch, failures = Stopwatch(device, small), 0
     jobs: dict[str, Callable[[], Any]]
-    if what == "exactness":
-        jobs = {what: lambda: measure_exactness(small, device)}
+    if what.startswith("exactness"):
+        names = what.split()[1:] or (["llama", "gpt2"] if small else ARCHITECTURES)
+        jobs = {what: lambda: measure_exactness(names, device)}
     elif what.startswith("engine"):
         jobs = {what: lambda: measure_engine(watch, what.removeprefix("engine "))}
     else:

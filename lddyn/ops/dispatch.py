@@ -116,8 +116,8 @@ def backend(name: str) -> Iterator[None]:
     """Run every op inside the block on one backend, and raise where that is impossible.
 
     Args:
-        name: ``"blas"``, ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``. The environment variable
-            ``LDDYN_BACKEND`` does the same for a whole process; the block wins over it.
+        name: ``"blas"``, ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``. The environment
+            variable ``LDDYN_BACKEND`` does the same for a whole process; the block wins over it.
 
     Raises:
         ValueError: If the name is unknown.
