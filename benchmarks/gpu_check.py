@@ -476,7 +476,7 @@ def work(what: str, device: str, small: bool, out: str) -> int:
     jobs: dict[str, Callable[[], Any]]
     if what.startswith("exactness"):
         names = what.split()[1:] or (["llama", "gpt2"] if small else ARCHITECTURES)
-        jobs = {what: lambda: measure_exactness(names, device)}
+        jobs = {f"device {what}": lambda: measure_exactness(names, device)}
     elif what.startswith("engine"):
         jobs = {what: lambda: measure_engine(watch, what.removeprefix("engine "))}
     else:

@@ -185,11 +185,11 @@ def test_residual_names_the_row_that_is_not_finite(value, column, device, use):
             assert ops.residual(logits, targets)[3].isnan().tolist() == [False, True, False]
 
 
-def test_residual_refuses_a_row_of_masked_tokens_alone(use):
-    logits = torch.randn(3, 9)
+def test_residual_refuses_a_row_of_masked_tokens_alone(use, device):
+    logits = torch.randn(3, 9, device=device)
     logits[2] = -INF
     with use("residual"), pytest.raises(ValueError, match="maximum of -inf in row 2"):
-        ops.residual(logits, torch.zeros(3, dtype=torch.int64))
+        ops.residual(logits, torch.zeros(3, dtype=torch.int64, device=device))
 
 
 @pytest.mark.parametrize(
@@ -510,7 +510,8 @@ def test_choose(device, able, chosen):
 def test_an_impossible_override_raises():
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this call: not here"):
         ops.choose("cpu", "cuda", REFUSED)
-    with pytest.raises(ValueError, match="must be one of blas, cuda, triton, cpp, reference; got 'gpu'"):
+    message = "must be one of blas, cuda, triton, cpp, reference; got 'gpu'"
+    with pytest.raises(ValueError, match=message):
         ops.choose("cpu", "gpu", REFUSED)
     with pytest.raises(ValueError, match="got 'gpu'"), lddyn.backend("gpu"):
         pass

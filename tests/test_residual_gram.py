@@ -141,16 +141,16 @@ def test_residual_gram_does_not_depend_on_threads_and_little_on_tiles(workspace,
 @pytest.mark.parametrize("side", ["o", "u"])
 @pytest.mark.parametrize("value", [float("nan"), INF], ids=["nan", "inf"])
 @pytest.mark.parametrize("column", [0, 3, 699])
-def test_residual_gram_names_the_row_that_is_not_finite(column, value, side, use):
-    args = make((3, 3, 700))
+def test_residual_gram_names_the_row_that_is_not_finite(column, value, side, use, device):
+    args = make((3, 3, 700), device=device)
     args[0 if side == "o" else 2][1, column] = value
     args[1 if side == "o" else 3][1] = 3
     with use("residual_gram"), pytest.raises(ValueError, match=f"logits_{side} .* in row 1;"):
         ops.residual_gram(*args)
 
 
-def test_residual_gram_refuses_a_row_of_masked_tokens_alone(use):
-    args = make((3, 2, 9))
+def test_residual_gram_refuses_a_row_of_masked_tokens_alone(use, device):
+    args = make((3, 2, 9), device=device)
     args[0][2] = -INF
     with use("residual_gram"), pytest.raises(ValueError, match="maximum of -inf in row 2"):
         ops.residual_gram(*args)
