@@ -153,7 +153,7 @@ class Sketch:
     ) -> Tensor:
         """Sketches (c, R, sizes[0] sizes[1]) of sums of terms."""
         stream, size = Stream(self.seed, name, self.repeats), sizes[0]
-        one_hot = any(term.left.dim() == 1 for term in terms)
+        one_hot = any(term.one_hot for term in terms)
         vector = shape[1] == 1
         if one_hot or vector or self.kind in ("twosided", "lowrank"):
             if self.sides == "sign" and not one_hot and not vector:
