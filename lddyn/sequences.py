@@ -98,15 +98,16 @@ def keeps_apart(anatomy: Anatomy) -> bool:
 def _probe(anatomy: Anatomy, ids: Tensor, apart: bool) -> list[Factors]:
     """Factors of all segments for cotangents that differ from entry to entry."""
     with anatomy.analysis():
-        batch = anatomy.batch(ids, apart, keep=True)
-        if any(replay.routed for replay in batch.replays) and apart:
-            raise ValueError("tokens are picked by their values")
+        batch = anatomy.batch(ids, apart, keep=not anatomy.streamed)
         size = batch.hidden[0].numel()
         entries = torch.linspace(-1, 1, size, device=ids.device).view_as(batch.hidden[0])
         state = (entries + torch.zeros_like(batch.hidden)).to(batch.hidden)
         found = []
         for segment in segments_down(anatomy):
-            state, factors = _pull_apart(batch.replays[segment], state, apart)
+            replay = _segment(anatomy, batch, segment)
+            if replay.routed and apart:
+                raise ValueError("tokens are picked by their values")
+            state, factors = _pull_apart(replay, state, apart)
             found.append(factors)
     return found
 
@@ -157,10 +158,13 @@ def pull_sequences(
         yield everyone[i : i + 1], Factors(head=head)
         del head, g
     for segment in segments_down(anatomy):
-        kept = batch.replays.pop() if batch.replays else None
-        replay = kept or anatomy.replay(batch, segment, batch.length)
-        state, factors = _pull_apart(replay, state, batch.apart)
+        state, factors = _pull_apart(_segment(anatomy, batch, segment), state, batch.apart)
         yield everyone, factors
+
+
+def _segment(anatomy: Anatomy, batch: Batch, segment: int) -> Replay:
+    """The next segment from the top: as the pass kept it, or else replayed."""
+    return batch.replays.pop() if batch.replays else anatomy.replay(batch, segment, batch.length)
 
 
 def _head(anatomy: Anatomy, hidden: Tensor, example: Example, weight: Tensor | None) -> HeadFactor:
