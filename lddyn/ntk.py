@@ -245,20 +245,28 @@ def _pair_segment(
         # Those with themselves are symmetric: a chunk meets what is not after it.
         rows_u, factors = kept[place]
         upto, before = slice(0, part.stop), slice(0, part.start)
-        straight = adder(rows[part], rows_u[upto])
-        mirrored = adder(rows[before], rows_u[part])
-
-        def add(name: str, block: Tensor) -> None:
-            straight(name, block)
-            if part.start:
-                mirrored(name, block[:, before].T)
-
+        add = _mirrored(
+            adder(rows[part], rows_u[upto]), adder(rows[before], rows_u[part]), part.start
+        )
         pair(factors.part(part), factors.part(upto), add)
     for pull, at_o, at_u in pulls:
         if at_u is None and at_o is not None:
             with pull.anatomy.analysis():
                 for rows, factors in pull.step(segment):
                     observe(rows + at_o, factors)
+
+
+def _mirrored(
+    add: Callable[[str, Tensor], None], transposed: Callable[[str, Tensor], None], count: int
+) -> Callable[[str, Tensor], None]:
+    """Adds a block, and its first columns once more on the other side of the diagonal."""
+
+    def both(name: str, block: Tensor) -> None:
+        add(name, block)
+        if count:
+            transposed(name, block[:, :count].T)
+
+    return both
 
 
 def factored_push(
