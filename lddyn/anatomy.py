@@ -799,21 +799,18 @@ class Anatomy:
         replays: list[Replay] = []
         lowest = self.lowest_segment()
         watch = Watch(self, tapping=True, batch=(len(ids), ids.shape[1]))
-        direct = [] if apart else sorted(self.direct)
-        for name in direct:
-            self.trainable[name].requires_grad_(True)
+        direct = {} if apart else {name: self.trainable[name] for name in sorted(self.direct)}
+        for parameter in direct.values():
+            parameter.requires_grad_(True)
+        edges = [(name, get_gradient_edge(p), p.shape) for name, p in direct.items()]
 
         def cut(h: Tensor) -> Tensor:
             """The output of a segment, and with it the input of the next."""
             if keep:
                 label = self.segments[len(replays)]
-                edges = [
-                    (n, get_gradient_edge(self.trainable[n]), self.trainable[n].shape)
-                    for n in direct
-                    if label in self.ledger[n].segments
-                ]
+                own = [edge for edge in edges if label in self.ledger[edge[0]].segments]
                 start = inputs[-1] if inputs else None
-                replays.append(Replay(h, start, watch.taps, edges, watch.gains, watch.routed))
+                replays.append(Replay(h, start, watch.taps, own, watch.gains, watch.routed))
             watch.taps, watch.gains = [], []
             with watch.paused():
                 inputs.append(h.detach().requires_grad_(len(inputs) + 1 >= lowest))
@@ -839,8 +836,8 @@ class Anatomy:
             with watch, recognised, self._patched(block, head):
                 self._run(ids)
         finally:
-            for name in direct:
-                self.trainable[name].requires_grad_(False)
+            for parameter in direct.values():
+                parameter.requires_grad_(False)
         hidden = inputs.pop().detach()
         return Batch(ids, hidden, inputs, {ids.shape[1]: calls}, replays, apart)
 

@@ -1005,6 +1005,7 @@ def plan(
         str | None,
         typer.Option(help="Kind of sketch to look at. Default: twosided and lowrank."),
     ] = None,
+    by: Annotated[str, typer.Option(help="token, or sequence: whole gradients.")] = "token",
     skip: Skip = False,
     max_length: MaxLength = None,
     memory: Annotated[str, typer.Option(help="What may be used beyond the model.")] = "auto",
@@ -1017,6 +1018,8 @@ def plan(
     """Say how to compare all tokens of a data set, exactly or by sketches, and what it costs."""
     with one_line_errors():
         _check_dtype(dtype)
+        if by not in ("token", "sequence"):
+            raise Problem(f"--by must be token or sequence, got {by!r}")
         if not data.is_file():
             raise Problem(f"{data}: no such file")
 
@@ -1028,7 +1031,9 @@ def plan(
         if left_out:
             _warn(f"{len(left_out)} left out; the first: {left_out[0]}")
         sketch = None if kind is None else lddyn.Sketch(kind)
-        way = lddyn.plan(lm, list(examples.values()), rtol=rtol, memory=memory, sketch=sketch)
+        way = lddyn.plan(
+            lm, list(examples.values()), by=by, rtol=rtol, memory=memory, sketch=sketch
+        )
         if as_json:
             _print_json(way.to_json() | {"left_out": len(left_out)})
             return

@@ -141,12 +141,14 @@ class _Room:
     least: int
 
     @classmethod
-    def of(cls, trace: Trace, chunk: int, free: int, layout: Layout | None = None) -> _Room:
-        """For sequences as long as the traced one, in as many bytes as are free."""
+    def of(
+        cls, trace: Trace, tokens: int, chunk: int, free: int, layout: Layout | None = None
+    ) -> _Room:
+        """For sequences as long as the traced one, of at most so many counted tokens."""
         element = trace.logits.element_size()
-        least = Side(trace).bytes_per_cotangent() + 3 * trace.logits.numel() * element
-        if layout is not None:
-            least = chunk_bytes(layout, least, 1, element)
+        least = sequence_bytes(
+            layout, Side(trace).bytes_per_cotangent(), tokens * trace.anatomy.vocabulary, element
+        )
         # Measured: twice what the products put out. Attention and activations vary.
         kept = least + 3 * element * sum(work.elements for work in trace.work.values())
         size = min(chunk, free // kept)
@@ -280,7 +282,8 @@ def plan_layout(
     if together:
         with _cpu_threads(1):
             trace = anatomy.trace(max(pilot, key=lambda e: e.length))
-            room = _Room.of(trace, CHUNK, parse_memory(DEFAULT_MEMORY))
+            most = max(map(len, pilot))
+            room = _Room.of(trace, most, CHUNK, parse_memory(DEFAULT_MEMORY))
             _walk_sequences(anatomy, pilot, None, room, visit)
         pilot = []
     for example in pilot:
@@ -661,8 +664,7 @@ def features(
     if together:
         whole = _sequence_rows(anatomy, examples, weights, layout, budget, chunk, threads, bar)
         bar.close()
-        names = [e.content_id for e in examples]
-        return Features(whole, _sequence_table(names, torch.arange(len(names))), layout)
+        return Features(whole, row_table(examples, by), layout)
     height = sum(map(len, examples))
     rows: Tensor | None = None
     start = 0
@@ -690,7 +692,7 @@ def features(
         bar.update(len(example))
     bar.close()
     assert rows is not None
-    return Features(rows, token_table(examples), layout)
+    return Features(rows, row_table(examples, by), layout)
 
 
 def _sequence_rows(
@@ -707,7 +709,7 @@ def _sequence_rows(
         trace = anatomy.trace(max(examples, key=lambda e: e.length))
         element = trace.logits.element_size()
         total = len(examples) * layout.width * element
-        room = _Room.of(trace, chunk, budget - total, layout)
+        room = _Room.of(trace, max(map(len, examples)), chunk, budget - total, layout)
         if total + room.least > budget:
             raise ValueError(
                 f"memory must be at least {total + room.least} bytes, {total} for all rows and "
@@ -736,6 +738,12 @@ def chunk_bytes(layout: Layout, per_cotangent: int, count: int, element: int) ->
     return work
 
 
+def sequence_bytes(layout: Layout | None, per_cotangent: int, logits: int, element: int) -> int:
+    """Workspace of a whole sequence: of the pullback, three times its logits, what is formed."""
+    work = per_cotangent + 3 * logits * element
+    return work if layout is None else chunk_bytes(layout, work, 1, element)
+
+
 @contextlib.contextmanager
 def _cpu_threads(count: int | None) -> Iterator[None]:
     """Products that are split over more threads round in another way."""
@@ -747,8 +755,11 @@ def _cpu_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def token_table(examples: Sequence[Example]) -> TokenTable:
-    """Which token each row is, for rows of these examples in their order."""
+def row_table(examples: Sequence[Example], by: str) -> TokenTable:
+    """Which token, or whole sequence, each row is, for rows of these examples in their order."""
+    if by == "sequence":
+        names = [e.content_id for e in examples]
+        return _sequence_table(names, torch.arange(len(names)))
     found = [token_columns(e) for e in examples]
     columns = (
         torch.tensor([x for each in found for x in each[name]], dtype=torch.int32)

@@ -33,6 +33,10 @@ def test_bits_do_not_depend_on_the_batch(name, monkeypatch):
 
     whole = rows(examples)
     assert anatomy.apart is (name not in ALONE)
+    known = Anatomy(anatomy.model)
+    for example in examples:
+        known.trace(example)
+    assert anatomy.ledger == known.ledger  # a batch enters no use of its own
     assert torch.equal(rows(examples[::-1]).flip(0), whole)
     assert torch.equal(rows(examples[2:], chunk=3), whole[2:])
     assert torch.equal(torch.cat([rows([e]) for e in examples[:3]]), whole[:3])
