@@ -433,84 +433,82 @@ class _Writer:
 
     def __call__(self, selected: Tensor, found: Gradients) -> None:
         """Adds what a chunk's tokens have in one segment."""
-        block = self.rows[selected]
         for name, terms in found.weights.items():
-            self._weight(block, name, terms)
+            self._weight(selected, name, terms)
         for name, vector in found.vectors.items():
-            self._vector(block, name, vector)
+            self._vector(selected, name, vector)
         if found.head is not None and (found.head.weight or found.head.bias):
-            (self._summed_head if self.together else self._head)(block, found.head)
-        self.rows[selected] = block
+            (self._summed_head if self.together else self._head)(selected, found.head)
 
-    def _add(self, block: Tensor, part: Part, numbers: Tensor) -> None:
+    def _add(self, selected: Tensor, part: Part, numbers: Tensor) -> None:
+        rows = self.rows if part.kind == "exact" else self.layout.repeated(self.rows)
         place = self.layout.places[part.name, part.kind]
-        if part.kind == "exact":
-            block[:, place] += numbers
-        else:
-            self.layout.repeated(block)[..., place] += numbers
+        rows[..., place].index_add_(0, selected, numbers.to(rows))
 
-    def _vector(self, block: Tensor, name: str, vector: Tensor) -> None:
+    def _vector(self, selected: Tensor, name: str, vector: Tensor) -> None:
         part, numbers = self._part(name, "vector"), vector
         if part.kind != "exact":
             term = Term(vector[:, None], vector.new_ones(len(vector), 1, 1))
             numbers = self.layout.sketch.project(name, [term], part.shape, part.sizes)
-        self._add(block, part, numbers)
+        self._add(selected, part, numbers)
 
-    def _weight(self, block: Tensor, name: str, terms: list[Term]) -> None:
+    def _weight(self, selected: Tensor, name: str, terms: list[Term]) -> None:
         layout, sketch = self.layout, self.layout.sketch
         part = self._part(name, _use(name, terms))
         if part.kind == "exact":
-            whole = [weigh(terms, c, part.shape[0]).flatten() for c in range(len(block))]
-            self._add(block, part, torch.stack(whole))
+            for c in range(len(selected)):  # one at a time: they may be as large as the weight
+                whole = weigh(terms, c, part.shape[0]).view(1, -1)
+                self._add(selected[c : c + 1], part, whole)
             return
         if part.kind == "summed":
             for term in terms:
                 left = term.left if term.left.dim() == 3 else term.left[None]
-                self._add(block, part, self._hashed(part, left, term.right))
+                self._add(selected, part, self._hashed(part, left, term.right))
             return
         # A tied head keeps an "outer" of its own under the embedding's name.
         outer = None if part.kind == "onehot" else self.parts[part.name].get("outer")
         if outer is not None:
             stream = Stream(sketch.seed, name, sketch.repeats)
             form = low_rank(stream, terms, outer.shape, outer.sizes[0])
-            for place, side in zip(layout.pair(block, outer), form, strict=True):
-                place[:] = side
+            for place, side in zip(layout.pair(self.rows, outer), form, strict=True):
+                place[selected] = side.to(place)
             if part is outer:
                 _check_outer(name, terms, form)
                 return
             minus = self.parts[name]["minus"]
             u, v = form
             kept = [Term(u, v)]
-            self._add(block, minus, sketch.project(name, kept, minus.shape, minus.sizes))
+            self._add(selected, minus, sketch.project(name, kept, minus.shape, minus.sizes))
         # A packed expert has signs of its own, in the numbers of its parameter.
-        self._add(block, part, sketch.project(name, terms, part.shape, part.sizes))
+        self._add(selected, part, sketch.project(name, terms, part.shape, part.sizes))
 
-    def _head(self, block: Tensor, head: HeadFactor) -> None:
+    def _head(self, selected: Tensor, head: HeadFactor) -> None:
         sketch = self.layout.sketch
         name = head.weight or head.bias or ""
         stream = Stream(sketch.seed, name, sketch.repeats)
         part = self._part(name, "head")
         h, v = _head_sides(head)
-        left, right = self.layout.pair(block, part)
-        right[:, 0] = h
-        left[:] = v[:, None] if part.kind == "outer" else count_sketch(stream, v, part.sizes[0])
+        left, right = self.layout.pair(self.rows, part)
+        right[selected, 0] = h
+        kept = v[:, None] if part.kind == "outer" else count_sketch(stream, v, part.sizes[0])
+        left[selected] = kept
         tied = self.parts[name].get("minus")
         if tied is not None:
             hidden = _wide(head.hidden)[:, None]
             own = hashed_rows(stream, v[:, None], hidden, tied.sizes).flatten(2)
-            self._add(block, tied, own)
-            self._add(block, self.parts[name]["onehot"], own)
+            self._add(selected, tied, own)
+            self._add(selected, self.parts[name]["onehot"], own)
 
-    def _summed_head(self, block: Tensor, head: HeadFactor) -> None:
+    def _summed_head(self, selected: Tensor, head: HeadFactor) -> None:
         """Of all tokens together: Σ_m v_m ⊗ h_m."""
         v, h = _wide(head.rows)[None], _wide(head.hidden)[None]
         if head.bias is not None:
-            self._vector(block, head.bias, v.sum(1))
+            self._vector(selected, head.bias, v.sum(1))
         if head.weight is None:
             return
         part = self._part(head.weight, "summed")
         numbers = (v.mT @ h).flatten(1) if part.kind == "exact" else self._hashed(part, v, h)
-        self._add(block, part, numbers)
+        self._add(selected, part, numbers)
 
     def _hashed(self, part: Part, left: Tensor, right: Tensor) -> Tensor:
         """Σ_t left[t] ⊗ right[t] with hashed rows, as an embedding's are; "summed": if need be."""
