@@ -104,9 +104,7 @@ class Side:
     def chunk(self, budget: int) -> int:
         """Cotangents to pull back together."""
         length = reach(int(self.trace.positions.max()), self.trace.length)
-        return chunk_size(
-            length, self.bytes_per_cotangent(), budget, self.trace.hidden.device
-        )
+        return chunk_size(length, self.bytes_per_cotangent(), budget, self.trace.hidden.device)
 
 
 def token_gram(
