@@ -30,6 +30,7 @@ from lddyn.anatomy import (
 )
 from lddyn.examples import Example
 from lddyn.factors import Factors, HeadFactor
+from lddyn.ledger import UnsupportedModelError
 from lddyn.pullback import segments_down
 
 _STEP = 16  # lengths are padded to multiples: products of few shapes, and more in a batch
@@ -193,6 +194,12 @@ def _pull_apart(replay: Replay, state: Tensor, apart: bool) -> tuple[Tensor, Fac
     factors, count = Factors(), len(state)
     for tap, delta in zip(replay.taps, found, strict=False):
         if delta is not None:
+            if count > 1 and len(tap.activations) != count * state.shape[1]:
+                raise UnsupportedModelError(
+                    f"{tap.weight or tap.bias} met {len(tap.activations)} rows in a batch of "
+                    f"{count} sequences of {state.shape[1]} tokens, so they cannot be told apart: "
+                    "give chunk=1"
+                )
             x = tap.activations.view(count, -1, *tap.activations.shape[1:])
             factors.taps.append((replace(tap, activations=x), delta.reshape(count, -1, tap.width)))
     rest = found[len(replay.taps) :]

@@ -7,6 +7,7 @@ import zoo
 import lddyn
 from lddyn.anatomy import Anatomy, NonFiniteError
 from lddyn.features import _Room, plan_layout
+from lddyn.ledger import UnsupportedModelError
 from lddyn.pullback import gradient
 from lddyn.sequences import batches, keeps_apart, pass_together, pull_sequences
 
@@ -125,6 +126,27 @@ def test_a_model_that_mixes_the_sequences_of_a_batch_is_not_given_one(monkeypatc
     anatomy = Anatomy(model)
     anatomy.trace(mixed()[0])
     assert not keeps_apart(anatomy)
+
+
+def test_rows_that_a_probe_did_not_show_are_refused(monkeypatch):
+    """A block that leaves out some tokens of long sequences, by a mask of its own."""
+    model = zoo.build("llama").eval()
+    mlp, examples = model.model.layers[1].mlp, mixed()
+    forward = mlp.forward
+
+    def some(x):
+        kept = torch.ones(x.shape[:2], dtype=torch.bool)
+        kept[:, 20:22] = False
+        out = torch.zeros_like(x)
+        out[kept] = forward(x[kept])
+        return out
+
+    monkeypatch.setattr(mlp, "forward", some)
+    layout = plan_layout(model, examples[:3], lddyn.Sketch(k=2400), by="sequence")
+    with pytest.raises(UnsupportedModelError, match=r"cannot be told apart: give chunk=1"):
+        lddyn.features(model, examples, by="sequence", layout=layout)
+    rows = lddyn.features(model, examples, by="sequence", layout=layout, chunk=1).rows
+    assert bool(rows.isfinite().all())
 
 
 def test_what_is_not_finite_is_named(monkeypatch):
