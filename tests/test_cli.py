@@ -436,6 +436,14 @@ def test_features_build_leaves_out_what_does_not_fit(model, data, tmp_path):
     assert document["examples"] == 3 and len(document["left_out"]) == 3  # one is there twice
 
 
+def test_plan_by_sequence(model, pairs):
+    arguments = ["plan", "--model", model, "--data", pairs, "--by", "sequence"]
+    document = json.loads(call(*arguments, "--json").stdout)
+    assert document["by"] == "sequence" and document["shape"] == [8, 8]
+    assert "8 x 8 sequence pairs" in call(*arguments).stdout
+    assert "--by must be token or sequence" in errors(*arguments[:-1], "word")
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_features_build_goes_on_with_more_examples(model, pairs, tmp_path, monkeypatch, world):
     """From fewer than what a layout looks at; also by several ranks, from a finished store."""
