@@ -163,6 +163,12 @@ def lddyn_sketch(k: int, **settings) -> Callable:
     return run
 
 
+def lddyn_gradients(model, rows: list[Row]) -> Answer:
+    """Gradients of whole sequences: rows with room for every number, so that none is sketched."""
+    k = 8 * (model.num_parameters() + len(everything(model)))
+    return lddyn_sketch(k)(model, rows)
+
+
 # --------------------------------------------------------------------------- torch alone
 
 
@@ -483,7 +489,10 @@ LIGHT, BERGSON, LOGIX = "peers", "bergson", "logix"  # environments: see docs/pe
 TOKENS = ("tokens",)
 METHODS = {
     "lddyn": Method(lddyn_exact, cases=TOKENS, exact=True),
-    # Rows of whole sequences have 2 k numbers: as many as 8 × 8 and 45 × 45 a layer.
+    "lddyn, gradients": Method(
+        lddyn_gradients, needs="lddyn.features", cases=("sequences",), exact=True
+    ),
+    # About as many numbers as 8 × 8 and 45 × 45 a layer.
     "lddyn, two-sided 1920": Method(lddyn_sketch(1920), needs="lddyn.features"),
     "lddyn, two-sided 60000": Method(lddyn_sketch(60000), needs="lddyn.features"),
     "lddyn, TensorSketch 1920": Method(

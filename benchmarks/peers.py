@@ -45,7 +45,6 @@ CANNOT = {
         "TRAK, CudaProjector": "fast_jl needs a GPU",
     },
     "sequences": {
-        "lddyn, exact": "no exact Gram of summed gradients but the sum over all token pairs",
         "TRAK, CudaProjector": "fast_jl needs a GPU",
     },
 }  # fmt: skip

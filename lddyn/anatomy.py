@@ -31,7 +31,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from lddyn import layers
+from lddyn import layers, ops
 from lddyn.examples import Example
 from lddyn.ledger import (
     FRONT,
@@ -154,6 +154,27 @@ class Trace:
 
 
 @dataclass
+class Batch:
+    """Sequences in one forward pass, padded on the right to one length, which a replay needs.
+
+    inputs and calls as in `Trace`, with (B, T, d); hidden (B, T, d) are the head's inputs. replays
+    are all segments from the front up with their graphs, or none, to be run again by `replay`.
+    """
+
+    ids: Tensor
+    hidden: Tensor
+    inputs: list[Tensor]
+    calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    replays: list[Replay]
+    apart: bool  # sequences, of which none sees another
+
+    @property
+    def length(self) -> int:
+        """T, tokens of every sequence."""
+        return self.ids.shape[1]
+
+
+@dataclass
 class Replay:
     """A segment recomputed with gradients on."""
 
@@ -229,6 +250,7 @@ class Anatomy:
         self.head_bias = self.trainable_by_id.get(id(self.head.bias), (None,))[0]
         self.streamed = any(map(is_streamed, model.parameters()))
         self._logits_checked = False
+        self._post_is_identity: bool | None = None  # known once it is known to be elementwise
         if self.blocks[0]._forward_pre_hooks or self.blocks[-1]._forward_hooks:
             # Elsewhere a hook that changes a hidden state is seen: one block's output is not the
             # next one's input.
@@ -243,6 +265,8 @@ class Anatomy:
         self._activations: dict[nn.Module, bool] = {}
         self._rotary: dict[str, bool] = {}  # by the Python module that defines the function
         self.rowwise: dict[str, bool] = {}  # segments known to act on every position by itself
+        self.apart: bool | None = None  # whether the sequences of a batch are known to be
+        self._extends: dict[tuple[int, int], bool] = {}  # by both lengths
 
     # ----- facts
 
@@ -278,6 +302,16 @@ class Anatomy:
         names = self.segments
         used = {s for e in self.ledger.values() for s in e.segments if s in names}
         return min((names.index(s) for s in used), default=len(names))
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence the model was built for, if it says so."""
+        return getattr(self.base.config, "max_position_embeddings", None)
+
+    def check_limits(self, example: Example) -> None:
+        """Raises an ExampleError if the model cannot read an example."""
+        rows = self.base.get_input_embeddings().weight.shape[0]
+        example.check_model_limits(rows, self.max_positions)
 
     # ----- leaving no trace
 
@@ -463,7 +497,7 @@ class Anatomy:
             plain = (
                 self._rotary.get(name, True)
                 and q.dim() == k.dim() == 4
-                and q.shape[0] == k.shape[0] == 1
+                and q.shape[0] == k.shape[0]
                 and cos.shape == sin.shape == (1, q.shape[2], q.shape[3])
                 and k.shape[2:] == q.shape[2:]
             )
@@ -514,11 +548,7 @@ class Anatomy:
 
         Cost: one forward pass; T d floats per block.
         """
-        config = self.base.config
-        example.check_model_limits(
-            self.base.get_input_embeddings().weight.shape[0],
-            getattr(config, "max_position_embeddings", None),
-        )
+        self.check_limits(example)
         ids = torch.tensor([example.ids], device=self.device)
         positions = torch.tensor(list(example.positions), device=self.device)
         inputs: list[Tensor] = []
@@ -565,7 +595,7 @@ class Anatomy:
                     self.ledger[name].segments.add(HEAD)
             self._check_placed()
             hidden = captured[0]
-            logits, slope = self._head_logits(hidden)
+            logits, slope = self.head_logits(hidden)
         trace = Trace(
             self,
             example,
@@ -637,14 +667,16 @@ class Anatomy:
             f"{trace.example.name!r}: use a wider dtype"
         )
 
-    def _head_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    def head_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits (M, V) in at least float32 and the elementwise slope of what follows the head."""
         precise = torch.promote_types(hidden.dtype, torch.float32)
         raw = project(hidden.to(precise), self.head.weight)
         if self.head.bias is not None:
             raw = raw + self.head.bias.to(precise)
+        if self._post_is_identity:
+            return raw, None
         logits, slope = self._post(raw)
-        if not hasattr(self, "_post_is_elementwise") and bool(torch.isfinite(logits).all()):
+        if self._post_is_identity is None and bool(torch.isfinite(logits).all()):
             probe = raw[:1].clone()
             probe[:, ::2] += 0.5
             moved = self._post(probe)[0]
@@ -653,7 +685,8 @@ class Anatomy:
                     "what the model does to its logits after the head mixes tokens of the "
                     "vocabulary; lddyn handles elementwise functions (scaling, soft-capping)"
                 )
-            self._post_is_elementwise = True
+            far = torch.linspace(-1e4, 1e4, raw.shape[1]).to(raw)[None]
+            self._post_is_identity = slope is None and torch.equal(self._post(far)[0], far)
         return logits, slope
 
     def _post(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -706,20 +739,25 @@ class Anatomy:
 
     # ----- replays
 
-    def calls(self, trace: Trace, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def calls(
+        self, trace: Trace | Batch, length: int
+    ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Masks, rotary angles and other arguments of every block for a prefix of the sequence."""
         if length not in trace.calls:
-            found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-            def block(i: int, original: Any, args: Any, kwargs: Any) -> Any:
-                x, args, kwargs = _split_hidden(args, kwargs)
-                found.append((args, kwargs))
-                return self._output(i, x)
-
-            with torch.no_grad(), self._patched(block, self._dummy):
-                self._run(trace.ids[:, :length])
-            trace.calls[length] = found
+            trace.calls[length] = self._arguments(trace.ids[:, :length])
         return trace.calls[length]
+
+    def _arguments(self, ids: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def block(i: int, original: Any, args: Any, kwargs: Any) -> Any:
+            x, args, kwargs = _split_hidden(args, kwargs)
+            found.append((args, kwargs))
+            return self._output(i, x)
+
+        with torch.no_grad(), self._patched(block, self._dummy):
+            self._run(ids)
+        return found
 
     def prefix(self, trace: Trace, length: int) -> int:
         """How many tokens to replay for cotangents that reach `length` tokens: as many.
@@ -732,23 +770,99 @@ class Anatomy:
             short = self.calls(trace, length)
         return length if _is_slice(short, whole) else trace.length
 
-    def replay(self, trace: Trace, segment: int, length: int, rows: Tensor | None = None) -> Replay:
+    def extends(self, short: int, long: int) -> bool:
+        """Whether tokens see nothing of how many follow them: as `prefix`, for any sequence."""
+        if (short, long) not in self._extends:
+            found, ids = [], torch.zeros(1, long, dtype=torch.long, device=self.device)
+            for length in (short, long):
+                with self.analysis():
+                    found.append(self._arguments(ids[:, :length]))
+            self._extends[short, long] = _is_slice(*found)
+        return self._extends[short, long]
+
+    def batch(self, ids: Tensor, apart: bool, keep: bool) -> Batch:
+        """One forward pass over sequences (B, T) that stores what replays need.
+
+        Call inside `analysis()`, after a `trace`.
+
+        Args:
+            ids: Token ids.
+            apart: As in `replay`.
+            keep: Keep the segments, cut off each other, as if they had been replayed: their bits
+                are those of a replay.
+
+        Cost: one forward pass; T d floats per block and sequence, or with `keep` all that a
+        backward pass needs.
+        """
+        inputs: list[Tensor] = []
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        replays: list[Replay] = []
+        lowest = self.lowest_segment()
+        watch = Watch(self, tapping=True, batch=(len(ids), ids.shape[1]))
+        direct = {} if apart else {name: self.trainable[name] for name in sorted(self.direct)}
+        for parameter in direct.values():
+            parameter.requires_grad_(True)
+        edges = [(name, get_gradient_edge(p), p.shape) for name, p in direct.items()]
+
+        def cut(h: Tensor) -> Tensor:
+            """The output of a segment, and with it the input of the next."""
+            if keep:
+                label = self.segments[len(replays)]
+                own = [edge for edge in edges if label in self.ledger[edge[0]].segments]
+                start = inputs[-1] if inputs else None
+                replays.append(Replay(h, start, watch.taps, own, watch.gains, watch.routed))
+            watch.taps, watch.gains = [], []
+            with watch.paused():
+                inputs.append(h.detach().requires_grad_(len(inputs) + 1 >= lowest))
+            return inputs[-1]
+
+        def block(i: int, original: Any, args: Any, kwargs: Any) -> Any:
+            h, args, kwargs = _split_hidden(args, kwargs)
+            _check_side_inputs(args, kwargs)
+            x = h if i else cut(h)
+            calls.append((args, kwargs))
+            watch.segment = f"block {i}"
+            result = original(*_join_hidden(x, args), **kwargs)
+            watch.segment = TAIL
+            return self._output(i, cut(result[0] if self._tuples[i] else result))
+
+        def head(h: Tensor) -> Tensor:
+            cut(h)
+            watch.active = False
+            return self._dummy(h)
+
+        try:
+            recognised = self._recognised(watch, self.base.modules())
+            with watch, recognised, self._patched(block, head):
+                self._run(ids)
+        finally:
+            for parameter in direct.values():
+                parameter.requires_grad_(False)
+        hidden = inputs.pop().detach()
+        return Batch(ids, hidden, inputs, {ids.shape[1]: calls}, replays, apart)
+
+    def replay(
+        self, trace: Trace | Batch, segment: int, length: int, rows: Tensor | None = None
+    ) -> Replay:
         """Recomputes one segment on a prefix with gradients on. Call inside `analysis()`.
 
         segment 0 is the front, 1 … B the blocks, B + 1 the tail. The output has the shape of a
         hidden state (1, length, d); the tail's output is the head's input at every position. With
         `rows`, a block or the tail runs on these positions alone, (1, rows, d), and gains are
-        differentiated at the outputs of their norms instead of directly (see `rowwise`).
+        differentiated at the outputs of their norms instead of directly (see `rowwise`); so they
+        are in a batch whose sequences are kept `apart`.
         """
         names = self.segments
         label = names[segment]
+        apart = isinstance(trace, Batch) and trace.apart
         direct = [
             (n, self.trainable[n])
             for n in sorted(self.direct)
-            if rows is None and label in self.ledger[n].segments
+            if rows is None and not apart and label in self.ledger[n].segments
         ]
         kept = slice(0, length) if rows is None else rows
-        watch = Watch(self, tapping=True)
+        batch = (len(trace.ids), length) if isinstance(trace, Batch) else None
+        watch = Watch(self, tapping=True, batch=batch)
         watch.segment = label
         captured: list[Tensor] = []
         x: Tensor | None = None
@@ -863,7 +977,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def project(hidden: Tensor, weight: Tensor, budget: int = 1 << 28) -> Tensor:
     """Hidden (n, d) · weightᵀ (d, V) -> (n, V) in hidden's dtype; weight is cast in parts."""
     if weight.dtype == hidden.dtype:
-        return hidden @ weight.T
+        return ops.product(hidden, weight.T)
     rows = max(1, budget // (weight.shape[1] * hidden.element_size()))
     return torch.cat([hidden @ w.to(hidden.dtype).T for w in weight.split(rows)], dim=1)
 
@@ -871,7 +985,7 @@ def project(hidden: Tensor, weight: Tensor, budget: int = 1 << 28) -> Tensor:
 def back_project(rows: Tensor, weight: Tensor, budget: int = 1 << 28) -> Tensor:
     """Rows (n, V) · weight (V, d) -> (n, d) in rows' dtype; weight is cast in parts."""
     if weight.dtype == rows.dtype:
-        return rows @ weight
+        return ops.product(rows, weight)
     size = max(1, budget // (weight.shape[1] * rows.element_size()))
     out = rows.new_zeros(rows.shape[0], weight.shape[1])
     for start in range(0, weight.shape[0], size):

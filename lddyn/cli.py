@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lddyn.decompose import Decomposition, Verification
     from lddyn.examples import Audit, Example
     from lddyn.objectives import Objective
+    from lddyn.sketch import Layout, Sketch
     from lddyn.store import Store
 
 __all__ = ["app", "main"]
@@ -858,6 +859,7 @@ def build(
 
         from lddyn.anatomy import Anatomy
         from lddyn.features import plan_layout, store_features
+        from lddyn.shards import MANIFEST
         from lddyn.sketch import Sketch
         from lddyn.store import Store, identify
 
@@ -871,24 +873,35 @@ def build(
         parts = [out]
         if world > 1:
             parts = [out.with_name(f"{out.name}.rank-{i}-of-{world}") for i in range(world)]
-            if out.exists() and not all(part.exists() for part in parts):
-                raise Problem(f"--store must be a new folder for {world} processes: {out} is there")
         anatomy = Anatomy(lm)
-        # Of all ranks alike, and not of what is left to do.
-        layout = plan_layout(anatomy, list(examples.values()), sketch, by)
-        with Store.create(parts[me], identity, layout, rows, exist_ok=True) as store:
-            mine = {i: e for n, (i, e) in enumerate(examples.items()) if n % world == me}
-            written = store_features(
-                store, anatomy, mine, layout, by=by, memory=memory, progress=me == 0
-            )
+        # That of what is there, which may have begun with other examples; else of all ranks alike,
+        # and not of what is left to do.
+        layout = _stored_layout([out, *parts], sketch)
+        if layout is None:
+            layout = plan_layout(anatomy, list(examples.values()), sketch, by)
+        mine = {i: e for n, (i, e) in enumerate(examples.items()) if n % world == me}
+        left = len(examples)
+        if world > 1 and (out / MANIFEST).exists():  # what is there already is no rank's to make
+            done = Store.open(out, identity, layout=layout)
+            if str(done.dtype) != f"torch.{rows}":
+                raise Problem(f"--rows must be that of {out}, {done.dtype}, got {rows}")
+            left = sum(not done.has(e) for e in examples.values())
+            mine = {i: e for i, e in mine.items() if not done.has(e)}
+        written = 0
+        if left:
+            with Store.create(parts[me], identity, layout, rows, exist_ok=True) as store:
+                written = store_features(
+                    store, anatomy, mine, layout, by=by, memory=memory, progress=me == 0
+                )
         wait()
         if me != 0:
             return
         if world > 1:
             import shutil
 
-            Store.merge(parts, out)
-            for part in parts:
+            if left:
+                Store.merge(parts, out, append=True)
+            for part in filter(Path.exists, parts):
                 shutil.rmtree(part)
         found = _describe(Store.open(out)) | {"written": written, "processes": world}
         found["left_out"] = left_out
@@ -897,6 +910,21 @@ def build(
             _print_json(found)
             return
         _say(_short(found), f"({found['seconds']:.1f} s)")
+
+
+def _stored_layout(paths: Sequence[Path], sketch: Sketch) -> Layout | None:
+    """That of the first store that is there and was made with this sketch."""
+    from lddyn.shards import MANIFEST
+    from lddyn.sketch import Layout
+    from lddyn.store import Store
+
+    for path in paths:
+        if (path / MANIFEST).exists():
+            described = Store.open(path).layout_json
+            layout = None if described is None else Layout.from_json(described)
+            if layout is not None and layout.sketch == sketch:
+                return layout
+    return None
 
 
 def _data_set(
@@ -977,6 +1005,7 @@ def plan(
         str | None,
         typer.Option(help="Kind of sketch to look at. Default: twosided and lowrank."),
     ] = None,
+    by: Annotated[str, typer.Option(help="token, or sequence: whole gradients.")] = "token",
     skip: Skip = False,
     max_length: MaxLength = None,
     memory: Annotated[str, typer.Option(help="What may be used beyond the model.")] = "auto",
@@ -989,6 +1018,8 @@ def plan(
     """Say how to compare all tokens of a data set, exactly or by sketches, and what it costs."""
     with one_line_errors():
         _check_dtype(dtype)
+        if by not in ("token", "sequence"):
+            raise Problem(f"--by must be token or sequence, got {by!r}")
         if not data.is_file():
             raise Problem(f"{data}: no such file")
 
@@ -1000,7 +1031,9 @@ def plan(
         if left_out:
             _warn(f"{len(left_out)} left out; the first: {left_out[0]}")
         sketch = None if kind is None else lddyn.Sketch(kind)
-        way = lddyn.plan(lm, list(examples.values()), rtol=rtol, memory=memory, sketch=sketch)
+        way = lddyn.plan(
+            lm, list(examples.values()), by=by, rtol=rtol, memory=memory, sketch=sketch
+        )
         if as_json:
             _print_json(way.to_json() | {"left_out": len(left_out)})
             return

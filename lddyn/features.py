@@ -39,9 +39,9 @@ from lddyn.pullback import (
     DEFAULT_MEMORY,
     Pullback,
     parse_memory,
-    pull_together,
     segments_down,
 )
+from lddyn.sequences import batches, pass_together, pull_sequences
 from lddyn.shards import COLUMNS
 from lddyn.sketch import Layout, Part, Sketch, best_sizes
 from lddyn.store import Store, TokenTable, token_columns
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 CHUNK = 16
+WINDOW = 64  # whole sequences that are made before a store has them: enough for batches
 PAIRS = 1 << 22  # of tokens, times repeats, that are compared at a time
 _PILOT = 4, 8  # examples, and tokens of each, whose norms divide k
 
@@ -69,7 +70,7 @@ class Gradients:
 
     @classmethod
     def of(cls, factors: Factors, anatomy: Anatomy) -> Gradients:
-        """From a pullback's factors. A padding token's embedding row is left out: see `pair`."""
+        """From a pullback's factors. A padding token's embedding row stays zero: see `pair`."""
         found = cls({}, {}, factors.head)
         for tap, grads in factors.taps:
             delta = _wide(grads)
@@ -78,8 +79,9 @@ class Gradients:
             if tap.weight is None:
                 continue
             if tap.kind == "embedding":
-                keep = tap.updated()
-                term = Term(tap.activations[keep], delta[:, keep])
+                if tap.padding is not None:
+                    delta = delta * tap.updated()[..., None]
+                term = Term(tap.activations, delta)
             else:
                 x = _wide(tap.activations)
                 if delta.dim() == 2:  # cotangent m has row m for its own
@@ -127,14 +129,51 @@ def _walk(
                 visit(selected, Gradients.of(factors, anatomy))
 
 
-def _walk_together(
-    trace: Trace, weights: Tensor | None, visit: Callable[[Tensor, Gradients], None]
+@dataclass(frozen=True)
+class _Room:
+    """How many sequences share a pass, and whether it keeps its segments' graphs.
+
+    least: bytes of one sequence whose segments are replayed.
+    """
+
+    size: int
+    keep: bool
+    least: int
+
+    @classmethod
+    def of(
+        cls, trace: Trace, tokens: int, chunk: int, free: int, layout: Layout | None = None
+    ) -> _Room:
+        """For sequences as long as the traced one, of at most so many counted tokens."""
+        element = trace.logits.element_size()
+        least = sequence_bytes(
+            layout, Side(trace).bytes_per_cotangent(), tokens * trace.anatomy.vocabulary, element
+        )
+        # Measured: twice what the products put out. Attention and activations vary.
+        kept = least + 3 * element * sum(work.elements for work in trace.work.values())
+        size = min(chunk, free // kept)
+        return cls(max(1, size), size > 0 and not trace.anatomy.streamed, least)
+
+
+def _walk_sequences(
+    anatomy: Anatomy,
+    examples: Sequence[Example],
+    weights: Sequence[Tensor] | None,
+    room: _Room,
+    visit: Callable[[Tensor, Gradients], None],
+    bar: tqdm | None = None,
 ) -> None:
-    """The same for one cotangent, the sum of all tokens'; of the head, a row for each token."""
-    row = torch.zeros(1, dtype=torch.long, device=trace.ids.device)
-    with trace.anatomy.analysis():
-        for factors in pull_together(trace, _weighted(trace, weights)):
-            visit(row, Gradients.of(factors, trace.anatomy))
+    """The same for one cotangent a sequence, the sum of its tokens'; of the head, a row a token."""
+    for length, index in batches(anatomy, examples, room.size):
+        some = [examples[i] for i in index]
+        given = [None if weights is None else weights[i] for i in index]
+        with anatomy.analysis():
+            batch = pass_together(anatomy, some, length, room.keep)
+            rows = torch.tensor(index, device=batch.ids.device)
+            for part, factors in pull_sequences(anatomy, some, given, batch):
+                visit(rows[part], Gradients.of(factors, anatomy))
+        if bar is not None:
+            bar.update(sum(map(len, some)))
 
 
 def _weighted(trace: Trace, weights: Tensor | None) -> Tensor | None:
@@ -179,7 +218,7 @@ def plan_layout(
     gradients are outer products, as above the last attention. Beyond k come h of the head's v ⊗ h,
     of which v is sketched, and low-rank parts.
 
-    By sequence, shares are those of the first 8 whole gradients. The layout is linear: the
+    By sequence, shares are those of the first 4 whole gradients. The layout is linear: the
     head is sketched like other weights, and a low rank is not looked for.
 
     Args:
@@ -239,11 +278,15 @@ def plan_layout(
             both = both if together else both.diagonal()
             squares["head"] = squares.get("head", 0.0) + float(both.sum())
 
-    for example in examples[: _PILOT[0] * (1 + together)]:
-        if together:
-            with _cpu_threads(1):
-                _walk_together(anatomy.trace(example), None, visit)
-            continue
+    pilot = examples[: _PILOT[0]]
+    if together:
+        with _cpu_threads(1):
+            trace = anatomy.trace(max(pilot, key=lambda e: e.length))
+            most = max(map(len, pilot))
+            room = _Room.of(trace, most, CHUNK, parse_memory(DEFAULT_MEMORY))
+            _walk_sequences(anatomy, pilot, None, room, visit)
+        pilot = []
+    for example in pilot:
         count = min(_PILOT[1], len(example))
         select = torch.linspace(0, len(example) - 1, count).round().long()
         with _cpu_threads(1):
@@ -260,7 +303,7 @@ def _alone(anatomy: Anatomy, name: str) -> bool:
 
 
 def _use(name: str, terms: Sequence[Term]) -> str:
-    kinds = {term.left.dim() == 1 for term in terms}
+    kinds = {term.one_hot for term in terms}
     if len(kinds) > 1:
         raise _mixed(name)
     return "onehot" if kinds.pop() else "sketch"
@@ -390,84 +433,82 @@ class _Writer:
 
     def __call__(self, selected: Tensor, found: Gradients) -> None:
         """Adds what a chunk's tokens have in one segment."""
-        block = self.rows[selected]
         for name, terms in found.weights.items():
-            self._weight(block, name, terms)
+            self._weight(selected, name, terms)
         for name, vector in found.vectors.items():
-            self._vector(block, name, vector)
+            self._vector(selected, name, vector)
         if found.head is not None and (found.head.weight or found.head.bias):
-            (self._summed_head if self.together else self._head)(block, found.head)
-        self.rows[selected] = block
+            (self._summed_head if self.together else self._head)(selected, found.head)
 
-    def _add(self, block: Tensor, part: Part, numbers: Tensor) -> None:
+    def _add(self, selected: Tensor, part: Part, numbers: Tensor) -> None:
+        rows = self.rows if part.kind == "exact" else self.layout.repeated(self.rows)
         place = self.layout.places[part.name, part.kind]
-        if part.kind == "exact":
-            block[:, place] += numbers
-        else:
-            self.layout.repeated(block)[..., place] += numbers
+        rows[..., place].index_add_(0, selected, numbers.to(rows))
 
-    def _vector(self, block: Tensor, name: str, vector: Tensor) -> None:
+    def _vector(self, selected: Tensor, name: str, vector: Tensor) -> None:
         part, numbers = self._part(name, "vector"), vector
         if part.kind != "exact":
             term = Term(vector[:, None], vector.new_ones(len(vector), 1, 1))
             numbers = self.layout.sketch.project(name, [term], part.shape, part.sizes)
-        self._add(block, part, numbers)
+        self._add(selected, part, numbers)
 
-    def _weight(self, block: Tensor, name: str, terms: list[Term]) -> None:
+    def _weight(self, selected: Tensor, name: str, terms: list[Term]) -> None:
         layout, sketch = self.layout, self.layout.sketch
         part = self._part(name, _use(name, terms))
         if part.kind == "exact":
-            whole = [weigh(terms, c, part.shape[0]).flatten() for c in range(len(block))]
-            self._add(block, part, torch.stack(whole))
+            for c in range(len(selected)):  # one at a time: they may be as large as the weight
+                whole = weigh(terms, c, part.shape[0]).view(1, -1)
+                self._add(selected[c : c + 1], part, whole)
             return
         if part.kind == "summed":
             for term in terms:
                 left = term.left if term.left.dim() == 3 else term.left[None]
-                self._add(block, part, self._hashed(part, left, term.right))
+                self._add(selected, part, self._hashed(part, left, term.right))
             return
         # A tied head keeps an "outer" of its own under the embedding's name.
         outer = None if part.kind == "onehot" else self.parts[part.name].get("outer")
         if outer is not None:
             stream = Stream(sketch.seed, name, sketch.repeats)
             form = low_rank(stream, terms, outer.shape, outer.sizes[0])
-            for place, side in zip(layout.pair(block, outer), form, strict=True):
-                place[:] = side
+            for place, side in zip(layout.pair(self.rows, outer), form, strict=True):
+                place[selected] = side.to(place)
             if part is outer:
                 _check_outer(name, terms, form)
                 return
             minus = self.parts[name]["minus"]
             u, v = form
             kept = [Term(u, v)]
-            self._add(block, minus, sketch.project(name, kept, minus.shape, minus.sizes))
+            self._add(selected, minus, sketch.project(name, kept, minus.shape, minus.sizes))
         # A packed expert has signs of its own, in the numbers of its parameter.
-        self._add(block, part, sketch.project(name, terms, part.shape, part.sizes))
+        self._add(selected, part, sketch.project(name, terms, part.shape, part.sizes))
 
-    def _head(self, block: Tensor, head: HeadFactor) -> None:
+    def _head(self, selected: Tensor, head: HeadFactor) -> None:
         sketch = self.layout.sketch
         name = head.weight or head.bias or ""
         stream = Stream(sketch.seed, name, sketch.repeats)
         part = self._part(name, "head")
         h, v = _head_sides(head)
-        left, right = self.layout.pair(block, part)
-        right[:, 0] = h
-        left[:] = v[:, None] if part.kind == "outer" else count_sketch(stream, v, part.sizes[0])
+        left, right = self.layout.pair(self.rows, part)
+        right[selected, 0] = h
+        kept = v[:, None] if part.kind == "outer" else count_sketch(stream, v, part.sizes[0])
+        left[selected] = kept
         tied = self.parts[name].get("minus")
         if tied is not None:
             hidden = _wide(head.hidden)[:, None]
-            own = hashed_rows(stream, v[:, None], hidden, tied.sizes, tied.shape[1]).flatten(2)
-            self._add(block, tied, own)
-            self._add(block, self.parts[name]["onehot"], own)
+            own = hashed_rows(stream, v[:, None], hidden, tied.sizes).flatten(2)
+            self._add(selected, tied, own)
+            self._add(selected, self.parts[name]["onehot"], own)
 
-    def _summed_head(self, block: Tensor, head: HeadFactor) -> None:
+    def _summed_head(self, selected: Tensor, head: HeadFactor) -> None:
         """Of all tokens together: Σ_m v_m ⊗ h_m."""
         v, h = _wide(head.rows)[None], _wide(head.hidden)[None]
         if head.bias is not None:
-            self._vector(block, head.bias, v.sum(1))
+            self._vector(selected, head.bias, v.sum(1))
         if head.weight is None:
             return
         part = self._part(head.weight, "summed")
         numbers = (v.mT @ h).flatten(1) if part.kind == "exact" else self._hashed(part, v, h)
-        self._add(block, part, numbers)
+        self._add(selected, part, numbers)
 
     def _hashed(self, part: Part, left: Tensor, right: Tensor) -> Tensor:
         """Σ_t left[t] ⊗ right[t] with hashed rows, as an embedding's are; "summed": if need be."""
@@ -475,7 +516,7 @@ class _Writer:
         name = f"{part.name}\0sum" if summed else part.name
         stream = Stream(sketch.seed, name, sketch.repeats)
         whole = summed and part.sizes[0] == part.shape[0]
-        return hashed_rows(stream, left, right, part.sizes, part.shape[1], whole).flatten(2)
+        return hashed_rows(stream, left, right, part.sizes, whole).flatten(2)
 
     def _part(self, name: str, use: str) -> Part:
         parts = self.parts.get(base_name(name), {})
@@ -548,18 +589,21 @@ def features(
         examples: Sequences; each of their counted response tokens is a row.
         sketch: How gradients are sketched; default `Sketch()`. Not with `layout`.
         by: `"token"`; or `"sequence"`: a row is the gradient of a whole sequence's log-prob,
-            Σ_m w_m ∇ log π(y_m), at the cost of one plain backward pass.
+            Σ_m w_m ∇ log π(y_m), by one plain backward pass, for many sequences in a batch.
         weights: One (tokens,) tensor per example: row m is w_m ∇ log π(y_m).
         layout: That of earlier rows, to compare with them. Default: `plan_layout` of these
             examples, so another order of them may make another one.
         memory: Workspace in bytes or as "2GiB", beyond the model, for rows and one chunk.
         progress: Show a bar over tokens.
-        chunk: Cotangents that are pulled back together.
+        chunk: Cotangents that are pulled back together, or whole sequences, fewer where memory
+            does not hold the graph of their forward pass. A graph that does not fit for a single
+            sequence is made again segment by segment.
         threads: Of the CPU; None: torch's. Several processes with one each are faster than one with
             several (`lddyn features build` under torchrun).
 
     The same seed, layout, chunk and threads give the same bits, whatever the other examples, their
-    order or the memory. Another chunk, more threads or another device move rounding alone.
+    order or the memory; rows of whole sequences also whatever the chunk. Another chunk, more
+    threads or another device move rounding alone.
 
     Returns:
         Features of N rows, float32 (float64 for float64 models).
@@ -570,7 +614,7 @@ def features(
         UnsupportedModelError: If the model cannot be opened, or its parameters not be sketched.
 
     Cost: 2 N_θ Σ (p_m + 1) FLOPs for pulling, N_θ the block-linear parameters, and those of
-    `Sketch.apply` for every layer.
+    `Sketch.apply` for every layer; by sequence 4 N_θ T each, and at times 2 N_θ T for replays.
 
     Example:
         >>> import lddyn, transformers
@@ -611,18 +655,22 @@ def features(
         )
     if not together and any(part.kind == "summed" for part in layout.parts):
         raise ValueError("layout is one of sequences: give by='sequence', or a layout of tokens")
-    heights = [1 if together else len(e) for e in examples]
     bar = tqdm(
         total=sum(map(len, examples)), desc="features", unit="token",
         disable=None if progress else True, leave=False,
     )  # fmt: skip
+    if together:
+        whole = _sequence_rows(anatomy, examples, weights, layout, budget, chunk, threads, bar)
+        bar.close()
+        return Features(whole, row_table(examples, by), layout)
+    height = sum(map(len, examples))
     rows: Tensor | None = None
     start = 0
     for index, example in enumerate(examples):
         with _cpu_threads(threads):
             trace = anatomy.trace(example)
-        element, count = trace.logits.element_size(), 1 if together else min(chunk, len(example))
-        total = sum(heights) * layout.width * element
+        element, count = trace.logits.element_size(), min(chunk, len(example))
+        total = height * layout.width * element
         work = chunk_bytes(layout, Side(trace).bytes_per_cotangent(), count, element)
         if total + work > budget:
             raise ValueError(
@@ -632,23 +680,45 @@ def features(
                 "time with one layout"
             )
         if rows is None:
-            rows = trace.logits.new_zeros(sum(heights), layout.width)
-        block = rows[start : start + heights[index]]
-        start += heights[index]
+            rows = trace.logits.new_zeros(height, layout.width)
+        block = rows[start : start + len(example)]
+        start += len(example)
         given = None if weights is None else weights[index].to(trace.logits)
-        writer = _Writer(block, layout, anatomy, together)
+        writer = _Writer(block, layout, anatomy, together=False)
         with _cpu_threads(threads):
-            if together:
-                _walk_together(trace, given, writer)
-            else:
-                _walk(trace, given, None, chunk, writer)
+            _walk(trace, given, None, chunk, writer)
         bar.update(len(example))
     bar.close()
     assert rows is not None
-    if together:
-        names = [e.content_id for e in examples]
-        return Features(rows, _sequence_table(names, torch.arange(len(names))), layout)
-    return Features(rows, token_table(examples), layout)
+    return Features(rows, row_table(examples, by), layout)
+
+
+def _sequence_rows(
+    anatomy: Anatomy,
+    examples: Sequence[Example],
+    weights: Sequence[Tensor] | None,
+    layout: Layout,
+    budget: int,
+    chunk: int,
+    threads: int | None,
+    bar: tqdm,
+) -> Tensor:
+    with _cpu_threads(threads):
+        trace = anatomy.trace(max(examples, key=lambda e: e.length))
+        element = trace.logits.element_size()
+        total = len(examples) * layout.width * element
+        room = _Room.of(trace, max(map(len, examples)), chunk, budget - total, layout)
+        if total + room.least > budget:
+            raise ValueError(
+                f"memory must be at least {total + room.least} bytes, {total} for all rows and "
+                f"{room.least} for a sequence of {trace.length} tokens, got {budget}: raise it, or "
+                "give fewer examples at a time with one layout"
+            )
+        rows = trace.logits.new_zeros(len(examples), layout.width)
+        given = None if weights is None else [w.to(rows) for w in weights]
+        writer = _Writer(rows, layout, anatomy, together=True)
+        _walk_sequences(anatomy, examples, given, room, writer, bar)
+    return rows
 
 
 def _by_sequence(by: str) -> bool:
@@ -666,6 +736,12 @@ def chunk_bytes(layout: Layout, per_cotangent: int, count: int, element: int) ->
     return work
 
 
+def sequence_bytes(layout: Layout | None, per_cotangent: int, logits: int, element: int) -> int:
+    """Workspace of a whole sequence: of the pullback, three times its logits, what is formed."""
+    work = per_cotangent + 3 * logits * element
+    return work if layout is None else chunk_bytes(layout, work, 1, element)
+
+
 @contextlib.contextmanager
 def _cpu_threads(count: int | None) -> Iterator[None]:
     """Products that are split over more threads round in another way."""
@@ -677,8 +753,11 @@ def _cpu_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def token_table(examples: Sequence[Example]) -> TokenTable:
-    """Which token each row is, for rows of these examples in their order."""
+def row_table(examples: Sequence[Example], by: str) -> TokenTable:
+    """Which token, or whole sequence, each row is, for rows of these examples in their order."""
+    if by == "sequence":
+        names = [e.content_id for e in examples]
+        return _sequence_table(names, torch.arange(len(names)))
     found = [token_columns(e) for e in examples]
     columns = (
         torch.tensor([x for each in found for x in each[name]], dtype=torch.int32)
@@ -707,7 +786,7 @@ def store_features(
     memory: int | str = DEFAULT_MEMORY,
     progress: bool = False,
 ) -> int:
-    """Makes the features of examples one by one and appends them to a store; resumes.
+    """Makes the features of examples and appends them to a store, in order; resumes.
 
     Args:
         store: Open for writing, made with `layout`.
@@ -715,7 +794,7 @@ def store_features(
         examples: Place in the data set -> example. Those that the store has are left out.
         layout: Of the rows; see `plan_layout`.
         by: `"token"`, or `"sequence"`: one row an example, under the name of its first token.
-        memory: Workspace for one example's rows and one chunk.
+        memory: Workspace for the rows and a chunk of one example, or of 64 whole sequences.
         progress: Show a bar over tokens.
 
     Returns:
@@ -725,7 +804,7 @@ def store_features(
         ValueError: If `by` is neither, the store is of another layout, or as by `features`.
         StoreError: As by `Store.append`.
 
-    Cost: that of `features`; one example in memory, and a shard.
+    Cost: that of `features`; one example's rows in memory, or 64 whole sequences', and a shard.
     """
     if store.layout_json != layout.to_json():
         raise ValueError(f"{store.path} has another layout: create it with that of these rows")
@@ -734,20 +813,22 @@ def store_features(
         total=sum(len(e) for e in examples.values()), desc="features", unit="token",
         disable=None if progress else True, leave=False,
     )  # fmt: skip
-    written = 0
-    for index, example in examples.items():
-        if not store.has(example):
-            feats = features(anatomy, [example], by=by, layout=layout, memory=memory)
+    missing = [(index, example) for index, example in examples.items() if not store.has(example)]
+    bar.update(bar.total - sum(len(example) for _, example in missing))
+    step = 1 if by == "token" else WINDOW
+    for start in range(0, len(missing), step):
+        some = missing[start : start + step]
+        feats = features(anatomy, [e for _, e in some], by=by, layout=layout, memory=memory)
+        for row, (index, example) in enumerate(some):
             if by == "token":
                 store.append(example, feats.rows, index=index)
             else:
                 first = {name: of[:1] for name, of in token_columns(example).items()}
-                store.append(example.content_id, feats.rows, first, index=index)
-            written += 1
-        bar.update(len(example))
+                store.append(example.content_id, feats.rows[row : row + 1], first, index=index)
+        bar.update(sum(len(example) for _, example in some))
     bar.close()
     store.flush()
-    return written
+    return len(missing)
 
 
 @dataclass(frozen=True)

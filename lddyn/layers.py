@@ -241,9 +241,9 @@ def attention(
     """Attention out of differentiable parts, for transformers' AttentionInterface.
 
     O = softmax(cap(scaling Q Kᵀ) + mask) V. Grouped queries are folded into rows, so K and V are
-    never repeated. Query (B, H, T, d), key and value (B, G, T, d) -> (B, T, H, d). One sequence
-    goes through `attend`, whose pullback takes many cotangents at once; a batch, or learned
-    sinks, are put together from differentiable parts.
+    never repeated. Query (B, H, T, d), key and value (B, G, T, d) -> (B, T, H, d). `attend`, whose
+    pullback takes many cotangents at once, sees the heads of several sequences as those of one;
+    learned sinks are put together from differentiable parts.
     """
     if dropout:
         raise ValueError(f"lddyn's attention has no dropout, got {dropout}: set the config's to 0")
@@ -252,20 +252,20 @@ def attention(
     scale = width**-0.5 if scaling is None else scaling
     learned = attention_mask is not None and attention_mask.requires_grad
     # A trace needs no derivative, but its watch must see what the products cost.
-    if batch == 1 and s_aux is None and not learned and torch.is_grad_enabled():
+    if s_aux is None and not learned and torch.is_grad_enabled():
         instead = _instead.get()
         if instead is not None:
             with torch._C.DisableTorchFunction():
                 return instead(query, key, value, attention_mask, scale, softcap or 0.0), None
-        if attention_mask is None:
-            mask = query.new_zeros(1, length, key.shape[2])
-        else:
-            mask = attention_mask[0, ..., : key.shape[2]]
         with torch._C.DisableTorchFunction():  # a watch has nothing to see here
-            # squeeze and unsqueeze, not [0] and [None]: the pullback of a selection fills zeros
-            q, k, v = query.squeeze(0), key.squeeze(0), value.squeeze(0)
+            if attention_mask is None:
+                mask = query.new_zeros(1, length, key.shape[2])
+            else:
+                mask = _of_all_heads(attention_mask[..., : key.shape[2]], batch, heads)
+            # Views alone, no selection: its pullback would fill zeros.
+            q, k, v = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
             out = attend(q, k, v, mask, scale, softcap or 0.0)
-        return out.transpose(0, 1).contiguous().unsqueeze(0), None
+            return out.unflatten(0, (batch, heads)).transpose(1, 2).contiguous(), None
     rows = query.reshape(batch, groups, heads // groups * length, width)
     scores = torch.matmul(rows * scale, key.transpose(-1, -2))
     if softcap is not None:
@@ -284,18 +284,28 @@ def attention(
     return mixed.view(batch, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
+def _of_all_heads(mask: Tensor, batch: int, heads: int) -> Tensor:
+    """A mask (1 or B, 1 or H, T, S) for the heads of all sequences: (1 or B H, T, S)."""
+    if batch == 1 or (mask.shape[1] == 1 and torch.equal(mask, mask[:1].expand_as(mask))):
+        return mask[0]
+    return mask.expand(batch, heads, *mask.shape[2:]).flatten(0, 1)
+
+
 # --------------------------------------------------------------------------- products
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product x (…, k) with a frozen weight (k, n), plus a frozen bias (n,)."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int | None = None) -> Tensor:
+    """The product x (…, k) with a frozen weight (k, n), plus a frozen bias (n,).
+
+    rows: of one sequence, where there are several (`ops.product`).
+    """
     with torch.no_grad():
-        out = ops.product(x.detach(), weight)
+        out = ops.product(x.detach(), weight, rows)
         if bias is not None:
             out = out + bias
     linear = Linear(
-        lambda g: (ops.product(g, weight.T),),
-        lambda t: (ops.product(t, weight),),
+        lambda g: (ops.product(g, weight.T, rows),),
+        lambda t: (ops.product(t, weight, rows),),
     )
     return _layer(linear, out, x)
 
@@ -473,11 +483,11 @@ def is_elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (1, H, T, e) by angles (T, e), differentiable for many cotangents."""
+    """Rotary embedding of x (B, H, T, e) by angles (T, e), differentiable for many cotangents."""
     cos, sin = (angle.detach().to(x.dtype) for angle in (cos, sin))
 
     def turn(transpose: bool) -> Batched:
-        return lambda g: (ops.rotary(g[:, 0], cos, sin, transpose)[:, None],)
+        return lambda g: (ops.rotary(g.flatten(0, 1), cos, sin, transpose).view(g.shape),)
 
     with torch.no_grad():
         out = ops.rotary(x.detach(), cos, sin, False)

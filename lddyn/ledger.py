@@ -112,10 +112,11 @@ class LedgerEntry:
 class Watch(TorchFunctionMode):
     """Sees every use of a trainable parameter; records it, and makes taps where asked."""
 
-    def __init__(self, anatomy: Anatomy, tapping: bool):
+    def __init__(self, anatomy: Anatomy, tapping: bool, batch: tuple[int, int] | None = None):
         super().__init__()
         self.anatomy = anatomy
         self.tapping = tapping
+        self.batch = batch  # sequences and their tokens, where a pass is of several
         self.active = True
         self.segment = FRONT
         self.taps: list[Tap] = []
@@ -205,7 +206,8 @@ class Watch(TorchFunctionMode):
                 useful = frozen and x.requires_grad if self.tapping else not torch.is_grad_enabled()
                 if useful and x.dtype == weight.dtype:
                     with torch._C.DisableTorchFunction():
-                        return layers.product(x, weight.T if name == "linear" else weight, bias)
+                        weight = weight.T if name == "linear" else weight
+                        return layers.product(x, weight, bias, self.batch and self.batch[1])
         return func(*args, **kwargs)
 
     def _use(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -281,6 +283,9 @@ class Watch(TorchFunctionMode):
             # A product of two parameters, or rows picked from a transposed one: no factor rule.
             self._direct(name, [x, weight, bias])
             return cast(Tensor, func(*args, **kwargs))
+        if name == "embedding" and self.batch and x.dim() == 2 and len(x) == 1:
+            x = x.expand(self.batch[0], -1)  # positions, of which each sequence has its own
+            args = x, *args[1:]
         names: list[str | None] = [None, None]
         for slot, tensor in enumerate((weight, bias)):
             if tensor is not None and id(tensor) in self.known:

@@ -37,6 +37,7 @@ from lddyn.pullback import (
     Pullback,
     gradient_of_logits,
     parse_memory,
+    reach,
     segments_down,
 )
 from lddyn.pushforward import (
@@ -102,8 +103,8 @@ class Side:
 
     def chunk(self, budget: int) -> int:
         """Cotangents to pull back together."""
-        device = self.trace.hidden.device
-        return chunk_size(self.trace.length, self.bytes_per_cotangent(), budget, device)
+        length = reach(int(self.trace.positions.max()), self.trace.length)
+        return chunk_size(length, self.bytes_per_cotangent(), budget, self.trace.hidden.device)
 
 
 def token_gram(
@@ -212,15 +213,16 @@ def _pair_segment(
     kept: list[tuple[Tensor, Factors]] = []
     tied = segment == 0 and anatomy.tied
 
-    def observe(rows_o: Tensor, factors: Factors) -> None:
-        for rows_u, other in kept:
-            pair(factors, other, adder(rows_o, rows_u))
+    def observe(rows_o: Tensor, factors: Factors, own: int | None = None) -> None:
+        for i, (rows_u, other) in enumerate(kept):
+            if i != own:
+                pair(factors, other, adder(rows_o, rows_u))
         if tied:
             for (pull, _, at_u), head in zip(pulls, heads, strict=True):
                 if at_u is not None:
                     pair(factors, head, adder(rows_o, pull.selected + at_u))
 
-    both: list[tuple[Tensor, Factors]] = []
+    both: list[tuple[int, Tensor, slice]] = []  # place in `kept`, rows in o, a chunk of them
     for pull, at_o, at_u in pulls:
         if at_u is None:
             continue
@@ -228,22 +230,41 @@ def _pair_segment(
         with pull.anatomy.analysis():
             joined = merge(pull.step(segment), len(pull.selected), longest, shelf)
         for merged in joined:
-            rows, factors = merged.rows, merged.factors
-            kept.append((rows + at_u, factors))
             if at_o is not None:
-                both += [(rows[part] + at_o, factors.part(part)) for part in merged.parts]
+                both += [(len(kept), merged.rows + at_o, part) for part in merged.parts]
+            kept.append((merged.rows + at_u, merged.factors))
     if tied:
         for (pull_o, at_o, _), head in zip(pulls, heads, strict=True):
             for rows_u, factors in kept if at_o is not None else ():
                 assert at_o is not None
                 pair(head, factors, adder(pull_o.selected + at_o, rows_u))
-    for rows_o, factors in both:
-        observe(rows_o, factors)
+    for place, rows, part in both:
+        observe(rows[part], kept[place][1].part(part), place)
+        # Those with themselves are symmetric: a chunk meets what is not after it.
+        rows_u, factors = kept[place]
+        upto, before = slice(0, part.stop), slice(0, part.start)
+        add = _mirrored(
+            adder(rows[part], rows_u[upto]), adder(rows[before], rows_u[part]), part.start
+        )
+        pair(factors.part(part), factors.part(upto), add)
     for pull, at_o, at_u in pulls:
         if at_u is None and at_o is not None:
             with pull.anatomy.analysis():
                 for rows, factors in pull.step(segment):
                     observe(rows + at_o, factors)
+
+
+def _mirrored(
+    add: Callable[[str, Tensor], None], transposed: Callable[[str, Tensor], None], count: int
+) -> Callable[[str, Tensor], None]:
+    """Adds a block, and its first columns once more on the other side of the diagonal."""
+
+    def both(name: str, block: Tensor) -> None:
+        add(name, block)
+        if count:
+            transposed(name, block[:, :count].T)
+
+    return both
 
 
 def factored_push(

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +23,13 @@ from lddyn.examples import Example
 from lddyn.features import (
     CHUNK,
     PAIRS,
+    WINDOW,
     Features,
     chunk_bytes,
     features,
     plan_layout,
-    token_table,
+    row_table,
+    sequence_bytes,
 )
 from lddyn.ledger import HEAD, Work
 from lddyn.ntk import Side, chunk_size, factored_gram, token_gram
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 _PILOT = 8, 64  # examples of a side, and tokens of all, whose products tell a sketch's error
 _ROUNDS = 4  # of looking for k
 _KINDS = ("twosided", "lowrank")
+_TIE = 1.1  # what an exact answer may cost over an estimate
 
 # --------------------------------------------------------------------------- FLOPs
 
@@ -139,6 +143,12 @@ class Load:
             pullback += len(part) * (far * rates.linear + 2 * far**2 * rates.mixing + rates.row)
         return replay, pullback
 
+    def passed(self) -> tuple[float, float]:
+        """FLOPs of (a forward, a backward) pass for the sum of all cotangents."""
+        far, rates = self.positions[-1] + 1, self.rates
+        linear, mixing = far * (rates.linear + rates.row), far**2 * rates.mixing
+        return linear + mixing + self.head / 2, linear + 2 * mixing + self.head / 2
+
     @property
     def head(self) -> float:
         """FLOPs of the cotangents through the head."""
@@ -235,6 +245,34 @@ def _sketched(loads: Sequence[Load], layout: Layout, pairs: int, budget: int) ->
     return cost, count * width * loads[0].rates.element
 
 
+def _summed(loads: Sequence[Load], layout: Layout, pairs: int) -> Cost:
+    """Every sequence's forward and backward pass, its sums sketched or formed, all compared."""
+    repeats, kind = layout.sketch.repeats, layout.sketch.kind
+    work = 0.0
+    for part in layout.parts:
+        (left, right), (rows, columns) = part.sizes, part.shape
+        for load in loads:
+            tokens = len(load) if part.kind == "summed" else load.positions[-1] + 1
+            if part.kind == "vector" or columns == 1:
+                work += 2.0 * repeats * left * rows
+            elif part.kind in ("summed", "onehot"):
+                hashed = rows if part.kind == "summed" else right
+                work += 2.0 * repeats * tokens * (hashed + right * columns + left * right)
+            elif part.kind == "sketch" and kind in ("twosided", "lowrank"):
+                sides = left * rows + right * columns + left * right
+                work += 2.0 * repeats * tokens * sides
+            elif part.kind == "sketch" and kind == "tensorsketch":
+                transforms = 3 * left * math.log2(left + 1)
+                work += 2.0 * repeats * tokens * (rows + columns + transforms)
+            else:
+                work += 2.0 * tokens * rows * columns
+                if part.kind == "sketch":
+                    work += (2.0 * left if kind != "sjlt" else 2.0) * repeats * rows * columns
+    passes = [load.passed() for load in loads]
+    return Cost(sum(f for f, _ in passes), sum(b for _, b in passes),
+                work + 2.0 * pairs * layout.width, 0.0)  # fmt: skip
+
+
 # --------------------------------------------------------------------------- the choice
 
 
@@ -244,7 +282,8 @@ class Candidate:
 
     Attributes:
         method: `"paired"`: both sides pulled back, factors paired; `"pushed"`: rows of one side
-            pushed through the other; `"features"`: sketches in memory; `"store"`: on disk.
+            pushed through the other; `"features"`: sketches in memory; `"store"`: on disk. By
+            sequence also `"gradients"`: formed and kept as they are.
         flops: All of it.
         seconds: flops at the rate of a product, measured when planned: a lower bound.
         memory: Bytes beyond the model; exact ways take more, up to `workspace`, where that helps.
@@ -272,7 +311,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """The method, and the sketch's kind and size."""
-        if self.layout is None:
+        if self.layout is None or self.method == "gradients":
             return self.method
         sketch = self.layout.sketch
         return f"{self.method} ({sketch.kind}, k = {sketch.k})"
@@ -283,12 +322,14 @@ class Plan:
     """Every way that was looked at, and the one to take. Made by `plan`.
 
     Attributes:
-        shape: (M, L), tokens of both sides.
+        shape: (M, L), tokens of both sides, or sequences.
         candidates: In the order of FLOPs.
-        chosen: The cheapest that fits and is precise enough; None: there is none.
+        chosen: The cheapest that fits and is precise enough, or an exact one that costs at most a
+            tenth more; None: there is none.
         memory: Bytes that were given.
         rtol: Wanted error; None: exact.
         rate: FLOP/s of a product of this model's size, here and now.
+        by: `"token"` or `"sequence"`.
     """
 
     shape: tuple[int, int]
@@ -300,12 +341,13 @@ class Plan:
     anatomy: Anatomy
     observed: tuple[Example, ...]
     updated: tuple[Example, ...]
+    by: str = "token"
 
     def explain(self) -> str:
         """A table of all candidates, and what to do."""
         wanted = "exact" if self.rtol is None else f"within {100 * self.rtol:g} %"
         lines = [
-            f"{self.shape[0]} x {self.shape[1]} token pairs of {len(self.observed)} and "
+            f"{self.shape[0]} x {self.shape[1]} {self.by} pairs of {len(self.observed)} and "
             f"{len(self.updated)} sequences, {wanted}, in {_bytes(self.memory)} beyond the model",
             f"{'':2}{'way':36} {'GFLOP':>9} {'time ≥':>9} {'memory':>9} {'disk':>9} {'error':>8}",
         ]
@@ -335,11 +377,11 @@ class Plan:
             rows.append(row)
         return {
             "shape": list(self.shape), "memory": self.memory, "rtol": self.rtol,
-            "flops_per_second": self.rate, "candidates": rows,
+            "flops_per_second": self.rate, "by": self.by, "candidates": rows,
         }  # fmt: skip
 
     def run(self, progress: bool = False) -> Estimate:
-        """⟨∇ log π(y_m), ∇ log π(y_l)⟩ of all token pairs (M, L), the chosen way.
+        """⟨∇ log π(y_m), ∇ log π(y_l)⟩ of all pairs of tokens, or sequences, the chosen way.
 
         Raises:
             RuntimeError: If nothing was chosen, or a store was: it is made by
@@ -351,11 +393,12 @@ class Plan:
         if chosen.method == "store":
             assert chosen.layout is not None
             sketch = chosen.layout.sketch
-            rank = f" --rank {sketch.rank}" if sketch.kind == "lowrank" else ""
+            more = f" --rank {sketch.rank}" if sketch.kind == "lowrank" else ""
+            more += " --by sequence" if self.by == "sequence" else ""
             raise RuntimeError(
                 "the plan is a store: make it with lddyn features build --kind "
                 f"{sketch.kind} -k {sketch.k} --repeats {sketch.repeats} --seed {sketch.seed}"
-                f"{rank}, and ask it with lddyn features query"
+                f"{more}, and ask it with lddyn features query"
             )
         if chosen.layout is not None:
             return self._compare(chosen.layout, progress)
@@ -367,15 +410,20 @@ class Plan:
             table = factored_gram(other, one, chosen.workspace, progress).T
         else:
             table = factored_gram(one, other, chosen.workspace, progress)
+        if self.by == "sequence":
+            for axis, side in enumerate((self.observed, self.updated)):
+                parts = table.split([len(e) for e in side], axis)
+                table = torch.stack([part.sum(axis) for part in parts], axis)
         return Estimate(table, torch.zeros_like(table))
 
     def _compare(self, layout: Layout, progress: bool) -> Estimate:
         """The products of sketches; every sequence is sketched once."""
         distinct = list(dict.fromkeys((*self.observed, *self.updated)))
         made = features(
-            self.anatomy, distinct, layout=layout, memory=self.memory, progress=progress
+            self.anatomy, distinct, by=self.by, layout=layout, memory=self.memory, progress=progress
         )
-        places = torch.arange(len(made)).split([len(e) for e in distinct])
+        lengths = [len(e) if self.by == "token" else 1 for e in distinct]
+        places = torch.arange(len(made)).split(lengths)
         place = dict(zip(distinct, places, strict=True))
 
         def rows(side: tuple[Example, ...]) -> Features:
@@ -383,7 +431,7 @@ class Plan:
             first, last = int(at[0]), int(at[-1]) + 1
             one_piece = last - first == len(at) and bool((at.diff() == 1).all())
             found = made.rows[first:last] if one_piece else made.rows[at.to(made.rows.device)]
-            return Features(found, token_table(side), layout)
+            return Features(found, row_table(side, self.by), layout)
 
         return rows(self.observed).gram(rows(self.updated))
 
@@ -394,16 +442,20 @@ def plan(
     observed: Sequence[Example],
     updated: Sequence[Example] | None = None,
     *,
+    by: str = "token",
     rtol: float | None = None,
     memory: int | str = DEFAULT_MEMORY,
     sketch: Sketch | None = None,
 ) -> Plan:
     """How to get the inner products of all token gradients of these sequences, and at what cost.
 
+    An exact way is taken where it costs at most a tenth more FLOPs than an estimate that would do.
+
     Args:
         model: A causal LM of transformers, or its Anatomy.
         observed: Sequences whose counted response tokens are the M rows.
         updated: Those of the L columns; default: the same.
+        by: `"token"`, or `"sequence"`: rows and columns are the gradients of whole sequences.
         rtol: Wanted ‖Ĝ − G‖_F / ‖G‖_F; sketches are made as large as that takes. Default: exact.
         memory: Bytes beyond the model, or "2GiB": stored forward passes, workspace and result.
         sketch: Kind, repeats and seed to look at, and k where rtol is not given; default: two-sided
@@ -413,9 +465,10 @@ def plan(
         Plan: `explain()` it, `run()` it.
 
     Raises:
-        ValueError: If a side is empty, or rtol is not positive and finite.
+        ValueError: If a side is empty, `by` is neither, or rtol is not positive and finite.
 
-    Cost: a forward pass; the features of 64 to 128 tokens of up to 16 sequences, a few times.
+    Cost: a forward pass; the features of 64 to 128 tokens of up to 16 sequences, or of these as a
+    whole, a few times.
 
     Example:
         >>> import lddyn, transformers
@@ -432,6 +485,8 @@ def plan(
     for name, side in (("observed", observed), ("updated", updated)):
         if not side:
             raise ValueError(f"{name} must hold at least one Example, got none")
+    if by not in ("token", "sequence"):
+        raise ValueError(f"by must be 'token' or 'sequence', got {by!r}")
     if rtol is not None and not 0 < rtol < math.inf:
         raise ValueError(f"rtol must be positive and finite, got {rtol}")
     anatomy = model if isinstance(model, Anatomy) else Anatomy(model)
@@ -442,16 +497,35 @@ def plan(
     rows, columns = [loads[e] for e in observed], [loads[e] for e in updated]
     rate = _rate(anatomy, rates)
     found = _exact(anatomy, rows, columns, list(loads.values()), rate, budget)
-    pilot = _Pilot(anatomy, observed, updated, loads[longest].workspace, budget)
-    for kind in _KINDS if sketch is None else (sketch.kind,):
+    together = by == "sequence"
+    pilot = _Pilot(anatomy, observed, updated, together, loads[longest].workspace, budget)
+    estimated = partial(_estimated, rows, columns, list(loads.values()), together, rate, budget)
+    kinds = _KINDS[: 1 if together else None] if sketch is None else (sketch.kind,)
+    for kind in kinds:  # the low rank of a sum of gradients is not looked for
         wished = Sketch(kind) if sketch is None else sketch
-        layout, error = pilot.look(wished, rtol)
-        found += _estimated(rows, columns, list(loads.values()), layout, error, rate, budget)
+        found += estimated(*pilot.look(wished, rtol))
+    if together:
+        # As many numbers as all parameters, for every repeat: nothing needs to be sketched.
+        parameters = sum(p.numel() for p in anatomy.trainable.values())
+        repeats = Sketch().repeats
+        layout = pilot.layout(Sketch(k=repeats * (parameters + len(anatomy.trainable))))
+        if all(part.kind == "exact" for part in layout.parts):  # packed experts are not kept so
+            found += estimated(layout, 0.0)[:1]
     found.sort(key=lambda c: c.flops)
-    good = [c for c in found if c.fits and (c.error == 0 or (rtol is not None and c.error <= rtol))]
-    chosen = min(good, key=lambda c: (c.flops, c.disk), default=None)
-    shape = sum(map(len, rows)), sum(map(len, columns))
-    return Plan(shape, tuple(found), chosen, budget, rtol, rate, anatomy, observed, updated)
+    chosen = choose(found, rtol)
+    shape = len(rows), len(columns)
+    if not together:
+        shape = sum(map(len, rows)), sum(map(len, columns))
+    return Plan(shape, tuple(found), chosen, budget, rtol, rate, anatomy, observed, updated, by)
+
+
+def choose(candidates: Sequence[Candidate], rtol: float | None) -> Candidate | None:
+    """The cheapest that fits and is precise enough; in a near tie the cheapest that is exact."""
+    limit = 0.0 if rtol is None else rtol
+    good = [c for c in candidates if c.fits and c.error <= limit]
+    least = min((c.flops for c in good), default=0.0)
+    exact = [c for c in good if c.error == 0 and c.flops <= _TIE * least]
+    return min(exact or good, key=lambda c: (c.flops, c.disk), default=None)
 
 
 def _exact(
@@ -501,28 +575,39 @@ def _estimated(
     rows: Sequence[Load],
     columns: Sequence[Load],
     distinct: Sequence[Load],
-    layout: Layout,
-    error: float,
+    together: bool,
     rate: float,
     budget: int,
+    layout: Layout,
+    error: float,
 ) -> list[Candidate]:
-    """Sketches in memory and on disk."""
-    m, n = sum(map(len, rows)), sum(map(len, columns))
-    cost, size = _sketched(distinct, layout, m * n, budget)
+    """Sketches, or gradients as they are, in memory and on disk."""
     element = rows[0].rates.element
-    work = max(
-        chunk_bytes(layout, load.workspace, min(CHUNK, len(load)), element) for load in distinct
-    )
-    one = max(map(len, distinct)) * layout.width * element
+    if together:
+        m, n, tokens = len(rows), len(columns), len(distinct)
+        cost, size = _summed(distinct, layout, m * n), tokens * layout.width * element
+        logits = max(map(len, distinct)) * rows[0].rates.vocabulary
+        longest = max(load.workspace for load in distinct)
+        work = sequence_bytes(layout, longest, logits, element)
+        one = min(WINDOW, tokens) * layout.width * element
+    else:
+        m, n = sum(map(len, rows)), sum(map(len, columns))
+        cost, size = _sketched(distinct, layout, m * n, budget)
+        work = max(
+            chunk_bytes(layout, load.workspace, min(CHUNK, len(load)), element) for load in distinct
+        )
+        one = max(map(len, distinct)) * layout.width * element
+        tokens = sum(map(len, distinct))
     # Rows of a sequence that is listed twice are copied; pairs are compared some at a time.
-    tokens = sum(map(len, distinct))
     copied = 0 if tokens == m + n or tokens == m == n else (m + n) * layout.width * element
     compared = 4 * m * n * element + 24 * min(layout.sketch.repeats * m * n, PAIRS)
     memory = size + max(work, copied + compared)
-    why = f"{layout.width} numbers a token; every token once, kept for later questions"
+    what = "sequence" if together else "token"
+    why = f"{layout.width} numbers a {what}; every {what} once, kept for later questions"
+    method = "gradients" if together and error == 0 else "features"
     seconds = cost.flops / rate
     return [
-        Candidate("features", cost.flops, seconds, memory, 0, error, memory <= budget, why,
+        Candidate(method, cost.flops, seconds, memory, 0, error, memory <= budget, why,
                   layout=layout),
         Candidate("store", cost.flops, seconds, one + work, size, error, one + work <= budget,
                   f"{why}, on disk; asked for the largest products", layout=layout),
@@ -537,24 +622,40 @@ class _Pilot:
         anatomy: Anatomy,
         observed: tuple[Example, ...],
         updated: tuple[Example, ...],
+        together: bool,
         workspace: int,
         budget: int,
     ):
         self.anatomy, self.budget = anatomy, budget
+        self.by = "sequence" if together else "token"
         self.chunk = max(1, min(CHUNK, budget // 2 // workspace))
         self.examples = list(dict.fromkeys((*observed, *updated)))
         sides = [dict.fromkeys(observed), dict.fromkeys(updated)]
         picked = [_spaced(list(side), _PILOT[0]) for side in sides]
         union = list(dict.fromkeys((*picked[0], *picked[1])))
-        self.thin = [_thinned(e, max(8, _PILOT[1] // len(union))) for e in union]
-        rows = [e for e, thin in zip(union, self.thin, strict=True) for _ in range(len(thin))]
+        self.thin, rows, times = union, union, Counter(updated)
+        if together:
+            own = sum(times[e] for e in observed)
+            self.counts = own, 0, len(observed) * len(updated) - own
+        else:
+            self.thin = [_thinned(e, max(8, _PILOT[1] // len(union))) for e in union]
+            rows = [e for e, thin in zip(union, self.thin, strict=True) for _ in range(len(thin))]
+            self.counts = self._pairs(observed, updated, times)
         self.sides = [torch.tensor([e in side for e in rows]) for side in sides]
-        # Token pairs by kind: a token with itself, two of a sequence, two of different ones.
+
+    @staticmethod
+    def _pairs(
+        observed: tuple[Example, ...], updated: tuple[Example, ...], times: Counter[Example]
+    ) -> tuple[int, int, int]:
+        """Token pairs by kind: a token with itself, two of a sequence, two of different ones."""
         tokens = sum(map(len, observed)) * sum(map(len, updated))
-        times = Counter(updated)
         own = sum(times[e] * len(e) for e in observed)
         inside = sum(times[e] * len(e) ** 2 for e in observed)
-        self.counts = own, inside - own, tokens - inside
+        return own, inside - own, tokens - inside
+
+    def layout(self, sketch: Sketch) -> Layout:
+        """Of all of the sequences."""
+        return plan_layout(self.anatomy, self.examples, sketch, self.by)
 
     def look(self, sketch: Sketch, rtol: float | None) -> tuple[Layout, float]:
         """The smallest sketch of this kind within rtol, or the nearest; and its expected error."""
@@ -563,14 +664,15 @@ class _Pilot:
         aim = math.inf if rtol is None else 0.85 * rtol
         least = 2 * repeats * (len(self.anatomy.trainable) + 1)
         parameters = sum(p.numel() for p in self.anatomy.trainable.values())
-        most = max(least, min(parameters, self.budget // 2 // (8 * sum(map(len, self.thin)))))
+        rows = len(self.sides[0])
+        most = max(least, min(parameters, self.budget // 2 // (8 * rows)))
         k, seen = min(max(sketch.k, least), most), set()
         for _ in range(_ROUNDS):
             k = -(-k // repeats) * repeats
             if k in seen:
                 break
             seen.add(k)
-            layout = plan_layout(self.anatomy, self.examples, replace(sketch, k=k))
+            layout = self.layout(replace(sketch, k=k))
             error = self.error(layout)
             tried.append((layout, error))
             if rtol is None or error == 0 or 0.75 * aim <= error <= aim:
@@ -584,9 +686,11 @@ class _Pilot:
         return min(tried, key=lambda found: math.inf if math.isnan(found[1]) else found[1])
 
     def error(self, layout: Layout) -> float:
-        """Expected ‖Ĝ − G‖_F / ‖G‖_F of all token pairs."""
+        """Expected ‖Ĝ − G‖_F / ‖G‖_F of all pairs."""
         # Few rows, and a chunk that fits if any does: where neither fits, the plan has to say so.
-        made = features(self.anatomy, self.thin, layout=layout, memory=2**62, chunk=self.chunk)
+        made = features(
+            self.anatomy, self.thin, by=self.by, layout=layout, memory=2**62, chunk=self.chunk
+        )
         products, table = made.gram(), made.tokens
         spread = products.stderr.double() ** 2
         square = products.value.double() ** 2 - spread

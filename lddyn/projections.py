@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lddyn import ops
 from lddyn.reference import words
 
 _BLOCK = 1 << 22  # numbers of a dense projection that are made at a time
@@ -27,11 +28,21 @@ class Term:
     """Σ_t left[t] ⊗ right[t] for each of c cotangents.
 
     left, right: (T, size), which all cotangents share, or (c, T, size). left may be the rows (T,)
-    of a one-hot matrix instead, as token ids are.
+    or (c, T) of a one-hot matrix instead, as token ids are.
     """
 
     left: Tensor
     right: Tensor
+
+    @property
+    def one_hot(self) -> bool:
+        """Whether `left` are the rows of a one-hot matrix."""
+        return not self.left.is_floating_point()
+
+    @property
+    def apart(self) -> bool:
+        """Whether cotangents share neither side: each has the bits that it has alone."""
+        return self.left.dim() == 3 - self.one_hot and self.right.dim() == 3
 
     def __len__(self) -> int:
         """Cotangents."""
@@ -39,14 +50,14 @@ class Term:
 
     def one(self, c: int) -> tuple[Tensor, Tensor]:
         """Both sides of one cotangent."""
-        left = self.left[c] if self.left.dim() == 3 else self.left
+        left = self.left[c] if self.left.dim() == 3 - self.one_hot else self.left
         return left, self.right[c] if self.right.dim() == 3 else self.right
 
     def dense(self, c: int, rows: int) -> Tensor:
         """The matrix of one cotangent, materialised (rows, b)."""
         left, right = self.one(c)
         out = right.new_zeros(rows, right.shape[1])
-        return out.index_add_(0, left, right) if left.dim() == 1 else out.addmm_(left.T, right)
+        return out.index_add_(0, left, right) if self.one_hot else out.addmm_(left.T, right)
 
 
 def weigh(terms: Sequence[Term], c: int, rows: int) -> Tensor:
@@ -119,6 +130,18 @@ def hashed(
     return where.view(repeats, width), sign.float().view(repeats, width)
 
 
+@functools.lru_cache(maxsize=512)
+def _bags(
+    seed: int, name: str, stream: str, repeats: int, size: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, bucket by bucket of all repeats: its columns, their signs, and where it starts."""
+    where, sign = hashed(seed, name, stream, repeats, size, width)
+    bucket = (where + size * torch.arange(repeats, device="cpu")[:, None]).flatten()
+    order = bucket.argsort(stable=True)
+    counts = torch.bincount(bucket, minlength=repeats * size)
+    return order % width, sign.flatten()[order], counts.cumsum(0) - counts
+
+
 # --------------------------------------------------------------------------- projections
 
 
@@ -131,15 +154,19 @@ class Stream:
     repeats: int
 
 
-def count_sketch(stream: Stream, vectors: Tensor, size: int) -> Tensor:
-    """Count sketches (c, R, size) of vectors (c, n)."""
-    c, n = vectors.shape
-    where, sign = hashed(stream.seed, stream.name, "hash", stream.repeats, size, n)
-    where, sign = where.to(vectors.device), sign.to(vectors)
-    out = vectors.new_zeros(c, stream.repeats, size)
-    for repeat in range(stream.repeats):
-        out[:, repeat].index_add_(1, where[repeat], vectors * sign[repeat])
-    return out
+def count_sketch(stream: Stream, vectors: Tensor, size: int, use: str = "hash") -> Tensor:
+    """Count sketches (c, R, size) of vectors (c, n), by the hash of this use.
+
+    As sums of rows of the transposed: what goes to one bucket is read and added as it is.
+    """
+    table = _bags(stream.seed, stream.name, use, stream.repeats, size, vectors.shape[1])
+    columns, sign, starts = (x.to(vectors.device) for x in table)
+    rows = vectors.T.contiguous()
+    out = torch.nn.functional.embedding_bag(
+        columns, rows, starts, mode="sum", per_sample_weights=sign.to(rows)
+    )
+    sketches: Tensor = out.T.unflatten(1, (stream.repeats, size))
+    return sketches
 
 
 def two_sided(
@@ -152,23 +179,29 @@ def two_sided(
     repeats, (size, size_r) = stream.repeats, sizes
     out = terms[0].right.new_zeros(len(terms[0]), repeats, size, size_r)
     for term in terms:
-        right = _onto(stream, "right", term.right, size_r)  # (·, R, t, size_r)
-        if term.left.dim() > 1:
-            out += _onto(stream, "left", term.left, size).mT @ right
+        right = _onto(stream, "right", term.right, size_r, term.apart)  # (·, R, t, size_r)
+        if not term.one_hot:
+            out += _onto(stream, "left", term.left, size, term.apart).mT @ right
             continue
         where, sign = hashed(stream.seed, stream.name, "left hash", repeats, size, shape[0])
-        where, sign = where.to(term.left.device)[:, term.left], sign.to(right)[:, term.left]
-        for repeat in range(repeats):
-            signed = right[:, repeat] * sign[repeat][:, None]
-            out[:, repeat].index_add_(1, where[repeat], signed)
+        # (R, t), or of own rows (R, c, t); every cotangent and repeat has its own places in `out`.
+        where, sign = (x.to(right.device)[:, term.left] for x in (where, sign.to(right)))
+        if where.dim() == 2:
+            where, sign = where[:, None], sign[:, None]
+        first = torch.arange(len(right) * repeats, device=right.device).view(-1, repeats, 1)
+        places = where.transpose(0, 1) + first * size
+        signed = right * sign.transpose(0, 1)[..., None]
+        out.view(-1, size_r).index_add_(0, places.flatten(), signed.flatten(0, 2))
     return out
 
 
-def _onto(stream: Stream, side: str, x: Tensor, size: int) -> Tensor:
+def _onto(stream: Stream, side: str, x: Tensor, size: int, apart: bool = False) -> Tensor:
     """Rows (·, t, n) onto the frames of one side: (·, R, t, size)."""
     frames = haar(stream.seed, stream.name, side, stream.repeats, size, x.shape[-1])
-    projected: Tensor = (x @ frames.to(x).flatten(0, 1).T).unflatten(-1, (stream.repeats, size))
-    return projected.transpose(-3, -2)
+    across = frames.to(x).flatten(0, 1).T
+    projected = ops.product(x, across, x.shape[-2] if apart else None)
+    by_repeat: Tensor = projected.unflatten(-1, (stream.repeats, size))
+    return by_repeat.transpose(-3, -2)
 
 
 def hashed_rows(
@@ -176,25 +209,18 @@ def hashed_rows(
     left: Tensor,
     right: Tensor,
     sizes: tuple[int, int],
-    width: int,
     whole: bool = False,
 ) -> Tensor:
     """`two_sided` over one-hot rows of Σ_t left[t] ⊗ right[t]: left (c, t, rows), right (c, t, b).
 
     whole: there are as many buckets as rows, which stay where they are.
     """
-    count = left.shape[-1]
-    where, sign = hashed(stream.seed, stream.name, "left hash", stream.repeats, sizes[0], count)
-    where, sign = where.to(left.device), sign.to(left)
-    frame = haar(stream.seed, stream.name, "right", stream.repeats, sizes[1], width).to(right)
-    out = left.new_zeros(len(left), stream.repeats, *sizes)
-    for repeat in range(stream.repeats):
-        pushed = left
-        if not whole:
-            pushed = left.new_zeros(*left.shape[:2], sizes[0])
-            pushed.index_add_(2, where[repeat], left * sign[repeat])
-        out[:, repeat] = pushed.mT @ (right @ frame[repeat].T)
-    return out
+    projected = _onto(stream, "right", right, sizes[1])
+    if whole:
+        return left.mT[:, None] @ projected
+    pushed = count_sketch(stream, left.flatten(0, 1), sizes[0], "left hash")
+    both: Tensor = pushed.unflatten(0, left.shape[:2]).permute(0, 2, 3, 1) @ projected
+    return both
 
 
 def dense(
@@ -241,25 +267,17 @@ def tensor_sketch(
 
     Σ_t of circular convolutions of two count sketches, by FFT.
     """
-    repeats, outs = stream.repeats, []
-    tables = [
-        hashed(stream.seed, stream.name, side, repeats, size, width)
-        for side, width in zip(("left", "right"), shape, strict=True)
-    ]
+    outs, sides = [], ("left", "right")
 
-    def moved(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    def moved(x: Tensor, side: str) -> Tensor:
         """Spectra (T, R, size // 2 + 1) of the count sketches of rows (T, n)."""
-        where, sign = table[0].to(x.device), table[1].to(x)
-        buffer = x.new_zeros(len(x), repeats, size)
-        for repeat in range(repeats):
-            buffer[:, repeat].index_add_(1, where[repeat], x * sign[repeat])
-        spectra: Tensor = torch.fft.rfft(buffer)
+        spectra: Tensor = torch.fft.rfft(count_sketch(stream, x, size, side))
         return spectra
 
     shared = [
         [
-            moved(x, table) if x.dim() == 2 else None
-            for x, table in zip((term.left, term.right), tables, strict=True)
+            moved(x, side) if x.dim() == 2 else None
+            for x, side in zip((term.left, term.right), sides, strict=True)
         ]
         for term in terms
     ]
@@ -267,8 +285,8 @@ def tensor_sketch(
         total: Tensor | None = None
         for term, known in zip(terms, shared, strict=True):
             left, right = (
-                moved(x, table) if have is None else have
-                for x, table, have in zip(term.one(c), tables, known, strict=True)
+                moved(x, side) if have is None else have
+                for x, side, have in zip(term.one(c), sides, known, strict=True)
             )
             part = (left * right).sum(0)
             total = part if total is None else total + part

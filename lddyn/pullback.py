@@ -196,24 +196,6 @@ class Pullback:
         return state, factors
 
 
-def pull_together(trace: Trace, rows: Tensor | None = None) -> Iterator[Factors]:
-    """Factors of the one cotangent that is the sum of all tokens', from the head down.
-
-    The head's come first, a row for each token; then one cotangent over all positions, segment by
-    segment. rows (M, V) as in `Pullback`.
-
-    Cost: a replay of each segment, and one plain backward pass.
-    """
-    top = Pullback(trace, rows, chunk=len(trace.positions))
-    yield top.head_factors()
-    (chunk,) = top.chunks
-    state = chunk.state.new_zeros(1, 1, chunk.length, chunk.state.shape[-1])
-    state[0, 0].index_add_(0, trace.positions[chunk.rows], chunk.state)
-    for segment in segments_down(trace.anatomy):
-        state, factors = pull(trace.anatomy.replay(trace, segment, chunk.length), state)
-        yield factors
-
-
 def pull(replay: Replay, cotangents: Tensor) -> tuple[Tensor, Factors]:
     """Cotangents (c, *output.shape) of a replayed segment -> (cotangents of its input, factors)."""
     targets = replay.targets

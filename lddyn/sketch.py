@@ -35,6 +35,7 @@ from lddyn.projections import (
 
 KINDS = ("twosided", "lowrank", "sjlt", "rademacher", "gaussian", "tensorsketch")
 FORMAT = 1
+_PIECE = 1 << 12  # columns of one product
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Sketch:
     ) -> Tensor:
         """Sketches (c, R, sizes[0] sizes[1]) of sums of terms."""
         stream, size = Stream(self.seed, name, self.repeats), sizes[0]
-        one_hot = any(term.left.dim() == 1 for term in terms)
+        one_hot = any(term.one_hot for term in terms)
         vector = shape[1] == 1
         if one_hot or vector or self.kind in ("twosided", "lowrank"):
             if self.sides == "sign" and not one_hot and not vector:
@@ -402,7 +403,11 @@ class Layout:
 
     def _unsampled(self, a: Tensor, b: Tensor) -> Tensor:
         """What every repeat has in common (n, m)."""
-        out = self.exact(a) @ self.exact(b).T
+        # In pieces: one float32 sum over all parameters of a model would lose two digits.
+        pieces = zip(self.exact(a).split(_PIECE, 1), self.exact(b).split(_PIECE, 1), strict=True)
+        out = a.new_zeros(len(a), len(b))
+        for one, other in pieces:
+            out += one @ other.T
         for part in self.parts:
             if part.kind == "outer":
                 (u, v), (u_b, v_b) = self.pair(a, part), self.pair(b, part)

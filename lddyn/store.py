@@ -1077,7 +1077,7 @@ class Store:
     # ------------------------------------------------------------------ merging
 
     @staticmethod
-    def merge(paths: Sequence[str | Path], out: str | Path) -> Store:
+    def merge(paths: Sequence[str | Path], out: str | Path, *, append: bool = False) -> Store:
         """One store from those of several ranks, in the order of the examples' indices.
 
         Ranks that were given `index=` yield what one rank would have written, row for row. An
@@ -1086,6 +1086,7 @@ class Store:
         Args:
             paths: Stores with the same identity, layout and dtype.
             out: Folder of the merged store; none of the above.
+            append: After whatever `out` holds already, as one rank that continues it would.
 
         Returns:
             The merged store, open for reading.
@@ -1121,9 +1122,9 @@ class Store:
                     f"in {best[other][1].path}: append with index=, the place in the data set"
                 )
         with Store._create(Path(out), stores[0]._manifest, None, exist_ok=True) as target:
-            if target.example_ids != order[: len(target.example_ids)]:
+            if not append and target.example_ids != order[: len(target.example_ids)]:
                 raise StoreError(f"{out} holds other examples: merge into another folder")
-            for name in order[len(target.example_ids) :]:
+            for name in (name for name in order if not target.has(name)):
                 index, store = best[name]
                 span = store.span(name)
                 table = store.tokens(span.start, span.stop)

@@ -1,5 +1,6 @@
 """The command line, end to end, on a tiny model and a tokenizer made here."""
 
+import contextlib
 import json
 import os
 import re
@@ -433,6 +434,41 @@ def test_features_build_leaves_out_what_does_not_fit(model, data, tmp_path):
     assert "row 2, chosen: length must be <= 64" in errors("features", "build", *arguments)
     document = built(model, fits, tmp_path / "s", "--skip")
     assert document["examples"] == 3 and len(document["left_out"]) == 3  # one is there twice
+
+
+def test_plan_by_sequence(model, pairs):
+    arguments = ["plan", "--model", model, "--data", pairs, "--by", "sequence"]
+    document = json.loads(call(*arguments, "--json").stdout)
+    assert document["by"] == "sequence" and document["shape"] == [8, 8]
+    assert "8 x 8 sequence pairs" in call(*arguments).stdout
+    assert "--by must be token or sequence" in errors(*arguments[:-1], "word")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_features_build_goes_on_with_more_examples(model, pairs, tmp_path, monkeypatch, world):
+    """From fewer than what a layout looks at; also by several ranks, from a finished store."""
+    for more in (("--limit", 1), ()):
+        built(model, pairs, tmp_path / "alone", *more)
+
+    def build(*more):
+        for rank in reversed(range(world)):  # one after the other, the one that merges last
+            ranks = contextlib.nullcontext((rank, world, lambda: None))
+            monkeypatch.setattr("lddyn.cli._ranks", lambda ranks=ranks: ranks)
+            result = call(
+                "features", "build", "--model", model, "--data", pairs, "--store", tmp_path / "s",
+                "-k", 900, "--json", *more,
+            )  # fmt: skip
+            assert result.exit_code == 0, result.stderr
+        assert not list(tmp_path.glob("s.rank-*"))
+        return json.loads(result.stdout)
+
+    first = build("--limit", 1)
+    again = build("--limit", 1)
+    assert first["examples"] == again["examples"] == 2 and again["written"] == 0
+    whole = build()
+    assert whole["examples"] == 8 and whole["layout"] == first["layout"]
+    store, alone = (lddyn.Store.open(tmp_path / name) for name in ("s", "alone"))
+    assert store.example_ids == alone.example_ids and torch.equal(store.rows(), alone.rows())
 
 
 @pytest.mark.slow

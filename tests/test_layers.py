@@ -309,12 +309,10 @@ def test_vmap_over_inputs_raises():
 # --------------------------------------------------------------------------- other attention
 
 
-@pytest.mark.parametrize("case", ["batch", "sinks"])
-def test_attention_out_of_parts(case):
-    """A batch, and learned sinks: composed of differentiable operations, second order included."""
-    batch = 2 if case == "batch" else 1
-    inputs = tuple(normal(batch, n, 5, 4) for n in (4, 2, 2))
-    sinks = normal(4) if case == "sinks" else None
+def test_attention_out_of_parts():
+    """Learned sinks: composed of differentiable operations, second order included."""
+    inputs = tuple(normal(1, n, 5, 4) for n in (4, 2, 2))
+    sinks = normal(4)
     mask = normal(1, 1, 5, 5)
 
     def ours(q, k, v):
@@ -323,8 +321,7 @@ def test_attention_out_of_parts(case):
     def plain(q, k, v):
         k, v = (x.repeat_interleave(2, 1) for x in (k, v))
         scores = 2.0 * torch.tanh(q @ k.mT * 4**-0.5 / 2.0) + mask
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.view(1, 4, 1, 1).expand(1, 4, 5, 1)], -1)
+        scores = torch.cat([scores, sinks.view(1, 4, 1, 1).expand(1, 4, 5, 1)], -1)
         return (scores.softmax(-1)[..., :5] @ v).transpose(1, 2)
 
     close(ours(*inputs), plain(*inputs))
@@ -336,6 +333,23 @@ def test_attention_out_of_parts(case):
         return torch.func.grad(lambda q: loss(q).square().sum())(inputs[0])
 
     close(penalty(ours), penalty(plain))
+
+
+@pytest.mark.parametrize("masks", [(1, 1), (3, 1), (1, 4), (3, 4)])
+def test_attention_of_a_batch_is_that_of_each_sequence(masks):
+    """Its heads are folded, and so are masks that differ by sequence or by head; bit for bit."""
+    inputs = [normal(3, n, 5, 4).float().requires_grad_(True) for n in (4, 2, 2)]
+    mask, cotangent = normal(*masks, 5, 5).float(), normal(3, 5, 4, 4).float()
+
+    def both(*inputs, mask, cotangent):
+        out = layers.attention(None, *inputs, mask, softcap=2.0)[0]
+        return out.detach(), *torch.autograd.grad(out, inputs, cotangent)
+
+    found = both(*inputs, mask=mask, cotangent=cotangent)
+    for i in range(3):
+        own = mask[i : i + 1] if len(mask) > 1 else mask
+        one = both(*(x[i : i + 1] for x in inputs), mask=own, cotangent=cotangent[i : i + 1])
+        assert all(torch.equal(x[i : i + 1], y) for x, y in zip(found, one, strict=True))
 
 
 def test_rows_of_attention_are_rows_of_its_pullback():

@@ -28,7 +28,7 @@ LAYERS = [
     {"factors", "shards"},
     {"rowwise"},
     {"pullback", "pushforward", "norms", "projections"},
-    {"lowrank", "stream"},
+    {"lowrank", "sequences", "stream"},
     {"ntk", "proxies", "store", "query", "plan", "sketch", "features"},
     {"dynamics", "probes", "massflow", "decompose", "figures"},
     {"console"},

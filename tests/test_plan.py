@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 import lddyn
 from lddyn.anatomy import Anatomy
 from lddyn.ntk import Side, token_gram
-from lddyn.plan import Cost, gram_cost
+from lddyn.plan import Cost, choose, gram_cost
 
 torch.set_num_threads(1)
 
@@ -139,19 +139,21 @@ def test_pushing_either_side_gives_the_same_table(transposed):
     torch.testing.assert_close(forced, table, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["twosided", "lowrank"])
-def test_the_expected_error_of_a_sketch_is_the_measured_one(kind):
+@pytest.mark.parametrize(
+    ("kind", "by"), [("twosided", "token"), ("lowrank", "token"), ("twosided", "sequence")]
+)
+def test_the_expected_error_of_a_sketch_is_the_measured_one(kind, by):
     """Within 1.5, as the root mean square over 12 seeds, of another set of sequences than seen."""
     anatomy, some = Anatomy(zoo.build("llama")), examples(12)
-    exact = lddyn.plan(anatomy, some).run().value.double()
-    way = lddyn.plan(anatomy, some, rtol=0.2, sketch=lddyn.Sketch(kind))
+    exact = lddyn.plan(anatomy, some, by=by).run().value.double()
+    way = lddyn.plan(anatomy, some, by=by, rtol=0.2, sketch=lddyn.Sketch(kind))
     found = next(c for c in way.candidates if c.method == "features")
     assert 0 < found.error <= 0.2 and found.fits
     squares = []
     for seed in range(12):
         sketch = dataclasses.replace(found.layout.sketch, seed=100 + seed)
         layout = dataclasses.replace(found.layout, sketch=sketch)
-        table = lddyn.features(anatomy, some, layout=layout).gram().value.double()
+        table = lddyn.features(anatomy, some, by=by, layout=layout).gram().value.double()
         squares.append(((table - exact).norm() / exact.norm()) ** 2)
     measured = float(torch.stack(squares).mean().sqrt())
     assert 1 / 1.5 < measured / found.error < 1.5
@@ -166,6 +168,57 @@ def test_a_pair_that_drowns_in_noise_is_planned():
             way = lddyn.plan(anatomy, *pair, rtol=rtol, sketch=lddyn.Sketch(k=300))
             assert way.chosen is not None
             json.dumps(way.to_json(), allow_nan=False)
+
+
+def test_whole_sequences_are_planned():
+    """Every exact way gives the same table; a store of sequences is asked for as one."""
+    anatomy, some = Anatomy(zoo.build("llama")), examples(4)
+    way = lddyn.plan(anatomy, some, some[1:], by="sequence")
+    assert way.shape == (4, 3) and way.chosen.method == "gradients"
+    truth = lddyn.ntk(anatomy.model, some[0], some[2]).gram().sum()
+    ways = [c for c in way.candidates if c.error == 0]
+    assert {c.method for c in ways} == {"gradients", "paired", "pushed"}
+    for candidate in ways:
+        table = dataclasses.replace(way, chosen=candidate).run()
+        assert table.value[0, 1] == pytest.approx(float(truth), rel=1e-4, abs=1e-4)
+        assert table.value.shape == (4, 3) and not table.stderr.any()
+    assert "4 x 3 sequence pairs" in way.explain() and way.to_json()["by"] == "sequence"
+    stored = next(c for c in way.candidates if c.method == "store")
+    with pytest.raises(RuntimeError, match="--by sequence, and ask it"):
+        dataclasses.replace(way, chosen=stored).run()
+
+
+def test_sketches_of_sequences_run_in_the_memory_they_were_planned_for():
+    anatomy, some = Anatomy(zoo.build("llama")), examples(20, tokens=30)
+    way = lddyn.plan(anatomy, some, by="sequence", rtol=0.4, memory="1GiB")
+    sketched = next(c for c in way.candidates if c.method == "features")
+    table = dataclasses.replace(way, chosen=sketched, memory=sketched.memory).run()
+    feats = lddyn.features(anatomy, some, by="sequence", layout=sketched.layout)
+    torch.testing.assert_close(table.value, feats.gram().value, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="memory must be at least"):
+        dataclasses.replace(way, chosen=sketched, memory=sketched.memory // 4).run()
+
+
+def test_packed_experts_have_no_gradients_as_they_are():
+    way = lddyn.plan(zoo.build("gpt_oss"), examples(2), by="sequence")
+    assert way.chosen.method in ("paired", "pushed")
+
+
+def test_a_near_tie_goes_to_what_is_exact():
+    """Of two short sequences a sketch saves little; of many it saves most."""
+    anatomy = Anatomy(zoo.build("llama"))
+    for count, rtol in ((1, 0.5), (2, 0.5), (12, 0.5)):
+        way = lddyn.plan(anatomy, examples(count), rtol=rtol)
+        good = [c for c in way.candidates if c.fits and c.error <= rtol]
+        least = min(c.flops for c in good)
+        near = [c for c in good if c.error == 0 and c.flops <= 1.1 * least]
+        assert (way.chosen.error == 0) is bool(near)
+    cheap, exact = (
+        dataclasses.replace(way.chosen, error=e, flops=f) for e, f in ((0.1, 1.0), (0.0, 1.09))
+    )
+    assert choose([cheap, exact], 0.5) is exact and choose([cheap, exact], None) is exact
+    dear = dataclasses.replace(exact, flops=1.11)
+    assert choose([cheap, dear], 0.5) is cheap and choose([cheap], 0.05) is None
 
 
 def test_memory_decides():
@@ -231,6 +284,8 @@ def test_weights_shared_between_blocks_are_pushed():
 
 def test_what_cannot_be_planned_says_so():
     anatomy = Anatomy(zoo.build("llama"))
+    with pytest.raises(ValueError, match="by must be 'token' or 'sequence', got 'row'"):
+        lddyn.plan(anatomy, examples(1), by="row")
     with pytest.raises(ValueError, match="updated must hold"):
         lddyn.plan(anatomy, examples(1), [])
     for rtol in (-1, float("nan"), float("inf")):

@@ -737,6 +737,9 @@ def test_merge_takes_a_shared_example_once_and_refuses_contradictions(tmp_path):
         Store.merge([paths[0], tmp_path / "other"], tmp_path / "never")
     with pytest.raises(StoreError, match="holds other examples"):
         Store.merge(paths[1:], tmp_path / "out")
+    Store.merge(paths[1:], tmp_path / "on")
+    longer = Store.merge(paths[:1], tmp_path / "on", append=True)
+    assert longer.example_ids == [b.content_id, c.content_id, a.content_id]
 
 
 def test_a_merge_that_was_interrupted_goes_on(tmp_path, monkeypatch):

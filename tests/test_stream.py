@@ -377,3 +377,12 @@ def test_an_anatomy_says_that_its_weights_are_streamed(tmp_path):
     saved(tmp_path)
     assert Anatomy(tight(tmp_path)).streamed
     assert not Anatomy(loaded(tmp_path)).streamed
+
+
+def test_whole_sequences_of_a_streamed_model_are_the_same_to_the_bit(tmp_path):
+    folder, sketch = saved(tmp_path), lddyn.Sketch(k=2400)
+    rows = [
+        lddyn.features(model, [OBSERVED, UPDATED], sketch, by="sequence").rows
+        for model in (loaded(folder).eval(), tight(folder))
+    ]
+    assert torch.equal(*rows)
