@@ -90,7 +90,7 @@ def threshold(log_probs: Tensor, labels: Tensor) -> Tensor:
 
     Example:
         >>> from lddyn.massflow import threshold
-        >>> threshold(torch.tensor([0.75, 0.25]).log(), torch.tensor(1)).item()
+        >>> round(threshold(torch.tensor([0.75, 0.25]).log(), torch.tensor(1)).item(), 4)
         0.375
     """
     probs = log_probs.double().exp()
