@@ -74,3 +74,18 @@ def everything(
             found.append(command.callback(out=folder / name, seed=seed, fresh=fresh))
         document = scoreboard.write(found, folder)
     typer.echo(json.dumps(document, indent=1) if as_json else str(folder / "scoreboard.md"))
+
+
+@app.command("squeeze")
+def squeeze(
+    out: Out = None,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+    cases: Annotated[int, typer.Option(help="Random predictions for the lemma's claims.")] = 10_000,
+    labels: Annotated[int, typer.Option(help="Labels of the regimes and cases.")] = 50,
+    large: Annotated[int, typer.Option(help="Labels of the large regime.")] = 1000,
+) -> dict[str, Any]:
+    """Where the probability goes when one label is pushed down."""
+    options = {"cases": cases, "labels": labels, "large": large}
+    return launch("squeeze", out, seed, fresh, as_json, **options)
