@@ -261,13 +261,12 @@ class MassFlow:
         Masses are sums over positions. `argmax_gains_most` and `argmax_falls` are shares of
         positions at which, as measured, y* gained more than every other label, or fell.
         """
-        change = self.measured.change.clone().scatter_(1, self.labels[:, None], -torch.inf)
-        best = change.argmax(1)
+        most = self.measured.change.scatter(1, self.labels[:, None], -torch.inf).amax(1)
         result: dict[str, Any] = {
             "name": self.name,
             "positions": len(self.labels),
             **self.settings,
-            "argmax_gains_most": _mean((best == self.argmax) & (self.measured.argmax > 0)),
+            "argmax_gains_most": _mean((self.measured.argmax >= most) & (self.measured.argmax > 0)),
             "argmax_falls": _mean(self.measured.argmax < 0),
         }
         for key, flow in (("predicted", self.predicted), ("measured", self.measured)):

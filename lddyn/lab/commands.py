@@ -89,3 +89,22 @@ def squeeze(
     """Where the probability goes when one label is pushed down."""
     options = {"cases": cases, "labels": labels, "large": large}
     return launch("squeeze", out, seed, fresh, as_json, **options)
+
+
+@app.command("bigram")
+def bigram(
+    out: Out = None,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+    length: Annotated[int, typer.Option(help="Words of the text.")] = 20_000,
+    steps: Annotated[int, typer.Option(help="Of training, before the negative step.")] = 1500,
+    pairs: Annotated[int, typer.Option(help="Contexts and unseen words to push.")] = 60,
+    repeats: Annotated[int, typer.Option(help="Pushes of the same word.")] = 30,
+    strength: Annotated[float, typer.Option(help="Learning rate times K of the pushed word.")] = 1,
+) -> dict[str, Any]:
+    """The same negative step in a table of logits and in shared features."""
+    options = {
+        "length": length, "steps": steps, "pairs": pairs, "repeats": repeats, "strength": strength,
+    }  # fmt: skip
+    return launch("bigram", out, seed, fresh, as_json, **options)

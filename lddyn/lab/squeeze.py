@@ -156,19 +156,18 @@ def tallies(lab: Lab, count: int, labels: int) -> dict[str, Any]:
     probs = log_probs.exp()
     delta = push_down(log_probs, label, size)
     flow = Flow.of(log_probs, delta, label)
-    star = leading(log_probs, label, 1)
     others = labels - 1
     largest = probs.amax(1)
     flat, peaky = largest <= 2 / labels, largest >= 0.8
     all_rise, only_star = flow.gainers == others, flow.gainers == 1
-    best = flow.change.scatter(1, label[:, None], -torch.inf).argmax(1, keepdim=True)
+    most = flow.change.scatter(1, label[:, None], -torch.inf).amax(1)
     # Rich get richer: sorted by π, the relative changes of all other labels are sorted too.
     order = log_probs.scatter(1, label[:, None], -torch.inf).argsort(1, descending=True)[:, :-1]
     ranked = delta.gather(1, order)
     shares = {
         "label falls": flow.label < 0,
         "argmax rises": flow.argmax > 0,
-        "argmax gains most": (best == star)[:, 0],
+        "argmax gains most": flow.argmax >= most,
         "argmax gets over half": flow.argmax > 0.5 * flow.gained,
         "argmax gets over half, peaky": (flow.argmax > 0.5 * flow.gained)[peaky],
         "richer rise more": (ranked.diff(dim=1) <= 1e-14).all(1),
