@@ -48,6 +48,7 @@ _PUBLIC = {
     "massflow": "massflow",
     "ntk": "ntk",
     "plan": "plan",
+    "preference": "objectives",
     "residual": "ops",
     "rows": "examples",
     "selftest": "environment",

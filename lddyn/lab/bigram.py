@@ -416,7 +416,7 @@ def draw_longer(found: dict[str, Any]) -> Figure:
         )
         axes.set_ylabel(text, fontsize=8.5)
         axes.set_title(title, loc="left", fontsize=10, weight="bold")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.02 if key in ("argmax", "others fall") else None)
         _clean(axes)
     return figure
 

@@ -108,3 +108,18 @@ def bigram(
         "length": length, "steps": steps, "pairs": pairs, "repeats": repeats, "strength": strength,
     }  # fmt: skip
     return launch("bigram", out, seed, fresh, as_json, **options)
+
+
+@app.command("objectives")
+def objectives(
+    out: Out = None,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+    cases: Annotated[int, typer.Option(help="Random pairs per objective.")] = 200,
+    labels: Annotated[int, typer.Option(help="Labels of the softmax that descends.")] = 50,
+    steps: Annotated[int, typer.Option(help="Of its gradient descent.")] = 300,
+) -> dict[str, Any]:
+    """The residuals of twelve objectives and where they push."""
+    options = {"cases": cases, "labels": labels, "steps": steps}
+    return launch("objectives", out, seed, fresh, as_json, **options)
