@@ -277,6 +277,9 @@ class Decomposition:
             RuntimeError: If the model changed since, or the decomposition was read from disk.
 
         Cost: one optimizer step and two forward passes per response; two copies of the model.
+
+        Example:
+            >>> # before, after = lddyn.decompose(model, ex, update, lr).real_step()["chosen"]
         """
         if self._session is None:
             raise RuntimeError("real_step() needs the model: a loaded decomposition has none")

@@ -197,6 +197,37 @@ def test_answers_can_be_read_and_kept():
     assert len(str(flow).splitlines()) == 2 + len(BAD)
 
 
+def test_adapters_other_optimizers_and_the_own_dtype():
+    model = zoo.lora("llama")
+    for optimizer, lr in (("sgd", 1e-3), ("adamw", 1e-4)):
+        options = {"lr": lr, "optimizer": optimizer}
+        exact = lddyn.massflow(model, BAD, lddyn.DPO(GOOD, BAD), **options)
+        own = lddyn.massflow(model, BAD, lddyn.DPO(GOOD, BAD), dtype=None, **options)
+        assert torch.allclose(exact.measured.change, own.measured.change, atol=1e-6)
+        assert torch.allclose(exact.predicted.change, own.predicted.change, atol=1e-6)
+        error = (exact.measured.change - exact.predicted.change).norm()
+        assert float(error) < 0.1 * float(exact.measured.change.norm())
+
+
+def test_nothing_of_the_model_changes():
+    model = zoo.build("llama", seed=3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    lddyn.massflow(model, BAD, lddyn.SFT(GOOD), lr=0.1)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_real_step_needs_the_model(tmp_path):
+    dec = lddyn.decompose(zoo.build("llama", seed=3), BAD, lddyn.SFT(GOOD), lr=0.1)
+    before, after = dec.real_step()["bad"]
+    labels = torch.tensor(BAD.targets)[:, None]
+    measured = (after - before).gather(1, labels)[:, 0]
+    assert torch.allclose(measured, dec.verify([0.1]).measured[0], atol=1e-12)
+    dec.save(tmp_path / "kept")
+    with pytest.raises(RuntimeError, match="a loaded decomposition has none"):
+        type(dec).load(tmp_path / "kept").real_step()
+
+
 def test_mistakes_are_named():
     model = zoo.build("llama", seed=3)
     with pytest.raises(ValueError, match="top must be at least 1, got 0"):

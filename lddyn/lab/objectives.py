@@ -601,7 +601,9 @@ def _conclude(
                 "App. B Eq. 16-22", printed[name],
                 f"off by up to {off:.3g}; largest true coefficient "
                 f"{by_name[name]['largest coefficient']:.3g}",
-                verdict(off <= 1e-8), "of the loss stated there, by autograd", corrected[name], off,
+                verdict(off <= 1e-8),
+                "read literally; the gradient of the loss stated there is by autograd",
+                corrected[name], off,
             )
         )  # fmt: skip
     starts = {}
