@@ -10,6 +10,7 @@ pushing the whole step forward, and the two must agree.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -260,6 +261,31 @@ class Decomposition:
             raise RuntimeError("verify() needs the model: this decomposition was read from disk")
         result: Verification = self._session.verify(self, lrs, dtype)
         return result
+
+    def real_step(
+        self, dtype: torch.dtype | None = torch.float64
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Takes this very step on a copy of the model and looks at whole distributions.
+
+        Args:
+            dtype: Of the copy, as for `verify`; None keeps the model's own.
+
+        Returns:
+            Observed response -> (log π before, log π after), (M, V) float64 each, in nats.
+
+        Raises:
+            RuntimeError: If the model changed since, or the decomposition was read from disk.
+
+        Cost: one optimizer step and two forward passes per response; two copies of the model.
+
+        Example:
+            >>> # before, after = lddyn.decompose(model, ex, update, lr).real_step()["chosen"]
+        """
+        if self._session is None:
+            raise RuntimeError("real_step() needs the model: a loaded decomposition has none")
+        return dict(
+            zip([o.name for o in self.observed], self._session.real_step(dtype), strict=True)
+        )
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON: settings, and per observed response its changes and causes."""
@@ -895,28 +921,43 @@ class _Session:
         assert total is not None
         return total
 
+    @contextlib.contextmanager
+    def _copy(self, dtype: torch.dtype | None) -> Iterator[nn.Module]:
+        """A copy of the model, in `dtype`, to take real steps from."""
+        self._check_unchanged()
+        streamed = any(map(is_streamed, self.model.parameters()))
+        if streamed and dtype is not None:
+            raise UnsupportedModelError(
+                f"a streamed model cannot be copied in {dtype}: use dtype=None, in its own"
+            )
+        model = shifted_copy(self.model, None) if streamed else copy.deepcopy(self.model)
+        if dtype is not None:
+            model = model.to(dtype)
+        exact = true_float64() if dtype is torch.float64 else contextlib.nullcontext()
+        with exact, torch.enable_grad():
+            yield model
+
+    @undisturbed
+    def real_step(self, dtype: torch.dtype | None) -> list[tuple[Tensor, Tensor]]:
+        """All log-probs of every observed response, before and after a real step."""
+        with self._copy(dtype) as model:
+            stepped = self._real_step(model, self._plain_gradient(model), 1.0)
+            before, after = Anatomy(model, self.attention), Anatomy(stepped, self.attention)
+            return [
+                (_all_log_probs(before.trace(e)), _all_log_probs(after.trace(e)))
+                for e in self.observed.values()
+            ]
+
     @undisturbed
     def verify(
         self, dec: Decomposition, lrs: Sequence[float] | None, dtype: torch.dtype | None
     ) -> Verification:
-        self._check_unchanged()
         lrs = [self.lr * 2.0**-k for k in range(6)] if lrs is None else list(lrs)
         if not lrs or any(not (math.isfinite(lr) and lr > 0) for lr in lrs):
             raise ValueError(f"lrs must be positive numbers, got {lrs}")
-        streamed = any(map(is_streamed, self.model.parameters()))
-        if streamed and dtype is not None:
-            raise UnsupportedModelError(
-                f"a streamed model cannot be copied in {dtype}: use verify(dtype=None), in its own"
-            )
-        model = shifted_copy(self.model, None) if streamed else copy.deepcopy(self.model)
         old = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        context: Any = torch.no_grad()
-        if dtype is not None:
-            model = model.to(dtype)
-        if dtype is torch.float64:
-            context = true_float64()
         measured, predicted = [], []
-        with context, torch.enable_grad():
+        with self._copy(dtype) as model:
             new = {n: p for n, p in model.named_parameters() if p.requires_grad}
             base = copy_optimizer(self.optimizer, old, new)
             state = self.state(model, base)
@@ -1041,6 +1082,10 @@ def _slope(lrs: Sequence[float], errors: Sequence[float]) -> float:
     mean_y = sum(y for _, y in points) / len(points)
     spread = sum((x - mean_x) ** 2 for x, _ in points)
     return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else math.nan
+
+
+def _all_log_probs(trace: Trace) -> Tensor:
+    return trace.logits.detach().double().log_softmax(-1)
 
 
 def _realised(trace: Trace) -> Tensor:

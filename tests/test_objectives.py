@@ -7,6 +7,7 @@ import torch
 import zoo
 
 import lddyn
+from lddyn import objectives
 
 torch.set_num_threads(1)
 
@@ -211,3 +212,44 @@ def test_bad_objectives():
         lddyn.Objective(lambda lp: lp[0].sum(), pair(), names=["only"])
     with pytest.raises(TypeError, match=r"update must be lddyn\.SFT"):
         lddyn.decompose(zoo.build("gpt2"), pair()[0], pair()[1], lr=1e-3)
+
+
+# --------------------------------------------------------------------------- preference(name, …)
+
+
+def test_dpo_by_name_is_dpo():
+    chosen, rejected = pair()
+    reference = (-7.0, -9.0)
+    for name, smooth in (("dpo", 0.0), ("cdpo", 0.2)):
+        extra = {"label_smoothing": smooth} if smooth else {}
+        found = lddyn.preference(name, chosen, rejected, reference=reference, beta=0.3, **extra)
+        expected = lddyn.DPO(chosen, rejected, 0.3, reference, smooth)
+        loss, weights = found.weights(log_probs())
+        assert loss == pytest.approx(expected.weights(log_probs())[0], rel=1e-12)
+        for w, v in zip(weights, expected.weights(log_probs())[1], strict=True):
+            assert torch.allclose(w, v, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", list(objectives.PREFERENCES))
+def test_a_named_objective_can_be_decomposed(name):
+    chosen, rejected = pair()
+    objective = lddyn.preference(name, chosen, rejected)
+    dec = lddyn.decompose(zoo.build("llama"), [chosen, rejected], objective, lr=1e-6)
+    assert dec.settings["objective"] == name
+    assert dec.verify([1e-6]).relative_error < 0.01
+
+
+def test_mistakes_in_a_named_objective_are_named():
+    chosen, rejected = pair()
+    with pytest.raises(ValueError, match=r"objective must be one of \['sft', .*, got 'orpo'"):
+        lddyn.preference("orpo", chosen, rejected)
+    with pytest.raises(ValueError, match=r"ipo has the parameters \['beta'\], got 'gamma'"):
+        lddyn.preference("ipo", chosen, rejected, gamma=1.0)
+    with pytest.raises(ValueError, match="beta must be positive, got 0"):
+        lddyn.preference("ipo", chosen, rejected, beta=0)
+    with pytest.raises(ValueError, match="penalty must be at least 0, got -1"):
+        lddyn.preference("dpop", chosen, rejected, penalty=-1)
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 0.5\), got 0.5"):
+        lddyn.preference("cdpo", chosen, rejected, label_smoothing=0.5)
+    with pytest.raises(RuntimeError, match="call prepare"):
+        lddyn.preference("ipo", chosen, rejected).weights(log_probs())

@@ -74,3 +74,52 @@ def everything(
             found.append(command.callback(out=folder / name, seed=seed, fresh=fresh))
         document = scoreboard.write(found, folder)
     typer.echo(json.dumps(document, indent=1) if as_json else str(folder / "scoreboard.md"))
+
+
+@app.command("squeeze")
+def squeeze(
+    out: Out = None,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+    cases: Annotated[int, typer.Option(help="Random predictions for the lemma's claims.")] = 10_000,
+    labels: Annotated[int, typer.Option(help="Labels of the regimes and cases.")] = 50,
+    large: Annotated[int, typer.Option(help="Labels of the large regime.")] = 1000,
+) -> dict[str, Any]:
+    """Where the probability goes when one label is pushed down."""
+    options = {"cases": cases, "labels": labels, "large": large}
+    return launch("squeeze", out, seed, fresh, as_json, **options)
+
+
+@app.command("bigram")
+def bigram(
+    out: Out = None,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+    length: Annotated[int, typer.Option(help="Words of the text.")] = 20_000,
+    steps: Annotated[int, typer.Option(help="Of training, before the negative step.")] = 1500,
+    pairs: Annotated[int, typer.Option(help="Contexts and unseen words to push.")] = 60,
+    repeats: Annotated[int, typer.Option(help="Pushes of the same word.")] = 30,
+    strength: Annotated[float, typer.Option(help="Learning rate times K of the pushed word.")] = 1,
+) -> dict[str, Any]:
+    """The same negative step in a table of logits and in shared features."""
+    options = {
+        "length": length, "steps": steps, "pairs": pairs, "repeats": repeats, "strength": strength,
+    }  # fmt: skip
+    return launch("bigram", out, seed, fresh, as_json, **options)
+
+
+@app.command("objectives")
+def objectives(
+    out: Out = None,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+    cases: Annotated[int, typer.Option(help="Random pairs per objective.")] = 200,
+    labels: Annotated[int, typer.Option(help="Labels of the softmax that descends.")] = 50,
+    steps: Annotated[int, typer.Option(help="Of its gradient descent.")] = 300,
+) -> dict[str, Any]:
+    """The residuals of twelve objectives and where they push."""
+    options = {"cases": cases, "labels": labels, "steps": steps}
+    return launch("objectives", out, seed, fresh, as_json, **options)
