@@ -717,6 +717,100 @@ def report(
         _say(f"page: {page}")
 
 
+@app.command()
+def diagnose(
+    model: Annotated[str, typer.Option(help="Folder or hub name.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="Preference pairs.", show_default=False)],
+    objective: Annotated[str, typer.Option(help="dpo, ipo, simpo, dpop, dpo+nll, …")] = "dpo",
+    beta: Annotated[
+        float | None, typer.Option(help="Of the objective. Default: its own.", show_default=False)
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Reference model. Default: the model itself.", show_default=False),
+    ] = None,
+    adapter: Adapter = None,
+    limit: Limit = None,
+    max_length: MaxLength = None,
+    drop: Annotated[
+        int, typer.Option(help="Leave out so many of the most harmful pairs from --write.")
+    ] = 0,
+    write: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of the rows that are left, as they were.", show_default=False),
+    ] = None,
+    memory: Annotated[str, typer.Option(help="Workspace for gradients.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for diagnosis.json.", show_default=False)
+    ] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Why do the chosen log-probs fall? Which pairs do it, and under which objective."""
+    with one_line_errors():
+        _check_dtype(dtype)
+        if drop and write is None:
+            raise Problem("--drop needs --write FILE for the rows that are left")
+        from lddyn.examples import encode_row
+        from lddyn.examples import rows as read_rows
+
+        content = read_rows(data, limit=limit)
+        import torch
+
+        import lddyn
+
+        _check_device(device)
+        tokenizer, lm = _load(model, dtype, trust_remote_code, adapter, device)
+        pairs, places, skipped = [], [], []
+        for place, row in enumerate(content):
+            try:
+                encoded = encode_row(tokenizer, row, max_length=max_length)
+                pairs.append((encoded["chosen"], encoded["rejected"]))
+                places.append(place)
+            except (ValueError, KeyError) as error:
+                skipped.append((place, str(error)))
+        if not pairs:
+            raise Problem(f"{data}: no row is a pair of chosen and rejected ({skipped[0][1]})")
+        for place, why in skipped[:3]:
+            _warn(f"row {place} is not diagnosed: {why}")
+        if len(skipped) > 3:
+            _warn(f"{len(skipped)} rows in all are not diagnosed")
+        other = None
+        if reference is not None:
+            other = _load_model(reference, getattr(torch, dtype), trust_remote_code).to(device)
+        given = {} if beta is None else {"beta": beta}
+        found = lddyn.diagnose(
+            lm, pairs, objective.lower(), reference=other, memory=memory, progress=True, **given
+        )
+        document = found.to_dict()
+        for row in document["pairs"]:
+            row["row"] = places[row["pair"]]
+        if out is not None:
+            found.save(out)
+        if write is not None:
+            gone = {places[i] for i in found.worst(drop)}
+            left = [row for place, row in enumerate(content) if place not in gone]
+            temporary = write.with_name(write.name + ".tmp")
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in left)
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(write)
+        if as_json:
+            _print_json(document)
+            return
+        _say(*document["told"])
+        from rich.table import Table
+
+        table = Table("row", "gives", "own chosen", "own rejected", "log π(y+)", "log π(y−)", "")
+        for i in found.worst(10):
+            row = document["pairs"][i]
+            values = (row[k] for k in ("gives", "own_chosen", "own_rejected", "log_prob_chosen",
+                                       "log_prob_rejected"))  # fmt: skip
+            table.add_row(str(row["row"]), *(f"{v:+.3g}" for v in values), row["fate"])
+        _print_table(table)
+
+
 # ---------------------------------------------------------------------------------------------
 # Stores of token features
 

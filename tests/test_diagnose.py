@@ -1,0 +1,240 @@
+"""The diagnosis of preference sets against explicit Jacobians and real steps."""
+
+import copy
+import json
+
+import pytest
+import torch
+import zoo
+from typer.testing import CliRunner
+
+import lddyn
+from lddyn.cli import app
+from lddyn.diagnose import SCORES, edit_distance
+from lddyn.objectives import PREFERENCES
+
+
+def some_pairs(count=5):
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(low, high):
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(3, zoo.VOCABULARY, (length,), generator=generator).tolist()
+
+    found = []
+    for _ in range(count):
+        prompt, shared = draw(3, 6), draw(1, 3)
+        found.append(tuple(lddyn.Example(prompt, shared + draw(2, 6)) for _ in range(2)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.train(zoo.build("llama")).eval()
+
+
+@pytest.fixture(scope="module")
+def found(model):
+    return lddyn.diagnose(model, some_pairs(), beta=0.3)
+
+
+def log_probs(model, example):
+    return zoo.token_log_probs(model, example).sum()
+
+
+def test_the_gram_is_that_of_the_gradients(model, found):
+    examples = [p[0] for p in some_pairs()] + [p[1] for p in some_pairs()]
+    rows = torch.stack([zoo.oracle_jacobian(model, e).sum(0) for e in examples])
+    exact = rows @ rows.T
+    scale = rows.norm(dim=1)
+    assert float(((found.gram - exact) / (scale[:, None] * scale)).abs().max()) < 1e-5
+    n = len(found)
+    for name, places in {
+        "norm_chosen": (range(n), range(n)),
+        "norm_rejected": (range(n, 2 * n), range(n, 2 * n)),
+        "inner": (range(n), range(n, 2 * n)),
+    }.items():
+        expected = exact[list(places[0]), list(places[1])]
+        assert torch.allclose(found.scores[name], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "ipo", "simpo", "dpo+nll", "kto"])
+def test_a_real_step_does_what_is_foretold(model, objective):
+    pairs, rate = some_pairs(), 1e-5
+    reference = torch.randn(2, len(pairs), generator=torch.Generator().manual_seed(0)) - 20
+    found = lddyn.diagnose(model, pairs, objective, reference=reference)
+    moved = copy.deepcopy(model).double()
+    with lddyn.true_float64():
+        before = torch.stack([log_probs(moved, e) for p in zip(*pairs, strict=True) for e in p])
+        total = 0.0
+        for i, (chosen, rejected) in enumerate(pairs):
+            step = lddyn.preference(
+                objective, chosen, rejected, reference=tuple(reference[:, i].tolist())
+            )
+            tokens = [zoo.token_log_probs(moved, e) for e in (chosen, rejected)]
+            step.prepare(moved, lambda m, e: zoo.token_log_probs(m, e))
+            total = total + step.loss(tokens) / len(pairs)
+        gradients = torch.autograd.grad(total, list(moved.parameters()), allow_unused=True)
+        with torch.no_grad():
+            for p, g in zip(moved.parameters(), gradients, strict=True):
+                if g is not None:
+                    p -= rate * g
+            after = torch.stack([log_probs(moved, e) for p in zip(*pairs, strict=True) for e in p])
+    change = ((after - before) / rate).detach().view(2, -1)
+    expected = torch.stack([found.scores["set_chosen"], found.scores["set_rejected"]])
+    assert float((expected - change).norm() / change.norm()) < 5e-3
+
+
+def test_own_steps_and_shares_add_up(found):
+    s, n = found.scores, len(found)
+    own = s["weight_chosen"] * s["norm_chosen"] + s["weight_rejected"] * s["inner"]
+    assert torch.allclose(s["own_chosen"], own)
+    assert torch.allclose(s["gives"].sum(), s["set_chosen"].mean())
+    total = sum(v for i in range(n) for _, v in found.culprits(i, n))
+    assert total <= 0
+
+
+def test_dpo_begins_with_half_of_beta(found):
+    assert torch.allclose(found.scores["weight_chosen"], torch.full((5,), 0.15).double())
+    assert torch.allclose(found.scores["weight_rejected"], torch.full((5,), -0.15).double())
+
+
+def test_a_sketched_gram_is_within_its_errors(model, found):
+    sketch = lddyn.Sketch(k=2048, repeats=8, seed=1)
+    other = lddyn.diagnose(model, some_pairs(), beta=0.3, sketch=sketch)
+    n = len(found)
+    for i in range(n):  # a pair's own three scalars stay exact
+        for a in (i, n + i):
+            for b in (i, n + i):
+                assert float(other.stderr[a, b]) == 0
+                assert float(other.gram[a, b]) == pytest.approx(float(found.gram[a, b]), rel=1e-4)
+    off = other.stderr > 0
+    z = ((other.gram - found.gram) / other.stderr)[off]
+    assert off.sum() == 4 * n * (n - 1) and float(z.abs().median()) < 2
+
+
+def test_little_memory_is_sketched(model, found):
+    other = lddyn.diagnose(model, some_pairs(), beta=0.3, memory="400KB", sketch=None)
+    assert other.stderr is not None and found.stderr is None
+
+
+def test_ches_and_similarity(model, found):
+    chosen, rejected = some_pairs()[2]
+    sums = []
+    for e in (chosen, rejected):
+        with torch.no_grad():
+            hidden = model.model(input_ids=torch.tensor([e.ids])).last_hidden_state
+        sums.append(hidden[0, list(e.positions)].double().sum(0))
+    ches = float(sums[0] @ sums[1] - sums[0] @ sums[0])
+    assert float(found.scores["ches"][2]) == pytest.approx(ches, rel=1e-5)
+    m, k = len(chosen), len(rejected)
+    each = float(sums[0] @ sums[1] / (m * k) - sums[0] @ sums[0] / m**2)
+    assert float(found.scores["ches_per_token"][2]) == pytest.approx(each, rel=1e-5)
+
+
+def test_the_heads_part_is_a_part(model):
+    frozen = copy.deepcopy(model)
+    for name, p in frozen.named_parameters():
+        p.requires_grad_(name == "lm_head.weight")
+    found = lddyn.diagnose(frozen, some_pairs())
+    assert torch.allclose(found.scores["head_inner"], found.scores["inner"], rtol=1e-4, atol=1e-5)
+
+
+def test_edit_distance():
+    assert edit_distance("kitten", "sitting") == 3
+    assert edit_distance("", "abc") == 3 and edit_distance("abc", "abc") == 0
+
+
+def test_all_objectives_are_compared(found):
+    rows = found.objectives()
+    assert [r["objective"] for r in rows] == list(PREFERENCES)
+    by_name = {r["objective"]: r for r in rows}
+    assert by_name["sft"]["chosen_falls"] == 0 or by_name["sft"]["chosen"] > 0
+    assert by_name["unlikelihood"]["rejected"] < 0
+    again = found.under("dpo", beta=0.3)
+    assert all(torch.equal(again.scores[k], found.scores[k]) for k in SCORES)
+
+
+def test_correlations_know_their_intervals(found):
+    rows = found.correlations(found.scores["set_chosen"] * 2 + 1)
+    top = {r["score"]: r for r in rows}["set_chosen"]
+    assert top["rho"] == pytest.approx(1) and top["low"] <= top["rho"] <= top["high"] + 1e-9
+    other = {r["score"]: r for r in found.correlations(-found.scores["set_chosen"])}
+    assert other["set_chosen"]["rho"] == pytest.approx(-1)
+
+
+def test_it_leaves_the_model_as_it_was(model):
+    model.train()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    lddyn.diagnose(model, some_pairs(2))
+    assert model.training and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    model.eval()
+
+
+def test_what_is_wrong_is_said(model):
+    with pytest.raises(ValueError, match="at least one"):
+        lddyn.diagnose(model, [])
+    with pytest.raises(ValueError, match=r"objective must be one of sft, .*got 'ppo'"):
+        lddyn.diagnose(model, some_pairs(1), "ppo")
+    with pytest.raises(ValueError, match=r"reference must be log-probs \(2, 1\), got \(3,\)"):
+        lddyn.diagnose(model, some_pairs(1), reference=torch.zeros(3))
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no parameter .* requires_grad"):
+        lddyn.diagnose(frozen, some_pairs(1))
+
+
+# --------------------------------------------------------------------------- command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<eos>", "<pad>", *"abcdefghijklmnopqrstuvwxyz", "?", "!"]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="!"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    path = tmp_path_factory.mktemp("model")
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", unk_token="!"
+    ).save_pretrained(path)
+    zoo.build("llama", eos_token_id=0, bos_token_id=None).save_pretrained(path)
+    rows = [
+        {"prompt": "a b ?", "chosen": f" {c} d", "rejected": f" {r} e f", "id": i}
+        for i, (c, r) in enumerate(zip("ghijk", "lmnop", strict=True))
+    ]
+    rows.insert(2, {"prompt": "a b ?", "chosen": " c", "id": 9})  # no pair
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (path / "pairs.jsonl").write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_command_drops_the_worst(folder, tmp_path):
+    left = tmp_path / "left.jsonl"
+    result = CliRunner().invoke(app, [
+        "diagnose", "--model", str(folder), "--data", str(folder / "pairs.jsonl"), "--json",
+        "--drop", "2", "--write", str(left), "--out", str(tmp_path / "out"),
+    ])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert [row["row"] for row in document["pairs"]] == [0, 1, 3, 4, 5]
+    worst = [document["pairs"][i]["row"] for i in document["worst"][:2]]
+    kept = [json.loads(line)["id"] for line in left.read_text().splitlines()]
+    ids = [0, 1, 9, 2, 3, 4]
+    assert kept == [x for place, x in enumerate(ids) if place not in worst]
+    assert json.loads((tmp_path / "out" / "diagnosis.json").read_text())["told"]
+    assert "row 2 is not diagnosed" in result.stderr
+
+
+def test_the_command_speaks(folder):
+    result = CliRunner().invoke(app, [
+        "diagnose", "--model", str(folder), "--data", str(folder / "pairs.jsonl"),
+        "--objective", "ipo", "--beta", "0.2",
+    ])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "A small ipo step on all 5 pairs" in result.stdout and "own chosen" in result.stdout
+    wrong = CliRunner().invoke(app, [
+        "diagnose", "--model", str(folder), "--data", str(folder / "pairs.jsonl"), "--drop", "1",
+    ])  # fmt: skip
+    assert wrong.exit_code == 2 and "--drop needs --write" in wrong.stderr
