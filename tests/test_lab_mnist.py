@@ -320,6 +320,7 @@ def test_the_command(tmp_path):
         "mnist", "--out", str(tmp_path / "out"), "--network", "mlp", "--epochs", "5", "--train",
         "40", "--probes", "2", "--data", str(tmp_path / "set"),
     ]  # fmt: skip
+    assert any(command.name == "mnist" for command in app.registered_commands)  # `lab all` finds it
     told = CliRunner().invoke(app, arguments)
     assert told.exit_code == 0, told.output
     assert "images from IDX files" in told.stdout and "Prop. 1: agrees" in told.stdout
