@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lddyn import ops
 from lddyn.examples import EmptyResponseError, Example, encode
@@ -430,6 +431,28 @@ def _together(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
             yield found[start : start + most]
 
 
+_BLOCK = 256
+
+
+class _Products(TorchFunctionMode):
+    """Linear layers by `ops.product` within: twice as fast on some CPUs, the same elsewhere."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Dispatches one torch function."""
+        kwargs = kwargs or {}
+        if func is nn.functional.linear and not kwargs:
+            x, weight, *bias = args
+            rows = x.reshape(-1, x.shape[-1])
+            # Whole blocks of rows are one call there.
+            over = -len(rows) % _BLOCK if len(rows) > _BLOCK else 0
+            out = ops.product(nn.functional.pad(rows, (0, 0, 0, over)), weight.T)
+            out = out[: len(rows)].view(*x.shape[:-1], -1)
+            return out if not bias or bias[0] is None else out + bias[0]
+        return func(*args, **kwargs)
+
+
 class _evaluating:  # noqa: N801 - reads as a phrase
     """In evaluation mode within, as before afterwards."""
 
@@ -621,8 +644,8 @@ def measure(
 ) -> Measured:
     """One teacher-forced pass over many responses, whose equal prompts are read once.
 
-    Prompts of equal length are read together into a key-value cache; then their responses, sorted
-    by length, over copies of it. The head sees the response's positions only.
+    Prompts of like length are read together into a key-value cache; then their responses, sorted by
+    length, over copies of it. The head sees the response's positions only.
 
     Args:
         model: A causal LM of transformers with a key-value cache; taken in evaluation mode.
@@ -645,7 +668,7 @@ def measure(
     """
     examples = probes.examples if isinstance(probes, Encoded) else list(probes)
     sums = torch.zeros(len(examples), len(_SUMS), dtype=torch.float64)
-    with _evaluating(model):
+    with _evaluating(model), _Products():
         for logits, targets, owners in response_logits(model, examples, tokens=tokens):
             sums.index_add_(0, owners, _statistics(logits, targets).cpu())
     count = torch.tensor([float(len(e)) for e in examples], dtype=torch.float64)
@@ -665,58 +688,67 @@ def response_logits(
     config: Any = model.config
     device = next(model.parameters()).device
     if tokens is None:
-        tokens = max(256, min(8192, (1 << 26) // config.get_text_config().vocab_size))
+        tokens = max(256, min(4096, (1 << 26) // config.get_text_config().vocab_size))
     owners_of: dict[tuple[int, ...], list[int]] = {}
     for index, example in enumerate(examples):
         owners_of.setdefault(example.prompt_ids, []).append(index)
-    prompts = list(owners_of)
-    for at in _together([len(p) for p in prompts], 1 << 30):
-        length = len(prompts[at[0]])
-        for part in _chunks([length + sum(examples[i].length - length for i in owners_of[prompts[k]])
-                             for k in at], tokens):
-            mine = [at[k] for k in part]
-            cache = DynamicCache(config=config)
-            ids = torch.tensor([prompts[k] for k in mine], device=device)
-            first = model(
-                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-            ).logits[:, -1]
-            pairs = [(row, i) for row, k in enumerate(mine) for i in owners_of[prompts[k]]]
-            opening = [(row, i) for row, i in pairs if examples[i].positions[0] == length - 1]
-            if opening:
-                rows, found = (list(x) for x in zip(*opening, strict=True))
-                targets = torch.tensor([examples[i].targets[0] for i in found], device=device)
-                yield first[rows], targets, torch.tensor(found)
-            yield from _continued(model, examples, pairs, cache, length, tokens)
+    prompts = sorted(owners_of, key=len)
+    sizes = [len(p) + sum(len(examples[i].response_ids) for i in owners_of[p]) for p in prompts]
+    for part in _chunks(sizes, tokens):
+        mine = [prompts[k] for k in part]
+        longest = len(mine[-1])
+        # Padded on the left, so that the responses continue all of them at one place.
+        ids = torch.tensor([(0,) * (longest - len(p)) + p for p in mine], device=device)
+        pads = torch.tensor([longest - len(p) for p in mine], device=device)
+        at = torch.arange(longest, device=device) - pads[:, None]
+        cache = DynamicCache(config=config)
+        first = model(
+            input_ids=ids, attention_mask=(at >= 0).long(), position_ids=at.clamp(min=0),
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]  # fmt: skip
+        pairs = [(row, i) for row, p in enumerate(mine) for i in owners_of[p]]
+        opening = [(row, i) for row, i in pairs if examples[i]._counted[0] == 0]
+        if opening:
+            rows, found = (list(x) for x in zip(*opening, strict=True))
+            targets = torch.tensor([examples[i].targets[0] for i in found], device=device)
+            yield first[rows], targets, torch.tensor(found)
+        yield from _continued(model, examples, pairs, cache, pads, longest, tokens)
 
 
 def _continued(
     model: nn.Module, examples: Sequence[Example], pairs: Sequence[tuple[int, int]],
-    cache: Any, length: int, tokens: int,
+    cache: Any, pads: Tensor, longest: int, tokens: int,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Logits of all tokens but the first, of responses to the prompts in the cache."""
-    device = next(model.parameters()).device
+    device = pads.device
     longer = [pair for pair in pairs if len(examples[pair[1]].response_ids) > 1]
     longer.sort(key=lambda pair: len(examples[pair[1]].response_ids))
     widths = [len(examples[i].response_ids) - 1 for _, i in longer]
     parts = list(_batches(widths, tokens))
     for part in parts:
         mine = [longer[k] for k in part]
-        width = max(widths[k] for k in part)
+        width = widths[part[-1]]
         ids = torch.zeros(len(mine), width, dtype=torch.int64)
         rows, columns, targets, owners = [], [], [], []
         for row, (_, i) in enumerate(mine):
             example = examples[i]
             ids[row, : len(example.response_ids) - 1] = torch.tensor(example.response_ids[:-1])
-            for position, target in zip(example.positions, example.targets, strict=True):
-                if position >= length:
+            for k, target in zip(example._counted, example.targets, strict=True):
+                if k:
                     rows.append(row)
-                    columns.append(position - length)
+                    columns.append(k - 1)
                     targets.append(target)
                     owners.append(i)
         own = cache if part is parts[-1] else copy.deepcopy(cache)
-        own.batch_select_indices(torch.tensor([row for row, _ in mine], device=device))
-        # Padding is on the right, where no counted token sees it.
-        logits = model(input_ids=ids.to(device), past_key_values=own, use_cache=True).logits
+        which = torch.tensor([row for row, _ in mine], device=device)
+        own.batch_select_indices(which)
+        left = pads[which][:, None]
+        at = torch.arange(longest + width, device=device) - left
+        # Padding of the responses is on the right, where no counted token sees it.
+        logits = model(
+            input_ids=ids.to(device), attention_mask=(at >= 0).long(),
+            position_ids=at[:, longest:], past_key_values=own, use_cache=True,
+        ).logits  # fmt: skip
         yield logits[rows, columns], torch.tensor(targets, device=device), torch.tensor(owners)
 
 
@@ -761,7 +793,11 @@ def _statistics(logits: Tensor, targets: Tensor) -> Tensor:
     best = top[:, :1]
     total = z.gather(1, targets[:, None]) - log_prob[:, None].to(z)  # log Σ exp z
     greedy = (z.gather(1, best) - total)[:, 0]
-    rest = z.scatter(1, best, -torch.inf).logsumexp(1) - total[:, 0]
+    # 1 − max π has no digits left where π saturates: there it is summed over the others.
+    rest = torch.log1p(-greedy.exp())
+    near = (greedy > -0.7).nonzero()[:, 0]
+    others = z[near].scatter_(1, best[near], -torch.inf)
+    rest[near] = others.logsumexp(1) - total[near, 0]
     vocabulary = z.shape[1]
     peakiness = vocabulary - 2 + vocabulary * squared_norm.double()
     energy = torch.linalg.vector_norm(residual, dim=1).double() ** 2
