@@ -321,6 +321,10 @@ def build(
             f"held_out must be rows with prompts of their own, got {len(held_out)} rows, "
             f"{len(shared)} of whose prompts are in pairs"
         )
+    learned = {row["chosen"] for row in pairs}
+    unseen = [row["chosen"] for row in held_out if row["chosen"] not in learned]
+    if not unseen:
+        raise ValueError("held_out must have a chosen response that is not among those of pairs")
     words = sorted({word for row in (*pairs, *held_out) for word in row["chosen"].split()})
     made: list[dict[str, str]] = []
     for index, row in enumerate(pairs):
@@ -330,7 +334,7 @@ def build(
         others = sorted({other["chosen"] for other in pairs} - {row["chosen"]})
         free = {
             "irr_train": rng.choice(others),
-            "irr_test": rng.choice(held_out)["chosen"],
+            "irr_test": rng.choice(unseen),
             "random_permute": _like(row["chosen"], shuffled),
             "random_nonhum": _like(row["chosen"], rng.choices(words, k=len(shuffled))),
         }
@@ -349,15 +353,13 @@ def _like(text: str, words: Sequence[str]) -> str:
 def _sample_fields(
     rows: list[dict[str, str]], model: nn.Module, tokenizer: Any, seed: int, most: int
 ) -> None:
-    asked = {
-        "chosen_initial": lambda row: row["prompt"],
-        "chosen_selfr": lambda row: _REPHRASE.format(text=row["chosen"].strip()),
-    }
-    for name, ask in asked.items():
+    for name, template in (("chosen_initial", "{prompt}"), ("chosen_selfr", _REPHRASE)):
         missing = [row for row in rows if not row.get(name)]
         digest = hashlib.sha256(f"{name} {seed}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        prompts = [ask(row) for row in missing]
+        prompts = [
+            template.format(prompt=row["prompt"], text=row["chosen"].strip()) for row in missing
+        ]
         texts = sample(model, tokenizer, prompts, max_new_tokens=most, generator=generator)
         for row, text in zip(missing, texts, strict=True):
             row[name] = text
@@ -437,9 +439,7 @@ _BLOCK = 256
 class _Products(TorchFunctionMode):
     """Linear layers by `ops.product` within: twice as fast on some CPUs, the same elsewhere."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Dispatches one torch function."""
         kwargs = kwargs or {}
         if func is nn.functional.linear and not kwargs:
@@ -453,7 +453,7 @@ class _Products(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _evaluating:  # noqa: N801 - reads as a phrase
+class _evaluating:
     """In evaluation mode within, as before afterwards."""
 
     def __init__(self, model: nn.Module):
@@ -729,14 +729,13 @@ def _continued(
         mine = [longer[k] for k in part]
         width = widths[part[-1]]
         ids = torch.zeros(len(mine), width, dtype=torch.int64)
-        rows, columns, targets, owners = [], [], [], []
+        places, targets, owners = [], [], []
         for row, (_, i) in enumerate(mine):
             example = examples[i]
             ids[row, : len(example.response_ids) - 1] = torch.tensor(example.response_ids[:-1])
             for k, target in zip(example._counted, example.targets, strict=True):
                 if k:
-                    rows.append(row)
-                    columns.append(k - 1)
+                    places.append(row * width + k - 1)
                     targets.append(target)
                     owners.append(i)
         own = cache if part is parts[-1] else copy.deepcopy(cache)
@@ -749,7 +748,8 @@ def _continued(
             input_ids=ids.to(device), attention_mask=(at >= 0).long(),
             position_ids=at[:, longest:], past_key_values=own, use_cache=True,
         ).logits  # fmt: skip
-        yield logits[rows, columns], torch.tensor(targets, device=device), torch.tensor(owners)
+        kept = logits.flatten(0, 1).index_select(0, torch.tensor(places, device=device))
+        yield kept, torch.tensor(targets, device=device), torch.tensor(owners)
 
 
 def _chunks(sizes: Sequence[int], most: int) -> Iterator[list[int]]:

@@ -56,6 +56,38 @@ def _print(results: Mapping[str, Any], folder: Path) -> None:
     typer.echo(f"{folder / 'index.html'}")
 
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Name or folder of a causal LM; needs --data. Default: the demo's, made here."
+    ),
+]
+Data = Annotated[str | None, typer.Option(help="Rows in the format of the authors' probing files.")]
+
+
+@app.command("probes")
+def probes(
+    out: Out = None,
+    seed: Seed = 0,
+    model: Model = None,
+    data: Data = None,
+    rows: Annotated[int, typer.Option(help="Rows that are read.")] = 248,
+    prompts: Annotated[int, typer.Option(help="Prompts in the probing set.")] = 40,
+    endpoint: Annotated[
+        str, typer.Option(help="Service that writes missing responses; without it nothing is sent.")
+    ] = "",
+    endpoint_model: Annotated[str, typer.Option(help="The model's name there.")] = "",
+    key_variable: Annotated[str, typer.Option(help="Environment variable with the key.")] = "",
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> dict[str, Any]:
+    """The probing set: the paper's response types, built or read, and the pass over it."""
+    return launch(
+        "probes", out, seed, fresh, as_json, model=model, data=data, rows=rows, prompts=prompts,
+        endpoint=endpoint, endpoint_model=endpoint_model, key_variable=key_variable,
+    )  # fmt: skip
+
+
 @app.command("all")
 def everything(
     out: Out = None, seed: Seed = 0, fresh: Fresh = False, as_json: AsJson = False
