@@ -88,6 +88,39 @@ def probes(
     )  # fmt: skip
 
 
+Rows = Annotated[int, typer.Option(help="Rows that are read; a fifth is held out.")]
+Prompts = Annotated[int, typer.Option(help="Training prompts that are probes.")]
+Updates = Annotated[int, typer.Option(help="Steps, of 4 rows each.")]
+Every = Annotated[int, typer.Option(help="Updates between probe passes.")]
+Rate = Annotated[float, typer.Option(help="Learning rate of RMSprop.")]
+
+
+@app.command("sft")
+def sft(
+    out: Out = None,
+    seed: Seed = 0,
+    model: Model = None,
+    data: Data = None,
+    rows: Rows = 248,
+    prompts: Prompts = 40,
+    updates: Updates = 400,
+    every: Every = 20,
+    lr: Rate = 5e-5,
+    kernel_points: Annotated[int, typer.Option(help="How often K is measured.")] = 4,
+    kernel_prompts: Annotated[int, typer.Option(help="Prompts that it is measured for.")] = 2,
+    explained: Annotated[int, typer.Option(help="Updates predicted to first order.")] = 8,
+    accuracy_steps: Annotated[int, typer.Option(help="Updates at each of other rates.")] = 3,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> dict[str, Any]:
+    """SFT: every response type over training, with the kernel measured."""
+    return launch(
+        "sft", out, seed, fresh, as_json, model=model, data=data, rows=rows, prompts=prompts,
+        updates=updates, every=every, lr=lr, kernel_points=kernel_points,
+        kernel_prompts=kernel_prompts, explained=explained, accuracy_steps=accuracy_steps,
+    )  # fmt: skip
+
+
 @app.command("all")
 def everything(
     out: Out = None, seed: Seed = 0, fresh: Fresh = False, as_json: AsJson = False
