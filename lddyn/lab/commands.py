@@ -121,6 +121,36 @@ def sft(
     )  # fmt: skip
 
 
+@app.command("dpo")
+def dpo(
+    out: Out = None,
+    seed: Seed = 0,
+    model: Model = None,
+    data: Data = None,
+    rows: Rows = 248,
+    prompts: Prompts = 40,
+    lengths: Annotated[
+        str, typer.Option(help="Updates of SFT before DPO, separated by commas.")
+    ] = "0,100,400",
+    updates: Updates = 200,
+    every: Every = 20,
+    sft_lr: Annotated[float, typer.Option(help="Learning rate of SFT.")] = 5e-5,
+    lr: Annotated[float, typer.Option(help="Learning rate of DPO.")] = 2e-5,
+    explained: Annotated[int, typer.Option(help="Updates taken apart into terms.")] = 5,
+    new_tokens: Annotated[int, typer.Option(help="Most tokens of a sample.")] = 32,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> dict[str, Any]:
+    """DPO: the two terms at every probe, and where the mass of y− went."""
+    with one_line_errors():
+        several = tuple(int(text) for text in lengths.split(","))
+    return launch(
+        "dpo", out, seed, fresh, as_json, model=model, data=data, rows=rows, prompts=prompts,
+        lengths=several, updates=updates, every=every, sft_lr=sft_lr, lr=lr, explained=explained,
+        new_tokens=new_tokens,
+    )  # fmt: skip
+
+
 @app.command("all")
 def everything(
     out: Out = None, seed: Seed = 0, fresh: Fresh = False, as_json: AsJson = False

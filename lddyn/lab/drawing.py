@@ -79,17 +79,17 @@ def curves(
 
 def label_ends(axes: Any, x: float, ends: Mapping[str, float]) -> None:
     """Names beside the ends of lines, moved apart until none covers another."""
-    low, high = axes.get_ylim()
-    box = axes.get_position()
-    inches = axes.figure.get_size_inches()[1] * max(box.height, 1e-3)
-    gap = (high - low) * 0.115 / inches
+    axes.figure.draw_without_rendering()  # so that the layout is known
+    inches = axes.figure.get_size_inches()[1] * max(axes.get_position().height, 1e-3)
+    gap = 0.13 / inches
     names = sorted(ends, key=lambda name: ends[name])
-    at = [ends[name] for name in names]
-    for _ in range(200):
+    to_axes = axes.transData + axes.transAxes.inverted()
+    at = [float(to_axes.transform((x, ends[name]))[1]) for name in names]
+    for _ in range(500):
         moved = False
         for i in range(len(at) - 1):
             short = gap - (at[i + 1] - at[i])
-            if short > 1e-9:
+            if short > 1e-6:
                 at[i] -= short / 2
                 at[i + 1] += short / 2
                 moved = True
@@ -97,7 +97,7 @@ def label_ends(axes: Any, x: float, ends: Mapping[str, float]) -> None:
             break
     for name, y in zip(names, at, strict=True):
         axes.annotate(
-            label(name), (x, ends[name]), (1.02, (y - low) / (high - low)),
+            label(name), (x, ends[name]), (1.03, y),
             textcoords="axes fraction", fontsize=7, va="center", color=COLOURS.get(name, _INK),
             annotation_clip=False,
             arrowprops={

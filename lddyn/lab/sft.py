@@ -271,7 +271,7 @@ def draw_curves(found: Curves) -> Any:
 def _draw_kernel(found: Curves) -> Any:
     means = _kernel_means(found)
     points = sorted({row["update"] for row in found.raw["kernel"]})
-    figure, grid = axes_grid("kernel", 1, 2, 11, 4.6, sharey=True)
+    figure, grid = axes_grid("kernel", 1, 2, 11, 4.6)
     panels = (("norm", "‖K‖_F, true"), ("lbk_norm", "√LBK / η, the paper's lower bound"))
     for axes, (key, title) in zip(grid, panels, strict=True):
         for name, values in means.items():
