@@ -229,7 +229,7 @@ def _mass_of_run(
 
 def _mass_of_steps(
     lab: Lab, setting: Setting, model: nn.Module, pairs: Sequence[Mapping[str, Example]],
-    steps: int = 6, lr: float = 1e-2, positions: int = 16,
+    steps: int = 6, lr: float = 1e-3, positions: int = 16,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Single SGD steps on 4 pairs: where the mass of their y− went, by position and in all.
 
