@@ -151,6 +151,31 @@ def dpo(
     )  # fmt: skip
 
 
+@app.command("extend")
+def extend(
+    out: Out = None,
+    seed: Seed = 0,
+    model: Model = None,
+    data: Data = None,
+    rows: Rows = 248,
+    prompts: Prompts = 40,
+    sft_updates: Annotated[int, typer.Option(help="Steps of SFT.")] = 300,
+    updates: Updates = 200,
+    every: Every = 20,
+    sft_lr: Annotated[float, typer.Option(help="Learning rate of SFT.")] = 5e-5,
+    lr: Annotated[float, typer.Option(help="Learning rate of DPO.")] = 2e-5,
+    new_tokens: Annotated[int, typer.Option(help="Most tokens of a greedy answer.")] = 40,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> dict[str, Any]:
+    """SFT on both responses before DPO, against SFT on the chosen one."""
+    return launch(
+        "extend", out, seed, fresh, as_json, model=model, data=data, rows=rows, prompts=prompts,
+        sft_updates=sft_updates, updates=updates, every=every, sft_lr=sft_lr, lr=lr,
+        new_tokens=new_tokens,
+    )  # fmt: skip
+
+
 @app.command("all")
 def everything(
     out: Out = None, seed: Seed = 0, fresh: Fresh = False, as_json: AsJson = False

@@ -44,7 +44,7 @@ from lddyn.lab.sft import bell
 from lddyn.optimizers import make_optimizer
 from lddyn.probes import response_logits, sample
 
-__all__ = ["run", "unrelated"]
+__all__ = ["mass_of_run", "run", "shares_of_mass", "unrelated"]
 
 _BETA = 0.1
 _PLACES = {
@@ -130,7 +130,7 @@ def run(
         with one_thread():
             flows[name] = lab.once(
                 f"mass-{length}",
-                lambda before=before, after=after: _mass_of_run(setting, before, after),
+                lambda before=before, after=after: mass_of_run(setting, before, after),
             )
     last = start(longest)
     with one_thread():
@@ -218,7 +218,7 @@ def _by_example(
     ]
 
 
-def _mass_of_run(
+def mass_of_run(
     setting: Setting, before: nn.Module, after: nn.Module
 ) -> list[dict[str, float]]:
     """Where the mass of every probe's y− went between two models."""
@@ -290,7 +290,7 @@ def _total(flow: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: float(np.sum([f[key] for f in flow])) for key in _PLACES}
 
 
-def _shares(flow: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def shares_of_mass(flow: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Of what y− lost, where it went: places besides itself, per unit."""
     total = _total(flow)
     return {k: -v / total["response"] for k, v in total.items() if k != "response"}
@@ -409,10 +409,11 @@ def _draw_mass(
     axes.invert_yaxis()
     axes.set_title("where the mass of y− went, per unit that it lost", fontsize=9.5, loc="left")
     tidy(axes)
-    for number, (text, colour) in enumerate(_PLACES.values()):
+    where = dict(zip(_PLACES, (0.0, 0.13, 0.46, 0.84), strict=True))
+    for place, (text, colour) in _PLACES.items():
         axes.annotate(
-            text, (0.02 + 0.25 * number, -0.13), xycoords="axes fraction", color=colour,
-            fontsize=8, weight="bold",
+            text, (where[place], -0.14), xycoords="axes fraction", color=colour, fontsize=7.5,
+            weight="bold",
         )  # fmt: skip
     axes = grid[1]
     for kind, style in (("measured", "o"), ("predicted", "-")):
@@ -447,7 +448,7 @@ def _draw_longer(
             "greedy": [float(np.nanmean(r.change("chosen", "greedy"))) for r in runs]
         }),
         ("share of y−'s lost mass", {
-            place: [_shares(flows[f"off-policy after {n}"])[place] for n in lengths]
+            place: [shares_of_mass(flows[f"off-policy after {n}"])[place] for n in lengths]
             for place in ("likeliest other", "top", "rest")
         }),
     ]  # fmt: skip
@@ -538,7 +539,7 @@ def _claims(
         moved, lambda x: float(-x[:, 1].sum() / x[:, 0].sum()),
         generator=lab.generator("bootstrap", "share"),
     )  # fmt: skip
-    parts = _shares(flow)
+    parts = shares_of_mass(flow)
     lab.claim(Claim(
         "dpo 4b", "The mass of y− is squeezed into the likeliest token.", "§4.2; §3.3",
         "argued from the one-position theory; never measured",

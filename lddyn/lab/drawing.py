@@ -95,6 +95,8 @@ def label_ends(axes: Any, x: float, ends: Mapping[str, float]) -> None:
                 moved = True
         if not moved:
             break
+    over = max(0.0, at[-1] - 1.0) if at else 0.0  # keep clear of the title
+    at = [y - over for y in at]
     for name, y in zip(names, at, strict=True):
         axes.annotate(
             label(name), (x, ends[name]), (1.03, y),
