@@ -56,6 +56,126 @@ def _print(results: Mapping[str, Any], folder: Path) -> None:
     typer.echo(f"{folder / 'index.html'}")
 
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Name or folder of a causal LM; needs --data. Default: the demo's, made here."
+    ),
+]
+Data = Annotated[str | None, typer.Option(help="Rows in the format of the authors' probing files.")]
+
+
+@app.command("probes")
+def probes(
+    out: Out = None,
+    seed: Seed = 0,
+    model: Model = None,
+    data: Data = None,
+    rows: Annotated[int, typer.Option(help="Rows that are read.")] = 248,
+    prompts: Annotated[int, typer.Option(help="Prompts in the probing set.")] = 40,
+    endpoint: Annotated[
+        str, typer.Option(help="Service that writes missing responses; without it nothing is sent.")
+    ] = "",
+    endpoint_model: Annotated[str, typer.Option(help="The model's name there.")] = "",
+    key_variable: Annotated[str, typer.Option(help="Environment variable with the key.")] = "",
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> dict[str, Any]:
+    """The probing set: the paper's response types, built or read, and the pass over it."""
+    return launch(
+        "probes", out, seed, fresh, as_json, model=model, data=data, rows=rows, prompts=prompts,
+        endpoint=endpoint, endpoint_model=endpoint_model, key_variable=key_variable,
+    )  # fmt: skip
+
+
+Rows = Annotated[int, typer.Option(help="Rows that are read; a fifth is held out.")]
+Prompts = Annotated[int, typer.Option(help="Training prompts that are probes.")]
+Updates = Annotated[int, typer.Option(help="Steps, of 4 rows each.")]
+Every = Annotated[int, typer.Option(help="Updates between probe passes.")]
+Rate = Annotated[float, typer.Option(help="Learning rate of RMSprop.")]
+
+
+@app.command("sft")
+def sft(
+    out: Out = None,
+    seed: Seed = 0,
+    model: Model = None,
+    data: Data = None,
+    rows: Rows = 248,
+    prompts: Prompts = 40,
+    updates: Updates = 400,
+    every: Every = 20,
+    lr: Rate = 5e-5,
+    kernel_points: Annotated[int, typer.Option(help="How often K is measured.")] = 4,
+    kernel_prompts: Annotated[int, typer.Option(help="Prompts that it is measured for.")] = 2,
+    explained: Annotated[int, typer.Option(help="Updates predicted to first order.")] = 8,
+    accuracy_steps: Annotated[int, typer.Option(help="Updates at each of other rates.")] = 3,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> dict[str, Any]:
+    """SFT: every response type over training, with the kernel measured."""
+    return launch(
+        "sft", out, seed, fresh, as_json, model=model, data=data, rows=rows, prompts=prompts,
+        updates=updates, every=every, lr=lr, kernel_points=kernel_points,
+        kernel_prompts=kernel_prompts, explained=explained, accuracy_steps=accuracy_steps,
+    )  # fmt: skip
+
+
+@app.command("dpo")
+def dpo(
+    out: Out = None,
+    seed: Seed = 0,
+    model: Model = None,
+    data: Data = None,
+    rows: Rows = 248,
+    prompts: Prompts = 40,
+    lengths: Annotated[
+        str, typer.Option(help="Updates of SFT before DPO, separated by commas.")
+    ] = "0,100,400",
+    updates: Updates = 200,
+    every: Every = 20,
+    sft_lr: Annotated[float, typer.Option(help="Learning rate of SFT.")] = 5e-5,
+    lr: Annotated[float, typer.Option(help="Learning rate of DPO.")] = 2e-5,
+    explained: Annotated[int, typer.Option(help="Updates taken apart into terms.")] = 5,
+    new_tokens: Annotated[int, typer.Option(help="Most tokens of a sample.")] = 32,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> dict[str, Any]:
+    """DPO: the two terms at every probe, and where the mass of y− went."""
+    with one_line_errors():
+        several = tuple(int(text) for text in lengths.split(","))
+    return launch(
+        "dpo", out, seed, fresh, as_json, model=model, data=data, rows=rows, prompts=prompts,
+        lengths=several, updates=updates, every=every, sft_lr=sft_lr, lr=lr, explained=explained,
+        new_tokens=new_tokens,
+    )  # fmt: skip
+
+
+@app.command("extend")
+def extend(
+    out: Out = None,
+    seed: Seed = 0,
+    model: Model = None,
+    data: Data = None,
+    rows: Rows = 248,
+    prompts: Prompts = 40,
+    sft_updates: Annotated[int, typer.Option(help="Steps of SFT.")] = 300,
+    updates: Updates = 200,
+    every: Every = 20,
+    sft_lr: Annotated[float, typer.Option(help="Learning rate of SFT.")] = 5e-5,
+    lr: Annotated[float, typer.Option(help="Learning rate of DPO.")] = 2e-5,
+    new_tokens: Annotated[int, typer.Option(help="Most tokens of a greedy answer.")] = 40,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> dict[str, Any]:
+    """SFT on both responses before DPO, against SFT on the chosen one."""
+    return launch(
+        "extend", out, seed, fresh, as_json, model=model, data=data, rows=rows, prompts=prompts,
+        sft_updates=sft_updates, updates=updates, every=every, sft_lr=sft_lr, lr=lr,
+        new_tokens=new_tokens,
+    )  # fmt: skip
+
+
 @app.command("all")
 def everything(
     out: Out = None, seed: Seed = 0, fresh: Fresh = False, as_json: AsJson = False
