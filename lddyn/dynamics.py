@@ -119,9 +119,7 @@ def log_probs(model: nn.Module, examples: Sequence[Example]) -> Tensor:
     return each.new_zeros(len(examples)).index_add(0, rows, each)
 
 
-def _padded(
-    model: nn.Module, examples: Sequence[Example]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _padded(model: nn.Module, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ids (B, T), padded on the right where no counted token sees it; where counted tokens are."""
     device = next(model.parameters()).device
     ids = torch.zeros(len(examples), max(e.length for e in examples), dtype=torch.int64)

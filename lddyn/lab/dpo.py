@@ -137,9 +137,7 @@ def run(
         drawn = lab.once("sampled", lambda: _sampled(lab, setting, last, new_tokens))
     ours = _encoded_pairs(setting, drawn)
     policy = start(longest)
-    found["on-policy"] = finetune(
-        lab, "on", setting, policy, ours, preferring, reference=last
-    )
+    found["on-policy"] = finetune(lab, "on", setting, policy, ours, preferring, reference=last)
     same_rate = Recipe(Supervised(), updates, lr, every=every)
     found["SFT at the same rate"] = finetune(
         lab, "sft-again", setting, start(longest), pairs, same_rate
@@ -178,9 +176,7 @@ def _overlap(text: str, truth: str) -> float:
     return 2 * len(one & two) / max(1, len(one) + len(two))
 
 
-def _encoded_pairs(
-    setting: Setting, rows: Sequence[Mapping[str, str]]
-) -> list[dict[str, Example]]:
+def _encoded_pairs(setting: Setting, rows: Sequence[Mapping[str, str]]) -> list[dict[str, Example]]:
     made = []
     for row in rows:
         try:
@@ -202,9 +198,7 @@ def _encoded_pairs(
 # Where the mass went
 
 
-def _by_example(
-    model: nn.Module, examples: Sequence[Example]
-) -> list[tuple[Tensor, Tensor]]:
+def _by_example(model: nn.Module, examples: Sequence[Example]) -> list[tuple[Tensor, Tensor]]:
     """Probabilities (L, V) and targets (L,) of each response, in order."""
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in examples]
     with torch.inference_mode():
@@ -213,14 +207,10 @@ def _by_example(
             for owner in owners.unique().tolist():
                 mine = owners == owner
                 parts[owner].append((probs[mine], targets[mine]))
-    return [
-        (torch.cat([p for p, _ in part]), torch.cat([t for _, t in part])) for part in parts
-    ]
+    return [(torch.cat([p for p, _ in part]), torch.cat([t for _, t in part])) for part in parts]
 
 
-def mass_of_run(
-    setting: Setting, before: nn.Module, after: nn.Module
-) -> list[dict[str, float]]:
+def mass_of_run(setting: Setting, before: nn.Module, after: nn.Module) -> list[dict[str, float]]:
     """Where the mass of every probe's y− went between two models."""
     rejected = setting.encode(setting.probes, ("rejected",)).examples
     pairs = zip(_by_example(before, rejected), _by_example(after, rejected), strict=True)

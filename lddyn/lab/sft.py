@@ -92,15 +92,15 @@ def run(
         Supervised(), updates, lr, every=every, explain=tuple(apart), kernel=tuple(points)
     )
     tuned = setting.fresh()
-    found = finetune(
-        lab, "sft", setting, tuned, learned, recipe, kernel_prompts=kernel_prompts
-    )
+    found = finetune(lab, "sft", setting, tuned, learned, recipe, kernel_prompts=kernel_prompts)
     with one_thread():
         maps = {
             when: np.array(lab.once(f"influence-{when}", lambda now=now: _influence(setting, now)))
             for when, now in (("start", setting.model), ("end", tuned))
         }
-        accuracy = lab.once("accuracy", lambda: _accuracy(lab, setting, learned, lr, accuracy_steps))
+        accuracy = lab.once(
+            "accuracy", lambda: _accuracy(lab, setting, learned, lr, accuracy_steps)
+        )
     _tables(lab, found, maps, setting.fields, accuracy)
     _pictures(lab, found, maps, setting.fields)
     _claims(lab, setting, found, maps, accuracy, embedded=model is None)
@@ -510,9 +510,7 @@ def _kernel_claims(lab: Lab, found: Curves) -> None:
         )  # fmt: skip
 
 
-def _accuracy_claim(
-    lab: Lab, found: Curves, accuracy: Sequence[Mapping[str, Any]]
-) -> None:
+def _accuracy_claim(lab: Lab, found: Curves, accuracy: Sequence[Mapping[str, Any]]) -> None:
     parts = found.raw["explained"]
     if not parts or not accuracy:
         return

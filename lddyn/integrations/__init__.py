@@ -1,0 +1,1 @@
+"""lddyn inside the tools that people train with: `trainer` (transformers), `trl`."""

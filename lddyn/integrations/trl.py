@@ -1,0 +1,82 @@
+"""TRL's trainers: one line to watch a run, with probes from the data that the trainer prepared.
+
+lddyn.integrations.trl.watch(trainer)
+trainer.train()
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from lddyn.examples import Example
+from lddyn.integrations.trainer import LearningDynamicsCallback, Probes
+
+__all__ = ["pairs", "watch"]
+
+# (prompt, chosen, rejected) as TRL 1.x and 0.24 name the columns of a prepared dataset.
+_COLUMNS = (
+    ("prompt_ids", "chosen_ids", "rejected_ids"),
+    ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"),
+)
+
+
+def pairs(dataset: Any, limit: int = 64, seed: int = 0) -> dict[str, list[Example]]:
+    """Probes from the rows of a prepared preference set, tokens as the trainer has them.
+
+    Args:
+        dataset: `trainer.train_dataset` of a DPOTrainer.
+        limit: Most rows.
+        seed: Which rows, and whose chosen response stands beside whose prompt.
+
+    Returns:
+        "chosen", "rejected", and "irr_train": the chosen response of another row. An example per
+        row each.
+
+    Raises:
+        ValueError: If the rows have other columns.
+    """
+    columns = set(dataset.column_names if hasattr(dataset, "column_names") else dataset[0])
+    names = next((c for c in _COLUMNS if columns.issuperset(c)), None)
+    if names is None:
+        raise ValueError(
+            f"expected a prepared preference set with columns {', '.join(_COLUMNS[0])}, got "
+            f"{', '.join(sorted(columns))}: give probes=..."
+        )
+    generator = random.Random(f"lddyn pairs {seed}")
+    rows: list[Mapping[str, Any]] = [
+        dataset[i] for i in sorted(generator.sample(range(len(dataset)), min(limit, len(dataset))))
+    ]
+    prompt, chosen, rejected = names
+    found: dict[str, list[Example]] = {"chosen": [], "rejected": [], "irr_train": []}
+    for i, row in enumerate(rows):
+        other = rows[(i + 1) % len(rows)]
+        for name, ids in (("chosen", row[chosen]), ("rejected", row[rejected]),
+                          ("irr_train", other[chosen])):  # fmt: skip
+            found[name].append(Example(row[prompt], ids, name=name))
+    return found
+
+
+def watch(
+    trainer: Any, probes: Probes | None = None, *, prompts: int = 64, **options: Any
+) -> LearningDynamicsCallback:
+    """Adds a `LearningDynamicsCallback` to a trainer.
+
+    Args:
+        trainer: TRL's DPOTrainer, SFTTrainer, or transformers' Trainer.
+        probes: What to watch. None: pairs of a DPOTrainer's own training set (see `pairs`).
+        prompts: Most of them.
+        options: Of `LearningDynamicsCallback`.
+
+    Returns:
+        The callback, already added.
+
+    Raises:
+        ValueError: If there are no probes and the trainer's data are no pairs.
+    """
+    if probes is None:
+        probes = pairs(trainer.train_dataset, prompts, trainer.args.seed)
+    callback = LearningDynamicsCallback(probes, prompts=prompts, trainer=trainer, **options)
+    trainer.add_callback(callback)
+    return callback

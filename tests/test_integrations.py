@@ -1,0 +1,299 @@
+"""Watching real trainers: same weights, nothing lost, budgets kept, errors harmless."""
+
+import json
+import warnings
+
+import pytest
+import torch
+import transformers
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import lddyn
+from lddyn.integrations.trainer import LearningDynamicsCallback
+
+WORDS = [f"w{i}" for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def new_model(seed=0, dropout=0.1):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=63, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, pad_token_id=0, eos_token_id=1, attention_dropout=dropout,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def rows(count=16):
+    generator = torch.Generator().manual_seed(3)
+
+    def text(length):
+        return " ".join(
+            WORDS[i] for i in torch.randint(60, (length,), generator=generator).tolist()
+        )
+
+    return [
+        {"prompt": text(5), "chosen": " " + text(4), "rejected": " " + text(4)}
+        for _ in range(count)
+    ]
+
+
+class Data(torch.utils.data.Dataset):
+    def __init__(self, tokenizer):
+        self.rows = [tokenizer(r["prompt"] + r["chosen"])["input_ids"] for r in rows()]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.rows[i], "labels": self.rows[i]}
+
+
+def train(folder, tokenizer, watch=None, model=None, resume=None, **options):
+    """A short run; `watch` are options of the callback, or None for none."""
+    transformers.set_seed(1)
+    model = new_model() if model is None else model
+    settings = {
+        "max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 2, "report_to": "none",
+        "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-2, "use_cpu": True,
+    }  # fmt: skip
+    trainer = Trainer(
+        model, TrainingArguments(str(folder), **{**settings, **options}),
+        train_dataset=Data(tokenizer), processing_class=tokenizer,
+        data_collator=lambda batch: {
+            k: torch.tensor([row[k] for row in batch]) for k in ("input_ids", "labels")
+        },
+    )  # fmt: skip
+    callback = None
+    if watch is not None:
+        watch = {"budget": "100000%", "probes": lddyn.probes.ProbeSet(rows(4)), **watch}
+        callback = LearningDynamicsCallback(trainer=trainer, **watch)
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, callback
+
+
+def weights(trainer):
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+
+def lora(model):
+    import peft
+
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "options"),
+    [
+        (None, {}),
+        (None, {"bf16": True}),
+        (None, {"gradient_checkpointing": True}),
+        (lora, {}),
+    ],
+    ids=["plain", "bf16", "checkpointing", "lora"],
+)
+def test_weights_are_equal_to_the_bit(tmp_path, tokenizer, wrap, options):
+    found = []
+    for watch in (None, {"predict": 2}):
+        model = new_model()
+        model = wrap(model) if wrap else model
+        trainer, callback = train(tmp_path / str(watch), tokenizer, watch, model, **options)
+        found.append(weights(trainer))
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    assert [row["step"] for row in callback.rows] == list(range(7))
+    assert trainer.model.training
+
+
+def test_numbers_are_those_of_the_model(tmp_path, tokenizer):
+    trainer, callback = train(tmp_path, tokenizer, {"predict": 4})
+    probes = lddyn.probes.ProbeSet(rows(4)).encode(tokenizer)
+    model, total = trainer.model.eval(), []
+    for example in probes.examples:
+        logits = model(input_ids=torch.tensor([example.ids])).logits[0].double().log_softmax(-1)
+        total.append(float(logits[list(example.positions), list(example.targets)].sum().detach()))
+    means = probes.grid(torch.tensor(total)).mean(0)
+    last, first = callback.rows[-1], callback.rows[0]
+    for name, mean in zip(probes.fields, means.tolist(), strict=True):
+        assert last[f"log_prob/{name}"] == pytest.approx(mean, abs=1e-4)
+        moved = last[f"log_prob/{name}"] - first[f"log_prob/{name}"]
+        assert last[f"change/{name}"] == pytest.approx(moved, abs=1e-4)
+        assert last[f"greedy/{name}"] >= last[f"log_prob/{name}"]
+        before = callback.rows[-2][f"log_prob/{name}"]
+        assert last[f"step/{name}"] == pytest.approx(last[f"log_prob/{name}"] - before, abs=1e-4)
+    lines = (tmp_path / "lddyn" / "dynamics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["each"] == pytest.approx(total, abs=1e-3)
+
+
+def test_first_order_is_of_first_order(tmp_path, tokenizer):
+    errors = []
+    for rate in (4e-4, 2e-4):
+        # One step: Adam's is the sign of the gradient times the rate.
+        _, callback = train(
+            tmp_path / str(rate), tokenizer, {"predict": 4}, max_steps=1, learning_rate=rate,
+            lr_scheduler_type="constant", model=new_model(dropout=0.0).double(),
+        )  # fmt: skip
+        row = callback.rows[-1]
+        errors.append(abs(row["step/chosen"] - row["first_order/chosen"]))
+        assert errors[-1] < 0.2 * abs(row["step/chosen"])
+    assert errors[0] / errors[1] > 3.5  # falls at least as the square of the rate
+
+
+def test_the_trainers_own_rows_are_kept(tmp_path, tokenizer):
+    plain, _ = train(tmp_path / "a", tokenizer)
+    trainer, _ = train(tmp_path / "b", tokenizer, {})
+    ours = [r for r in trainer.state.log_history if any(k.startswith("lddyn/") for k in r)]
+    others = [r for r in trainer.state.log_history if r not in ours]
+    assert [r["step"] for r in ours] == list(range(7))
+    assert [r.get("loss") for r in others] == [r.get("loss") for r in plain.state.log_history]
+    assert all(len(r) <= 32 and all(isinstance(v, int | float) for v in r.values()) for r in ours)
+
+
+def test_the_budget_is_kept(tmp_path, tokenizer):
+    class Slow(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            import time
+
+            time.sleep(0.05)
+
+    transformers.set_seed(1)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=40, per_device_train_batch_size=4, report_to="none",
+        save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    watch = LearningDynamicsCallback(lddyn.probes.ProbeSet(rows(4)), budget="10%", every=2)
+    Trainer(
+        new_model(), arguments, train_dataset=Data(tokenizer), processing_class=tokenizer,
+        callbacks=[Slow(), watch],
+        data_collator=lambda batch: {
+            k: torch.tensor([row[k] for row in batch]) for k in ("input_ids", "labels")
+        },
+    ).train()  # fmt: skip
+    steps = [row["step"] for row in watch.rows]
+    assert len(steps) >= 2 and all(s % 2 == 0 for s in steps)
+    assert watch.overhead <= 0.2  # passes differ by what the machine does
+
+
+def test_an_error_never_stops_training(tmp_path, tokenizer, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("the probes are gone")
+
+    monkeypatch.setattr("lddyn.integrations.trainer.measure", broken)
+    with pytest.warns(UserWarning, match=r"stopped watching \(begin\).*the probes are gone"):
+        trainer, callback = train(tmp_path, tokenizer, {})
+    assert trainer.state.global_step == 6 and callback.rows == []
+
+
+def test_a_resumed_run_goes_on_with_its_rows(tmp_path, tokenizer):
+    whole, expected = train(tmp_path / "whole", tokenizer, {"every": 2})
+    train(tmp_path / "two", tokenizer, {"every": 2}, save_strategy="steps", save_steps=4)
+    folder = tmp_path / "two"
+    resumed, found = train(
+        folder, tokenizer, {"every": 2}, resume=str(folder / "checkpoint-4"),
+        save_strategy="steps", save_steps=4,
+    )  # fmt: skip
+    assert [r["step"] for r in found.rows] == [0, 2, 4, 6]
+    for a, b in zip(expected.rows, found.rows, strict=True):
+        assert a["change/chosen"] == pytest.approx(b["change/chosen"], abs=1e-3)
+    a, b = weights(whole), weights(resumed)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_without_a_trainer_rows_are_in_the_history(tmp_path, tokenizer):
+    watch = {"trainer": None, "probes": {"greeting": [lddyn.Example([3, 4], [5, 6])]}}
+    transformers.set_seed(1)
+    callback = LearningDynamicsCallback(**watch, budget=1e4)
+    trainer = Trainer(
+        new_model(), TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True,
+                                       save_strategy="no", disable_tqdm=True),
+        train_dataset=Data(tokenizer), callbacks=[callback],
+        data_collator=lambda batch: {
+            k: torch.tensor([row[k] for row in batch]) for k in ("input_ids", "labels")
+        },
+    )  # fmt: skip
+    trainer.train()
+    found = [r for r in trainer.state.log_history if "lddyn/log_prob/greeting" in r]
+    assert [r["step"] for r in found] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": "much"}, "budget must be a share such as '5%' or 0.05, got 'much'"),
+        ({"budget": 0}, "budget must be a share"),
+        ({"every": 0}, "every must be at least 1 step, got 0"),
+        ({"predict": -1}, "predict must be 0 or more prompts, got -1"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        LearningDynamicsCallback("probes.jsonl", **options)
+
+
+def dpo(tmp_path, tokenizer, watch, peft_config=None, **options):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    transformers.set_seed(1)
+    settings = {
+        "max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "bf16": False,
+        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-3,
+        "use_cpu": True,
+    }  # fmt: skip
+    trainer = trl.DPOTrainer(
+        new_model(), None if peft_config else new_model(),
+        trl.DPOConfig(str(tmp_path), **{**settings, **options}),
+        train_dataset=Dataset.from_list(rows()), processing_class=tokenizer,
+        peft_config=peft_config,
+    )  # fmt: skip
+    callback = None
+    if watch:
+        from lddyn.integrations.trl import watch as watch_trainer
+
+        callback = watch_trainer(trainer, budget=1e4, **watch)
+    trainer.train()
+    return trainer, callback
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_dpo_is_watched_with_its_own_pairs(tmp_path, tokenizer, adapter):
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules="all-linear") if adapter else None
+    plain, _ = dpo(tmp_path / "a", tokenizer, None, config)
+    trainer, callback = dpo(tmp_path / "b", tokenizer, {"predict": 2}, config)
+    a, b = weights(plain), weights(trainer)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert [row["step"] for row in callback.rows] == [0, 1, 2, 3, 4]
+    last = callback.rows[-1]
+    assert {"log_prob/chosen", "log_prob/rejected", "log_prob/irr_train"} <= set(last)
+    # TRL's own numbers of the last step are still there, and are of the same pairs.
+    own = [r for r in trainer.state.log_history if "logps/chosen" in r]
+    same = [r for r in plain.state.log_history if "logps/chosen" in r]
+    assert [r["logps/chosen"] for r in own] == [r["logps/chosen"] for r in same]
+    step, predicted = last["step/rejected"], last["first_order/rejected"]
+    assert predicted == pytest.approx(step, rel=0.3)
+
+
+def test_other_columns_need_probes(tokenizer):
+    from lddyn.integrations.trl import pairs
+
+    with pytest.raises(ValueError, match="got input_ids: give probes="):
+        pairs([{"input_ids": [1]}])
+
+
+def test_nothing_is_warned_of(tmp_path, tokenizer):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="lddyn stopped")
+        train(tmp_path, tokenizer, {"predict": 1})
