@@ -3,8 +3,8 @@
     python benchmarks/dropped_pairs.py MODEL PAIRS.jsonl --out benchmarks/results/dropped-pairs.json
 
 SFT on the chosen responses, so that their log-probs are high; a diagnosis there; then DPO, in
-several orders of the data: with all pairs, without the worst, without as many drawn at random, and
-without the best. Measured is the mean change of log π(y+) over all pairs, whichever were trained on.
+several orders of the data: with all pairs, without the worst, without as many drawn at random,
+without the best. Measured is the mean change of log π(y+) over all pairs, trained on or not.
 """
 
 from __future__ import annotations
