@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from lddyn.lab.setting import (
     Recipe,
     Setting,
     batches,
-    checkpoint,
     finetune,
     load,
     one_thread,
@@ -95,7 +95,7 @@ def run(
     found = finetune(lab, "sft", setting, tuned, learned, recipe, kernel_prompts=kernel_prompts)
     with one_thread():
         maps = {
-            when: np.array(lab.once(f"influence-{when}", lambda now=now: _influence(setting, now)))
+            when: np.array(lab.once(f"influence-{when}", partial(_influence, setting, now)))
             for when, now in (("start", setting.model), ("end", tuned))
         }
         accuracy = lab.once(
@@ -159,7 +159,7 @@ def _accuracy(
 
 
 def explained_share(predicted: np.ndarray, measured: np.ndarray) -> float:
-    """1 − Σ |measured − predicted| / Σ |measured|: 1 is all, 0 no better than predicting nothing."""
+    """1 − Σ |measured − predicted| / Σ |measured|: 1 is all, 0 no better than nothing."""
     return float(1 - np.abs(measured - predicted).sum() / np.abs(measured).sum())
 
 
@@ -477,7 +477,7 @@ def _kernel_claims(lab: Lab, found: Curves) -> None:
     for row in rows:
         groups.setdefault((row["update"], row["prompt"]), []).append(row)
 
-    def rank(a: Sequence[float], b: Sequence[float]) -> float:
+    def rank(a: Any, b: Any) -> float:
         return float(spearmanr(a, b).statistic)
 
     ranks = np.array([
