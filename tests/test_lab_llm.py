@@ -1,4 +1,4 @@
-"""The experiments with language models: losses, first order, kernel, mass; runs, resumed runs, CLI."""
+"""The experiments with language models: losses, first order, kernel, mass; runs, resumed; CLI."""
 
 import copy
 import json

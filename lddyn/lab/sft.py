@@ -551,8 +551,8 @@ def _finish(
     for row in accuracy:
         seen.append(
             f"{row['optimizer']} at {row['lr']:g}: {100 * row['explained per step']:.1f} % of a "
-            f"step and {100 * row['explained accumulated']:.1f} % of {row['steps']} steps explained "
-            f"to first order (mean move {row['mean move, nats']:.2g} nats)."
+            f"step and {100 * row['explained accumulated']:.1f} % of {row['steps']} steps "
+            f"explained to first order (mean move {row['mean move, nats']:.2g} nats)."
         )
     return lab.finish(
         [
