@@ -349,7 +349,7 @@ def _claims(
             "→ −92.4",
             f"y+ {gain:+.2f} nats, rising in {int((steps > 0).sum())} of {len(steps)} intervals; "
             f"bell-shaped: {bells} of {len(shapes)} ("
-            + ", ".join(f"{label(n)} {s}" for n, s in shapes.items()) + ")",
+            + "; ".join(f"“{label(n)}” {s}" for n, s in shapes.items()) + ")",
             "agrees" if 2 * bells > len(shapes) and gain_range[0] > 0 else "disagrees",
             "a type counts as bell-shaped where the rise to its peak and the fall after it both "
             "exclude zero; the peak is found on other prompts than it is tested on",
