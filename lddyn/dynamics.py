@@ -1,8 +1,8 @@
 """Finetuning that is watched: what updates do to responses, measured, predicted, and by the kernel.
 
 `train` is a plain loop. A trainer of another library would take the same steps, but what is wanted
-here lies around and within the step: the gradient of each term of the loss, the optimizer's diagonal
-P as this very step has it, and the model on both sides of it:
+here lies around and within the step: the gradient of each term of the loss, the diagonal P that the
+optimizer has in this very step, and the model on both sides of it:
 
     Δ log π(y_o) = Σ_terms ⟨∇ log π(y_o), −η P g_term⟩ + O(η²)           (paper Eq. 5 and 7)
 
@@ -34,8 +34,8 @@ from lddyn.proxies import lbk, sign_delta
 
 __all__ = [
     "Batch", "Explained", "Loss", "Preference", "Supervised", "Tracker", "bootstrap",
-    "first_order", "influence", "kernel_norms", "log_probs", "mass_moved", "some_tokens", "tangents",
-    "train",
+    "first_order", "influence", "kernel_norms", "log_probs", "mass_moved", "some_tokens",
+    "tangents", "train",
 ]  # fmt: skip
 
 Batch = Mapping[str, Sequence[Example]]  # term -> its examples, aligned
@@ -50,12 +50,14 @@ class Loss(Protocol):
     ∇L = Σ_terms Σ_i c_term,i ∇ log π(y_term,i): everything that a step needs.
     """
 
-    terms: tuple[str, ...]
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the batch's parts that it learns from."""
 
     def coefficients(
         self, policy: Mapping[str, Tensor], reference: Mapping[str, Tensor], batch: Batch
     ) -> dict[str, Tensor]:
-        """c (B,) of each term, from log π and log π_ref (B,) in nats."""
+        """The c (B,) of each term, from log π and log π_ref (B,) in nats."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Supervised:
     def coefficients(
         self, policy: Mapping[str, Tensor], reference: Mapping[str, Tensor], batch: Batch
     ) -> dict[str, Tensor]:
-        """c = −1/B."""
+        """All −1/B."""
         return {t: torch.full_like(policy[t], -1 / len(policy[t])) for t in self.terms}
 
 
@@ -116,7 +118,8 @@ def log_probs(model: nn.Module, examples: Sequence[Example]) -> Tensor:
     ids, rows, columns, targets = _padded(model, examples)
     logits = model(input_ids=ids, use_cache=False).logits[rows, columns].float()
     each = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    return each.new_zeros(len(examples)).index_add(0, rows, each)
+    total: Tensor = each.new_zeros(len(examples)).index_add(0, rows, each)
+    return total
 
 
 def _padded(model: nn.Module, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -334,7 +337,7 @@ def tangents(
                 found: Tensor = out.logits[rows, columns]
                 return found
 
-            value, change = jvp(logits, (parameters,), (moves,))
+            value, change, *_ = jvp(logits, (parameters,), (moves,))
             yield at, rows, value.float(), change.float(), targets
 
 
@@ -441,7 +444,7 @@ def kernel_norms(
 
 
 def _token_log_probs(model: nn.Module, example: Example) -> tuple[Tensor, Tensor]:
-    """log π(y_l) (L,) and logits (L, V) of the counted tokens."""
+    """The log π(y_l) (L,) and logits (L, V) of the counted tokens."""
     ids, rows, columns, targets = _padded(model, [example])
     logits = model(input_ids=ids, use_cache=False).logits[rows, columns].float()
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0], logits

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def run(
         with one_thread():
             flows[name] = lab.once(
                 f"mass-{length}",
-                lambda before=before, after=after: mass_of_run(setting, before, after),
+                partial(mass_of_run, setting, before, after),
             )
     last = start(longest)
     with one_thread():
@@ -407,11 +408,11 @@ def _draw_mass(
         )  # fmt: skip
     axes = grid[1]
     for kind, style in (("measured", "o"), ("predicted", "-")):
-        at = sorted((r for r in step if r["kind"] == kind and r["position"] >= 0),
+        steps = sorted((r for r in step if r["kind"] == kind and r["position"] >= 0),
                     key=lambda r: r["position"])  # fmt: skip
         for place, (_, colour) in _PLACES.items():
             axes.plot(
-                [r["position"] for r in at], [r[place] for r in at], style, color=colour,
+                [r["position"] for r in steps], [r[place] for r in steps], style, color=colour,
                 markersize=4, linewidth=1.2,
             )  # fmt: skip
     axes.axhline(0, color=_INK, linewidth=0.6)
@@ -576,9 +577,9 @@ def _finish(
     predicted = next(r for r in step if r["kind"] == "predicted" and r["position"] < 0)
     return lab.finish(
         [
-            "y+ rises little and falls later, y− falls far, and with it everything else; rewordings "
-            "of y− fall faster than those of y+; mass goes to the greedy answer, the more so the "
-            "longer SFT was.",
+            "y+ rises little and falls later, y− falls far, and with it everything else; rewordings"
+            " of y− fall faster than those of y+; mass goes to the greedy answer, the more so the"
+            " longer SFT was.",
         ],
         [
             f"{setting.title}, after {lengths[-1]} updates of SFT: y+ "

@@ -60,7 +60,7 @@ def label(name: str) -> str:
 
 
 def curves(
-    axes: Any, x: Sequence[float], lines: Mapping[str, Sequence[float]], title: str, unit: str
+    axes: Any, x: Sequence[float], lines: Mapping[str, np.ndarray], title: str, unit: str
 ) -> None:
     """One line per response type, named at its end."""
     for name, y in lines.items():

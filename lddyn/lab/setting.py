@@ -226,8 +226,9 @@ class Curves:
 
     def change(self, name: str, kind: str = "log_prob") -> np.ndarray:
         """Last minus first, per prompt (P,)."""
-        values: np.ndarray = getattr(self, kind)[:, :, self.column(name)]
-        return values[-1] - values[0]
+        values = getattr(self, kind)[:, :, self.column(name)]
+        moved: np.ndarray = values[-1] - values[0]
+        return moved
 
     def mean(self, name: str, kind: str = "log_prob") -> np.ndarray:
         """Mean over prompts, (T,)."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from lddyn.lab.setting import (
     Recipe,
     Setting,
     batches,
-    checkpoint,
     finetune,
     load,
     one_thread,
@@ -95,7 +95,7 @@ def run(
     found = finetune(lab, "sft", setting, tuned, learned, recipe, kernel_prompts=kernel_prompts)
     with one_thread():
         maps = {
-            when: np.array(lab.once(f"influence-{when}", lambda now=now: _influence(setting, now)))
+            when: np.array(lab.once(f"influence-{when}", partial(_influence, setting, now)))
             for when, now in (("start", setting.model), ("end", tuned))
         }
         accuracy = lab.once(
@@ -159,7 +159,7 @@ def _accuracy(
 
 
 def explained_share(predicted: np.ndarray, measured: np.ndarray) -> float:
-    """1 − Σ |measured − predicted| / Σ |measured|: 1 is all, 0 no better than predicting nothing."""
+    """1 − Σ |measured − predicted| / Σ |measured|: 1 is all, 0 no better than nothing."""
     return float(1 - np.abs(measured - predicted).sum() / np.abs(measured).sum())
 
 
@@ -349,7 +349,7 @@ def _claims(
             "→ −92.4",
             f"y+ {gain:+.2f} nats, rising in {int((steps > 0).sum())} of {len(steps)} intervals; "
             f"bell-shaped: {bells} of {len(shapes)} ("
-            + ", ".join(f"{label(n)} {s}" for n, s in shapes.items()) + ")",
+            + "; ".join(f"“{label(n)}” {s}" for n, s in shapes.items()) + ")",
             "agrees" if 2 * bells > len(shapes) and gain_range[0] > 0 else "disagrees",
             "a type counts as bell-shaped where the rise to its peak and the fall after it both "
             "exclude zero; the peak is found on other prompts than it is tested on",
@@ -477,7 +477,7 @@ def _kernel_claims(lab: Lab, found: Curves) -> None:
     for row in rows:
         groups.setdefault((row["update"], row["prompt"]), []).append(row)
 
-    def rank(a: Sequence[float], b: Sequence[float]) -> float:
+    def rank(a: Any, b: Any) -> float:
         return float(spearmanr(a, b).statistic)
 
     ranks = np.array([
@@ -551,8 +551,8 @@ def _finish(
     for row in accuracy:
         seen.append(
             f"{row['optimizer']} at {row['lr']:g}: {100 * row['explained per step']:.1f} % of a "
-            f"step and {100 * row['explained accumulated']:.1f} % of {row['steps']} steps explained "
-            f"to first order (mean move {row['mean move, nats']:.2g} nats)."
+            f"step and {100 * row['explained accumulated']:.1f} % of {row['steps']} steps "
+            f"explained to first order (mean move {row['mean move, nats']:.2g} nats)."
         )
     return lab.finish(
         [
