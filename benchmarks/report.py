@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ PAGES = [
             "operator",
             "sketches",
             "plan",
+            "diagnose",
             "store",
             "streaming",
             "peers",
@@ -434,6 +436,35 @@ def planner(section: dict) -> str:
     return table(header, rows) + f"\n\n<sub>{made_by(section)}</sub>"
 
 
+def dropped_pairs(section: dict) -> str:
+    """What DPO did to the chosen responses, with and without the pairs a diagnosis names."""
+    r, header = section["result"], ["left out", "mean Δ log π(y+), nats", "lowest", "highest"]
+    rows = []
+    for name in ("none", "random", "worst", "best"):
+        values = [run[name]["chosen"] for run in r["runs"]]
+        mean = sum(values) / len(values)
+        label = name if name == "none" else f"{r['dropped']} {name}"
+        rows.append([label, *(f"{x:+.2f}" for x in (mean, min(values), max(values)))])
+    scores = [
+        [f"`{c['score']}`", f"{c['rho']:+.2f}", f"{c['low']:+.2f} to {c['high']:+.2f}"]
+        for c in r["correlations"] if not math.isnan(c["rho"]) and c["low"] < c["high"]
+    ]  # fmt: skip
+    better = sum(run["worst"]["chosen"] > run["random"]["chosen"] for run in r["runs"])
+    before = r["log_prob_before"]
+    lines = [
+        f"{r['pairs']} pairs, log π(y+) {before[0]:.1f} and log π(y−) {before[1]:.1f} after "
+        f"{r['sft_epochs']} epochs of SFT; then {r['epochs']} epochs of DPO, β = {r['beta']:g}, "
+        f"AdamW, {len(r['runs'])} orders of the data:",
+        table(header, rows),
+        f"Without the worst the chosen responses fall less than without random ones in {better} "
+        f"of {len(r['runs'])} runs.",
+        "Spearman's correlation with the measured change, scores taken before DPO:",
+        table(["score", "ρ", "95 %"], scores),
+        f"<sub>{made_by(section)}</sub>",
+    ]
+    return "\n\n".join(lines)
+
+
 def streaming(section: dict) -> str:
     """A model on disk against the same model in memory."""
     r = section["result"]
@@ -468,6 +499,7 @@ MODELS = {"dialogue": "Llama trained on dialogues", "demo": "The demo's language
 SECTIONS = {
     "sketches": sketches,
     "planner": planner,
+    "dropped pairs": dropped_pairs,
     "streaming": streaming,
     "store": store,
     "dialogue": dialogue,
