@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,6 +32,11 @@ __all__ = ["AGREES", "DISAGREES", "UNTESTABLE", "Claim", "Lab"]
 T = TypeVar("T")
 AGREES, DISAGREES, UNTESTABLE = "agrees", "disagrees", "not testable at this scale"
 Verdict = Literal["agrees", "disagrees", "not testable at this scale"]
+# All that experiments write into their folder: what --fresh deletes, and nothing else.
+CONTENT = (
+    "results.json", "index.html", "steps", "tables", "figures", "states", "checkpoints",
+    "probes.jsonl", "written.jsonl", "identity.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ class Lab:
         folder: Where everything goes; made if it is not there.
         seed: Of all random numbers.
         options: Everything else that decides the results. A folder made with other options is
-            refused, with the names of those that differ.
+            refused, with the names of those that differ; so is one with files of other origin that
+            would be overwritten.
         progress: Show bars on standard error.
 
     Example:
@@ -103,8 +110,15 @@ class Lab:
         self._began = time.perf_counter()
         identity = {"experiment": self.name, "seed": self.seed, "options": plain(self.options)}
         path = self.folder / "identity.json"
-        if path.exists():
-            old = json.loads(path.read_text(encoding="utf-8"))
+        old = _identity(self.folder)
+        if old is None:
+            foreign = [name for name in CONTENT if (self.folder / name).exists()]
+            if foreign:
+                raise ValueError(
+                    f"{self.folder} holds {', '.join(foreign)} of no experiment of lddyn, which "
+                    "would be overwritten: give another --out"
+                )
+        else:
             a, b = ({**x, **x["options"]} for x in (old, identity))
             differ = [k for k in {**a, **b} if k != "options" and a.get(k) != b.get(k)]
             if differ:
@@ -114,6 +128,28 @@ class Lab:
                     "--out, the same settings, or --fresh to begin anew"
                 )
         _write(path, identity)
+
+    @staticmethod
+    def clear(folder: str | Path, name: str) -> None:
+        """Deletes what an experiment of this name left in a folder, and no other file there.
+
+        Raises:
+            ValueError: If the folder holds another experiment.
+        """
+        folder = Path(folder)
+        old = _identity(folder)
+        if old is None:
+            return
+        if old["experiment"] != name:
+            raise ValueError(
+                f"{folder} holds experiment {old['experiment']}, not {name}: give another --out"
+            )
+        for part in CONTENT:  # the identity last: a folder half cleared is still known
+            path = folder / part
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------ randomness and progress
 
@@ -222,6 +258,17 @@ class Lab:
         page = _environment().get_template("page").render(results=results, pictures=pictures)
         _replace(self.path("index.html"), page)
         return results  # type: ignore[no-any-return]
+
+
+def _identity(folder: Path) -> dict[str, Any] | None:
+    """Of the experiment in a folder; None if there is none."""
+    path = folder / "identity.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(found, dict) and found.keys() == {"experiment", "seed", "options"}
+    return found if ours else None
 
 
 def _write(path: Path, content: Any) -> None:
