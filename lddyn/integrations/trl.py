@@ -72,7 +72,7 @@ def pairs(
             if truncation_mode == "keep_end":
                 start -= len(whole) - len(kept)
             if 0 < start < len(kept):
-                found[name].append(Example(kept[:start], kept[start:], name=name))
+                found[name].append(Example(tuple(kept[:start]), tuple(kept[start:]), name=name))
     return {name: examples for name, examples in found.items() if examples}
 
 
