@@ -410,3 +410,24 @@ def test_pairs_are_cut_as_the_collator_cuts():
         pairs(iter([row]))
     with pytest.raises(ValueError, match="empty"):
         pairs([])
+
+
+def test_probes_are_not_compiled(tmp_path, tokenizer):
+    found = []
+    for watch in (None, {"predict": 2}):
+        torch._dynamo.reset()
+        compiled = []
+
+        def backend(graph, inputs, compiled=compiled):
+            compiled.append(len(inputs))
+            return graph.forward
+
+        model = torch.compile(new_model(), backend=backend)
+        trainer, callback = train(
+            tmp_path / str(watch), tokenizer, watch, model, remove_unused_columns=False, max_steps=2
+        )
+        found.append((compiled, weights(trainer)))
+    torch._dynamo.reset()
+    assert [row["step"] for row in callback.rows] == [0, 1, 2]
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][n], found[1][1][n]) for n in found[0][1])

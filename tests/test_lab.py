@@ -110,3 +110,10 @@ def test_the_command_clears_only_its_own(tmp_path):
     result = CliRunner().invoke(app, ["lab", "squeeze", "--out", str(tmp_path), "--fresh"])
     assert result.exit_code == 2 and "of no experiment" in result.stderr
     assert (tmp_path / "thesis.tex").exists() and (tmp_path / "identity.json").exists()
+
+
+def test_a_share_says_whether_it_is_all():
+    from lddyn.lab.shares import Share
+
+    assert str(Share(5, 5)) == "100 % of 5" and str(Share(1, 3)) == "33.33 % of 3"
+    assert str(Share(99_999, 100_000)) == "all but 1 of 100,000"

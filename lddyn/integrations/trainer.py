@@ -117,7 +117,7 @@ class LearningDynamicsCallback(TrainerCallback):  # type: ignore[misc]
         if self._broken:
             return
         with self._safely("begin"):
-            model = kwargs["model"]
+            model = _plain(kwargs["model"])
             _check_whole(model)
             self._set = self._encoded(kwargs.get("processing_class"))
             self.folder = self.folder or Path(args.output_dir) / "lddyn"
@@ -131,7 +131,7 @@ class LearningDynamicsCallback(TrainerCallback):  # type: ignore[misc]
         """Keeps the weights of before a step that is to be explained."""
         if self._broken or not self.predict or not self._due(state.global_step + 1):
             return
-        model, before = kwargs["model"], self._spent
+        model, before = _plain(kwargs["model"]), self._spent
         with self._safely("step"), self._paid(), _own_forward(model):
             kept = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
             self._before = kept, measure(model, self._few).log_prob
@@ -142,7 +142,7 @@ class LearningDynamicsCallback(TrainerCallback):  # type: ignore[misc]
         if self._broken or not (self._before is not None or self._due(state.global_step)):
             return
         with self._safely("step"):
-            self._pass(kwargs["model"], args, state, control)
+            self._pass(_plain(kwargs["model"]), args, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Makes a last pass if the budget has room for it."""
@@ -152,7 +152,7 @@ class LearningDynamicsCallback(TrainerCallback):  # type: ignore[misc]
         if self._broken or done or other or not self._affordable():
             return
         with self._safely("end"):
-            self._pass(kwargs["model"], args, state, control)
+            self._pass(_plain(kwargs["model"]), args, state, control)
 
     # ----- budget
 
@@ -328,6 +328,13 @@ def _own_forward(model: nn.Module) -> Iterator[None]:
     finally:
         if wrapped is not None:
             model.forward = wrapped
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's, whose cache is for the shapes of training."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
 
 
 def _check_whole(model: nn.Module) -> None:
