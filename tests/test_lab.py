@@ -117,3 +117,12 @@ def test_a_share_says_whether_it_is_all():
 
     assert str(Share(5, 5)) == "100 % of 5" and str(Share(1, 3)) == "33.33 % of 3"
     assert str(Share(99_999, 100_000)) == "all but 1 of 100,000"
+
+
+def test_an_interval_of_nothing_is_left_out(tmp_path):
+    lab = Lab("x", tmp_path)
+    lab.claim(claim(value=float("nan"), interval=(float("nan"), 1.0)))
+    results = lab.finish([], [])
+    assert results["claims"][0]["interval"] is None and results["claims"][0]["value"] is None
+    scoreboard.write([results], tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))

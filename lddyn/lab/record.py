@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,7 +55,7 @@ class Claim:
         verdict: "agrees", "disagrees" or "not testable at this scale".
         reason: Why the verdict, honestly.
         value: The deciding statistic.
-        interval: Its 95 % interval.
+        interval: Its 95 % interval; none where an end is not finite.
     """
 
     name: str
@@ -74,6 +75,8 @@ class Claim:
                 f"verdict of claim {self.name!r} must be {AGREES!r}, {DISAGREES!r} or "
                 f"{UNTESTABLE!r}, got {self.verdict!r}"
             )
+        if self.interval is not None and not all(map(math.isfinite, self.interval)):
+            object.__setattr__(self, "interval", None)  # nothing was measured: nothing is printed
 
 
 @dataclass
