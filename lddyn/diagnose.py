@@ -30,7 +30,6 @@ from lddyn.examples import Example
 from lddyn.features import features
 from lddyn.objectives import PREFERENCES, Pair, hyperparameters
 from lddyn.pullback import DEFAULT_MEMORY, parse_memory
-from lddyn.report import plain
 from lddyn.sketch import Sketch
 
 __all__ = ["Diagnosis", "diagnose"]
@@ -242,13 +241,13 @@ class Diagnosis:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "diagnosis.json"
         temporary = path.with_name(path.name + ".tmp")
-        text = json.dumps(plain(self.to_dict(places)), indent=1, allow_nan=False)
+        text = json.dumps(self.to_dict(places), indent=1, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(path)
         return path
 
     def to_dict(self, places: Sequence[int] | None = None) -> dict[str, Any]:
-        """Everything but the Gram: what `table`, `tell` and `objectives` say, and meanings.
+        """Everything but the Gram, as JSON can hold it: `table`, `tell`, `objectives`, meanings.
 
         Args:
             places: The row of the data that each pair comes from, for "row" in the table.
@@ -264,15 +263,23 @@ class Diagnosis:
             "objective": self.objective,
             "parameters": dict(self.parameters),
             "told": self.tell(),
-            "objectives": self.objectives(),
+            "objectives": _finite(self.objectives()),
             "worst": self.worst(),
             "fates": dict(Counter(self.fate)),
-            "pairs": table,
+            "pairs": _finite(table),
             "meaning": SCORES,
         }
 
     def _weights(self) -> Tensor:
         return torch.stack([self.scores["weight_chosen"], self.scores["weight_rejected"]])
+
+
+def _finite(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with None for what is not a finite number."""
+    return [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        for row in rows
+    ]
 
 
 @undisturbed
