@@ -73,6 +73,7 @@ class LearningDynamicsCallback(TrainerCallback):  # type: ignore[misc]
     Cost: a forward pass over the probes a pass; with `predict`, three more over those prompts.
 
     Example:
+        >>> import lddyn
         >>> from lddyn.integrations.trainer import LearningDynamicsCallback
         >>> watch = LearningDynamicsCallback({"greeting": [lddyn.Example([1, 2], [3, 4])]})
         >>> watch.budget
