@@ -72,6 +72,27 @@ def finetune(model: Any, pairs: Pairs, epochs: int, rate: float, seed: int, beta
             optimizer.step()
 
 
+def one_step(model: Any, pairs: Pairs, beta: float, rate: float) -> dict[str, Any]:
+    """A step of SGD on all pairs against what the diagnosis foretells of it."""
+    found = lddyn.diagnose(model, pairs, "dpo", beta=beta)
+    moved, sides = copy.deepcopy(model), [[p[side] for p in pairs] for side in (0, 1)]
+    optimizer = torch.optim.SGD(moved.parameters(), lr=rate)
+    before = [measure(moved, x).log_prob for x in sides]
+    for part in torch.arange(len(pairs)).split(8):
+        up, down = (log_probs(moved, [x[i] for i in part]) for x in sides)
+        margin = (up - before[0][part]) - (down - before[1][part])
+        (-torch.nn.functional.logsigmoid(beta * margin).sum() / len(pairs)).backward()
+    optimizer.step()
+    change = [measure(moved, x).log_prob - y for x, y in zip(sides, before, strict=True)]
+    foretold = [rate * found.scores[name] for name in ("set_chosen", "set_rejected")]
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(foretold, change, strict=True)]
+    return {
+        "pairs": len(pairs), "beta": beta, "lr": rate, "error_chosen": errors[0],
+        "error_rejected": errors[1], "chosen_rise": int((change[0] > 0).sum()),
+        "correlations": found.correlations(change[0]),
+    }  # fmt: skip
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -88,6 +109,7 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     pairs = read(args.pairs, tokenizer, args.count, 128)
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model).eval()
+    record(args.out, "one step", one_step(model, pairs, args.beta, 1e-3))
     finetune(model, pairs, args.sft_epochs, 1e-3, 0, 0.0)
     found = lddyn.diagnose(model, pairs, "dpo", beta=args.beta)
     print("\n".join(found.tell()))

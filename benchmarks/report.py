@@ -436,6 +436,26 @@ def planner(section: dict) -> str:
     return table(header, rows) + f"\n\n<sub>{made_by(section)}</sub>"
 
 
+def correlations(result: dict) -> str:
+    """Scores that vary, with their rank correlations."""
+    rows = [
+        [f"`{c['score']}`", f"{c['rho']:+.2f}", f"{c['low']:+.2f} to {c['high']:+.2f}"]
+        for c in result["correlations"] if not math.isnan(c["rho"]) and c["low"] < c["high"]
+    ]  # fmt: skip
+    return table(["score", "ρ", "95 %"], rows)
+
+
+def one_step(section: dict) -> str:
+    """A real step against the diagnosis."""
+    r = section["result"]
+    return (
+        f"{r['pairs']} pairs, DPO with β = {r['beta']:g}, lr = {r['lr']:g}. Predicted and measured Δ log π "
+        f"differ by {r['error_chosen']:.2%} for y+ and {r['error_rejected']:.2%} for y−; y+ rises in "
+        f"{r['chosen_rise']}. Spearman's correlation with the measured Δ log π(y+), intervals by "
+        f"bootstrap over pairs:\n\n{correlations(r)}\n\n<sub>{made_by(section)}</sub>"
+    )
+
+
 def dropped_pairs(section: dict) -> str:
     """What DPO did to the chosen responses, with and without the pairs a diagnosis names."""
     r, header = section["result"], ["left out", "mean Δ log π(y+), nats", "lowest", "highest"]
@@ -445,10 +465,6 @@ def dropped_pairs(section: dict) -> str:
         mean = sum(values) / len(values)
         label = name if name == "none" else f"{r['dropped']} {name}"
         rows.append([label, *(f"{x:+.2f}" for x in (mean, min(values), max(values)))])
-    scores = [
-        [f"`{c['score']}`", f"{c['rho']:+.2f}", f"{c['low']:+.2f} to {c['high']:+.2f}"]
-        for c in r["correlations"] if not math.isnan(c["rho"]) and c["low"] < c["high"]
-    ]  # fmt: skip
     better = sum(run["worst"]["chosen"] > run["random"]["chosen"] for run in r["runs"])
     before = r["log_prob_before"]
     lines = [
@@ -459,7 +475,7 @@ def dropped_pairs(section: dict) -> str:
         f"Without the worst the chosen responses fall less than without random ones in {better} "
         f"of {len(r['runs'])} runs.",
         "Spearman's correlation with the measured change, scores taken before DPO:",
-        table(["score", "ρ", "95 %"], scores),
+        correlations(r),
         f"<sub>{made_by(section)}</sub>",
     ]
     return "\n\n".join(lines)
@@ -499,6 +515,7 @@ MODELS = {"dialogue": "Llama trained on dialogues", "demo": "The demo's language
 SECTIONS = {
     "sketches": sketches,
     "planner": planner,
+    "one step": one_step,
     "dropped pairs": dropped_pairs,
     "streaming": streaming,
     "store": store,

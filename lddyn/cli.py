@@ -751,20 +751,28 @@ def diagnose(
     """Why do the chosen log-probs fall? Which pairs do it, and under which objective."""
     with one_line_errors():
         _check_dtype(dtype)
+        if drop < 0:
+            raise Problem(f"--drop must be 0 or more pairs, got {drop}")
         if drop and write is None:
             raise Problem("--drop needs --write FILE for the rows that are left")
+        if write is not None and write.resolve() == data.resolve():
+            raise Problem("--write is the file of --data: give another, the rows are not kept")
         from lddyn.examples import encode_row
         from lddyn.examples import rows as read_rows
 
-        content = read_rows(data, limit=limit)
+        # Rows that nobody looked at are written, too.
+        content = read_rows(data, limit=limit if write is None else None)
         import torch
 
         import lddyn
+        from lddyn.objectives import hyperparameters
 
+        given = {} if beta is None else {"beta": beta}
+        hyperparameters(objective.lower(), given)
         _check_device(device)
         tokenizer, lm = _load(model, dtype, trust_remote_code, adapter, device)
         pairs, places, skipped = [], [], []
-        for place, row in enumerate(content):
+        for place, row in enumerate(content[:limit]):
             try:
                 encoded = encode_row(tokenizer, row, max_length=max_length)
                 pairs.append((encoded["chosen"], encoded["rejected"]))
@@ -772,7 +780,8 @@ def diagnose(
             except (ValueError, KeyError) as error:
                 skipped.append((place, str(error)))
         if not pairs:
-            raise Problem(f"{data}: no row is a pair of chosen and rejected ({skipped[0][1]})")
+            why = skipped[0][1] if skipped else "there is none"
+            raise Problem(f"{data}: no row is a pair of chosen and rejected ({why})")
         for place, why in skipped[:3]:
             _warn(f"row {place} is not diagnosed: {why}")
         if len(skipped) > 3:
@@ -780,18 +789,19 @@ def diagnose(
         other = None
         if reference is not None:
             other = _load_model(reference, getattr(torch, dtype), trust_remote_code).to(device)
-        given = {} if beta is None else {"beta": beta}
         found = lddyn.diagnose(
             lm, pairs, objective.lower(), reference=other, memory=memory, progress=True, **given
         )
-        document = found.to_dict()
-        for row in document["pairs"]:
-            row["row"] = places[row["pair"]]
+        document = found.to_dict(places)
         if out is not None:
-            found.save(out)
+            found.save(out, places)
         if write is not None:
             gone = {places[i] for i in found.worst(drop)}
+            harmful = int((found.scores["gives"] < 0).sum())
+            if drop > harmful:
+                _warn(f"only {harmful} of the {drop} dropped pairs pull chosen responses down")
             left = [row for place, row in enumerate(content) if place not in gone]
+            write.parent.mkdir(parents=True, exist_ok=True)
             temporary = write.with_name(write.name + ".tmp")
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in left)
             temporary.write_text(text, encoding="utf-8")

@@ -28,7 +28,7 @@ from lddyn import ops
 from lddyn.anatomy import undisturbed
 from lddyn.examples import Example
 from lddyn.features import features
-from lddyn.objectives import PREFERENCES, Pair
+from lddyn.objectives import PREFERENCES, Pair, hyperparameters
 from lddyn.pullback import DEFAULT_MEMORY, parse_memory
 from lddyn.sketch import Sketch
 
@@ -96,6 +96,16 @@ class Diagnosis:
         both = zip(self.scores["set_chosen"] > 0, self.scores["set_rejected"] > 0, strict=True)
         return [f"{words[bool(a)]}, {words[bool(b)]}" for a, b in both]
 
+    def set_stderr(self) -> Tensor | None:
+        """Standard errors of set_chosen and set_rejected, (2, N); None where the Gram is exact.
+
+        Entries of the Gram are taken as independent, which simulations bear out.
+        """
+        if self.stderr is None:
+            return None
+        variance = _effects(self.stderr**2, self._weights() ** 2).sum(1)
+        return variance.sqrt().view(2, -1) / len(self)
+
     def worst(self, count: int | None = None) -> list[int]:
         """Pairs by what they give to all chosen responses, the most harmful first."""
         return self.scores["gives"].argsort(stable=True)[:count].tolist()
@@ -114,13 +124,15 @@ class Diagnosis:
         )  # fmt: skip
 
     def objectives(self) -> list[dict[str, Any]]:
-        """One row per loss at its defaults: what a step on the set does, in shares and means.
+        """One row per loss: what a step on the set does, in shares and means.
+
+        This diagnosis' own objective has its own parameters, the others have their defaults.
 
         The means are of d log π over ‖step‖: losses differ in scale, and a rate is tuned to each.
         """
         found = []
         for name in PREFERENCES:
-            other = self.under(name)
+            other = self if name == self.objective else self.under(name)
             weights = other._weights().flatten() / len(self)
             size = math.sqrt(max(float(weights @ self.gram @ weights), 0.0)) or 1.0
             up, fall = other.scores["set_chosen"], other.scores["set_rejected"]
@@ -149,9 +161,19 @@ class Diagnosis:
             f"A small {self.objective} step on all {n} pairs lowers log π(y+) of "
             f"{int((up < 0).sum())} of them, and both responses of {both}.",
             f"By its own step alone, {int((own < 0).sum())} pairs would lower their own chosen "
-            "response: ⟨g+, g−⟩ exceeds ‖g+‖² there, what is pushed down is too like what is "
-            "pulled up.",
-        ]
+            "response" + (
+                ": −w− ⟨g+, g−⟩ exceeds w+ ‖g+‖² there, what is pushed down is too like what is "
+                "pulled up." if bool((own < 0).any()) else "."
+            ),
+        ]  # fmt: skip
+        error = self.set_stderr()
+        if error is not None:
+            unsure = int((up.abs() < 2 * error[0]).sum())
+            lines.append(
+                f"Inner products between pairs are estimates: for {unsure} of {n} pairs log π(y+) "
+                "may as well rise as fall, it is within two standard errors of 0. More memory, or "
+                "a larger sketch, tells."
+            )
         gives = self.scores["gives"]
         harmful = gives[gives < 0]
         if len(harmful):
@@ -162,11 +184,13 @@ class Diagnosis:
                 f"{len(harmful)} pairs pull the chosen responses down on the whole; the worst "
                 f"{len(top)} do {share:.0%} of it (pairs {named}{' …' if len(top) > 5 else ''})."
             )
-        others = [o for o in self.objectives() if o["objective"] not in ("sft", "unlikelihood")]
+        rows = self.objectives()
+        others = [o for o in rows if o["objective"] not in ("sft", "unlikelihood")]
         best = max(others, key=lambda row: float(row["chosen"]))
-        mine = next(o for o in self.objectives() if o["objective"] == self.objective)
+        mine = next(o for o in rows if o["objective"] == self.objective)
         lines.append(
-            f"For a step of the same length, {best['objective']} raises the chosen responses most "
+            f"Of the losses of both responses, for a step of the same length, {best['objective']} "
+            f"raises the chosen responses most "
             f"({best['chosen']:+.3g} nats a unit, {best['chosen_falls']:.0%} of pairs falling; "
             f"{self.objective}: {mine['chosen']:+.3g}, {mine['chosen_falls']:.0%})."
         )
@@ -181,9 +205,18 @@ class Diagnosis:
 
         Returns:
             Rows "score", "rho", "low", "high", by |rho|, falling.
+
+        Raises:
+            ValueError: If `measured` is not one finite number per pair.
         """
         from scipy.stats import rankdata
 
+        target = measured.double().cpu()
+        if target.shape != (len(self),) or not bool(target.isfinite().all()):
+            raise ValueError(
+                f"measured must be {len(self)} finite numbers, one per pair, got shape "
+                f"{tuple(target.shape)}, {int((~target.isfinite()).sum())} of them not finite"
+            )
         generator = torch.Generator().manual_seed(seed)
         picks = torch.randint(len(self), (2000, len(self)), generator=generator)
 
@@ -193,7 +226,7 @@ class Diagnosis:
             found: Tensor = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-300)
             return found
 
-        target, found = measured.double().cpu(), []
+        found = []
         for name, score in self.scores.items():
             drawn = rho(score[picks], target[picks])
             low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
@@ -202,26 +235,38 @@ class Diagnosis:
             )
         return sorted(found, key=lambda row: -abs(row["rho"]))
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes diagnosis.json (all of `table`, `tell` and `objectives`) into a folder."""
+    def save(self, folder: str | Path, places: Sequence[int] | None = None) -> Path:
+        """Writes diagnosis.json (`to_dict`) into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "diagnosis.json"
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(self.to_dict(places), indent=1, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(path)
         return path
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the Gram, as JSON can hold it."""
+    def to_dict(self, places: Sequence[int] | None = None) -> dict[str, Any]:
+        """Everything but the Gram, as JSON can hold it: `table`, `tell`, `objectives`, meanings.
+
+        Args:
+            places: The row of the data that each pair comes from, for "row" in the table.
+        """
+        table = self.table()
+        for pair, row in enumerate(table if places is not None else ()):
+            row["row"] = places[pair]  # type: ignore[index]
+        error = self.set_stderr()
+        if error is not None:
+            for row, chosen, rejected in zip(table, *error.tolist(), strict=True):
+                row |= {"set_chosen_stderr": chosen, "set_rejected_stderr": rejected}
         return {
             "objective": self.objective,
             "parameters": dict(self.parameters),
             "told": self.tell(),
-            "objectives": self.objectives(),
+            "objectives": _finite(self.objectives()),
             "worst": self.worst(),
             "fates": dict(Counter(self.fate)),
-            "pairs": self.table(),
+            "pairs": _finite(table),
             "meaning": SCORES,
         }
 
@@ -229,6 +274,15 @@ class Diagnosis:
         return torch.stack([self.scores["weight_chosen"], self.scores["weight_rejected"]])
 
 
+def _finite(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with None for what is not a finite number."""
+    return [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        for row in rows
+    ]
+
+
+@undisturbed
 def diagnose(
     model: nn.Module,
     pairs: Pairs,
@@ -258,7 +312,8 @@ def diagnose(
         Diagnosis of N pairs; scores in float64.
 
     Raises:
-        ValueError: If there is no pair, or the loss or a parameter is unknown.
+        ValueError: If there is no pair, the loss or a parameter is unknown, or an example is too
+            long for the model.
 
     Cost: a forward and a backward pass a sequence (two where the Gram is sketched), and (2N)²
     inner products of gradients.
@@ -280,15 +335,19 @@ def diagnose(
     pairs = [(chosen, rejected) for chosen, rejected in pairs]
     if not pairs:
         raise ValueError("pairs must hold at least one (chosen, rejected), got none")
-    if objective not in PREFERENCES:
-        raise ValueError(f"objective must be one of {', '.join(PREFERENCES)}, got {objective!r}")
+    hyperparameters(objective, parameters)  # what is wrong with them is said before the work
     examples = [p[0] for p in pairs] + [p[1] for p in pairs]
+    config: Any = model.config
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for example in examples:
+        example.check_model_limits(vocabulary, context)
     parts = [p for p in model.parameters() if p.requires_grad]
     if not parts:
         raise ValueError("no parameter of the model has requires_grad=True: no step moves it")
     bytes_needed = len(examples) * sum(p.numel() for p in parts) * 4
     exact = sketch is None and bytes_needed <= parse_memory(memory)
-    looked, gram, close = _look(model, examples, parts, exact, progress)
+    listed, facts, gram, close = _look(model, examples, parts, exact, progress)
     stderr = None
     if gram is None:
         estimate = features(
@@ -302,7 +361,7 @@ def diagnose(
                 for b in (0, 1):
                     gram[places[a], places[b]] = own[a, b]
                     stderr[places[a], places[b]] = 0.0
-    log_probs = torch.tensor([x["log_prob"] for x in looked], dtype=torch.float64).view(2, -1)
+    log_probs = torch.tensor(listed, dtype=torch.float64).view(2, -1)
     if isinstance(reference, nn.Module):
         with _evaluated(reference), torch.no_grad():
             given = [float(_forward(reference, e)[0].sum()) for e in examples]
@@ -310,9 +369,7 @@ def diagnose(
     kept = log_probs if reference is None else reference.double().cpu()
     if kept.shape != log_probs.shape:
         raise ValueError(f"reference must be log-probs (2, {len(pairs)}), got {tuple(kept.shape)}")
-    return _assemble(
-        objective, parameters, pairs, gram, stderr, log_probs, kept, _facts(pairs, looked)
-    )
+    return _assemble(objective, parameters, pairs, gram, stderr, log_probs, kept, facts)
 
 
 # --------------------------------------------------------------------------- one sequence
@@ -348,14 +405,15 @@ def _forward(model: nn.Module, example: Example) -> tuple[Tensor, Tensor, Tensor
     return log_probs, logits, captured[-1][0, at]
 
 
-@undisturbed
 def _look(
     model: nn.Module, examples: Sequence[Example], parts: list[nn.Parameter], exact: bool,
     progress: bool,
-) -> tuple[list[dict[str, Any]], Tensor | None, list[Tensor]]:  # fmt: skip
-    """Facts of every sequence; the Gram if `exact`, else that of each pair, (2, 2)."""
+) -> tuple[list[float], dict[str, Tensor], Tensor | None, list[Tensor]]:  # fmt: skip
+    """Log-probs, facts of every pair; the Gram if `exact`, else that of each pair, (2, 2)."""
     n = len(examples) // 2
-    looked: list[dict[str, Any]] = [{} for _ in examples]
+    log_probs_of = [0.0] * len(examples)
+    facts: dict[str, list[float]] = {}
+    one: dict[str, Any] = {}
     order = [k for i in range(n) for k in (i, n + i)]  # pair by pair
     rows = torch.empty(len(examples), sum(p.numel() for p in parts)) if exact else None
     close: list[Tensor] = []
@@ -364,15 +422,21 @@ def _look(
         for k in tqdm(order, desc="sequences", disable=not progress, leave=False):
             log_probs, logits, hidden = _forward(model, examples[k])
             gradient = _flat(log_probs.sum(), parts)
-            looked[k] = _sequence(examples[k], log_probs, logits.detach(), hidden.detach())
+            found = _sequence(examples[k], log_probs, logits.detach(), hidden.detach())
+            log_probs_of[k] = found["log_prob"]
+            if k < n:
+                one = found
+            else:  # now, as logits of all sequences would not fit into memory
+                for name, value in _facts(examples[k - n], examples[k], one, found).items():
+                    facts.setdefault(name, []).append(value)
             if rows is not None:
                 rows[k] = gradient
             elif k >= n:
                 assert last is not None
-                both = torch.stack([last, gradient]).double()
-                close.append(both @ both.T)
-            last = gradient
-    return looked, None if rows is None else _gram(rows), close
+                close.append(_gram([last, gradient]))
+            last = gradient if rows is None else None
+    tensors = {name: torch.tensor(x, dtype=torch.float64) for name, x in facts.items()}
+    return log_probs_of, tensors, None if rows is None else _gram(rows), close
 
 
 def _flat(value: Tensor, parts: list[nn.Parameter]) -> Tensor:
@@ -381,10 +445,11 @@ def _flat(value: Tensor, parts: list[nn.Parameter]) -> Tensor:
     return torch.cat([g.detach().flatten().float().cpu() for g in zeros])
 
 
-def _gram(rows: Tensor) -> Tensor:
+def _gram(rows: Tensor | Sequence[Tensor]) -> Tensor:
     """In chunks of columns, summed in float64."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    for part in rows.split(1 << 18, dim=1):
+    for start in range(0, len(rows[0]), 1 << 18):
+        part = torch.stack([row[start : start + (1 << 18)] for row in rows])
         total += (part @ part.T).double()
     return total
 
@@ -406,29 +471,23 @@ def _sequence(
 # --------------------------------------------------------------------------- scores
 
 
-def _facts(pairs: Pairs, looked: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Scores that do not depend on the objective."""
-    n = len(pairs)
-    found: dict[str, list[float]] = {
-        name: [] for name in ("head_inner", "ches", "ches_per_token", "edit_distance", "similarity",
-                              "valley", "tau")
-    }  # fmt: skip
-    for i, (chosen, rejected) in enumerate(pairs):
-        one, other = looked[i], looked[n + i]
-        inner = ops.residual_gram(one["logits"], one["targets"], other["logits"], other["targets"])
-        found["head_inner"].append(float((inner * (one["hidden"] @ other["hidden"].T)).sum()))
-        s, r = (x["hidden"].double().sum(0) for x in (one, other))
-        m, k = len(chosen), len(rejected)
-        found["ches"].append(float(s @ r - s @ s))
-        found["ches_per_token"].append(float(s @ r / (m * k) - s @ s / m**2))
-        found["similarity"].append(float(torch.nn.functional.cosine_similarity(s, r, dim=0)))
-        distance = edit_distance(chosen.response_ids, rejected.response_ids)
-        found["edit_distance"].append(
-            distance / max(len(chosen.response_ids), len(rejected.response_ids))
-        )
-        found["valley"].append(other["log_prob"] / k)
-        found["tau"].append(other["tau"])
-    return {name: torch.tensor(x, dtype=torch.float64) for name, x in found.items()}
+def _facts(
+    chosen: Example, rejected: Example, one: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, float]:
+    """Scores of a pair that do not depend on the objective."""
+    inner = ops.residual_gram(one["logits"], one["targets"], other["logits"], other["targets"])
+    s, r = (x["hidden"].double().sum(0) for x in (one, other))
+    m, k = len(chosen), len(rejected)
+    longer = max(len(chosen.response_ids), len(rejected.response_ids))
+    return {
+        "head_inner": float((inner * (one["hidden"] @ other["hidden"].T)).sum()),
+        "ches": float(s @ r - s @ s),
+        "ches_per_token": float(s @ r / (m * k) - s @ s / m**2),
+        "edit_distance": edit_distance(chosen.response_ids, rejected.response_ids) / longer,
+        "similarity": float(torch.nn.functional.cosine_similarity(s, r, dim=0)),
+        "valley": other["log_prob"] / k,
+        "tau": other["tau"],
+    }
 
 
 def edit_distance(one: Sequence[int], other: Sequence[int]) -> int:
@@ -470,6 +529,7 @@ def _assemble(
     stderr: Tensor | None, log_probs: Tensor, reference: Tensor, facts: Mapping[str, Tensor],
 ) -> Diagnosis:  # fmt: skip
     n = len(pairs)
+    parameters = hyperparameters(objective, parameters)
     weights = _weights(objective, parameters, pairs, log_probs, reference)
     effects = _effects(gram, weights)
     each, index = effects.mean(1), torch.arange(n)

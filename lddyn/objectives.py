@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -427,13 +427,22 @@ def preference(
         >>> loss, weights
         (1.0, [tensor([-2., -2.]), tensor([2.])])
     """
+    return Preference(name, chosen, rejected, reference, hyperparameters(name, parameters))
+
+
+def hyperparameters(name: str, given: Mapping[str, float]) -> dict[str, float]:
+    """All hyper-parameters of a loss of `PREFERENCES`: those given, else its defaults.
+
+    Raises:
+        ValueError: If the name, a parameter or its value is not one of the loss's.
+    """
     if name not in PREFERENCES:
-        raise ValueError(f"objective must be one of {list(PREFERENCES)}, got {name!r}")
+        raise ValueError(f"objective must be one of {', '.join(PREFERENCES)}, got {name!r}")
     known = list(inspect.signature(PREFERENCES[name]).parameters.values())[1:]
-    chosen_values = {p.name: float(p.default) for p in known}
-    for key, value in parameters.items():
-        if key not in chosen_values:
-            raise ValueError(f"{name} has the parameters {list(chosen_values)}, got {key!r}")
+    found = {p.name: float(p.default) for p in known}
+    for key, value in given.items():
+        if key not in found:
+            raise ValueError(f"{name} has the parameters {list(found)}, got {key!r}")
         number = float(value)
         good = math.isfinite(number)
         if key in ("beta", "eta"):
@@ -446,5 +455,5 @@ def preference(
             wanted = "finite"
         if not good:
             raise ValueError(f"{key} must be {wanted}, got {value}")
-        chosen_values[key] = number
-    return Preference(name, chosen, rejected, reference, chosen_values)
+        found[key] = number
+    return found

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -184,6 +185,85 @@ def test_what_is_wrong_is_said(model):
         lddyn.diagnose(frozen, some_pairs(1))
 
 
+def test_parameters_are_checked_before_the_work(model, found, monkeypatch):
+    monkeypatch.setattr(sys.modules["lddyn.diagnose"], "_look", None)
+    for objective, given, message in (
+        ("dpo", {"beta": -1.0}, "beta must be positive"),
+        ("dpo", {"foo": 1.0}, r"dpo has the parameters \['beta'\], got 'foo'"),
+        ("sft", {"beta": 0.1}, "sft has the parameters"),
+        ("cdpo", {"label_smoothing": 0.7}, "label_smoothing must be in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lddyn.diagnose(model, some_pairs(1), objective, **given)
+        with pytest.raises(ValueError, match=message):
+            found.under(objective, **given)
+    with pytest.raises(ValueError, match="the model's context, got 5003 tokens"):
+        lddyn.diagnose(model, [(lddyn.Example([1] * 5000, [3, 4, 5]), lddyn.Example([1], [2]))])
+
+
+def test_logits_are_not_kept(model, monkeypatch):
+    import gc
+
+    alive = []
+    module = sys.modules["lddyn.diagnose"]  # the name is the function's in lddyn
+    look = module._sequence
+
+    def counted(*arguments):
+        gc.collect()
+        kinds = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+        alive.append(sum(x.ndim == 2 and x.shape[1] == zoo.VOCABULARY for x in kinds))
+        return look(*arguments)
+
+    monkeypatch.setattr(module, "_sequence", counted)
+    lddyn.diagnose(model, some_pairs(8))
+    assert max(alive[8:]) <= max(alive[2:4])
+
+
+def test_callers_in_inference_mode_are_served(model, found):
+    with torch.inference_mode():
+        other = lddyn.diagnose(model, some_pairs(), beta=0.3)
+    assert torch.equal(other.gram, found.gram)
+
+
+def test_its_own_objective_is_compared_with_its_own_parameters(model):
+    reference = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)) - 20
+    found = lddyn.diagnose(model, some_pairs(), "ipo", beta=0.7, reference=reference)
+    row = next(r for r in found.objectives() if r["objective"] == "ipo")
+    assert row["chosen_falls"] == float((found.scores["set_chosen"] < 0).double().mean())
+    w = found._weights().flatten() / 5
+    length = float(w @ found.gram @ w) ** 0.5
+    assert row["chosen"] == pytest.approx(float(found.scores["set_chosen"].mean()) / length)
+
+
+def test_errors_of_a_sketched_step_are_those_seen(model, found):
+    assert found.set_stderr() is None
+    wrong = []
+    for seed in range(6):
+        sketch = lddyn.Sketch(k=512, repeats=4, seed=seed)
+        other = lddyn.diagnose(model, some_pairs(), beta=0.3, sketch=sketch)
+        for name, error in zip(("set_chosen", "set_rejected"), other.set_stderr(), strict=True):
+            wrong.append((other.scores[name] - found.scores[name]) / error)
+    assert 0.6 < float(torch.cat(wrong).square().mean().sqrt()) < 1.6
+    assert "Inner products between pairs are estimates" in " ".join(other.tell())
+    assert other.to_dict()["pairs"][0]["set_chosen_stderr"] > 0
+
+
+def test_a_pair_of_equal_responses(model, tmp_path):
+    example = some_pairs()[0][0]
+    found = lddyn.diagnose(model, [(example, example)])
+    assert "exceeds" not in " ".join(found.tell())
+    assert float(found.scores["set_chosen"]) == 0
+    found.scores["tau"][0] = float("nan")
+    text = found.save(tmp_path, [7]).read_text()
+    assert json.loads(text)["pairs"][0]["row"] == 7 and "NaN" not in text
+
+
+def test_measured_must_fit(found):
+    for measured in (torch.zeros(3), torch.tensor([1.0, 2, 3, float("nan"), 5])):
+        with pytest.raises(ValueError, match="measured must be 5 finite numbers"):
+            found.correlations(measured)
+
+
 # --------------------------------------------------------------------------- command line
 
 
@@ -238,3 +318,28 @@ def test_the_command_speaks(folder):
         "diagnose", "--model", str(folder), "--data", str(folder / "pairs.jsonl"), "--drop", "1",
     ])  # fmt: skip
     assert wrong.exit_code == 2 and "--drop needs --write" in wrong.stderr
+
+
+def test_rows_are_not_lost(folder, tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text((folder / "pairs.jsonl").read_text())
+
+    def run(*more):
+        command = ["diagnose", "--model", str(folder), "--data", str(data), *more]
+        return CliRunner().invoke(app, command)
+
+    over = run("--write", str(data))
+    assert over.exit_code == 2 and "--write is the file of --data" in over.stderr
+    assert len(data.read_text().splitlines()) == 6
+    left = tmp_path / "new" / "left.jsonl"
+    result = run("--limit", "2", "--drop", "2", "--write", str(left), "--out", str(tmp_path / "o"))
+    assert result.exit_code == 0, result.output
+    assert [json.loads(x)["id"] for x in left.read_text().splitlines()] == [9, 2, 3, 4]
+    assert [r["row"] for r in json.loads((tmp_path / "o/diagnosis.json").read_text())["pairs"]] == [
+        0, 1,
+    ]  # fmt: skip
+    assert "of the 2 dropped pairs pull chosen responses down" in result.stderr
+    wrong = run("--drop", "-1", "--write", str(left))
+    assert wrong.exit_code == 2 and "--drop must be 0 or more pairs, got -1" in wrong.stderr
+    unknown = run("--objective", "sft", "--beta", "0.1")
+    assert unknown.exit_code == 2 and "sft has the parameters [], got 'beta'" in unknown.stderr

@@ -60,7 +60,9 @@ class Data(torch.utils.data.Dataset):
         return {"input_ids": self.rows[i], "labels": self.rows[i]}
 
 
-def train(folder, tokenizer, watch=None, model=None, resume=None, **options):
+def train(
+    folder, tokenizer, watch=None, model=None, resume=None, evaluate=False, also=(), **options
+):
     """A short run; `watch` are options of the callback, or None for none."""
     transformers.set_seed(1)
     model = new_model() if model is None else model
@@ -71,6 +73,7 @@ def train(folder, tokenizer, watch=None, model=None, resume=None, **options):
     trainer = Trainer(
         model, TrainingArguments(str(folder), **{**settings, **options}),
         train_dataset=Data(tokenizer), processing_class=tokenizer,
+        eval_dataset=Data(tokenizer) if evaluate else None,
         data_collator=lambda batch: {
             k: torch.tensor([row[k] for row in batch]) for k in ("input_ids", "labels")
         },
@@ -80,6 +83,8 @@ def train(folder, tokenizer, watch=None, model=None, resume=None, **options):
         watch = {"budget": "100000%", "probes": lddyn.probes.ProbeSet(rows(4)), **watch}
         callback = LearningDynamicsCallback(trainer=trainer, **watch)
         trainer.add_callback(callback)
+    for other in also:
+        trainer.add_callback(other)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, callback
 
@@ -297,3 +302,132 @@ def test_nothing_is_warned_of(tmp_path, tokenizer):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="lddyn stopped")
         train(tmp_path, tokenizer, {"predict": 1})
+
+
+def test_a_second_run_begins_anew(tmp_path, tokenizer):
+    trainer, callback = train(tmp_path, tokenizer, {"every": 2})
+    callback._broken = True
+    trainer.train()
+    assert [row["step"] for row in callback.rows] == [0, 2, 4, 6]
+    assert callback.rows[0]["change/chosen"] == 0
+    old = (tmp_path / "lddyn" / "dynamics-1.jsonl").read_text().splitlines()
+    assert len(old) == 4  # of the first run
+
+
+def test_a_resumed_run_does_not_mix_probes(tmp_path, tokenizer):
+    options = {"save_strategy": "steps", "save_steps": 4}
+    train(tmp_path, tokenizer, {"every": 2}, **options)
+    others = lddyn.probes.ProbeSet(rows(8)[4:])
+    _, found = train(
+        tmp_path, tokenizer, {"every": 2, "probes": others},
+        resume=str(tmp_path / "checkpoint-4"), **options,
+    )  # fmt: skip
+    assert [row["step"] for row in found.rows] == [4, 6]
+    assert found.rows[0]["change/chosen"] == 0
+    assert len((tmp_path / "lddyn" / "dynamics-1.jsonl").read_text().splitlines()) == 4
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path, tokenizer):
+    def strict(text):
+        raise ValueError(text)
+
+    probes = {"one": [lddyn.Example([3, 4], [5, 6])], "none": []}
+    _, callback = train(tmp_path, tokenizer, {"probes": probes, "predict": 1})
+    assert len(callback.rows) == 7
+    for line in (tmp_path / "lddyn" / "dynamics.jsonl").read_text().splitlines():
+        row = json.loads(line, parse_constant=strict)
+        assert row["log_prob/none"] is None and row["log_prob/one"] < 0
+
+
+def test_weights_that_are_not_finite_end_the_watching(tmp_path, tokenizer):
+    model = new_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.warns(UserWarning, match=r"stopped watching \(begin\).*must be finite"):
+        trainer, _ = train(tmp_path, tokenizer, {}, model)
+    assert trainer.state.global_step == 6
+
+
+def test_the_last_row_is_of_the_last_weights(tmp_path, tokenizer):
+    _, callback = train(
+        tmp_path, tokenizer, {"every": 4}, load_best_model_at_end=True, eval_strategy="steps",
+        eval_steps=2, save_strategy="steps", save_steps=2, metric_for_best_model="loss",
+        evaluate=True, learning_rate=0.5,
+    )  # fmt: skip
+    assert [row["step"] for row in callback.rows] == [0, 4]
+
+
+def test_the_cost_before_a_step_counts(tmp_path, tokenizer, monkeypatch):
+    import time
+
+    import lddyn.integrations.trainer as module
+
+    measured = module.measure
+
+    def slow(*arguments):
+        time.sleep(0.05)
+        return measured(*arguments)
+
+    monkeypatch.setattr(module, "measure", slow)
+    _, callback = train(tmp_path, tokenizer, {"predict": 1}, max_steps=2)
+    assert callback._last > 0.14  # before the step, after it, and the pass itself
+
+
+def test_modes_and_flags_stay(tmp_path, tokenizer):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append([
+                [m.training for m in model.modules()],
+                [p.requires_grad for p in model.parameters()],
+                sorted(k for m in model.modules() for k in m.__dict__ if k == "forward"),
+                [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+                model.config.use_cache, model.config._attn_implementation,
+                torch.get_rng_state().tolist(),
+            ])  # fmt: skip
+
+    for watch in (None, {"predict": 2}):
+        model = new_model()
+        model.model.embed_tokens.requires_grad_(False)
+        train(tmp_path / str(watch), tokenizer, watch, model, bf16=True, also=[Look()],
+              gradient_accumulation_steps=2, max_steps=2)  # fmt: skip
+    assert len(seen) == 4 and seen[:2] == seen[2:]
+
+
+def test_pairs_are_cut_as_the_collator_cuts():
+    from lddyn.integrations.trl import pairs
+
+    row = {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5, 6], "rejected_ids": [7]}
+    start = pairs([row], max_length=5)
+    assert start["chosen"] == [lddyn.Example([1, 2, 3], [4, 5], name="chosen")]
+    assert start["rejected"] == [lddyn.Example([1, 2, 3], [7], name="rejected")]
+    assert "irr_train" not in start  # there is no other row
+    end = pairs([row], max_length=5, truncation_mode="keep_end")
+    assert end["chosen"] == [lddyn.Example([2, 3], [4, 5, 6], name="chosen")]
+    assert pairs([row], max_length=3) == {}
+    with pytest.raises(ValueError, match="streamed"):
+        pairs(iter([row]))
+    with pytest.raises(ValueError, match="empty"):
+        pairs([])
+
+
+def test_probes_are_not_compiled(tmp_path, tokenizer):
+    found = []
+    for watch in (None, {"predict": 2}):
+        torch._dynamo.reset()
+        compiled = []
+
+        def backend(graph, inputs, compiled=compiled):
+            compiled.append(len(inputs))
+            return graph.forward
+
+        model = torch.compile(new_model(), backend=backend)
+        trainer, callback = train(
+            tmp_path / str(watch), tokenizer, watch, model, remove_unused_columns=False, max_steps=2
+        )
+        found.append((compiled, weights(trainer)))
+    torch._dynamo.reset()
+    assert [row["step"] for row in callback.rows] == [0, 1, 2]
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][n], found[1][1][n]) for n in found[0][1])

@@ -77,3 +77,52 @@ def test_scoreboard(tmp_path):
 def test_a_verdict_is_one_of_three():
     with pytest.raises(ValueError, match="got 'maybe'"):
         claim(verdict="maybe")
+
+
+def test_a_fresh_start_deletes_only_what_an_experiment_wrote(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    lab = Lab("x", tmp_path, progress=False)
+    lab.once("step", lambda: 1)
+    lab.finish([], [])
+    with pytest.raises(ValueError, match="holds experiment x, not y"):
+        Lab.clear(tmp_path, "y")
+    Lab.clear(tmp_path, "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    Lab("x", tmp_path, seed=1)
+
+
+@pytest.mark.parametrize("name", ["index.html", "identity.json", "results.json"])
+def test_files_of_others_are_kept(tmp_path, name):
+    (tmp_path / name).write_text('{"name": "me"}')
+    Lab.clear(tmp_path, "x")
+    with pytest.raises(ValueError, match=rf"holds {name} of no experiment"):
+        Lab("x", tmp_path)
+    assert (tmp_path / name).read_text() == '{"name": "me"}'
+
+
+def test_the_command_clears_only_its_own(tmp_path):
+    from typer.testing import CliRunner
+
+    from lddyn.cli import app
+
+    (tmp_path / "identity.json").write_text('{"name": "me"}')
+    (tmp_path / "thesis.tex").write_text("mine")
+    result = CliRunner().invoke(app, ["lab", "squeeze", "--out", str(tmp_path), "--fresh"])
+    assert result.exit_code == 2 and "of no experiment" in result.stderr
+    assert (tmp_path / "thesis.tex").exists() and (tmp_path / "identity.json").exists()
+
+
+def test_a_share_says_whether_it_is_all():
+    from lddyn.lab.shares import Share
+
+    assert str(Share(5, 5)) == "100 % of 5" and str(Share(1, 3)) == "33.33 % of 3"
+    assert str(Share(99_999, 100_000)) == "all but 1 of 100,000"
+
+
+def test_an_interval_of_nothing_is_left_out(tmp_path):
+    lab = Lab("x", tmp_path)
+    lab.claim(claim(value=float("nan"), interval=(float("nan"), 1.0)))
+    results = lab.finish([], [])
+    assert results["claims"][0]["interval"] is None and results["claims"][0]["value"] is None
+    scoreboard.write([results], tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))

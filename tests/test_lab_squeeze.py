@@ -120,3 +120,9 @@ def test_shares_have_wilson_intervals():
     assert some.interval == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
     assert none.tendency == "disagrees" and some.tendency == "not testable at this scale"
     assert Share(100, 100).tendency == "agrees" and math.isnan(Share(0, 0).value)
+
+
+def test_claims_of_dependent_cases_have_no_interval(results):
+    found = claims(results)
+    for name in ("τ", "beyond one softmax"):  # labels of one prediction, positions of one response
+        assert found[name]["verdict"] == "agrees" and found[name]["interval"] is None

@@ -10,6 +10,7 @@ they are without it, to the bit, and an error inside ends the watching, never th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -28,6 +29,7 @@ from lddyn.anatomy import Anatomy
 from lddyn.examples import Example
 from lddyn.probes import Encoded, ProbeSet, measure
 from lddyn.pushforward import AlongDirection, Direction, Pushforward, delta_log_probs
+from lddyn.report import plain
 
 __all__ = ["LearningDynamicsCallback"]
 
@@ -46,7 +48,8 @@ class LearningDynamicsCallback(TrainerCallback):  # type: ignore[misc]
     ``first_order/TYPE``, the sum of J Δθ with the optimizer's true Δθ, taken at its end.
 
     All rows, with every single example's log-prob, are appended to FOLDER/dynamics.jsonl; they are
-    read again when training resumes from a checkpoint.
+    read again when training resumes from a checkpoint with the same probes. A file of an earlier
+    run, or of other probes, is renamed to dynamics-1.jsonl, -2, …
 
     Args:
         probes: A file or `ProbeSet` (encoded with the trainer's tokenizer at the start), an
@@ -70,6 +73,7 @@ class LearningDynamicsCallback(TrainerCallback):  # type: ignore[misc]
     Cost: a forward pass over the probes a pass; with `predict`, three more over those prompts.
 
     Example:
+        >>> import lddyn
         >>> from lddyn.integrations.trainer import LearningDynamicsCallback
         >>> watch = LearningDynamicsCallback({"greeting": [lddyn.Example([1, 2], [3, 4])]})
         >>> watch.budget
@@ -100,17 +104,21 @@ class LearningDynamicsCallback(TrainerCallback):  # type: ignore[misc]
         self._start: Tensor | None = None  # log-probs of the first pass
         self._before: tuple[Direction, Tensor] | None = None  # weights, log-probs before a step
         self._began = self._spent = self._last = 0.0
+        self._step_cost = 0.0  # of what precedes the latest pass, before its step
         self._broken = False
 
     # ----- what the trainer calls
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Encodes the probes, and makes the first pass or reads those of before."""
-        if not state.is_world_process_zero:
-            self._broken = True  # one process watches
+        # Another run with this callback, or this one again with another batch size, begins anew.
+        self._start = self._before = None
+        self._spent = self._last = self._step_cost = 0.0
+        self._broken = not state.is_world_process_zero  # one process watches
+        if self._broken:
             return
         with self._safely("begin"):
-            model = kwargs["model"]
+            model = _plain(kwargs["model"])
             _check_whole(model)
             self._set = self._encoded(kwargs.get("processing_class"))
             self.folder = self.folder or Path(args.output_dir) / "lddyn"
@@ -124,25 +132,28 @@ class LearningDynamicsCallback(TrainerCallback):  # type: ignore[misc]
         """Keeps the weights of before a step that is to be explained."""
         if self._broken or not self.predict or not self._due(state.global_step + 1):
             return
-        model = kwargs["model"]
+        model, before = _plain(kwargs["model"]), self._spent
         with self._safely("step"), self._paid(), _own_forward(model):
             kept = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
             self._before = kept, measure(model, self._few).log_prob
+        self._step_cost = self._spent - before
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Makes a pass if one is due."""
         if self._broken or not (self._before is not None or self._due(state.global_step)):
             return
         with self._safely("step"):
-            self._pass(kwargs["model"], args, state, control)
+            self._pass(_plain(kwargs["model"]), args, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Makes a last pass if the budget has room for it."""
         done = self.rows and self.rows[-1]["step"] == state.global_step
-        if self._broken or done or not self._affordable():
+        # The trainer may have put the best checkpoint back: those are not the last step's weights.
+        other = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if self._broken or done or other or not self._affordable():
             return
         with self._safely("end"):
-            self._pass(kwargs["model"], args, state, control)
+            self._pass(_plain(kwargs["model"]), args, state, control)
 
     # ----- budget
 
@@ -176,13 +187,15 @@ class LearningDynamicsCallback(TrainerCallback):  # type: ignore[misc]
         before = self._spent
         with self._paid(), _own_forward(model):
             values = self._values(model)
-        self._last = self._spent - before
+        self._last = self._spent - before + self._step_cost
+        self._step_cost = 0.0
         row = {"step": state.global_step, "overhead": self.overhead if self.rows else 0.0}
         row |= {k: v for k, v in values.items() if k != "each"}
         self.rows.append(row)
         assert self.folder is not None
         with (self.folder / "dynamics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "each": values["each"]}) + "\n")
+            whole = plain({**row, "each": values["each"], "probes": _digest(self._set)})
+            file.write(json.dumps(whole, allow_nan=False) + "\n")
         logged = {f"lddyn/{k}": v for k, v in row.items() if k != "step" and math.isfinite(v)}
         if self.trainer is None:
             state.log_history.append({**logged, "step": state.global_step})
@@ -247,21 +260,29 @@ class LearningDynamicsCallback(TrainerCallback):  # type: ignore[misc]
         """Rows of an earlier run up to its checkpoint; those after it did not happen."""
         assert self.folder is not None
         path = self.folder / "dynamics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        kept = []
-        for line in lines:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        probes, kept, foreign = _digest(self._set), [], not step and bool(lines)
+        for line in lines if step else ():
             try:
                 row = json.loads(line)
             except ValueError:
                 continue  # cut by a crash
-            if row["step"] <= step and len(row["each"]) == len(self._set.examples):  # type: ignore[union-attr]
+            if not isinstance(row, dict) or row.get("probes") != probes:
+                foreign = True
+            elif row["step"] <= step:
                 kept.append(row)
+        if foreign:
+            number = 1
+            while (aside := path.with_name(f"dynamics-{number}.jsonl")).exists():
+                number += 1
+            path.replace(aside)
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         temporary.replace(path)
         if kept:
-            self._start = torch.tensor(kept[0]["each"], dtype=torch.float64)
-        self.rows = [{k: v for k, v in row.items() if k != "each"} for row in kept]
+            first = [math.nan if x is None else x for x in kept[0]["each"]]
+            self._start = torch.tensor(first, dtype=torch.float64)
+        self.rows = [{k: v for k, v in r.items() if k not in ("each", "probes")} for r in kept]
 
     # ----- safety
 
@@ -279,6 +300,13 @@ class LearningDynamicsCallback(TrainerCallback):  # type: ignore[misc]
                 "goes on (LDDYN_LOG=DEBUG shows the traceback)",
                 stacklevel=3,
             )
+
+
+def _digest(probes: Encoded | None) -> str:
+    """Of examples and fields: rows of other probes are not continued."""
+    assert probes is not None
+    parts = [*probes.fields, *(e.content_id for e in probes.examples), str(probes.at.tolist())]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _share(budget: float | str) -> float:
@@ -301,6 +329,13 @@ def _own_forward(model: nn.Module) -> Iterator[None]:
     finally:
         if wrapped is not None:
             model.forward = wrapped
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's, whose cache is for the shapes of training."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
 
 
 def _check_whole(model: nn.Module) -> None:

@@ -22,21 +22,30 @@ _COLUMNS = (
 )
 
 
-def pairs(dataset: Any, limit: int = 64, seed: int = 0) -> dict[str, list[Example]]:
+def pairs(
+    dataset: Any, limit: int = 64, seed: int = 0, *, max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+) -> dict[str, list[Example]]:  # fmt: skip
     """Probes from the rows of a prepared preference set, tokens as the trainer has them.
 
     Args:
         dataset: `trainer.train_dataset` of a DPOTrainer.
         limit: Most rows.
         seed: Which rows, and whose chosen response stands beside whose prompt.
+        max_length: Tokens of prompt and response at which the trainer's collator cuts. None: not.
+        truncation_mode: What it keeps: "keep_start" or "keep_end".
 
     Returns:
         "chosen", "rejected", and "irr_train": the chosen response of another row. An example per
-        row each.
+        row each, but those of which the cut leaves no prompt or no response.
 
     Raises:
-        ValueError: If the rows have other columns.
+        ValueError: If the rows have other columns, or are streamed.
     """
+    if not hasattr(dataset, "__len__"):
+        raise ValueError("the training set is streamed, its rows cannot be picked: give probes=...")
+    if len(dataset) == 0:
+        raise ValueError("the training set is empty: give probes=...")
     columns = set(dataset.column_names if hasattr(dataset, "column_names") else dataset[0])
     names = next((c for c in _COLUMNS if columns.issuperset(c)), None)
     if names is None:
@@ -51,11 +60,20 @@ def pairs(dataset: Any, limit: int = 64, seed: int = 0) -> dict[str, list[Exampl
     prompt, chosen, rejected = names
     found: dict[str, list[Example]] = {"chosen": [], "rejected": [], "irr_train": []}
     for i, row in enumerate(rows):
-        other = rows[(i + 1) % len(rows)]
-        for name, ids in (("chosen", row[chosen]), ("rejected", row[rejected]),
-                          ("irr_train", other[chosen])):  # fmt: skip
-            found[name].append(Example(row[prompt], ids, name=name))
-    return found
+        responses = {"chosen": row[chosen], "rejected": row[rejected]}
+        if len(rows) > 1:
+            responses["irr_train"] = rows[(i + 1) % len(rows)][chosen]
+        for name, ids in responses.items():
+            whole = [*row[prompt], *ids]
+            kept = whole[:max_length]
+            if truncation_mode == "keep_end" and max_length is not None:
+                kept = whole[-max_length:]
+            start = len(row[prompt])
+            if truncation_mode == "keep_end":
+                start -= len(whole) - len(kept)
+            if 0 < start < len(kept):
+                found[name].append(Example(tuple(kept[:start]), tuple(kept[start:]), name=name))
+    return {name: examples for name, examples in found.items() if examples}
 
 
 def watch(
@@ -76,7 +94,11 @@ def watch(
         ValueError: If there are no probes and the trainer's data are no pairs.
     """
     if probes is None:
-        probes = pairs(trainer.train_dataset, prompts, trainer.args.seed)
+        probes = pairs(
+            trainer.train_dataset, prompts, trainer.args.seed,
+            max_length=getattr(trainer.args, "max_length", None),
+            truncation_mode=getattr(trainer.args, "truncation_mode", "keep_start"),
+        )  # fmt: skip
     callback = LearningDynamicsCallback(probes, prompts=prompts, trainer=trainer, **options)
     trainer.add_callback(callback)
     return callback

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,9 @@ Out = Annotated[
     typer.Option(help="Folder for everything. Default: lab/NAME.", show_default=False),
 ]
 Seed = Annotated[int, typer.Option(help="Of all random numbers.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew: delete what --out holds.")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Begin anew: delete what the experiment left in --out.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
 
 
@@ -37,8 +38,10 @@ def launch(
     """Runs an experiment, prints its claims or its JSON; errors are one line."""
     with one_line_errors():
         folder = out or Path("lab") / name
-        if fresh and (folder / "identity.json").exists():
-            shutil.rmtree(folder)
+        if fresh:
+            from lddyn.lab.record import Lab
+
+            Lab.clear(folder, name)
         experiment = importlib.import_module(f"lddyn.lab.{name}")
         results: dict[str, Any] = experiment.run(folder, seed=seed, progress=True, **options)
         if as_json:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,6 +33,11 @@ __all__ = ["AGREES", "DISAGREES", "UNTESTABLE", "Claim", "Lab"]
 T = TypeVar("T")
 AGREES, DISAGREES, UNTESTABLE = "agrees", "disagrees", "not testable at this scale"
 Verdict = Literal["agrees", "disagrees", "not testable at this scale"]
+# All that experiments write into their folder: what --fresh deletes, and nothing else.
+CONTENT = (
+    "results.json", "index.html", "steps", "tables", "figures", "states", "checkpoints",
+    "probes.jsonl", "written.jsonl", "identity.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Claim:
         verdict: "agrees", "disagrees" or "not testable at this scale".
         reason: Why the verdict, honestly.
         value: The deciding statistic.
-        interval: Its 95 % interval.
+        interval: Its 95 % interval; none where an end is not finite.
     """
 
     name: str
@@ -68,6 +75,8 @@ class Claim:
                 f"verdict of claim {self.name!r} must be {AGREES!r}, {DISAGREES!r} or "
                 f"{UNTESTABLE!r}, got {self.verdict!r}"
             )
+        if self.interval is not None and not all(map(math.isfinite, self.interval)):
+            object.__setattr__(self, "interval", None)  # nothing was measured: nothing is printed
 
 
 @dataclass
@@ -79,7 +88,8 @@ class Lab:
         folder: Where everything goes; made if it is not there.
         seed: Of all random numbers.
         options: Everything else that decides the results. A folder made with other options is
-            refused, with the names of those that differ.
+            refused, with the names of those that differ; so is one with files of other origin that
+            would be overwritten.
         progress: Show bars on standard error.
 
     Example:
@@ -103,8 +113,15 @@ class Lab:
         self._began = time.perf_counter()
         identity = {"experiment": self.name, "seed": self.seed, "options": plain(self.options)}
         path = self.folder / "identity.json"
-        if path.exists():
-            old = json.loads(path.read_text(encoding="utf-8"))
+        old = _identity(self.folder)
+        if old is None:
+            foreign = [name for name in CONTENT if (self.folder / name).exists()]
+            if foreign:
+                raise ValueError(
+                    f"{self.folder} holds {', '.join(foreign)} of no experiment of lddyn, which "
+                    "would be overwritten: give another --out"
+                )
+        else:
             a, b = ({**x, **x["options"]} for x in (old, identity))
             differ = [k for k in {**a, **b} if k != "options" and a.get(k) != b.get(k)]
             if differ:
@@ -114,6 +131,28 @@ class Lab:
                     "--out, the same settings, or --fresh to begin anew"
                 )
         _write(path, identity)
+
+    @staticmethod
+    def clear(folder: str | Path, name: str) -> None:
+        """Deletes what an experiment of this name left in a folder, and no other file there.
+
+        Raises:
+            ValueError: If the folder holds another experiment.
+        """
+        folder = Path(folder)
+        old = _identity(folder)
+        if old is None:
+            return
+        if old["experiment"] != name:
+            raise ValueError(
+                f"{folder} holds experiment {old['experiment']}, not {name}: give another --out"
+            )
+        for part in CONTENT:  # the identity last: a folder half cleared is still known
+            path = folder / part
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------ randomness and progress
 
@@ -222,6 +261,17 @@ class Lab:
         page = _environment().get_template("page").render(results=results, pictures=pictures)
         _replace(self.path("index.html"), page)
         return results  # type: ignore[no-any-return]
+
+
+def _identity(folder: Path) -> dict[str, Any] | None:
+    """Of the experiment in a folder; None if there is none."""
+    path = folder / "identity.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(found, dict) and found.keys() == {"experiment", "seed", "options"}
+    return found if ours else None
 
 
 def _write(path: Path, content: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from lddyn.lab.record import _replace, _write
 
 
 def write(results: Sequence[Mapping[str, Any]], folder: str | Path) -> dict[str, Any]:
@@ -27,10 +28,8 @@ def write(results: Sequence[Mapping[str, Any]], folder: str | Path) -> dict[str,
         "verdicts": dict(Counter(row["verdict"] for row in rows)),
         "seconds": {r["experiment"]: sum(r["seconds"]["steps"].values()) for r in results},
     }
-    (folder / "scoreboard.json").write_text(
-        json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    (folder / "scoreboard.md").write_text(_markdown(rows), encoding="utf-8")
+    _write(folder / "scoreboard.json", document)
+    _replace(folder / "scoreboard.md", _markdown(rows))
     return document
 
 

@@ -60,4 +60,7 @@ class Share:
         }  # fmt: skip
 
     def __str__(self) -> str:
-        return f"{100 * self.value:.4g} % of {self.total:,}"
+        text = f"{100 * self.value:.4g}"
+        if text == "100" and self.count < self.total:  # a rounded 100 % hides that it is not all
+            return f"all but {self.total - self.count:,} of {self.total:,}"
+        return f"{text} % of {self.total:,}"
