@@ -450,8 +450,8 @@ def one_step(section: dict) -> str:
     r = section["result"]
     return (
         f"{r['pairs']} pairs, DPO with β = {r['beta']:g}, lr = {r['lr']:g}. Predicted and measured "
-        f"Δ log π differ by {r['error_chosen']:.2%} for y+ and {r['error_rejected']:.2%} for y−; y+ rises in "
-        f"{r['chosen_rise']}. Spearman's correlation with the measured Δ log π(y+), intervals by "
+        f"Δ log π differ by {r['error_chosen']:.2%} for y+ and {r['error_rejected']:.2%} for y−; "
+        f"y+ rises in {r['chosen_rise']}. Spearman's correlation with the measured Δ log π(y+), intervals by "
         f"bootstrap over pairs:\n\n{correlations(r)}\n\n<sub>{made_by(section)}</sub>"
     )
 
