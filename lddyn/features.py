@@ -601,9 +601,9 @@ def features(
         threads: Of the CPU; None: torch's. Several processes with one each are faster than one with
             several (`lddyn features build` under torchrun).
 
-    The same seed, layout, chunk and threads give the same bits, whatever the other examples, their
-    order or the memory; rows of whole sequences also whatever the chunk. Another chunk, more
-    threads or another device move rounding alone.
+    On a CPU, the same seed, layout, chunk and threads give the same bits, whatever the other
+    examples, their order or the memory; rows of whole sequences also whatever the chunk. Another
+    chunk, more threads or another device move rounding alone; so does a second run on a GPU.
 
     Returns:
         Features of N rows, float32 (float64 for float64 models).
