@@ -281,10 +281,9 @@ def plan_layout(
     pilot = examples[: _PILOT[0]]
     if together:
         with _cpu_threads(1):
-            trace = anatomy.trace(max(pilot, key=lambda e: e.length))
-            most = max(map(len, pilot))
-            room = _Room.of(trace, most, CHUNK, parse_memory(DEFAULT_MEMORY))
-            _walk_sequences(anatomy, pilot, None, room, visit)
+            anatomy.trace(pilot[0])
+            # One at a time and no graphs: a layout does not depend on what memory there is.
+            _walk_sequences(anatomy, pilot, None, _Room(1, keep=False, least=0), visit)
         pilot = []
     for example in pilot:
         count = min(_PILOT[1], len(example))
@@ -791,7 +790,8 @@ def store_features(
     Args:
         store: Open for writing, made with `layout`.
         model: A causal LM of transformers, or its Anatomy.
-        examples: Place in the data set -> example. Those that the store has are left out.
+        examples: Place in the data set -> example. Those that the store has are left out, and
+            repeats.
         layout: Of the rows; see `plan_layout`.
         by: `"token"`, or `"sequence"`: one row an example, under the name of its first token.
         memory: Workspace for the rows and a chunk of one example, or of 64 whole sequences.
@@ -813,7 +813,12 @@ def store_features(
         total=sum(len(e) for e in examples.values()), desc="features", unit="token",
         disable=None if progress else True, leave=False,
     )  # fmt: skip
-    missing = [(index, example) for index, example in examples.items() if not store.has(example)]
+    # An example that is there twice is a row of the store once, at its first place.
+    first: dict[str, tuple[int, Example]] = {}
+    for index, example in examples.items():
+        if not store.has(example):
+            first.setdefault(example.content_id, (index, example))
+    missing = list(first.values())
     bar.update(bar.total - sum(len(example) for _, example in missing))
     step = 1 if by == "token" else WINDOW
     for start in range(0, len(missing), step):
@@ -823,8 +828,8 @@ def store_features(
             if by == "token":
                 store.append(example, feats.rows, index=index)
             else:
-                first = {name: of[:1] for name, of in token_columns(example).items()}
-                store.append(example.content_id, feats.rows[row : row + 1], first, index=index)
+                columns = {name: of[:1] for name, of in token_columns(example).items()}
+                store.append(example.content_id, feats.rows[row : row + 1], columns, index=index)
         bar.update(sum(len(example) for _, example in some))
     bar.close()
     store.flush()

@@ -427,6 +427,15 @@ def test_faiss_finds_what_query_finds(tmp_path):
         layout.as_query(torch.zeros(1, layout.width))
 
 
+@pytest.mark.parametrize("by", ["token", "sequence"])
+def test_a_store_takes_an_example_that_is_there_twice_once(tmp_path, by):
+    lm, (one, other) = model("llama"), zoo.examples()
+    layout = plan_layout(lm, [one, other], lddyn.Sketch(k=1000), by=by)
+    with lddyn.Store.create(tmp_path / "s", {}, layout) as store:
+        assert store_features(store, lm, {0: one, 1: one, 2: other}, layout, by=by) == 2
+        assert store.example_ids == [one.content_id, other.content_id]
+
+
 def test_another_layout_is_told_in_few_words(tmp_path):
     """Not as all its parts: what was asked for in another way is told beside them."""
     examples = zoo.examples()
