@@ -640,6 +640,12 @@ def features(
                 "weights must be a (tokens,) tensor per example, "
                 f"{[(len(e),) for e in examples][:4]}…, got {shapes[:4]}…"
             )
+        wrong = [i for i, w in enumerate(weights) if not bool(w.isfinite().all())]
+        if wrong:
+            raise ValueError(
+                f"weights must be finite, got {weights[wrong[0]].tolist()[:4]}… for example "
+                f"{wrong[0]} ({len(wrong)} such examples): 0 leaves a token out"
+            )
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1 or None, got {threads}")
     budget = parse_memory(memory)

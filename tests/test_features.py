@@ -376,6 +376,9 @@ def test_features_refuse(tmp_path):
         lddyn.features(lm, examples, sketch, chunk=0)
     with pytest.raises(ValueError, match=r"weights must be a \(tokens,\) tensor per example"):
         lddyn.features(lm, examples, sketch, weights=[torch.ones(2)])
+    broken = [torch.full((len(e),), float("nan")) for e in zoo.examples()]
+    with pytest.raises(ValueError, match=r"weights must be finite, got \[nan.* for example 0 \(2"):
+        lddyn.features(model("llama"), zoo.examples(), weights=broken)
     with pytest.raises(ValueError, match=r"k must be at least \d+, a number for each of 8 repeats"):
         lddyn.features(lm, examples, lddyn.Sketch(k=50))
     with pytest.raises(ValueError, match=r"memory must be at least \d+ bytes, \d+ for all rows"):
