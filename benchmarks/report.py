@@ -451,8 +451,8 @@ def one_step(section: dict) -> str:
     return (
         f"{r['pairs']} pairs, DPO with β = {r['beta']:g}, lr = {r['lr']:g}. Predicted and measured "
         f"Δ log π differ by {r['error_chosen']:.2%} for y+ and {r['error_rejected']:.2%} for y−; "
-        f"y+ rises in {r['chosen_rise']}. Spearman's correlation with the measured Δ log π(y+), intervals by "
-        f"bootstrap over pairs:\n\n{correlations(r)}\n\n<sub>{made_by(section)}</sub>"
+        f"y+ rises in {r['chosen_rise']}. Spearman's correlation with the measured Δ log π(y+), "
+        f"intervals by bootstrap over pairs:\n\n{correlations(r)}\n\n<sub>{made_by(section)}</sub>"
     )
 
 

@@ -281,10 +281,9 @@ def plan_layout(
     pilot = examples[: _PILOT[0]]
     if together:
         with _cpu_threads(1):
-            trace = anatomy.trace(max(pilot, key=lambda e: e.length))
-            most = max(map(len, pilot))
-            room = _Room.of(trace, most, CHUNK, parse_memory(DEFAULT_MEMORY))
-            _walk_sequences(anatomy, pilot, None, room, visit)
+            anatomy.trace(pilot[0])
+            # One at a time and no graphs: a layout does not depend on what memory there is.
+            _walk_sequences(anatomy, pilot, None, _Room(1, keep=False, least=0), visit)
         pilot = []
     for example in pilot:
         count = min(_PILOT[1], len(example))
@@ -601,9 +600,9 @@ def features(
         threads: Of the CPU; None: torch's. Several processes with one each are faster than one with
             several (`lddyn features build` under torchrun).
 
-    The same seed, layout, chunk and threads give the same bits, whatever the other examples, their
-    order or the memory; rows of whole sequences also whatever the chunk. Another chunk, more
-    threads or another device move rounding alone.
+    On a CPU, the same seed, layout, chunk and threads give the same bits, whatever the other
+    examples, their order or the memory; rows of whole sequences also whatever the chunk. Another
+    chunk, more threads or another device move rounding alone; so does a second run on a GPU.
 
     Returns:
         Features of N rows, float32 (float64 for float64 models).
@@ -640,6 +639,12 @@ def features(
             raise ValueError(
                 "weights must be a (tokens,) tensor per example, "
                 f"{[(len(e),) for e in examples][:4]}…, got {shapes[:4]}…"
+            )
+        wrong = [i for i, w in enumerate(weights) if not bool(w.isfinite().all())]
+        if wrong:
+            raise ValueError(
+                f"weights must be finite, got {weights[wrong[0]].tolist()[:4]}… for example "
+                f"{wrong[0]} ({len(wrong)} such examples): 0 leaves a token out"
             )
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1 or None, got {threads}")
@@ -791,7 +796,8 @@ def store_features(
     Args:
         store: Open for writing, made with `layout`.
         model: A causal LM of transformers, or its Anatomy.
-        examples: Place in the data set -> example. Those that the store has are left out.
+        examples: Place in the data set -> example. Those that the store has are left out, and
+            repeats.
         layout: Of the rows; see `plan_layout`.
         by: `"token"`, or `"sequence"`: one row an example, under the name of its first token.
         memory: Workspace for the rows and a chunk of one example, or of 64 whole sequences.
@@ -813,7 +819,12 @@ def store_features(
         total=sum(len(e) for e in examples.values()), desc="features", unit="token",
         disable=None if progress else True, leave=False,
     )  # fmt: skip
-    missing = [(index, example) for index, example in examples.items() if not store.has(example)]
+    # An example that is there twice is a row of the store once, at its first place.
+    first: dict[str, tuple[int, Example]] = {}
+    for index, example in examples.items():
+        if not store.has(example):
+            first.setdefault(example.content_id, (index, example))
+    missing = list(first.values())
     bar.update(bar.total - sum(len(example) for _, example in missing))
     step = 1 if by == "token" else WINDOW
     for start in range(0, len(missing), step):
@@ -823,8 +834,8 @@ def store_features(
             if by == "token":
                 store.append(example, feats.rows, index=index)
             else:
-                first = {name: of[:1] for name, of in token_columns(example).items()}
-                store.append(example.content_id, feats.rows[row : row + 1], first, index=index)
+                columns = {name: of[:1] for name, of in token_columns(example).items()}
+                store.append(example.content_id, feats.rows[row : row + 1], columns, index=index)
         bar.update(sum(len(example) for _, example in some))
     bar.close()
     store.flush()

@@ -68,6 +68,7 @@ class Rates:
     hidden: int
     vocabulary: int
     element: int  # bytes
+    device: torch.device
 
     @classmethod
     def of(cls, side: Side) -> Rates:
@@ -90,6 +91,7 @@ class Rates:
             trace.hidden.shape[-1],
             trace.logits.shape[-1],
             trace.logits.element_size(),
+            trace.hidden.device,
         )
 
 
@@ -134,7 +136,8 @@ class Load:
         attention FLOPs scaled by ((p + 1)/T)² (both operands of each product move); above the last
         attention it costs one row (see `rowwise`).
         """
-        rates, chunk = self.rates, chunk_size(self.length, self.workspace, budget)
+        rates, far = self.rates, reach(self.positions[-1], self.length)
+        chunk = chunk_size(far, self.workspace, budget, rates.device)  # as `Side.chunk`
         replay = pullback = 0.0
         for start in range(0, len(self), chunk):
             part = self.positions[start : start + chunk]
@@ -190,8 +193,9 @@ def gram_cost(
     A side that is observed and updated is pulled back once.
     """
     loads = {id(side): Load.of(side) for side in (*observed, *updated)}
+    budget = parse_memory(memory, updated[0].trace.hidden.device)
     return _paired([loads[id(s)] for s in observed], [loads[id(s)] for s in updated],
-                   list(loads.values()), parse_memory(memory))  # fmt: skip
+                   list(loads.values()), budget)  # fmt: skip
 
 
 def _paired(

@@ -1124,6 +1124,16 @@ class Store:
         with Store._create(Path(out), stores[0]._manifest, None, exist_ok=True) as target:
             if not append and target.example_ids != order[: len(target.example_ids)]:
                 raise StoreError(f"{out} holds other examples: merge into another folder")
+            taken = {place.index: name for name, place in target._places.items()}
+            for name in order:
+                index, store = best[name]
+                if target.has(name):
+                    _check_same(name, target, store)
+                elif index in taken:
+                    raise StoreError(
+                        f"index {index} belongs to {taken[index]} in {out} and to {name} in "
+                        f"{store.path}: append with index=, the place in the data set"
+                    )
             for name in (name for name in order if not target.has(name)):
                 index, store = best[name]
                 span = store.span(name)

@@ -376,6 +376,9 @@ def test_features_refuse(tmp_path):
         lddyn.features(lm, examples, sketch, chunk=0)
     with pytest.raises(ValueError, match=r"weights must be a \(tokens,\) tensor per example"):
         lddyn.features(lm, examples, sketch, weights=[torch.ones(2)])
+    broken = [torch.full((len(e),), float("nan")) for e in zoo.examples()]
+    with pytest.raises(ValueError, match=r"weights must be finite, got \[nan.* for example 0 \(2"):
+        lddyn.features(model("llama"), zoo.examples(), weights=broken)
     with pytest.raises(ValueError, match=r"k must be at least \d+, a number for each of 8 repeats"):
         lddyn.features(lm, examples, lddyn.Sketch(k=50))
     with pytest.raises(ValueError, match=r"memory must be at least \d+ bytes, \d+ for all rows"):
@@ -425,6 +428,15 @@ def test_faiss_finds_what_query_finds(tmp_path):
     layout = plan_layout(model, examples, lddyn.Sketch(k=2048))
     with pytest.raises(ValueError, match="linear layout"):
         layout.as_query(torch.zeros(1, layout.width))
+
+
+@pytest.mark.parametrize("by", ["token", "sequence"])
+def test_a_store_takes_an_example_that_is_there_twice_once(tmp_path, by):
+    lm, (one, other) = model("llama"), zoo.examples()
+    layout = plan_layout(lm, [one, other], lddyn.Sketch(k=1000), by=by)
+    with lddyn.Store.create(tmp_path / "s", {}, layout) as store:
+        assert store_features(store, lm, {0: one, 1: one, 2: other}, layout, by=by) == 2
+        assert store.example_ids == [one.content_id, other.content_id]
 
 
 def test_another_layout_is_told_in_few_words(tmp_path):

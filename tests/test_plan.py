@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 import lddyn
 from lddyn.anatomy import Anatomy
 from lddyn.ntk import Side, token_gram
-from lddyn.plan import Cost, choose, gram_cost
+from lddyn.plan import Cost, Load, choose, gram_cost
 
 torch.set_num_threads(1)
 
@@ -300,3 +301,15 @@ def test_the_plan_is_told_as_text_and_json():
     assert sum(row["chosen"] for row in document["candidates"]) == 1
     for row in document["candidates"]:
         assert row["method"] in text and row["flops"] > 0
+
+
+def test_chunks_are_those_of_the_engine_where_the_last_tokens_do_not_count(monkeypatch):
+    """Cotangents do not reach the whole sequence, and more of them go together."""
+    anatomy = Anatomy(zoo.build("llama", max_position_embeddings=512))
+    example = lddyn.Example([5], [6] * 400, [i < 64 for i in range(400)])
+    side, taken = Side.log_probs(anatomy.trace(example)), []
+    module = sys.modules["lddyn.plan"]  # the function has its name
+    real = module.chunk_size
+    monkeypatch.setattr(module, "chunk_size", lambda *a: taken.append(real(*a)) or taken[-1])
+    Load.of(side).pulled(1 << 34)
+    assert taken == [side.chunk(1 << 34)] == [32]

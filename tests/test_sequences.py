@@ -116,6 +116,15 @@ def test_angles_that_depend_on_the_length_are_those_of_the_sequence():
     anatomy.trace(examples[0])
     found = sorted(batches(anatomy, examples, 16))
     assert found == [(16, [0, 1]), (18, [2]), (22, [3]), (48, [4, 5])]
+    # The first tokens of a long one count alone: at one token, angles would not tell.
+    first = lddyn.Example([5], list(range(4, 43)), [i < 7 for i in range(39)])
+    assert list(batches(anatomy, [first], 16)) == [(40, [0])]
+    layout = plan_layout(anatomy, [first], lddyn.Sketch(k=400_000), by="sequence")
+    norm = lddyn.features(anatomy, [first], by="sequence", layout=layout).gram().value
+    weights = gradient(anatomy, [first], [torch.ones(7)]).values()
+    torch.testing.assert_close(
+        norm[0, 0], sum(g.square().sum() for g in weights), rtol=1e-5, atol=0
+    )
 
 
 def test_a_model_that_mixes_the_sequences_of_a_batch_is_not_given_one(monkeypatch):
@@ -126,6 +135,34 @@ def test_a_model_that_mixes_the_sequences_of_a_batch_is_not_given_one(monkeypatc
     anatomy = Anatomy(model)
     anatomy.trace(mixed()[0])
     assert not keeps_apart(anatomy)
+
+
+def test_a_model_whose_bits_depend_on_the_batch_is_not_given_one():
+    """Falcon's own attention, its biases frozen: products of another layout in a batch."""
+    model = zoo.build("falcon").eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith("bias"))
+    anatomy, examples = Anatomy(model), mixed()
+    layout = plan_layout(anatomy, examples, lddyn.Sketch(k=2400), by="sequence")
+    whole, *each = (
+        lddyn.features(anatomy, some, by="sequence", layout=layout).rows
+        for some in (examples, *([e] for e in examples))
+    )
+    assert torch.equal(torch.cat(each), whole)
+
+
+def test_code_that_takes_one_sequence_is_given_one(monkeypatch):
+    model = zoo.build("llama").eval()
+    mlp, examples = model.model.layers[1].mlp, mixed(3)
+    forward = mlp.forward
+
+    def alone(x):
+        assert len(x) == 1, "one sequence at a time"
+        return forward(x)
+
+    monkeypatch.setattr(mlp, "forward", alone)
+    rows = lddyn.features(model, examples, lddyn.Sketch(k=2400), by="sequence").rows
+    assert len(rows) == len(examples) and bool(rows.isfinite().all())
 
 
 def test_rows_that_a_probe_did_not_show_are_refused(monkeypatch):

@@ -740,6 +740,19 @@ def test_merge_takes_a_shared_example_once_and_refuses_contradictions(tmp_path):
     Store.merge(paths[1:], tmp_path / "on")
     longer = Store.merge(paths[:1], tmp_path / "on", append=True)
     assert longer.example_ids == [b.content_id, c.content_id, a.content_id]
+    d = data_set(200)[3]
+    for name, group, message in [
+        (
+            "taken",
+            [(d, 5, 3), (data_set(200)[4], 1, 4)],
+            "index 1 belongs to .* append with index=",
+        ),
+        ("changed", [(d, 5, 3), (a, 0, 9)], "has different rows in"),
+    ]:
+        (tmp_path / name).mkdir()
+        with pytest.raises(StoreError, match=message):
+            Store.merge(ranks_with(tmp_path / name, group), tmp_path / "on", append=True)
+    assert Store.open(tmp_path / "on").example_ids == longer.example_ids  # nothing was added
 
 
 def test_a_merge_that_was_interrupted_goes_on(tmp_path, monkeypatch):
