@@ -427,10 +427,8 @@ def write_html(
         for number, (name, one) in enumerate(several.items())
     ]
     facts = {**(extra or {}), "made with": _versions()}
-    text = (
-        _environment()
-        .get_template("page")
-        .render(title=title, story=list(story or []), sections=sections, facts=facts)
+    text = template(_PAGE).render(
+        title=title, story=list(story or []), sections=sections, facts=facts
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -587,16 +585,13 @@ def _png(figure: Figure) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _environment() -> Any:
-    from jinja2 import DictLoader, Environment, StrictUndefined
+def template(text: str) -> Any:
+    """A page's template: what it is given is escaped, and a name that is not given is an error."""
+    from jinja2 import Environment, StrictUndefined
 
     return Environment(
-        loader=DictLoader({"page": _PAGE}),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(text)
 
 
 _PAGE = """<!doctype html>

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
-from lddyn.report import plain
+from lddyn.report import plain, template
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -258,7 +258,7 @@ class Lab:
             name: base64.b64encode(self.path("figures", f"{name}.png").read_bytes()).decode("ascii")
             for name in self.figures
         }
-        page = _environment().get_template("page").render(results=results, pictures=pictures)
+        page = template(_PAGE).render(results=results, pictures=pictures)
         _replace(self.path("index.html"), page)
         return results  # type: ignore[no-any-return]
 
@@ -282,15 +282,6 @@ def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def _environment() -> Any:
-    from jinja2 import DictLoader, Environment, StrictUndefined
-
-    return Environment(
-        loader=DictLoader({"page": _PAGE}), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
 
 
 _PAGE = """<!doctype html>
