@@ -26,6 +26,7 @@ from torch.func import functional_call, jvp
 
 from lddyn.decompose import shifted_copy
 from lddyn.examples import Example
+from lddyn.massflow import leading
 from lddyn.ntk import ntk
 from lddyn.objectives import SFT
 from lddyn.optimizers import Direction, optimizer_step
@@ -457,6 +458,8 @@ def _token_log_probs(model: nn.Module, example: Example) -> tuple[Tensor, Tensor
 def mass_moved(before: Tensor, change: Tensor, targets: Tensor, top: int = 10) -> dict[str, float]:
     """Where probability went, summed over positions: Σ Δπ of disjoint sets of tokens.
 
+    What `massflow.Flow` tells of each position, for changes of a whole run or of one term.
+
     Args:
         before: π (n, V).
         change: Δπ (n, V), measured or predicted.
@@ -469,8 +472,7 @@ def mass_moved(before: Tensor, change: Tensor, targets: Tensor, top: int = 10) -
         "was likeliest": share of positions where the response's token was the argmax itself.
     """
     own = before.gather(1, targets[:, None])
-    others = before.scatter(1, targets[:, None], -1.0)
-    near = others.topk(min(top, before.shape[1] - 1), dim=1).indices
+    near = leading(before.log(), targets, top)
     moved = change.double()
     response = float(moved.gather(1, targets[:, None]).sum())
     likeliest = float(moved.gather(1, near[:, :1]).sum())
@@ -480,7 +482,7 @@ def mass_moved(before: Tensor, change: Tensor, targets: Tensor, top: int = 10) -
         "likeliest other": likeliest,
         "top": rest_of_top,
         "rest": float(moved.sum()) - response - likeliest - rest_of_top,
-        "was likeliest": float((own[:, 0] >= others.max(1).values).double().mean()),
+        "was likeliest": float((own >= before.gather(1, near[:, :1])).double().mean()),
     }
 
 
