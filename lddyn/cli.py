@@ -732,6 +732,12 @@ def diagnose(
     adapter: Adapter = None,
     limit: Limit = None,
     max_length: MaxLength = None,
+    max_prompt_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Cut prompts to this many tokens where a row is too long.", show_default=False
+        ),
+    ] = None,
     drop: Annotated[
         int, typer.Option(help="Leave out so many of the most harmful pairs from --write.")
     ] = 0,
@@ -774,7 +780,9 @@ def diagnose(
         pairs, places, skipped = [], [], []
         for place, row in enumerate(content[:limit]):
             try:
-                encoded = encode_row(tokenizer, row, max_length=max_length)
+                encoded = encode_row(
+                    tokenizer, row, max_length=max_length, max_prompt_length=max_prompt_length
+                )
                 pairs.append((encoded["chosen"], encoded["rejected"]))
                 places.append(place)
             except (ValueError, KeyError) as error:
