@@ -80,6 +80,19 @@ def undisturbed(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within; every module in its own mode again afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class true_float64(TorchFunctionMode):
     """Context in which a `.double()` Hugging Face model really computes in float64.
 
@@ -326,7 +339,6 @@ class Anatomy:
 
     def _analysis(self, own_attention: bool) -> Iterator[None]:
         _register_attention()
-        modes = [(m, m.training) for m in self.model.modules()]
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         configs = {
             id(c): c
@@ -342,7 +354,7 @@ class Anatomy:
         # Some rotary embeddings rewrite their (small) buffers as sequences grow.
         buffers = [
             (m, n, b, b.clone())
-            for m, _ in modes
+            for m in self.model.modules()
             for n, b in m._buffers.items()
             if b is not None and b.numel() <= 1 << 16
         ]
@@ -350,14 +362,13 @@ class Anatomy:
         if own == "lddyn" and not getattr(self.base, "_supports_attention_backend", False):
             own = "eager"
         try:
-            for module, _ in modes:
-                module.training = False
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             for config, key, _ in saved:
                 if own_attention or not key.startswith("_attn"):
                     setattr(config, key, own if key.startswith("_attn") else "eager")
             with (
+                evaluating(self.model),
                 torch.inference_mode(False),
                 torch.enable_grad(),
                 _no_autocast(self.device),
@@ -365,8 +376,6 @@ class Anatomy:
             ):
                 yield
         finally:
-            for module, training in modes:
-                module.training = training
             for module, name, buffer, values in buffers:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, values):

@@ -719,7 +719,7 @@ def report(
 
 @app.command()
 def diagnose(
-    model: Annotated[str, typer.Option(help="Folder or hub name.", show_default=False)],
+    model: Model,
     data: Annotated[Path, typer.Option(help="Preference pairs.", show_default=False)],
     objective: Annotated[str, typer.Option(help="dpo, ipo, simpo, dpop, dpo+nll, …")] = "dpo",
     beta: Annotated[
@@ -772,6 +772,7 @@ def diagnose(
 
         import lddyn
         from lddyn.objectives import hyperparameters
+        from lddyn.shards import replace_file
 
         given = {} if beta is None else {"beta": beta}
         hyperparameters(objective.lower(), given)
@@ -810,10 +811,8 @@ def diagnose(
                 _warn(f"only {harmful} of the {drop} dropped pairs pull chosen responses down")
             left = [row for place, row in enumerate(content) if place not in gone]
             write.parent.mkdir(parents=True, exist_ok=True)
-            temporary = write.with_name(write.name + ".tmp")
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in left)
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(write)
+            replace_file(write, text)
         if as_json:
             _print_json(document)
             return

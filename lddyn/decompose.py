@@ -40,6 +40,7 @@ from lddyn.optimizers import (
 )
 from lddyn.pullback import DEFAULT_MEMORY, Pullback, gradient, segments_down
 from lddyn.pushforward import AlongDirection, Pushforward, delta_log_probs, pair_direction
+from lddyn.shards import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -377,9 +378,7 @@ class Decomposition:
         }
         contents = {".safetensors": save(tensors), ".json": json.dumps(meta, indent=1).encode()}
         for suffix, content in contents.items():
-            temporary = path.with_name(path.name + suffix + ".tmp")
-            temporary.write_bytes(content)
-            temporary.replace(path.with_name(path.name + suffix))
+            replace_file(path.with_name(path.name + suffix), content)
 
     @classmethod
     def load(cls, path: str | Path) -> Decomposition:

@@ -14,8 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lddyn import ops
-from lddyn.anatomy import undisturbed
+from lddyn.anatomy import evaluating, undisturbed
 from lddyn.examples import Example
 from lddyn.features import features
 from lddyn.objectives import PREFERENCES, Pair, hyperparameters
 from lddyn.pullback import DEFAULT_MEMORY, parse_memory
+from lddyn.shards import replace_file
 from lddyn.sketch import Sketch
 
 __all__ = ["Diagnosis", "diagnose"]
@@ -240,10 +240,8 @@ class Diagnosis:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "diagnosis.json"
-        temporary = path.with_name(path.name + ".tmp")
         text = json.dumps(self.to_dict(places), indent=1, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
+        replace_file(path, text + "\n")
         return path
 
     def to_dict(self, places: Sequence[int] | None = None) -> dict[str, Any]:
@@ -363,7 +361,7 @@ def diagnose(
                     stderr[places[a], places[b]] = 0.0
     log_probs = torch.tensor(listed, dtype=torch.float64).view(2, -1)
     if isinstance(reference, nn.Module):
-        with _evaluated(reference), torch.no_grad():
+        with evaluating(reference), torch.no_grad():
             given = [float(_forward(reference, e)[0].sum()) for e in examples]
         reference = torch.tensor(given, dtype=torch.float64).view(2, -1)
     kept = log_probs if reference is None else reference.double().cpu()
@@ -373,17 +371,6 @@ def diagnose(
 
 
 # --------------------------------------------------------------------------- one sequence
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _forward(model: nn.Module, example: Example) -> tuple[Tensor, Tensor, Tensor]:
@@ -418,7 +405,7 @@ def _look(
     rows = torch.empty(len(examples), sum(p.numel() for p in parts)) if exact else None
     close: list[Tensor] = []
     last: Tensor | None = None
-    with _evaluated(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for k in tqdm(order, desc="sequences", disable=not progress, leave=False):
             log_probs, logits, hidden = _forward(model, examples[k])
             gradient = _flat(log_probs.sum(), parts)
@@ -504,18 +491,12 @@ def _weights(
     objective: str, parameters: Mapping[str, float], pairs: Pairs, log_probs: Tensor,
     reference: Tensor,
 ) -> Tensor:  # fmt: skip
-    """w± = −∂L/∂ log π(y±), (2, N), by autograd."""
-    found = []
-    for i, (chosen, rejected) in enumerate(pairs):
-        with torch.enable_grad():
-            both = log_probs[:, i].clone().requires_grad_()
-            pair = Pair(
-                both[0], both[1], both[0] - reference[0, i], both[1] - reference[1, i],
-                len(chosen), len(rejected),
-            )  # fmt: skip
-            loss = PREFERENCES[objective](pair, **parameters)
-            found.append(-torch.autograd.grad(loss, both)[0])
-    return torch.stack(found, 1)
+    """w± = −∂L/∂ log π(y±), (2, N), by autograd; a loss is of one pair, elementwise."""
+    lengths = torch.tensor([[len(e) for e in pair] for pair in pairs]).T
+    with torch.enable_grad():
+        both = log_probs.clone().requires_grad_()
+        loss = PREFERENCES[objective](Pair(*both, *(both - reference), *lengths), **parameters)
+        return -torch.autograd.grad(loss.sum(), both)[0]
 
 
 def _effects(gram: Tensor, weights: Tensor) -> Tensor:

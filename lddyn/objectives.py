@@ -254,8 +254,8 @@ class Pair:
     """What a loss of a pair sees: sequence log-probs in nats (sums over tokens), and lengths.
 
     Attributes:
-        chosen, rejected: log π(y+) and log π(y−), scalar tensors.
-        gain_chosen, gain_rejected: r± = log π(y±) − log π_ref(y±), scalar tensors.
+        chosen, rejected: log π(y+) and log π(y−): scalars, or (N,) for as many pairs.
+        gain_chosen, gain_rejected: r± = log π(y±) − log π_ref(y±), likewise.
         chosen_length, rejected_length: |y+| and |y−|, tokens.
     """
 
@@ -263,8 +263,8 @@ class Pair:
     rejected: Tensor
     gain_chosen: Tensor
     gain_rejected: Tensor
-    chosen_length: int
-    rejected_length: int
+    chosen_length: int | Tensor
+    rejected_length: int | Tensor
 
     @property
     def margin(self) -> Tensor:

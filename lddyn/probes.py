@@ -35,8 +35,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lddyn import ops
+from lddyn.anatomy import evaluating
 from lddyn.examples import EmptyResponseError, Example, encode
 from lddyn.examples import rows as read_rows
+from lddyn.shards import replace_file
 
 __all__ = [
     "TYPES", "Encoded", "Endpoint", "Measured", "ProbeSet", "ResponseType", "build", "measure",
@@ -153,7 +155,7 @@ class ProbeSet:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSONL that `read` reads."""
         lines = [json.dumps(dict(row), ensure_ascii=False) for row in self.rows]
-        _replace(Path(path), "\n".join(lines) + "\n")
+        replace_file(Path(path), "\n".join(lines) + "\n")
 
     def split(self, held_out: float, seed: int = 0) -> tuple[ProbeSet, ProbeSet]:
         """Train and test prompts: equal prompts go to the same side.
@@ -398,7 +400,7 @@ def sample(
     room = getattr(config, "max_position_embeddings", None) or 1 << 30
     ids = [tokenizer(text)["input_ids"][-max(1, room - max_new_tokens) :] for text in prompts]
     texts = [""] * len(prompts)
-    with _evaluating(model):
+    with evaluating(model):
         for at in _together([len(i) for i in ids], batch):
             device = next(model.parameters()).device
             given = torch.tensor([ids[i] for i in at], device=device)
@@ -451,19 +453,6 @@ class _Products(TorchFunctionMode):
             out = out[: len(rows)].view(*x.shape[:-1], -1)
             return out if not bias or bias[0] is None else out + bias[0]
         return func(*args, **kwargs)
-
-
-class _evaluating:
-    """In evaluation mode within, as before afterwards."""
-
-    def __init__(self, model: nn.Module):
-        self.model, self.training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.model.train(self.training)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -575,7 +564,7 @@ def write(
             entry = json.loads(line)
             known[entry["key"]] = entry["text"]
         if whole != text:
-            _replace(journal, whole)
+            replace_file(journal, whole)
     requests = []
     for index, row in enumerate(probes.rows):
         for name in fields:
@@ -595,12 +584,6 @@ def write(
                 out.flush()
             rows[index][name] = _like(rows[index]["chosen"], known[key].split(" "))
     return ProbeSet(rows)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -668,7 +651,7 @@ def measure(
     """
     examples = probes.examples if isinstance(probes, Encoded) else list(probes)
     sums = torch.zeros(len(examples), len(_SUMS), dtype=torch.float64)
-    with _evaluating(model), _Products():
+    with evaluating(model), _Products():
         for logits, targets, owners in response_logits(model, examples, tokens=tokens):
             sums.index_add_(0, owners, _statistics(logits, targets).cpu())
     count = torch.tensor([float(len(e)) for e in examples], dtype=torch.float64)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lddyn.figures import plot_decomposition, printable, signed, visible
+from lddyn.shards import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -378,10 +379,8 @@ def read_run(
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     """JSON that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, text + "\n")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -432,9 +431,7 @@ def write_html(
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, text)
     return path
 
 

@@ -129,6 +129,16 @@ def put(path: Path, data: bytes | bytearray) -> None:
     sync_folder(path.parent)
 
 
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Writes a file that other processes see as it was or as it is, never in part.
+
+    Unlike `put` it does not wait for the disk: after a loss of power it may be the old one.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    temporary.replace(path)
+
+
 def read(path: Path, offset: int = 0, limit: int | None = None) -> bytes:
     """The file from an offset, as a StoreError if it cannot be read."""
     try:

@@ -236,3 +236,12 @@ def test_the_authors_file_is_read_as_it_is():
     assert len(probes) == 500 and probes.fields == tuple(TYPES)
     empty = {row["type"]: row["empty"] for row in probes.report()}
     assert empty["chosen_initial"] == 21 and empty["rejected"] == 1
+
+
+def test_measure_leaves_every_module_in_its_own_mode(world, probes):
+    model = world.model.train()
+    model.model.norm.eval()  # as one that the user keeps frozen
+    before = [module.training for module in model.modules()]
+    measure(model, probes.encode(world.tokenizer).examples[:2])
+    assert [module.training for module in model.modules()] == before
+    model.eval()

@@ -30,6 +30,7 @@ from lddyn.examples import Example
 from lddyn.probes import Encoded, ProbeSet, measure
 from lddyn.pushforward import AlongDirection, Direction, Pushforward, delta_log_probs
 from lddyn.report import plain
+from lddyn.shards import replace_file
 
 __all__ = ["LearningDynamicsCallback"]
 
@@ -276,9 +277,7 @@ class LearningDynamicsCallback(TrainerCallback):  # type: ignore[misc]
             while (aside := path.with_name(f"dynamics-{number}.jsonl")).exists():
                 number += 1
             path.replace(aside)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        temporary.replace(path)
+        replace_file(path, "".join(json.dumps(r) + "\n" for r in kept))
         if kept:
             first = [math.nan if x is None else x for x in kept[0]["each"]]
             self._start = torch.tensor(first, dtype=torch.float64)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from lddyn.report import plain, template
+from lddyn.shards import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -259,7 +260,7 @@ class Lab:
             for name in self.figures
         }
         page = template(_PAGE).render(results=results, pictures=pictures)
-        _replace(self.path("index.html"), page)
+        replace_file(self.path("index.html"), page)
         return results  # type: ignore[no-any-return]
 
 
@@ -275,13 +276,7 @@ def _identity(folder: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, content: Any) -> None:
-    _replace(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 _PAGE = """<!doctype html>

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lddyn.lab.record import _replace, _write
+from lddyn.lab.record import _write
+from lddyn.shards import replace_file
 
 
 def write(results: Sequence[Mapping[str, Any]], folder: str | Path) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def write(results: Sequence[Mapping[str, Any]], folder: str | Path) -> dict[str,
         "seconds": {r["experiment"]: sum(r["seconds"]["steps"].values()) for r in results},
     }
     _write(folder / "scoreboard.json", document)
-    _replace(folder / "scoreboard.md", _markdown(rows))
+    replace_file(folder / "scoreboard.md", _markdown(rows))
     return document
 
 
