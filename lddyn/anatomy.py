@@ -93,6 +93,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextlib.contextmanager
+def attending(model: nn.Module, implementation: str) -> Iterator[None]:
+    """Another attention of transformers' AttentionInterface within, by its registered name."""
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}.values()
+    key = "_attn_implementation_internal"
+    saved = [(config, getattr(config, key)) for config in configs if hasattr(config, key)]
+    try:
+        for config, _ in saved:
+            setattr(config, key, implementation)
+        yield
+    finally:
+        for config, before in saved:
+            setattr(config, key, before)
+
+
 class true_float64(TorchFunctionMode):
     """Context in which a `.double()` Hugging Face model really computes in float64.
 

@@ -12,12 +12,11 @@ that their files are read as they are:
 the model. Those that another model writes come from a file, or from an endpoint that the user names
 (`write`); nothing is sent anywhere otherwise.
 
-`measure` is the pass: the responses of one prompt share one forward of the prompt.
+`measure` is the pass: every prompt is read once (`lddyn.packing`).
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -32,12 +31,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lddyn import ops
 from lddyn.anatomy import evaluating
 from lddyn.examples import EmptyResponseError, Example, encode
 from lddyn.examples import rows as read_rows
+from lddyn.packing import response_logits
 from lddyn.shards import replace_file
 
 __all__ = [
@@ -435,26 +434,6 @@ def _together(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
             yield found[start : start + most]
 
 
-_BLOCK = 256
-
-
-class _Products(TorchFunctionMode):
-    """Linear layers by `ops.product` within: twice as fast on some CPUs, the same elsewhere."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Dispatches one torch function."""
-        kwargs = kwargs or {}
-        if func is nn.functional.linear and not kwargs:
-            x, weight, *bias = args
-            rows = x.reshape(-1, x.shape[-1])
-            # Whole blocks of rows are one call there.
-            over = -len(rows) % _BLOCK if len(rows) > _BLOCK else 0
-            out = ops.product(nn.functional.pad(rows, (0, 0, 0, over)), weight.T)
-            out = out[: len(rows)].view(*x.shape[:-1], -1)
-            return out if not bias or bias[0] is None else out + bias[0]
-        return func(*args, **kwargs)
-
-
 # ---------------------------------------------------------------------------------------------
 # Responses that another model writes
 
@@ -627,8 +606,8 @@ def measure(
 ) -> Measured:
     """One teacher-forced pass over many responses, whose equal prompts are read once.
 
-    Prompts of like length are read together into a key-value cache; then their responses, sorted by
-    length, over copies of it. The head sees the response's positions only.
+    Prompts and responses are packed into sequences without padding, see `lddyn.packing`. The head
+    sees the response's positions only.
 
     Args:
         model: A causal LM of transformers with a key-value cache; taken in evaluation mode.
@@ -651,122 +630,11 @@ def measure(
     """
     examples = probes.examples if isinstance(probes, Encoded) else list(probes)
     sums = torch.zeros(len(examples), len(_SUMS), dtype=torch.float64)
-    with evaluating(model), _Products():
+    with evaluating(model):
         for logits, targets, owners in response_logits(model, examples, tokens=tokens):
             sums.index_add_(0, owners, _statistics(logits, targets).cpu())
     count = torch.tensor([float(len(e)) for e in examples], dtype=torch.float64)
     return Measured(count, *sums.unbind(1))
-
-
-def response_logits(
-    model: nn.Module, examples: Sequence[Example], *, tokens: int | None = None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Logits (n, V), targets (n,) and owning example (n,) of all counted tokens, part by part.
-
-    The tokens of one example come in order, within one part or in two: its first token's logits are
-    the prompt's last, and come with the prompt.
-    """
-    from transformers import DynamicCache
-
-    config: Any = model.config
-    device = next(model.parameters()).device
-    if tokens is None:
-        tokens = max(256, min(4096, (1 << 26) // config.get_text_config().vocab_size))
-    owners_of: dict[tuple[int, ...], list[int]] = {}
-    for index, example in enumerate(examples):
-        owners_of.setdefault(example.prompt_ids, []).append(index)
-    prompts = sorted(owners_of, key=len)
-    sizes = [len(p) + sum(len(examples[i].response_ids) for i in owners_of[p]) for p in prompts]
-    for part in _chunks(sizes, tokens):
-        mine = [prompts[k] for k in part]
-        longest = len(mine[-1])
-        # Padded on the left, so that the responses continue all of them at one place.
-        ids = torch.tensor([(0,) * (longest - len(p)) + p for p in mine], device=device)
-        pads = torch.tensor([longest - len(p) for p in mine], device=device)
-        at = torch.arange(longest, device=device) - pads[:, None]
-        cache = DynamicCache(config=config)
-        first = model(
-            input_ids=ids, attention_mask=(at >= 0).long(), position_ids=at.clamp(min=0),
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
-        pairs = [(row, i) for row, p in enumerate(mine) for i in owners_of[p]]
-        opening = [(row, i) for row, i in pairs if examples[i]._counted[0] == 0]
-        if opening:
-            rows, found = (list(x) for x in zip(*opening, strict=True))
-            targets = torch.tensor([examples[i].targets[0] for i in found], device=device)
-            yield first[rows], targets, torch.tensor(found)
-        yield from _continued(model, examples, pairs, cache, pads, longest, tokens)
-
-
-def _continued(
-    model: nn.Module, examples: Sequence[Example], pairs: Sequence[tuple[int, int]],
-    cache: Any, pads: Tensor, longest: int, tokens: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """Logits of all tokens but the first, of responses to the prompts in the cache."""
-    device = pads.device
-    longer = [pair for pair in pairs if len(examples[pair[1]].response_ids) > 1]
-    longer.sort(key=lambda pair: len(examples[pair[1]].response_ids))
-    widths = [len(examples[i].response_ids) - 1 for _, i in longer]
-    parts = list(_batches(widths, tokens))
-    for part in parts:
-        mine = [longer[k] for k in part]
-        width = widths[part[-1]]
-        ids = torch.zeros(len(mine), width, dtype=torch.int64)
-        places, targets, owners = [], [], []
-        for row, (_, i) in enumerate(mine):
-            example = examples[i]
-            ids[row, : len(example.response_ids) - 1] = torch.tensor(example.response_ids[:-1])
-            for k, target in zip(example._counted, example.targets, strict=True):
-                if k:
-                    places.append(row * width + k - 1)
-                    targets.append(target)
-                    owners.append(i)
-        own = cache if part is parts[-1] else copy.deepcopy(cache)
-        which = torch.tensor([row for row, _ in mine], device=device)
-        own.batch_select_indices(which)
-        left = pads[which][:, None]
-        at = torch.arange(longest + width, device=device) - left
-        # Padding of the responses is on the right, where no counted token sees it.
-        logits = model(
-            input_ids=ids.to(device), attention_mask=(at >= 0).long(),
-            position_ids=at[:, longest:], past_key_values=own, use_cache=True,
-        ).logits  # fmt: skip
-        kept = logits.flatten(0, 1).index_select(0, torch.tensor(places, device=device))
-        yield kept, torch.tensor(targets, device=device), torch.tensor(owners)
-
-
-def _chunks(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Consecutive indices whose sizes add up to `most`, or one that alone is larger."""
-    part: list[int] = []
-    total = 0
-    for index, size in enumerate(sizes):
-        if part and total + size > most:
-            yield part
-            part, total = [], 0
-        part.append(index)
-        total += size
-    if part:
-        yield part
-
-
-# A forward costs as much as reading some tokens, whatever it reads: padding up to that is free.
-_CALL = 128
-
-
-def _batches(widths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Consecutive indices of ascending widths: split where padding costs more than a call."""
-    part: list[int] = []
-    read = 0
-    for index, width in enumerate(widths):
-        if part:
-            padding = width * len(part) - read
-            if padding > _CALL or width * (len(part) + 1) > tokens:
-                yield part
-                part, read = [], 0
-        part.append(index)
-        read += width
-    if part:
-        yield part
 
 
 def _statistics(logits: Tensor, targets: Tensor) -> Tensor:

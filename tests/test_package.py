@@ -29,7 +29,7 @@ LAYERS = [
     {"rowwise"},
     {"pullback", "pushforward", "norms", "projections"},
     {"lowrank", "sequences", "stream"},
-    {"ntk", "proxies", "store", "query", "plan", "sketch", "features"},
+    {"ntk", "proxies", "store", "query", "plan", "sketch", "features", "packing"},
     {"dynamics", "probes", "massflow", "decompose", "diagnose", "figures"},
     {"console"},
     {"cli", "report", "lab", "integrations", "demo", "__main__"},

@@ -43,7 +43,8 @@ from lddyn.lab.setting import (
 )
 from lddyn.lab.sft import bell
 from lddyn.optimizers import make_optimizer
-from lddyn.probes import response_logits, sample
+from lddyn.packing import response_logits
+from lddyn.probes import sample
 
 __all__ = ["mass_of_run", "run", "shares_of_mass", "unrelated"]
 

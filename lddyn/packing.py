@@ -1,0 +1,387 @@
+"""Logits of many responses, teacher-forced; every prompt is read once.
+
+Packed: prompts, each followed by all of its responses, lie one after the other in one sequence
+without padding, and an attention of ours lets every response see its prompt and itself,
+
+    softmax([q K_promptᵀ, q K_ownᵀ]) [V_prompt; V_own] = lerp(o_own, o_prompt, σ(λ_prompt − λ_own)),
+
+o and λ = logsumexp being those of the two parts. So prompts need no mask, and no key is copied.
+
+Cached: prompts of like length are read together into a key-value cache, and their responses,
+sorted by length, over copies of it. That is for models whose attention is not to be replaced
+(sliding windows shorter than the sequences, capped scores, sinks, ALiBi) or whose tokens meet
+elsewhere too (state spaces, convolutions). A trial tells, once per model.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lddyn import ops
+from lddyn.anatomy import attending
+from lddyn.examples import Example
+
+__all__ = ["response_logits"]
+
+_Part = tuple[Tensor, Tensor, Tensor]
+
+
+def response_logits(
+    model: nn.Module, examples: Sequence[Example], *, tokens: int | None = None
+) -> Iterator[_Part]:
+    """Logits of all counted tokens, part by part.
+
+    Args:
+        model: A causal LM of transformers, in evaluation mode, without gradients.
+        examples: In any order; those of equal prompts share it.
+        tokens: Most tokens in one forward. None: so many that logits stay below a quarter GiB.
+
+    Yields:
+        Logits (n, V), targets (n,) and owning examples (n,). The tokens of one example come in
+        order.
+
+    Cost: 2 N FLOPs per prompt token, once per distinct prompt (and again for so many responses
+    that they fill another forward), and per response token.
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    if tokens is None:
+        tokens = max(256, min(4096, (1 << 26) // text.vocab_size))
+    longest = max((example.length for example in examples), default=0)
+    window = min(
+        getattr(text, name, None) or longest for name in ("sliding_window", "attention_chunk_size")
+    )
+    packed = longest <= window and _can_be_packed(model)
+    return (_packed if packed else _cached)(model, examples, tokens)
+
+
+def _by_prompt(examples: Sequence[Example]) -> dict[tuple[int, ...], list[int]]:
+    """Indices of examples by prompt, short prompts first, short responses first."""
+    owners: dict[tuple[int, ...], list[int]] = {}
+    for index in sorted(range(len(examples)), key=lambda i: len(examples[i].response_ids)):
+        owners.setdefault(examples[index].prompt_ids, []).append(index)
+    return dict(sorted(owners.items(), key=lambda item: len(item[0])))
+
+
+def _chunks(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Consecutive indices whose sizes add up to `most`, or one that alone is larger."""
+    part: list[int] = []
+    total = 0
+    for index, size in enumerate(sizes):
+        if part and total + size > most:
+            yield part
+            part, total = [], 0
+        part.append(index)
+        total += size
+    if part:
+        yield part
+
+
+# ---------------------------------------------------------------------------------------------
+# Packed
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """Where a prompt and its responses lie in the packed sequence.
+
+    Attributes:
+        start: Of the prompt.
+        stop: Of the prompt, where its responses begin.
+        runs: (number, length) of responses of equal length, one after the other.
+    """
+
+    start: int
+    stop: int
+    runs: tuple[tuple[int, int], ...]
+
+
+_trees: ContextVar[Sequence[_Tree]] = ContextVar("trees")
+
+
+class _UnpackableError(Exception):
+    """The attention of this model is more than softmax(q Kᵀ) V."""
+
+
+def _packed(model: nn.Module, examples: Sequence[Example], tokens: int) -> Iterator[_Part]:
+    """Logits by packed sequences."""
+    owners_of = _by_prompt(examples)
+    trees = []
+    for prompt, owners in owners_of.items():
+        sizes = [len(examples[i].response_ids) - 1 for i in owners]
+        # A prompt of too many responses is read again for each part of them.
+        for part in _chunks(sizes, max(1, tokens - len(prompt))):
+            trees.append((prompt, [owners[k] for k in part]))
+    sizes = [len(p) + sum(len(examples[i].response_ids) - 1 for i in own) for p, own in trees]
+    for part in _chunks(sizes, tokens):
+        yield _forest(model, examples, [trees[k] for k in part])
+
+
+def _forest(
+    model: nn.Module,
+    examples: Sequence[Example],
+    trees: Sequence[tuple[tuple[int, ...], list[int]]],
+) -> _Part:
+    ids: list[int] = []
+    positions: list[int] = []
+    places: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    layout: list[_Tree] = []
+    for prompt, mine in trees:
+        start = len(ids)
+        ids += prompt
+        positions += range(len(prompt))
+        stop = len(ids)
+        for i in mine:
+            example, first = examples[i], len(ids)
+            ids += example.response_ids[:-1]
+            positions += range(len(prompt), example.length - 1)
+            # Token 0 is told by the prompt's last position.
+            places += [first + k - 1 if k else stop - 1 for k in example._counted]
+            targets += example.targets
+            owners += [i] * len(example)
+        widths = [len(examples[i].response_ids) - 1 for i in mine]
+        runs = tuple((len(list(run)), width) for width, run in itertools.groupby(widths) if width)
+        layout.append(_Tree(start, stop, runs))
+    if len(ids) > _BLOCK:
+        padding = [0] * (-len(ids) % _BLOCK)
+        ids, positions = ids + padding, positions + padding
+    device = next(model.parameters()).device
+    token = _trees.set(layout)
+    try:
+        with attending(model, _NAME), _Products():
+            logits = model(
+                input_ids=torch.tensor([ids], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(places, device=device),
+            ).logits[0]
+    finally:
+        _trees.reset(token)
+    return logits, torch.tensor(targets, device=device), torch.tensor(owners)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
+    s_aux: Tensor | None = None, **unused: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Every response sees its prompt and itself; for transformers' AttentionInterface."""
+    if attention_mask is not None or dropout or softcap or s_aux is not None:
+        raise _UnpackableError
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    heads, groups = query.shape[1], key.shape[1]
+    repeats = heads // groups
+    query, key, value = query[0], key[0], value[0]
+    keys, values = (x.repeat_interleave(repeats, 0) if repeats > 1 else x for x in (key, value))
+    out = query.new_zeros(*query.shape[:2], value.shape[-1])
+    for tree in _trees.get():
+        prompt = slice(tree.start, tree.stop)
+        out[:, prompt] = _attend(query[:, prompt], keys[:, prompt], values[:, prompt], scale)[0]
+        stop = tree.stop + sum(number * width for number, width in tree.runs)
+        if stop == tree.stop:
+            continue
+        rows = slice(tree.stop, stop)
+        # Without a mask, heads that share keys are rows of one product.
+        folded = query[:, rows].reshape(groups, -1, query.shape[-1])
+        of_prompt, weight = _attend(folded, key[:, prompt], value[:, prompt], scale, causal=False)
+        of_prompt = of_prompt.reshape(heads, stop - tree.stop, -1)
+        weight = weight.reshape(heads, -1)
+        first = tree.stop
+        for number, width in tree.runs:
+            last = first + number * width
+            run, own = slice(first, last), slice(first - tree.stop, last - tree.stop)
+            q, k, v = (x[:, run].unflatten(1, (number, width)) for x in (query, keys, values))
+            of_own, weight_own = _attend(q, k, v, scale)
+            share = torch.sigmoid(weight[:, own] - weight_own.flatten(1)).to(out.dtype)
+            out[:, run] = torch.lerp(of_own.flatten(1, 2), of_prompt[:, own], share[..., None])
+            first = last
+    return out.transpose(0, 1)[None], None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = True
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale Q Kᵀ) V and the logsumexp of the scores; (H, …, T, d) -> and (H, …, T)."""
+    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        flat = query.dim() == 3
+        batched = (x[None] if flat else x.transpose(0, 1) for x in (query, key, value))
+        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *batched, 0.0, causal, scale=scale
+        )
+        return (out[0], total[0]) if flat else (out.transpose(0, 1), total.transpose(0, 1))
+    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scale
+    if causal:
+        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(ahead, -torch.inf)
+    total = scores.logsumexp(-1)
+    return torch.matmul((scores - total[..., None]).exp().to(value.dtype), value), total
+
+
+_NAME = "lddyn-packed"
+_packable: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def _can_be_packed(model: nn.Module) -> bool:
+    """If a packed sequence gives a small trial the logits that the cached way gives."""
+    if model not in _packable:
+        _packable[model] = _trial(model)
+    return _packable[model]
+
+
+def _trial(model: nn.Module) -> bool:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    flags = [getattr(module, "_supports_attention_backend", None) for module in model.modules()]
+    if True not in flags or False in flags:
+        return False
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
+    size = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    ids = tuple((3 + 7 * k) % size for k in range(9))
+    examples = [
+        Example(ids[:3], ids[3:7]), Example(ids[:3], ids[6:9]), Example(ids[4:6], ids[1:4]),
+    ]  # fmt: skip
+    try:
+        packed = _in_order(_packed(model, examples, 64))
+    except (
+        Exception
+    ):  # whatever it was: if it is the model's own fault, the cached way meets it too
+        return False
+    cached = _in_order(_cached(model, examples, 64))
+    # Another token's influence is no rounding.
+    return bool((packed - cached).norm() <= 16 * torch.finfo(packed.dtype).eps * cached.norm())
+
+
+def _in_order(parts: Iterator[_Part]) -> Tensor:
+    """All logits, by example."""
+    logits, _, owners = (torch.cat(x) for x in zip(*parts, strict=True))
+    return logits[owners.argsort(stable=True)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Cached
+
+
+def _cached(model: nn.Module, examples: Sequence[Example], tokens: int) -> Iterator[_Part]:
+    """Logits by a key-value cache; an example's first token comes in a part before the others."""
+    from transformers import DynamicCache
+
+    config: Any = model.config
+    device = next(model.parameters()).device
+    owners_of = _by_prompt(examples)
+    prompts = list(owners_of)
+    sizes = [len(p) + sum(len(examples[i].response_ids) for i in owners_of[p]) for p in prompts]
+    for part in _chunks(sizes, tokens):
+        mine = [prompts[k] for k in part]
+        longest = len(mine[-1])
+        # Padded on the left, so that the responses continue all of them at one place.
+        ids = torch.tensor([(0,) * (longest - len(p)) + p for p in mine], device=device)
+        pads = torch.tensor([longest - len(p) for p in mine], device=device)
+        at = torch.arange(longest, device=device) - pads[:, None]
+        cache = DynamicCache(config=config)
+        with _Products():
+            first = model(
+                input_ids=ids, attention_mask=(at >= 0).long(), position_ids=at.clamp(min=0),
+                past_key_values=cache, use_cache=True, logits_to_keep=1,
+            ).logits[:, -1]  # fmt: skip
+        pairs = [(row, i) for row, p in enumerate(mine) for i in owners_of[p]]
+        opening = [(row, i) for row, i in pairs if examples[i]._counted[0] == 0]
+        if opening:
+            rows, found = (list(x) for x in zip(*opening, strict=True))
+            targets = torch.tensor([examples[i].targets[0] for i in found], device=device)
+            yield first[rows], targets, torch.tensor(found)
+        yield from _continued(model, examples, pairs, cache, pads, longest, tokens)
+
+
+def _continued(
+    model: nn.Module, examples: Sequence[Example], pairs: Sequence[tuple[int, int]],
+    cache: Any, pads: Tensor, longest: int, tokens: int,
+) -> Iterator[_Part]:  # fmt: skip
+    """Logits of all tokens but the first, of responses to the prompts in the cache."""
+    device = pads.device
+    longer = [pair for pair in pairs if len(examples[pair[1]].response_ids) > 1]
+    longer.sort(key=lambda pair: len(examples[pair[1]].response_ids))
+    widths = [len(examples[i].response_ids) - 1 for _, i in longer]
+    parts = list(_batches(widths, tokens))
+    for part in parts:
+        mine = [longer[k] for k in part]
+        width = widths[part[-1]]
+        ids = torch.zeros(len(mine), width, dtype=torch.int64)
+        places, targets, owners = [], [], []
+        for row, (_, i) in enumerate(mine):
+            example = examples[i]
+            ids[row, : len(example.response_ids) - 1] = torch.tensor(example.response_ids[:-1])
+            for k, target in zip(example._counted, example.targets, strict=True):
+                if k:
+                    places.append(row * width + k - 1)
+                    targets.append(target)
+                    owners.append(i)
+        own = cache if part is parts[-1] else copy.deepcopy(cache)
+        which = torch.tensor([row for row, _ in mine], device=device)
+        own.batch_select_indices(which)
+        left = pads[which][:, None]
+        at = torch.arange(longest + width, device=device) - left
+        # Padding of the responses is on the right, where no counted token sees it.
+        with _Products():
+            logits = model(
+                input_ids=ids.to(device), attention_mask=(at >= 0).long(),
+                position_ids=at[:, longest:], past_key_values=own, use_cache=True,
+            ).logits  # fmt: skip
+        kept = logits.flatten(0, 1).index_select(0, torch.tensor(places, device=device))
+        yield kept, torch.tensor(targets, device=device), torch.tensor(owners)
+
+
+# A forward costs as much as reading some tokens, whatever it reads: padding up to that is free.
+_CALL = 128
+
+
+def _batches(widths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Consecutive indices of ascending widths: split where padding costs more than a call."""
+    part: list[int] = []
+    read = 0
+    for index, width in enumerate(widths):
+        if part:
+            padding = width * len(part) - read
+            if padding > _CALL or width * (len(part) + 1) > tokens:
+                yield part
+                part, read = [], 0
+        part.append(index)
+        read += width
+    if part:
+        yield part
+
+
+# ---------------------------------------------------------------------------------------------
+# Products
+
+_BLOCK = 256
+
+
+class _Products(TorchFunctionMode):
+    """Linear layers by `ops.product` within: twice as fast on some CPUs, the same elsewhere."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Dispatches one torch function."""
+        kwargs = kwargs or {}
+        if func is nn.functional.linear and not kwargs:
+            x, weight, *bias = args
+            rows = x.reshape(-1, x.shape[-1])
+            # Whole blocks of rows are one call there.
+            over = -len(rows) % _BLOCK if len(rows) > _BLOCK else 0
+            out = ops.product(nn.functional.pad(rows, (0, 0, 0, over)), weight.T)
+            out = out[: len(rows)].view(*x.shape[:-1], -1)
+            return out if not bias or bias[0] is None else out + bias[0]
+        return func(*args, **kwargs)
