@@ -143,14 +143,31 @@ def test_kernel_norms_are_bounded_by_lbk(small_world, probes):
     assert abs(rows[1]["norm"] - truth) < 4 * rows[1]["stderr"] + 1e-3 * truth
 
 
-def test_mass_moved_adds_up():
-    before = torch.tensor([[0.6, 0.3, 0.1, 0.0], [0.2, 0.5, 0.2, 0.1]])
-    change = torch.tensor([[0.1, -0.2, 0.05, 0.05], [0.1, -0.3, 0.1, 0.1]])
-    found = dynamics.mass_moved(before, change, torch.tensor([1, 1]), top=2)
-    assert found["response"] == pytest.approx(-0.5)
-    assert found["likeliest other"] == pytest.approx(0.2)
-    assert found["top"] == pytest.approx(0.15) and found["rest"] == pytest.approx(0.15)
-    assert found["was likeliest"] == 0.5
+def test_the_mass_of_a_step_is_what_massflow_finds(small_world, examples):
+    """One pair, one SGD step: the experiment's forward mode against the decomposition."""
+    model, pair = small_world.model, examples[0]
+    update = lddyn.DPO(pair["chosen"], pair["rejected"], beta=0.1)
+    settings = {"lr": 1e-3, "max_grad_norm": 10.0, "dtype": None}
+    flow = lddyn.massflow(model, pair["rejected"], update, **settings)
+    stepped, taken = copy.deepcopy(model), []
+    train(
+        stepped, [batch_of(examples[:1])], Preference(0.1),
+        make_optimizer("sgd", stepped.parameters(), 1e-3), reference=model, explain={0},
+        probes=ProbeSet(small_world.preference_pairs[:1]).encode(
+            small_world.tokenizer, fields=("rejected",)
+        ),
+        explained=taken.append,
+    )  # fmt: skip
+    terms = [taken[0].directions[name] for name in ("chosen", "rejected")]
+    parts = [dpo._predicted(model, [pair["rejected"]], term)[0] for term in terms]
+    (measured,) = dpo._measured(model, stepped, [pair["rejected"]])
+    assert torch.equal(measured.leading, flow.leading)
+    for name in ("label", "argmax", "top", "rest"):
+        scale = float(flow.measured.change.norm())
+        real = getattr(measured, name) - getattr(flow.measured, name)
+        assert float(real.abs().max()) < 1e-3 * scale, name
+        first = sum(getattr(part, name) for part in parts) - getattr(flow.predicted, name)
+        assert float(first.abs().max()) < 1e-2 * scale, name  # massflow's is renormalised
 
 
 def test_tracker_measures_the_start_the_end_and_between(small_world, examples, probes):

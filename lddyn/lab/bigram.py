@@ -178,7 +178,7 @@ def consequences(
     here = torch.zeros(len(before), dtype=torch.bool)
     here[context] = True
     distance = flow.change.abs().sum(1) / 2  # total variation
-    star = int(leading(before[context : context + 1], labels[:1], 1))
+    star = int(flow.leading[context, 0])
     change = flow.change[context].clone()
     change[label] = -torch.inf
     row = {

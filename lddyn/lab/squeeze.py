@@ -103,11 +103,10 @@ def regimes(lab: Lab, labels: int, large: int) -> list[dict[str, Any]]:
         label = torch.tensor([next(iter(pushes))])
         flow = Flow.of(before[None], (after - before)[None], label)
         ratio = float(flow.ratio[0])
-        star = int(leading(before[None], label, 1))
         found.append(
             {
                 "regime": name, "eta": eta, "pushes": {str(k): v for k, v in pushes.items()},
-                "argmax": star, "threshold": float(threshold(before, label[0])),
+                "argmax": int(flow.leading[0, 0]), "threshold": float(threshold(before, label[0])),
                 "lemma_error": float((after - before - lemma).abs().max()),
                 "gainers": int(flow.gainers[0]), "losers": int(flow.losers[0]),
                 "label_change": float(flow.label[0]), "argmax_change": float(flow.argmax[0]),
@@ -302,7 +301,7 @@ def limits(lab: Lab, count: int, labels: int) -> dict[str, list[dict[str, Any]]]
     for cosine in COSINES:
         there = (cosine * here + (1 - cosine**2) ** 0.5 * other).log_softmax(-1)
         delta = renormalised(there, 0.5 * cosine * push)
-        own = delta.gather(1, leading(there, label[:, 0], 1))
+        own = Flow.of(there, delta, label[:, 0]).argmax
         contexts.append(
             {
                 "cosine": cosine,
@@ -327,14 +326,13 @@ def limits(lab: Lab, count: int, labels: int) -> dict[str, list[dict[str, Any]]]
             shift = 0.5 * torch.einsum("mn,bnv->bmv", kernel, pushes)
             rows = at.log_softmax(-1).reshape(-1, labels)
             delta = renormalised(rows, shift.reshape(-1, labels))
-            own = label.reshape(-1)
-            star = leading(rows, own, 1)
+            flow = Flow.of(rows, delta, label.reshape(-1))
             positions.append(
                 {
                     "overlap": overlap,
                     "positions": number,
-                    "label falls": Share.of(_own(delta, own) < 0).row(),
-                    "argmax rises": Share.of(delta.gather(1, star) > 0).row(),
+                    "label falls": Share.of(flow.label < 0).row(),
+                    "argmax rises": Share.of(flow.argmax > 0).row(),
                 }
             )
     return {"contexts": contexts, "positions": positions, "hidden": hidden(lab, count // 4, labels)}
@@ -366,7 +364,6 @@ def hidden(lab: Lab, count: int, labels: int, width: int = 32) -> list[dict[str,
     before = before.detach()
     units = torch.tanh(torch.einsum("bij,bj->bi", first, x)).detach()
     lr = 0.5 / (units**2).sum(1)[:, None, None]  # η' = 0.5 of the head alone
-    star = leading(before, label, 1)
     says = before.exp() > threshold(before, label)[:, None]
     own = torch.zeros_like(says).scatter_(1, label[:, None], True)
     rows = []
@@ -374,11 +371,12 @@ def hidden(lab: Lab, count: int, labels: int, width: int = 32) -> list[dict[str,
         with torch.no_grad():
             after = log_probs(first - body * lr * by_first, second - lr * by_second)
         delta = after - before
+        flow = Flow.of(before, delta, label)
         rows.append(
             {
                 "body": body,
-                "label falls": Share.of(_own(delta, label) < 0).row(),
-                "argmax rises": Share.of(delta.gather(1, star) > 0).row(),
+                "label falls": Share.of(flow.label < 0).row(),
+                "argmax rises": Share.of(flow.argmax > 0).row(),
                 "threshold is right": Share.of(((delta > 0) == says)[~own]).row(),
             }
         )
