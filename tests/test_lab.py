@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lddyn.figures import _figure
-from lddyn.lab import scoreboard
+from lddyn.lab import record, scoreboard
 from lddyn.lab.record import AGREES, DISAGREES, Claim, Lab
 
 
@@ -126,3 +126,26 @@ def test_an_interval_of_nothing_is_left_out(tmp_path):
     assert results["claims"][0]["interval"] is None and results["claims"][0]["value"] is None
     scoreboard.write([results], tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_other_code_or_content_is_refused_by_name(tmp_path, monkeypatch):
+    lab = Lab("x", tmp_path, progress=False)
+    lab.reads(rows="aa", model={"weights": "11", "class": "M"})
+    assert lab.once("step", lambda: 1) == 1
+    again = Lab("x", tmp_path, progress=False)
+    again.reads(rows="aa", model={"weights": "11", "class": "M"})
+    assert again.once("step", lambda: 2) == 1
+    with pytest.raises(ValueError, match=r"other settings: rows \(there 'aa', now 'bb'\); give"):
+        Lab("x", tmp_path, progress=False).reads(rows="bb")
+    with pytest.raises(ValueError, match=r"model weights \(there '11', now '22'\); give"):
+        Lab("x", tmp_path, progress=False).reads(model={"weights": "22", "class": "M"})
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "_code", lambda: "edited")
+        with pytest.raises(ValueError, match=r"code \(there '\w{32}', now 'edited'\)"):
+            Lab("x", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "__version__", "9.9")
+        with pytest.raises(ValueError, match=r"lddyn \(there '.*', now '9.9'\)"):
+            Lab("x", tmp_path)
+    results = again.finish([], [])
+    assert results["inputs"] == {"rows": "aa", "model": {"weights": "11", "class": "M"}}

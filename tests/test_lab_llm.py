@@ -283,4 +283,27 @@ def test_a_users_model_and_file(tmp_path, small_world):
     loaded = setting.checkpoint(lab, "r", found.fresh())
     again = setting.finetune(lab, "r", found, found.fresh(), [], replace(recipe, updates=2))
     assert again.raw == curves.raw
+    # Another answer in the file, then other weights in the folder: not a step is mixed with them.
+    for change, name in ((_other_row, "texts"), (_other_weights, "model weights")):
+        change(tmp_path, small_world)
+        with pytest.raises(ValueError, match=rf"other settings: {name} \(there"):
+            setting.load(
+                Lab("x", tmp_path / "lab", progress=False), str(tmp_path / "m"),
+                str(tmp_path / "p.jsonl"), rows=10, prompts=3,
+            )  # fmt: skip
+        small_world.model.save_pretrained(tmp_path / "m")
+        ProbeSet(small_world.preference_pairs[:12]).save(tmp_path / "p.jsonl")
     assert not torch.equal(loaded.lm_head.weight, found.model.lm_head.weight)
+
+
+def _other_row(folder, world):
+    rows = [dict(row) for row in world.preference_pairs[:12]]
+    rows[3]["chosen"] += "!"
+    ProbeSet(rows).save(folder / "p.jsonl")
+
+
+def _other_weights(folder, world):
+    other = copy.deepcopy(world.model)
+    with torch.no_grad():
+        next(other.parameters())[0, 0] += 1e-3
+    other.save_pretrained(folder / "m")

@@ -326,6 +326,9 @@ def test_the_command(tmp_path):
     assert "images from IDX files" in told.stdout and "Prop. 1: agrees" in told.stdout
     other = CliRunner().invoke(app, [*arguments, "--seed", "1"])
     assert other.exit_code == 2 and "seed (there 0, now 1)" in other.stderr
+    write_set(tmp_path / "set", numbers[::-1])
+    other = CliRunner().invoke(app, arguments)
+    assert other.exit_code == 2 and "images (there" in other.stderr
     fresh = CliRunner().invoke(app, [*arguments, "--seed", "1", "--fresh", "--json"])
     assert json.loads(fresh.stdout)["seed"] == 1
 

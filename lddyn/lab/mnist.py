@@ -30,6 +30,7 @@ from torch.nn import functional
 
 from lddyn.lab import images, mnist_pictures
 from lddyn.lab.record import Claim, Lab, Verdict
+from lddyn.shards import digest_of
 
 __all__ = ["adapt", "jacobian", "kernel", "logits", "predict", "run"]
 
@@ -253,6 +254,7 @@ class Halves:
 
 def _halves(lab: Lab, options: Options) -> Halves:
     found = images.load(options.data, options.torchvision)
+    lab.reads(images=digest_of(*(part.numpy().tobytes() for part in (found.pixels, found.classes))))
     if options.train >= len(found.classes):
         raise ValueError(
             f"train must leave images to observe: fewer than {len(found.classes)}, got "
