@@ -158,11 +158,14 @@ def tallies(lab: Lab, count: int, labels: int) -> dict[str, Any]:
     others = labels - 1
     largest = probs.amax(1)
     flat, peaky = largest <= 2 / labels, largest >= 0.8
+    between = ~flat & ~peaky
     all_rise, only_star = flow.gainers == others, flow.gainers == 1
     most = flow.change.scatter(1, label[:, None], -torch.inf).amax(1)
     # Rich get richer: sorted by π, the relative changes of all other labels are sorted too.
     order = log_probs.scatter(1, label[:, None], -torch.inf).argsort(1, descending=True)[:, :-1]
     ranked = delta.gather(1, order)
+    star = probs.argmax(1)
+    peak_pushed = Flow.of(log_probs, push_down(log_probs, star, size), star).entropy > 0
     shares = {
         "label falls": flow.label < 0,
         "argmax rises": flow.argmax > 0,
@@ -171,11 +174,14 @@ def tallies(lab: Lab, count: int, labels: int) -> dict[str, Any]:
         "argmax gets over half, peaky": (flow.argmax > 0.5 * flow.gained)[peaky],
         "richer rise more": (ranked.diff(dim=1) <= 1e-14).all(1),
         "flat: all others rise": all_rise[flat],
-        "between: some rise, some fall": (~all_rise & ~only_star)[~flat & ~peaky],
+        "between: some rise, some fall": (~all_rise & ~only_star)[between],
+        "between: all others rise": all_rise[between],
+        "between: all but the argmax fall": only_star[between],
         "peaky: all but the argmax fall": only_star[peaky],
-        "entropy rises when the likeliest label is pushed down": Flow.of(
-            log_probs, push_down(log_probs, probs.argmax(1), size), probs.argmax(1)
-        ).entropy > 0,
+        "entropy rises when the likeliest label is pushed down": peak_pushed,
+        "entropy rises when the likeliest label is pushed down, |η′| ≤ 0.1": peak_pushed[
+            size <= 0.1
+        ],
         "entropy falls when a label below 1/V is pushed down": (
             flow.entropy[_own(probs, label) < 1 / labels] < 0
         ),
@@ -226,6 +232,14 @@ def tallies(lab: Lab, count: int, labels: int) -> dict[str, Any]:
             )  # fmt: skip
     return {
         "shares": [{"what": k, **Share.of(v).row()} for k, v in shares.items()],
+        "kinds": [
+            {
+                "prediction": name,
+                "cases": int(of.sum()),
+                "gainers": float(flow.gainers[of].double().mean()) / others,
+            }
+            for name, of in (("flat", flat), ("between", between), ("peaky", peaky))
+        ],
         "gainers": curve,
     }
 
@@ -627,6 +641,7 @@ def run(
         [{"regime": r["regime"], **{k: _short(r[k]) for k in ("before", "after")}} for r in found],
     )
     lab.table("shares", counted["shares"])
+    lab.table("kinds", counted["kinds"])
     lab.table("gainers", counted["gainers"])
     lab.table("threshold", accuracy)
     lab.table("entropy", entropy)
@@ -655,7 +670,7 @@ def run(
         "limits", draw_limits(beyond),
         "Where the analysis of one softmax stops being true; bands are 95 % intervals.",
     )  # fmt: skip
-    return _conclude(lab, found, counted["shares"], accuracy, reference, beyond)
+    return _conclude(lab, found, counted, accuracy, reference, beyond)
 
 
 def _short(values: list[float]) -> list[float]:
@@ -666,22 +681,24 @@ def _short(values: list[float]) -> list[float]:
 def _conclude(
     lab: Lab,
     found: list[dict[str, Any]],
-    shares: list[dict[str, Any]],
+    counted: dict[str, Any],
     accuracy: list[dict[str, Any]],
     reference: list[dict[str, Any]],
     beyond: dict[str, list[dict[str, Any]]],
 ) -> dict[str, Any]:
-    share = {row["what"]: Share(row["count"], row["total"]) for row in shares}
+    share = {row["what"]: Share(row["count"], row["total"]) for row in counted["shares"]}
 
     def claim(
         name: str, text: str, source: str, published: str, of: Share, reason: str,
-        guarantee: bool = False, corrected: str = "",
+        kind: str = "tendency", corrected: str = "",
     ) -> None:  # fmt: skip
+        decided = {
+            "guarantee": verdict(of.count == of.total), "rule": of.rule, "tendency": of.tendency,
+        }  # fmt: skip
         lab.claim(
             Claim(
-                name, text, source, published, f"{of}",
-                verdict(of.count == of.total) if guarantee else of.tendency,
-                reason, corrected, of.value, of.interval,
+                name, text, source, published, f"{of}", decided[kind], reason, corrected, of.value,
+                of.interval,
             )
         )  # fmt: skip
 
@@ -694,12 +711,15 @@ def _conclude(
             "exp(|η′|(p_i − [i=y])) / Σ_j p_j exp(|η′|(p_j − [j=y]))", exact,
         )
     )  # fmt: skip
+    # A comparison or a "largely" holds more often than not; what is said without an "often" of all
+    # predictions of a kind holds as a rule.
     most = "agrees if the interval lies above one half"
+    rule = "agrees if the interval lies above 95 %"
     random = "random predictions, V labels, 0.01 ≤ |η′| ≤ 10"
     claim("claim 1", "The label pushed down falls.", "App. E", "guaranteed", share["label falls"],
-          random, guarantee=True)  # fmt: skip
+          random, kind="guarantee")  # fmt: skip
     claim("claim 2", "The likeliest other label y* rises.", "App. E", "guaranteed",
-          share["argmax rises"], random, guarantee=True)  # fmt: skip
+          share["argmax rises"], random, kind="guarantee")  # fmt: skip
     claim("claim 2, largely", "The mass is largely squeezed into y*.", "§3.3", "largely",
           share["argmax gets over half"],
           f"over half of all that is gained; of peaky predictions (largest ≥ 0.8) "
@@ -707,14 +727,20 @@ def _conclude(
     claim("trend 3", "The rich get richer, the poor poorer.", "§3.3", "a trend",
           share["richer rise more"],
           "in relative terms this is exact: Δ log π_i = |η′| π_i − const for i ≠ y",
-          guarantee=True,
+          kind="guarantee",
           corrected="a theorem for Δ log π, not only a trend")  # fmt: skip
+    some = {row["prediction"]: f"{100 * row['gainers']:.3g} %" for row in counted["kinds"]}
     claim("trend 3A", "Of a flat prediction, all others rise together.", "App. E", "a trend",
-          share["flat: all others rise"], f"flat: largest ≤ 2/V; {most}")  # fmt: skip
+          share["flat: all others rise"],
+          f"flat: largest ≤ 2/V; {rule}; on average {some['flat']} of the others rise: of a label "
+          "rarer than most there is not enough to go round", kind="rule")  # fmt: skip
     claim("trend 3B", "In between, some rise and some fall.", "App. E", "a trend",
-          share["between: some rise, some fall"], most)  # fmt: skip
+          share["between: some rise, some fall"],
+          f"{rule}; all rise in {share['between: all others rise']}, all but y* fall in "
+          f"{share['between: all but the argmax fall']}", kind="rule")  # fmt: skip
     claim("trend 3C", "Of a peaky prediction, all but y* fall.", "App. E", "a trend",
-          share["peaky: all but the argmax fall"], f"peaky: largest ≥ 0.8; {most}")  # fmt: skip
+          share["peaky: all but the argmax fall"], f"peaky: largest ≥ 0.8; {rule}",
+          kind="rule")  # fmt: skip
     same = "same prediction and step, the rarer against the commoner of two labels"
     deep = share["a deeper valley: the others lose more"]
     rise = share["a deeper valley: the argmax gains more"]
@@ -760,9 +786,13 @@ def _conclude(
         )
     )  # fmt: skip
     claim("entropy, valley", "Pushing down a label in a valley lowers the entropy.", "App. E", "",
-          share["entropy falls when a label below 1/V is pushed down"], most)  # fmt: skip
+          share["entropy falls when a label below 1/V is pushed down"], rule,
+          kind="rule")  # fmt: skip
     claim("entropy, peak", "Pushing down the likeliest label raises the entropy.", "App. E", "",
-          share["entropy rises when the likeliest label is pushed down"], most)  # fmt: skip
+          share["entropy rises when the likeliest label is pushed down"],
+          f"{rule}; a long step digs a valley where the peak was: at |η′| ≤ 0.1 "
+          f"{share['entropy rises when the likeliest label is pushed down, |η′| ≤ 0.1']}",
+          kind="rule")  # fmt: skip
     valley, published, wide = found[3], found[4], found[5]
     lab.claim(
         Claim(
