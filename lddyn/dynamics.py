@@ -1,8 +1,9 @@
 """Finetuning that is watched: what updates do to responses, measured, predicted, and by the kernel.
 
-`train` is a plain loop. A trainer of another library would take the same steps, but what is wanted
-here lies around and within the step: the gradient of each term of the loss, the diagonal P that the
-optimizer has in this very step, and the model on both sides of it:
+`train` is a plain loop. transformers' Trainer and TRL's DPOTrainer take the same steps
+(tests/test_dynamics_trainers.py), but what is wanted here lies around and within the step: the
+gradient of each term of the loss before it is clipped, the diagonal P that the optimizer has in
+this very step, and the model on both sides of it:
 
     Δ log π(y_o) = Σ_terms ⟨∇ log π(y_o), −η P g_term⟩ + O(η²)           (paper Eq. 5 and 7)
 

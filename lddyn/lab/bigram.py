@@ -526,18 +526,18 @@ def _conclude(lab: Lab, found: dict[str, Any]) -> dict[str, Any]:
             value=beside, interval=beside_range,
         )
     )  # fmt: skip
-    falls, falls_range = _mean([r["label falls elsewhere"] for r in pairs["network"]])
+    share, share_range = _mean([r["label falls elsewhere"] for r in pairs["network"]])
     rises, _ = _mean([r["argmax rises elsewhere"] for r in pairs["network"]])
     lab.claim(
         Claim(
             "leak, squeeze", "What leaks is the squeeze: the pushed word falls there, too.", poster,
             nothing,
-            f"the word falls in {100 * falls:.3g} % of the other contexts, the pushed context's y* "
+            f"the word falls in {100 * share:.3g} % of the other contexts, the pushed context's y* "
             f"rises in {100 * rises:.3g} %",
-            verdict(falls_range[0] > 0.95),
+            verdict(share_range[0] > 0.95),
             "network; agrees if the interval, over pushes, lies above 95 %; contexts whose "
             "features point the other way move the other way",
-            value=falls, interval=falls_range,
+            value=share, interval=share_range,
         )
     )  # fmt: skip
     middle, ranks = _mean([r["kernel rank correlation"] for r in pairs["network"]])
