@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lddyn.figures import _figure
+from lddyn.figures import blank_figure
 from lddyn.lab import record, scoreboard
 from lddyn.lab.record import AGREES, DISAGREES, Claim, Lab
 
@@ -48,7 +48,7 @@ def test_everything_is_on_the_page(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     lab = Lab("x", tmp_path, options={"steps": 3})
     lab.table("numbers", [{"a": 1, "b": 0.5}, {"a": 2, "b": None}])
-    lab.figure("picture", _figure(2, 1, "picture"), "Look <here>.")
+    lab.figure("picture", blank_figure(2, 1, "picture"), "Look <here>.")
     lab.claim(claim(interval=(1.0, 2.0), value=1.5))
     with pytest.raises(ValueError, match="'one' was made already"):
         lab.claim(claim())

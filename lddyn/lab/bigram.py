@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lddyn.figures import _FAINT, _INK, LOWERED, RAISED, _clean, _figure
+from lddyn.figures import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.shares import Share, verdict
 from lddyn.massflow import Flow, leading
@@ -305,7 +305,7 @@ def draw_leak(found: dict[str, Any]) -> Figure:
 
     words, kinds = vocabulary()
     size = len(words)
-    figure = _figure(11.0, 7.6, "leak")
+    figure = blank_figure(11.0, 7.6, "leak")
     norms = torch.tensor([found["shown"][k]["kernel"] for k in KINDS], dtype=torch.float64)
     deltas = torch.tensor([found["shown"][k]["delta"] for k in KINDS], dtype=torch.float64)
     context, label = found["context"], found["label"]
@@ -333,12 +333,12 @@ def draw_leak(found: dict[str, Any]) -> Figure:
         mesh = axes.imshow(deltas[i].numpy(), cmap="RdBu", norm=norm, interpolation="nearest",
                            aspect="auto")  # fmt: skip
         for place in (top, axes):
-            _clean(place, keep=())
+            tidy(place, keep=())
             place.set_xticks([])
             place.set_yticks([])
             for at in starts[1:]:
-                place.axhline(at - 0.5, color=_FAINT, linewidth=0.3)
-                place.axvline(at - 0.5, color=_FAINT, linewidth=0.3)
+                place.axhline(at - 0.5, color=FAINT, linewidth=0.3)
+                place.axvline(at - 0.5, color=FAINT, linewidth=0.3)
         axes.set_xticks([m - 0.5 for m in middles], names, rotation=35, ha="right", fontsize=7.5)
         axes.tick_params(length=0)
         if i == 0:
@@ -346,7 +346,7 @@ def draw_leak(found: dict[str, Any]) -> Figure:
         if i == len(KINDS) - 1:
             axes.annotate(
                 f"after\n“{words[context]}”", (size - 0.5, context), xytext=(4, 0),
-                textcoords="offset points", fontsize=8, va="center", color=_INK, weight="bold",
+                textcoords="offset points", fontsize=8, va="center", color=INK, weight="bold",
                 annotation_clip=False,
             )  # fmt: skip
         for column, text, colour in (
@@ -360,13 +360,13 @@ def draw_leak(found: dict[str, Any]) -> Figure:
         figure.text(left, 0.928, kind, fontsize=11, weight="bold", color=COLOURS[kind])
         share = row["nonzero"] / row["entries between contexts"]
         note = "exactly 0" if row["nonzero"] == 0 else f"{100 * share:.0f} % not 0"
-        figure.text(left + 0.16, 0.855, f"between\ncontexts\n{note}", fontsize=8.5, color=_INK,
+        figure.text(left + 0.16, 0.855, f"between\ncontexts\n{note}", fontsize=8.5, color=INK,
                     va="top")  # fmt: skip
     figure.text(0.012, 0.975, "The same push: what the models share, and what it does to every "
-                "context", fontsize=13, weight="bold", color=_INK)  # fmt: skip
+                "context", fontsize=13, weight="bold", color=INK)  # fmt: skip
     figure.text(0.085, 0.632, "Δ log π of the next word (column) in every context (row)",
-                fontsize=9.5, color=_INK, weight="bold")  # fmt: skip
-    figure.text(0.012, 0.77, "‖K‖ of\ncontext ×\ncontext", fontsize=8.5, color=_INK)
+                fontsize=9.5, color=INK, weight="bold")  # fmt: skip
+    figure.text(0.012, 0.77, "‖K‖ of\ncontext ×\ncontext", fontsize=8.5, color=INK)
     bar = figure.add_axes((0.66, 0.633, 0.2, 0.012))
     scale = figure.colorbar(mesh, cax=bar, orientation="horizontal")
     scale.set_ticks([-1, -0.1, 0, 0.1, 1], labels=["−1", "−0.1", "0", "+0.1", "+1 nat"])
@@ -378,7 +378,7 @@ def draw_leak(found: dict[str, Any]) -> Figure:
 
 def draw_longer(found: dict[str, Any]) -> Figure:
     """The squeeze by steps of training before the push, and by pushes."""
-    figure = _figure(11.0, 6.0, "longer")
+    figure = blank_figure(11.0, 6.0, "longer")
     panels = (
         ("longer", "steps", "others fall", "share of other words that fall", "Train longer: "
          "more others fall"),
@@ -418,7 +418,7 @@ def draw_longer(found: dict[str, Any]) -> Figure:
         axes.set_ylabel(text, fontsize=8.5)
         axes.set_title(title, loc="left", fontsize=10, weight="bold")
         axes.set_ylim(0, 1.02 if key in ("argmax", "others fall") else None)
-        _clean(axes)
+        tidy(axes)
     return figure
 
 

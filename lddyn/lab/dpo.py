@@ -26,7 +26,7 @@ from lddyn.dynamics import (
     train,
 )
 from lddyn.examples import EmptyResponseError, Example
-from lddyn.figures import _INK, LOWERED, RAISED
+from lddyn.figures import INK, LOWERED, RAISED
 from lddyn.lab.drawing import COLOURS, axes_grid, curves, label, tidy
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.setting import (
@@ -366,9 +366,9 @@ def _draw_terms(rows: Sequence[Mapping[str, Any]], main: str) -> Any:
     for at, row in enumerate(rows):
         axes.barh(at - 0.18, row["y+ term"], 0.34, color=RAISED)
         axes.barh(at + 0.18, row["y- term"], 0.34, color=LOWERED)
-        axes.plot(row["y+ term"] + row["y- term"], at, "D", color=_INK, markersize=4)
-        axes.plot(row["measured"], at, "o", markerfacecolor="none", color=_INK, markersize=8)
-    axes.axvline(0, color=_INK, linewidth=0.6)
+        axes.plot(row["y+ term"] + row["y- term"], at, "D", color=INK, markersize=4)
+        axes.plot(row["measured"], at, "o", markerfacecolor="none", color=INK, markersize=8)
+    axes.axvline(0, color=INK, linewidth=0.6)
     axes.set_yticks(range(len(rows)), [label(row["type"]) for row in rows])
     axes.invert_yaxis()
     axes.set_title(
@@ -402,7 +402,7 @@ def _draw_mass(
         for place, value in parts.items():
             axes.barh(at, value, left=right if value > 0 else left, color=_PLACES[place][1])
             right, left = right + max(value, 0), left + min(value, 0)
-    axes.axvline(0, color=_INK, linewidth=0.6)
+    axes.axvline(0, color=INK, linewidth=0.6)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set_title("where the mass of y− went, per unit that it lost", fontsize=9.5, loc="left")
@@ -422,7 +422,7 @@ def _draw_mass(
                 [r["position"] for r in steps], [r[place] for r in steps], style, color=colour,
                 markersize=4, linewidth=1.2,
             )  # fmt: skip
-    axes.axhline(0, color=_INK, linewidth=0.6)
+    axes.axhline(0, color=INK, linewidth=0.6)
     axes.set_title("one step, by position: points measured, lines predicted", fontsize=9.5,
                    loc="left")  # fmt: skip
     axes.set_xlabel("token of y−", fontsize=8)
@@ -460,7 +460,7 @@ def _draw_longer(
                 textcoords="offset points", fontsize=7.5, color=colour, va="center",
                 annotation_clip=False,
             )  # fmt: skip
-        axes.axhline(0, color=_INK, linewidth=0.5)
+        axes.axhline(0, color=INK, linewidth=0.5)
         axes.set_title(title, fontsize=9.5, loc="left")
         axes.set_xlabel("updates of SFT before DPO", fontsize=8)
         tidy(axes)

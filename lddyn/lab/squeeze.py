@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lddyn.figures import _FAINT, _INK, LOWERED, RAISED, _clean, _figure
+from lddyn.figures import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.shares import Share, verdict
 from lddyn.massflow import Flow, leading, renormalised, softmax_step, threshold
@@ -403,7 +403,7 @@ def hidden(lab: Lab, count: int, labels: int, width: int = 32) -> list[dict[str,
 
 def draw_regimes(found: list[dict[str, Any]]) -> Figure:
     """Every label before and after, on a logarithmic scale."""
-    figure = _figure(11.0, 6.3, "regimes")
+    figure = blank_figure(11.0, 6.3, "regimes")
     small = [p for case in found[:-1] for p in case["before"] + case["after"]]
     for place, case in enumerate(found):
         line, column = divmod(place, 3)
@@ -417,9 +417,9 @@ def draw_regimes(found: list[dict[str, Any]]) -> Figure:
             _by_label(axes, case, before, after)
             axes.set_ylim(math.exp(min(small)) / 3, 9.0)
         axes.set_yscale("log")
-        _clean(axes)
+        tidy(axes)
         others, star = case["gainers"] + case["losers"], case["argmax"]
-        axes.set_title(case["regime"], loc="left", fontsize=9.5, weight="bold", pad=18, color=_INK)
+        axes.set_title(case["regime"], loc="left", fontsize=9.5, weight="bold", pad=18, color=INK)
         axes.text(
             0, 1.03,
             f"{case['gainers']} of {others} others rise; "
@@ -427,10 +427,10 @@ def draw_regimes(found: list[dict[str, Any]]) -> Figure:
             transform=axes.transAxes, fontsize=8, color="#555555",
         )  # fmt: skip
         if column == 0:
-            axes.set_ylabel("probability", fontsize=8, color=_INK)
+            axes.set_ylabel("probability", fontsize=8, color=INK)
     title = "Where the probability goes in one step"
-    figure.text(0.012, 0.955, title, fontsize=13, weight="bold", color=_INK)
-    for x, text, colour in ((0.52, "● before", _FAINT), (0.6, "● rose", RAISED),
+    figure.text(0.012, 0.955, title, fontsize=13, weight="bold", color=INK)
+    for x, text, colour in ((0.52, "● before", FAINT), (0.6, "● rose", RAISED),
                             (0.665, "● fell", LOWERED)):  # fmt: skip
         figure.text(x, 0.957, text, color=colour, fontsize=9.5)
     return figure
@@ -458,7 +458,7 @@ def _by_label(axes: Axes, case: dict[str, Any], before: Tensor, after: Tensor) -
             else "right" if label == min(crowded) else "left", fontsize=8.5,
             weight="bold", color=colours[label],
         )  # fmt: skip
-    axes.set_xlabel("label", fontsize=8, color=_INK)
+    axes.set_xlabel("label", fontsize=8, color=INK)
 
 
 def _by_rank(axes: Axes, case: dict[str, Any], before: Tensor, after: Tensor) -> None:
@@ -482,13 +482,13 @@ def _by_rank(axes: Axes, case: dict[str, Any], before: Tensor, after: Tensor) ->
     )  # fmt: skip
     axes.set_xscale("log")
     axes.set_ylim(1e-30, 30)
-    axes.set_xlabel("rank of the label before the step", fontsize=8, color=_INK)
+    axes.set_xlabel("rank of the label before the step", fontsize=8, color=INK)
 
 
 def draw_trends(results: dict[str, Any], accuracy: list[dict[str, Any]],
                 entropy: list[dict[str, Any]]) -> Figure:  # fmt: skip
     """Who gains by peakedness; where τ holds; entropy by the pushed label's probability."""
-    figure = _figure(11.0, 3.4, "trends")
+    figure = blank_figure(11.0, 3.4, "trends")
     left, middle, right = (figure.add_axes((0.065 + 0.33 * i, 0.15, 0.25, 0.73)) for i in range(3))
     rows = results["gainers"]
     x = [(r["low"] * r["high"]) ** 0.5 for r in rows]
@@ -504,7 +504,7 @@ def draw_trends(results: dict[str, Any], accuracy: list[dict[str, Any]],
     left.text(0.98, 0.9, "median and 80 % band", fontsize=8, color=RAISED, ha="right",
               transform=left.transAxes)  # fmt: skip
     middle.plot(
-        [r["eta"] for r in accuracy], [r["share"] for r in accuracy], "o-", color=_INK,
+        [r["eta"] for r in accuracy], [r["share"] for r in accuracy], "o-", color=INK,
         linewidth=1.6, markersize=4,
     )  # fmt: skip
     middle.set_xscale("log")
@@ -522,19 +522,19 @@ def draw_trends(results: dict[str, Any], accuracy: list[dict[str, Any]],
             name, first, xytext=(4, -12 if name == "between" else 6), textcoords="offset points",
             fontsize=8.5, color=colour, weight="bold",
         )  # fmt: skip
-    right.axhline(0, color=_FAINT, linewidth=0.7)
+    right.axhline(0, color=FAINT, linewidth=0.7)
     right.set_xscale("log")
     right.set_xlabel("probability of the label pushed down", fontsize=8.5)
     right.set_ylabel("entropy change, nats", fontsize=8.5)
     right.set_title("Valleys cost entropy, peaks give it", loc="left", fontsize=10, weight="bold")
     for axes in (left, middle, right):
-        _clean(axes)
+        tidy(axes)
     return figure
 
 
 def draw_limits(found: dict[str, list[dict[str, Any]]]) -> Figure:
     """How often the guarantees hold with shared features, several positions, a hidden layer."""
-    figure = _figure(11.0, 3.4, "limits")
+    figure = blank_figure(11.0, 3.4, "limits")
     left, middle, right = (figure.add_axes((0.065 + 0.33 * i, 0.15, 0.25, 0.73)) for i in range(3))
     # Nothing moves at cosine 0: the lines end on both sides of it.
     for rows in (
@@ -570,7 +570,7 @@ def draw_limits(found: dict[str, list[dict[str, Any]]]) -> Figure:
     for key, colour, text, at, above in (
         ("label falls", LOWERED, "y falls", 4, -11),
         ("argmax rises", RAISED, "y* rises", 5, -12),
-        ("threshold is right", _INK, "τ is right", 2, -13),
+        ("threshold is right", INK, "τ is right", 2, -13),
     ):
         _line(right, x, [r[key] for r in rows], colour)
         right.annotate(
@@ -583,7 +583,7 @@ def draw_limits(found: dict[str, list[dict[str, Any]]]) -> Figure:
     for axes in (left, middle, right):
         axes.set_ylim(0, 1.06)
         axes.set_ylabel("share of cases", fontsize=8.5)
-        _clean(axes)
+        tidy(axes)
     right.set_ylim(0.75, 1.015)
     return figure
 
