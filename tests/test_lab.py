@@ -1,12 +1,15 @@
 """What experiments share: steps kept, other settings refused, tables, figures, claims, the page."""
 
+import importlib
+import inspect
 import json
 
 import pytest
 import torch
 
 from lddyn.figures import blank_figure
-from lddyn.lab import record, scoreboard
+from lddyn.lab import EXPERIMENTS, record, scoreboard
+from lddyn.lab.commands import app
 from lddyn.lab.record import AGREES, DISAGREES, Claim, Lab
 
 
@@ -149,3 +152,21 @@ def test_other_code_or_content_is_refused_by_name(tmp_path, monkeypatch):
             Lab("x", tmp_path)
     results = again.finish([], [])
     assert results["inputs"] == {"rows": "aa", "model": {"weights": "11", "class": "M"}}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_command_has_the_options_and_defaults_of_run(name):
+    """They are written twice, as importing `run` for its signature would slow every command."""
+    (command,) = [c for c in app.registered_commands if c.name == name]
+    run = importlib.import_module(f"lddyn.lab.{name}").run
+    ours, theirs = (
+        {p.name: p.default for p in inspect.signature(f).parameters.values()}
+        for f in (command.callback, run)
+    )
+    frame = {"out", "seed", "fresh", "as_json", "progress"}
+    if "lengths" in theirs:
+        theirs["lengths"] = ",".join(map(str, theirs["lengths"]))
+    assert ours["seed"] == theirs["seed"]
+    assert {k: v for k, v in ours.items() if k not in frame} == {
+        k: v for k, v in theirs.items() if k not in frame
+    }
