@@ -30,7 +30,7 @@ from lddyn.shards import digest_of, replace_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["AGREES", "DISAGREES", "UNTESTABLE", "Claim", "Lab"]
+__all__ = ["AGREES", "DISAGREES", "UNTESTABLE", "Claim", "Lab", "write_json"]
 
 T = TypeVar("T")
 AGREES, DISAGREES, UNTESTABLE = "agrees", "disagrees", "not testable at this scale"
@@ -130,7 +130,7 @@ class Lab:
         else:
             self._must_equal({**old, "inputs": {}})
             self.identity["inputs"] = old.get("inputs", {})
-        _write(self.folder / "identity.json", self.identity)
+        write_json(self.folder / "identity.json", self.identity)
 
     def reads(self, **inputs: Any) -> None:
         """Declares what the experiment was given, by content: digests, as of `store.identify`.
@@ -143,7 +143,7 @@ class Lab:
         before = self.identity["inputs"]
         self.identity["inputs"] = {**before, **plain(inputs)}
         self._must_equal({**self.identity, "inputs": {**self.identity["inputs"], **before}})
-        _write(self.folder / "identity.json", self.identity)
+        write_json(self.folder / "identity.json", self.identity)
 
     def _must_equal(self, there: Mapping[str, Any]) -> None:
         """Refuses a folder with another identity."""
@@ -210,7 +210,7 @@ class Lab:
             return value
         start = time.perf_counter()
         made = plain(make())
-        _write(path, {"value": made, "seconds": time.perf_counter() - start})
+        write_json(path, {"value": made, "seconds": time.perf_counter() - start})
         return made  # type: ignore[no-any-return]
 
     def seconds(self, name: str) -> float:
@@ -227,7 +227,7 @@ class Lab:
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Every number of a figure, as tables/NAME.json and, with pyarrow, tables/NAME.parquet."""
         rows = [plain(dict(row)) for row in rows]
-        _write(self.path("tables", f"{name}.json"), rows)
+        write_json(self.path("tables", f"{name}.json"), rows)
         self.tables.append(name)
         try:
             import pyarrow as arrow
@@ -278,7 +278,7 @@ class Lab:
                 "versions": environment.env()["versions"],
             }
         )
-        _write(self.path("results.json"), results)
+        write_json(self.path("results.json"), results)
         pictures = {
             name: base64.b64encode(self.path("figures", f"{name}.png").read_bytes()).decode("ascii")
             for name in self.figures
@@ -318,7 +318,8 @@ def _code() -> str:
     return digest_of(*(path.read_bytes() for path in sorted(package.rglob("*.py"))))
 
 
-def _write(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Replaces a file by this content, whole or not at all; NaN is refused."""
     replace_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
