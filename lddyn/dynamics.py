@@ -1,14 +1,15 @@
 """Finetuning that is watched: what updates do to responses, measured, predicted, and by the kernel.
 
-`train` is a plain loop. A trainer of another library would take the same steps, but what is wanted
-here lies around and within the step: the gradient of each term of the loss, the diagonal P that the
-optimizer has in this very step, and the model on both sides of it:
+`train` is a plain loop. transformers' Trainer and TRL's DPOTrainer take the same steps
+(tests/test_dynamics_trainers.py), but what is wanted here lies around and within the step: the
+gradient of each term of the loss before it is clipped, the diagonal P that the optimizer has in
+this very step, and the model on both sides of it:
 
     Δ log π(y_o) = Σ_terms ⟨∇ log π(y_o), −η P g_term⟩ + O(η²)           (paper Eq. 5 and 7)
 
 `Tracker` measures a probing set on the way, `first_order` predicts it for a step, `kernel_norms`
 measures ‖K‖_F beside what the paper measures in its place, `influence` is the Gram matrix of whole
-responses, `mass_moved` says where the probability of a response went.
+responses.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from torch.func import functional_call, jvp
 
 from lddyn.decompose import shifted_copy
 from lddyn.examples import Example
-from lddyn.massflow import leading
 from lddyn.ntk import ntk
 from lddyn.objectives import SFT
 from lddyn.optimizers import Direction, optimizer_step
@@ -35,8 +35,7 @@ from lddyn.proxies import lbk, sign_delta
 
 __all__ = [
     "Batch", "Explained", "Loss", "Preference", "Supervised", "Tracker", "bootstrap",
-    "first_order", "influence", "kernel_norms", "log_probs", "mass_moved", "some_tokens",
-    "tangents", "train",
+    "first_order", "influence", "kernel_norms", "log_probs", "some_tokens", "tangents", "train",
 ]  # fmt: skip
 
 Batch = Mapping[str, Sequence[Example]]  # term -> its examples, aligned
@@ -449,41 +448,6 @@ def _token_log_probs(model: nn.Module, example: Example) -> tuple[Tensor, Tensor
     ids, rows, columns, targets = _padded(model, [example])
     logits = model(input_ids=ids, use_cache=False).logits[rows, columns].float()
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0], logits
-
-
-# ---------------------------------------------------------------------------------------------
-# Mass
-
-
-def mass_moved(before: Tensor, change: Tensor, targets: Tensor, top: int = 10) -> dict[str, float]:
-    """Where probability went, summed over positions: Σ Δπ of disjoint sets of tokens.
-
-    What `massflow.Flow` tells of each position, for changes of a whole run or of one term.
-
-    Args:
-        before: π (n, V).
-        change: Δπ (n, V), measured or predicted.
-        targets: The response's tokens (n,).
-        top: How many of the likeliest tokens count as near.
-
-    Returns:
-        "response": of the tokens themselves; "likeliest other": of the most probable token besides;
-        "top": of the rest of the `top` likeliest besides; "rest": of all others. They sum to zero.
-        "was likeliest": share of positions where the response's token was the argmax itself.
-    """
-    own = before.gather(1, targets[:, None])
-    near = leading(before.log(), targets, top)
-    moved = change.double()
-    response = float(moved.gather(1, targets[:, None]).sum())
-    likeliest = float(moved.gather(1, near[:, :1]).sum())
-    rest_of_top = float(moved.gather(1, near[:, 1:]).sum())
-    return {
-        "response": response,
-        "likeliest other": likeliest,
-        "top": rest_of_top,
-        "rest": float(moved.sum()) - response - likeliest - rest_of_top,
-        "was likeliest": float((own >= before.gather(1, near[:, :1])).double().mean()),
-    }
 
 
 # ---------------------------------------------------------------------------------------------

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from lddyn.decompose import Decomposition, Observed
 
 __all__ = [
+    "FAINT",
+    "INK",
     "LOWERED",
     "RAISED",
+    "blank_figure",
     "plot_blocks",
     "plot_decomposition",
     "plot_influence",
@@ -31,12 +34,13 @@ __all__ = [
     "printable",
     "sequence_colours",
     "signed",
+    "tidy",
     "visible",
 ]
 
 RAISED, LOWERED = "#2166ac", "#b2182b"  # the ends of ColorBrewer's RdBu, safe for colour-blind eyes
 _DIVERGING = "RdBu"
-_INK, _FAINT = "#222222", "#888888"
+INK, FAINT = "#222222", "#888888"
 _SEQUENCES = ("#1b9e77", "#c05ca0", "#e6ab02", "#4f8fcb", "#a6761d", "#666633")
 _OTHERS = {"history": "#7f7f7f", "weight decay": "#b8a070"}
 _DPI = 150
@@ -140,7 +144,7 @@ def _label(text: str) -> str:
 # Drawing
 
 
-def _figure(width: float, height: float, name: str) -> Figure:
+def blank_figure(width: float, height: float, name: str) -> Figure:
     """An off-screen figure; its label is its file name."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -157,13 +161,13 @@ def _plain(artist: Any) -> Any:
     return artist
 
 
-def _clean(axes: Axes, *, keep: Sequence[str] = ("left", "bottom")) -> None:
+def tidy(axes: Axes, *, keep: Sequence[str] = ("left", "bottom")) -> None:
     """Only the spines that carry a scale, thin ticks."""
     for side, spine in axes.spines.items():
         spine.set_visible(side in keep)
-        spine.set_color(_FAINT)
+        spine.set_color(FAINT)
         spine.set_linewidth(0.6)
-    axes.tick_params(width=0.6, length=2.5, color=_FAINT, labelcolor=_INK, labelsize=8)
+    axes.tick_params(width=0.6, length=2.5, color=FAINT, labelcolor=INK, labelsize=8)
 
 
 def _lettering(texts: Sequence[str], cell: float) -> tuple[int, float, float]:
@@ -236,7 +240,7 @@ def plot_influence(dec: Decomposition, observed: Observed, index: int = 0) -> Fi
     legend = 0.62
     width = max(left + wide + 0.12 + beside + 0.25, 6.4)
     height = legend + below + high + 0.1 + above + title
-    figure = _figure(width, height, f"influence-{index}-{_slug(observed.name)}")
+    figure = blank_figure(width, height, f"influence-{index}-{_slug(observed.name)}")
 
     def place(x: float, y: float, w: float, h: float) -> Axes:
         return figure.add_axes((x / width, y / height, w / width, h / height))
@@ -260,7 +264,7 @@ def plot_influence(dec: Decomposition, observed: Observed, index: int = 0) -> Fi
             x, np.arange(m + 1), table[:, at], cmap=_DIVERGING, norm=norm, rasterized=True
         )
         heat.add_patch(
-            _rectangle(x[0], 0, x[-1] - x[0], m, fill=False, edgecolor=_FAINT, linewidth=0.5)
+            _rectangle(x[0], 0, x[-1] - x[0], m, fill=False, edgecolor=FAINT, linewidth=0.5)
         )
     heat.set_xlim(0, span)
     heat.set_ylim(m, 0)
@@ -269,18 +273,18 @@ def plot_influence(dec: Decomposition, observed: Observed, index: int = 0) -> Fi
     _token_ticks(heat, "x", centres, texts, cell_x)
     _token_ticks(heat, "y", np.arange(m) + 0.5, observed.tokens, cell_y)
     _plain(
-        heat.set_ylabel(_drawable(f"tokens of {printable(observed.name)}"), fontsize=9, color=_INK)
+        heat.set_ylabel(_drawable(f"tokens of {printable(observed.name)}"), fontsize=9, color=INK)
     )
 
     sums = table.sum(0)
     top.bar(centres, sums, width=0.8, color=[RAISED if s > 0 else LOWERED for s in sums])
-    top.axhline(0, color=_INK, linewidth=0.6)
+    top.axhline(0, color=INK, linewidth=0.6)
     top.set_xlim(0, span)
     top.set_xticks([])
     top.margins(y=0.12)
-    _clean(top, keep=("left",))
+    tidy(top, keep=("left",))
     top.locator_params(axis="y", nbins=4)
-    top.set_ylabel("column\nsum, nats", fontsize=7.5, color=_INK)
+    top.set_ylabel("column\nsum, nats", fontsize=7.5, color=INK)
     for name in names:
         total = parts[name].sum()
         x0, x1 = edges[name][0], edges[name][-1] + 1
@@ -292,22 +296,22 @@ def plot_influence(dec: Decomposition, observed: Observed, index: int = 0) -> Fi
             top.text(
                 (x0 + x1) / 2, 1.1, _drawable(f"{_pretty(name)}: {signed(total)}"),
                 transform=top.get_xaxis_transform(), ha="center", va="bottom", fontsize=8.5,
-                color=_INK,
+                color=INK,
             )
         )  # fmt: skip
 
     rows = np.arange(m) + 0.5
     _stacked(side, rows, parts, colours, thickness=0.8)
     net = sum(parts.values())
-    side.plot(net, rows, "D", color=_INK, markersize=float(np.clip(cell_y * 72 * 0.4, 1.4, 4)))
-    side.axvline(0, color=_INK, linewidth=0.6)
+    side.plot(net, rows, "D", color=INK, markersize=float(np.clip(cell_y * 72 * 0.4, 1.4, 4)))
+    side.axvline(0, color=INK, linewidth=0.6)
     side.set_ylim(m, 0)
     side.set_yticks([])
     side.margins(x=0.08)
-    _clean(side, keep=("bottom",))
+    tidy(side, keep=("bottom",))
     side.locator_params(axis="x", nbins=3)
-    side.set_xlabel("row sum, nats", fontsize=7.5, color=_INK)
-    side.set_title("by source, ◆ net", fontsize=7.5, color=_INK, pad=3)
+    side.set_xlabel("row sum, nats", fontsize=7.5, color=INK)
+    side.set_title("by source, ◆ net", fontsize=7.5, color=INK, pad=3)
 
     bar = place(left, 0.4, min(wide, 3.6), 0.1)
     assert mesh is not None
@@ -316,9 +320,9 @@ def plot_influence(dec: Decomposition, observed: Observed, index: int = 0) -> Fi
     scale.set_ticks(ticks, labels=[signed(t, 2) for t in ticks])
     scale.ax.minorticks_off()
     scale.outline.set_linewidth(0.4)
-    bar.tick_params(labelsize=7, length=2, color=_FAINT)
+    bar.tick_params(labelsize=7, length=2, color=FAINT)
     note = "nats: change of log π of the row's token made by the column's token (arcsinh scale)"
-    figure.text(left / width, 0.06 / height, note, fontsize=7, color=_INK)
+    figure.text(left / width, 0.06 / height, note, fontsize=7, color=INK)
 
     change = float(observed.delta_logp.sum())
     verb = "rose" if change > 0 else "fell"
@@ -326,7 +330,7 @@ def plot_influence(dec: Decomposition, observed: Observed, index: int = 0) -> Fi
         figure.text(
             0.18 / width, 1 - 0.12 / height,
             _drawable(f"{printable(observed.name)} {verb} by {signed(change).lstrip('+−')} nats"),
-            va="top", fontsize=12.5, weight="bold", color=_INK,
+            va="top", fontsize=12.5, weight="bold", color=INK,
         )
     )  # fmt: skip
     _plain(
@@ -388,7 +392,7 @@ def plot_overview(dec: Decomposition) -> Figure:
     width = left + wide + gap + right + 0.3
     panel = high + under + 0.16
     height = title + count * panel + foot
-    figure = _figure(width, height, "overview")
+    figure = blank_figure(width, height, "overview")
 
     def place(x: float, y: float, w: float, h: float, **share: Any) -> Axes:
         return figure.add_axes((x / width, y / height, w / width, h / height), **share)
@@ -409,11 +413,11 @@ def plot_overview(dec: Decomposition) -> Figure:
             x, values, 0, where=values <= 0, color=LOWERED, alpha=0.22, linewidth=0,
             interpolate=True,
         )  # fmt: skip
-        axes.plot(x, values, color=_INK, linewidth=0.9)
-        axes.plot(x, values, ".", color=_INK, markersize=2.4)
-        axes.axhline(0, color=_FAINT, linewidth=0.6)
+        axes.plot(x, values, color=INK, linewidth=0.9)
+        axes.plot(x, values, ".", color=INK, markersize=2.4)
+        axes.axhline(0, color=FAINT, linewidth=0.6)
         axes.set_xlim(0, longest)
-        _clean(axes, keep=("left",))
+        tidy(axes, keep=("left",))
         axes.locator_params(axis="y", nbins=4)
         if texts:
             _token_ticks(axes, "x", x, observed.tokens, cell)
@@ -425,11 +429,11 @@ def plot_overview(dec: Decomposition) -> Figure:
                 loc="left",
                 fontsize=8.5,
                 weight="bold",
-                color=_INK,
+                color=INK,
                 pad=2,
             )
         )
-        axes.set_ylabel("Δ log π, nats", fontsize=7.5, color=_INK)
+        axes.set_ylabel("Δ log π, nats", fontsize=7.5, color=INK)
 
     bars = place(left + wide + gap, foot, right, height - title - foot + 0.16)
     bars.set_ylim(foot, height - title + 0.16)
@@ -441,7 +445,7 @@ def plot_overview(dec: Decomposition) -> Figure:
     }
     _stacked(bars, at, totals, colours, thickness=min(0.5, 0.4 * panel))
     net = np.array([float(o.delta_logp.sum()) for o in dec])
-    bars.plot(net, at, "D", color=_INK, markersize=5, zorder=5)
+    bars.plot(net, at, "D", color=INK, markersize=5, zorder=5)
     reach = max(
         float(sum(np.clip(v, 0, None) for v in totals.values()).max()),
         float(-sum(np.clip(v, None, 0) for v in totals.values()).min()),
@@ -453,17 +457,17 @@ def plot_overview(dec: Decomposition) -> Figure:
     for y, value in zip(at, net, strict=True):
         bars.annotate(
             f"net {signed(value)}", (value, y), xytext=(0, 22 if panel > 1.3 else 15),
-            textcoords="offset points", ha="center", fontsize=8, color=_INK,
+            textcoords="offset points", ha="center", fontsize=8, color=INK,
         )  # fmt: skip
-    bars.axvline(0, color=_INK, linewidth=0.6)
+    bars.axvline(0, color=INK, linewidth=0.6)
     bars.set_yticks(at, [_drawable(printable(o.name)) for o in dec], fontsize=8)
     for label in bars.get_yticklabels():
         _plain(label)
-    _clean(bars, keep=("bottom",))
+    tidy(bars, keep=("bottom",))
     bars.tick_params(axis="y", length=0)
     bars.grid(axis="x", color="#e5e5e5", linewidth=0.6)
     bars.set_axisbelow(True)
-    bars.set_xlabel("Δ log π of the whole response, nats", fontsize=8, color=_INK)
+    bars.set_xlabel("Δ log π of the whole response, nats", fontsize=8, color=INK)
     handles = [
         _rectangle(0, 0, 1, 1, facecolor=colours[k], label=_drawable(f"from {_pretty(k)}"))
         for k in names
@@ -476,7 +480,7 @@ def plot_overview(dec: Decomposition) -> Figure:
         _plain(label)
     figure.text(
         0.18 / width, 1 - 0.12 / height, "What the step did to every response", va="top",
-        fontsize=12.5, weight="bold", color=_INK,
+        fontsize=12.5, weight="bold", color=INK,
     )  # fmt: skip
     _plain(
         figure.text(
@@ -504,7 +508,7 @@ def plot_blocks(dec: Decomposition) -> Figure:
     left, title, foot, gap = 1.6, 0.85, 0.5, 0.85
     width = left + columns * (wide + 0.25) + 0.2
     height = title + lines * (high + gap) - gap + foot
-    figure = _figure(width, height, "blocks")
+    figure = blank_figure(width, height, "blocks")
     first: Axes | None = None
     y = np.arange(len(names))
     for i, (observed, parts) in enumerate(zip(dec, per_response, strict=True)):
@@ -521,9 +525,9 @@ def plot_blocks(dec: Decomposition) -> Figure:
         first = first or axes
         values = np.array([parts.get(k, 0.0) for k in names])
         axes.barh(y, values, height=0.72, color=[RAISED if v > 0 else LOWERED for v in values])
-        axes.axvline(0, color=_INK, linewidth=0.6)
+        axes.axvline(0, color=INK, linewidth=0.6)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        _clean(axes, keep=("bottom",))
+        tidy(axes, keep=("bottom",))
         axes.set_yticks(y, names if column == 0 else [])
         for label in axes.get_yticklabels():
             _plain(label)
@@ -531,13 +535,13 @@ def plot_blocks(dec: Decomposition) -> Figure:
         axes.locator_params(axis="x", nbins=3)
         axes.grid(axis="x", color="#e5e5e5", linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.set_xlabel("nats", fontsize=7.5, color=_INK)
+        axes.set_xlabel("nats", fontsize=7.5, color=INK)
         change = signed(float(observed.delta_logp.sum()))
         total = f"{_drawable(printable(observed.name))}\n{change} nats"
-        _plain(axes.set_title(total, fontsize=8.5, color=_INK, pad=3))
+        _plain(axes.set_title(total, fontsize=8.5, color=INK, pad=3))
     figure.text(
         0.18 / width, 1 - 0.12 / height, "Through which block the change passed", va="top",
-        fontsize=12.5, weight="bold", color=_INK,
+        fontsize=12.5, weight="bold", color=INK,
     )  # fmt: skip
     return figure
 

@@ -122,9 +122,12 @@ class Flow:
     label + argmax + top + rest = 0 in every row.
 
     Attributes:
+        leading: The most likely labels other than y before the step, (M, top), likeliest first; y*
+            is column 0.
+        likeliest: Whether y was as likely as y* or more before the step, (M,) bool.
         change: Δπ of every label, (M, V).
         label: Δπ of the row's own label y, (M,).
-        argmax: Δπ of y*, the most likely of the other labels before the step, (M,).
+        argmax: Δπ of y*, (M,).
         top: Δπ of the next most likely ones together, up to the number asked for, (M,).
         rest: Δπ of all others together, (M,).
         gainers, losers: How many labels other than y rose and fell, (M,) int64.
@@ -134,6 +137,8 @@ class Flow:
         entropy: Change of −Σ π log π, (M,), in nats.
     """
 
+    leading: Tensor
+    likeliest: Tensor
     change: Tensor
     label: Tensor
     argmax: Tensor
@@ -172,13 +177,46 @@ class Flow:
         log_probs, delta = log_probs.double(), delta.double()
         probs = log_probs.exp()
         change = probs * torch.expm1(delta)
+        entropy = -(change * log_probs + (probs + change) * delta).sum(-1)
+        return cls._sorted(log_probs, delta, change, entropy, labels, top)
+
+    @classmethod
+    def first_order(cls, log_probs: Tensor, shift: Tensor, labels: Tensor, top: int = 10) -> Flow:
+        """The same to first order in a move Δz of the logits: Δπ = π (Δz − ⟨π, Δz⟩).
+
+        Linear in Δz: the flows of a step's terms add up to the flow of the step.
+
+        Args:
+            log_probs: log π before, shape (M, V), in nats.
+            shift: Δz, shape (M, V).
+            labels: y, shape (M,), int64.
+            top: As above.
+
+        Example:
+            >>> from lddyn.massflow import Flow
+            >>> logits, label = torch.tensor([[4.0, 1, 0, 0]]), torch.tensor([3])
+            >>> flow = Flow.first_order(logits.log_softmax(-1), -0.1 * logits, label)
+            >>> round(float(flow.argmax), 4), round(float(flow.label), 4)
+            (-0.0251, 0.0063)
+        """
+        log_probs, shift = log_probs.double(), shift.double()
+        delta = shift - (log_probs.exp() * shift).sum(-1, keepdim=True)
+        change = log_probs.exp() * delta
+        return cls._sorted(log_probs, delta, change, -(change * log_probs).sum(-1), labels, top)
+
+    @classmethod
+    def _sorted(
+        cls, log_probs: Tensor, delta: Tensor, change: Tensor, entropy: Tensor, labels: Tensor,
+        top: int,
+    ) -> Flow:  # fmt: skip
         own = torch.zeros_like(change, dtype=torch.bool).scatter_(-1, labels[:, None], True)
         order = leading(log_probs, labels, top)
         in_top = torch.zeros_like(own).scatter_(-1, order, True)
         rose, fell = (delta > 0) & ~own, (delta < 0) & ~own
         label, argmax = _at(change, labels), _at(change, order[:, 0])
-        entropy = -(change * log_probs + (probs + change) * delta).sum(-1)
         return cls(
+            leading=order,
+            likeliest=_at(log_probs, labels) >= _at(log_probs, order[:, 0]),
             change=change,
             label=label,
             argmax=argmax,
@@ -212,7 +250,6 @@ class MassFlow:
         labels: Its tokens y_m, (M,) int64.
         tokens: Their texts.
         log_probs: log π before the step, (M, V) float64, in nats.
-        leading: The most likely labels other than y_m, (M, top), likeliest first; y* is column 0.
         threshold: τ = ‖π‖² − π(y_m), (M,): who gains in a single softmax, to first order.
         predicted: Flow of the first-order step: the logits move by the exact −η A K G.
         measured: Flow of a real step.
@@ -223,12 +260,16 @@ class MassFlow:
     labels: Tensor
     tokens: list[str]
     log_probs: Tensor
-    leading: Tensor
     threshold: Tensor
     predicted: Flow
     measured: Flow
     settings: dict[str, Any]
     text_of: Callable[[int], str] = str
+
+    @property
+    def leading(self) -> Tensor:
+        """The most likely labels other than y_m, (M, top), likeliest first; y* is column 0."""
+        return self.measured.leading
 
     @property
     def argmax(self) -> Tensor:
@@ -423,7 +464,6 @@ def massflow(
         labels=labels,
         tokens=observed.tokens,
         log_probs=before,
-        leading=leading(before, labels, top),
         threshold=threshold(before, labels),
         predicted=Flow.of(before, first_order, labels, top),
         measured=Flow.of(before, after - before, labels, top),

@@ -1,12 +1,15 @@
 """What experiments share: steps kept, other settings refused, tables, figures, claims, the page."""
 
+import importlib
+import inspect
 import json
 
 import pytest
 import torch
 
-from lddyn.figures import _figure
-from lddyn.lab import scoreboard
+from lddyn.figures import blank_figure
+from lddyn.lab import EXPERIMENTS, record, scoreboard
+from lddyn.lab.commands import app
 from lddyn.lab.record import AGREES, DISAGREES, Claim, Lab
 
 
@@ -48,7 +51,7 @@ def test_everything_is_on_the_page(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     lab = Lab("x", tmp_path, options={"steps": 3})
     lab.table("numbers", [{"a": 1, "b": 0.5}, {"a": 2, "b": None}])
-    lab.figure("picture", _figure(2, 1, "picture"), "Look <here>.")
+    lab.figure("picture", blank_figure(2, 1, "picture"), "Look <here>.")
     lab.claim(claim(interval=(1.0, 2.0), value=1.5))
     with pytest.raises(ValueError, match="'one' was made already"):
         lab.claim(claim())
@@ -126,3 +129,44 @@ def test_an_interval_of_nothing_is_left_out(tmp_path):
     assert results["claims"][0]["interval"] is None and results["claims"][0]["value"] is None
     scoreboard.write([results], tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_other_code_or_content_is_refused_by_name(tmp_path, monkeypatch):
+    lab = Lab("x", tmp_path, progress=False)
+    lab.reads(rows="aa", model={"weights": "11", "class": "M"})
+    assert lab.once("step", lambda: 1) == 1
+    again = Lab("x", tmp_path, progress=False)
+    again.reads(rows="aa", model={"weights": "11", "class": "M"})
+    assert again.once("step", lambda: 2) == 1
+    with pytest.raises(ValueError, match=r"other settings: rows \(there 'aa', now 'bb'\); give"):
+        Lab("x", tmp_path, progress=False).reads(rows="bb")
+    with pytest.raises(ValueError, match=r"model weights \(there '11', now '22'\); give"):
+        Lab("x", tmp_path, progress=False).reads(model={"weights": "22", "class": "M"})
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "_code", lambda: "edited")
+        with pytest.raises(ValueError, match=r"code \(there '\w{32}', now 'edited'\)"):
+            Lab("x", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "__version__", "9.9")
+        with pytest.raises(ValueError, match=r"lddyn \(there '.*', now '9.9'\)"):
+            Lab("x", tmp_path)
+    results = again.finish([], [])
+    assert results["inputs"] == {"rows": "aa", "model": {"weights": "11", "class": "M"}}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_command_has_the_options_and_defaults_of_run(name):
+    """They are written twice, as importing `run` for its signature would slow every command."""
+    (command,) = [c for c in app.registered_commands if c.name == name]
+    run = importlib.import_module(f"lddyn.lab.{name}").run
+    ours, theirs = (
+        {p.name: p.default for p in inspect.signature(f).parameters.values()}
+        for f in (command.callback, run)
+    )
+    frame = {"out", "seed", "fresh", "as_json", "progress"}
+    if "lengths" in theirs:
+        theirs["lengths"] = ",".join(map(str, theirs["lengths"]))
+    assert ours["seed"] == theirs["seed"]
+    assert {k: v for k, v in ours.items() if k not in frame} == {
+        k: v for k, v in theirs.items() if k not in frame
+    }

@@ -107,6 +107,23 @@ def test_claims_and_pages(results):
         assert (out / "figures" / f"{name}.png").stat().st_size > 10_000
 
 
+def test_the_leak_and_the_kernel_can_be_refuted(results, tmp_path):
+    """The same pushes with a small leak that does not follow ‖K‖, and does squeeze."""
+    found = json.loads((results[1] / "steps/pushes.json").read_text())["value"]
+    for row in found["pairs"]:
+        row["moved elsewhere"] = 0.9 * row["moved here"]
+        row["label falls elsewhere"] = 1.0
+        if row["model"] == "network":
+            row["kernel rank correlation"] -= 0.5
+    options = {"steps": 200, "repeats": 8}
+    lab = Lab("bigram", tmp_path, options=options, progress=False)
+    claims = {c["name"]: c for c in bigram._conclude(lab, found)["claims"]}
+    assert claims["leak"]["verdict"] == claims["kernel"]["verdict"] == "disagrees"
+    assert claims["leak, squeeze"]["verdict"] == "agrees"
+    really = {c["name"]: c for c in results[0]["claims"]}
+    assert really["leak, squeeze"]["verdict"] == "disagrees"
+
+
 def test_bad_options_are_refused(tmp_path):
     with pytest.raises(ValueError, match="strength positive, got 20000, 1500, 60, 30 and 0"):
         bigram.run(tmp_path, strength=0)

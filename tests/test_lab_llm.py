@@ -143,14 +143,31 @@ def test_kernel_norms_are_bounded_by_lbk(small_world, probes):
     assert abs(rows[1]["norm"] - truth) < 4 * rows[1]["stderr"] + 1e-3 * truth
 
 
-def test_mass_moved_adds_up():
-    before = torch.tensor([[0.6, 0.3, 0.1, 0.0], [0.2, 0.5, 0.2, 0.1]])
-    change = torch.tensor([[0.1, -0.2, 0.05, 0.05], [0.1, -0.3, 0.1, 0.1]])
-    found = dynamics.mass_moved(before, change, torch.tensor([1, 1]), top=2)
-    assert found["response"] == pytest.approx(-0.5)
-    assert found["likeliest other"] == pytest.approx(0.2)
-    assert found["top"] == pytest.approx(0.15) and found["rest"] == pytest.approx(0.15)
-    assert found["was likeliest"] == 0.5
+def test_the_mass_of_a_step_is_what_massflow_finds(small_world, examples):
+    """One pair, one SGD step: the experiment's forward mode against the decomposition."""
+    model, pair = small_world.model, examples[0]
+    update = lddyn.DPO(pair["chosen"], pair["rejected"], beta=0.1)
+    settings = {"lr": 1e-3, "max_grad_norm": 10.0, "dtype": None}
+    flow = lddyn.massflow(model, pair["rejected"], update, **settings)
+    stepped, taken = copy.deepcopy(model), []
+    train(
+        stepped, [batch_of(examples[:1])], Preference(0.1),
+        make_optimizer("sgd", stepped.parameters(), 1e-3), reference=model, explain={0},
+        probes=ProbeSet(small_world.preference_pairs[:1]).encode(
+            small_world.tokenizer, fields=("rejected",)
+        ),
+        explained=taken.append,
+    )  # fmt: skip
+    terms = [taken[0].directions[name] for name in ("chosen", "rejected")]
+    parts = [dpo._predicted(model, [pair["rejected"]], term)[0] for term in terms]
+    (measured,) = dpo._measured(model, stepped, [pair["rejected"]])
+    assert torch.equal(measured.leading, flow.leading)
+    for name in ("label", "argmax", "top", "rest"):
+        scale = float(flow.measured.change.norm())
+        real = getattr(measured, name) - getattr(flow.measured, name)
+        assert float(real.abs().max()) < 1e-3 * scale, name
+        first = sum(getattr(part, name) for part in parts) - getattr(flow.predicted, name)
+        assert float(first.abs().max()) < 1e-2 * scale, name  # massflow's is renormalised
 
 
 def test_tracker_measures_the_start_the_end_and_between(small_world, examples, probes):
@@ -266,4 +283,27 @@ def test_a_users_model_and_file(tmp_path, small_world):
     loaded = setting.checkpoint(lab, "r", found.fresh())
     again = setting.finetune(lab, "r", found, found.fresh(), [], replace(recipe, updates=2))
     assert again.raw == curves.raw
+    # Another answer in the file, then other weights in the folder: not a step is mixed with them.
+    for change, name in ((_other_row, "texts"), (_other_weights, "model weights")):
+        change(tmp_path, small_world)
+        with pytest.raises(ValueError, match=rf"other settings: {name} \(there"):
+            setting.load(
+                Lab("x", tmp_path / "lab", progress=False), str(tmp_path / "m"),
+                str(tmp_path / "p.jsonl"), rows=10, prompts=3,
+            )  # fmt: skip
+        small_world.model.save_pretrained(tmp_path / "m")
+        ProbeSet(small_world.preference_pairs[:12]).save(tmp_path / "p.jsonl")
     assert not torch.equal(loaded.lm_head.weight, found.model.lm_head.weight)
+
+
+def _other_row(folder, world):
+    rows = [dict(row) for row in world.preference_pairs[:12]]
+    rows[3]["chosen"] += "!"
+    ProbeSet(rows).save(folder / "p.jsonl")
+
+
+def _other_weights(folder, world):
+    other = copy.deepcopy(world.model)
+    with torch.no_grad():
+        next(other.parameters())[0, 0] += 1e-3
+    other.save_pretrained(folder / "m")

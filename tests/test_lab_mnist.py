@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from lddyn.lab import images, mnist
+from lddyn.lab import digits, images, mnist
 from lddyn.lab.commands import app
 from lddyn.lab.record import Lab
 
@@ -24,8 +24,8 @@ def generator(seed=0):
 
 @pytest.fixture(params=["lenet", "mlp"])
 def network(request):
-    module = mnist._NETWORKS[request.param]()
-    return module, mnist._initial(module, generator())
+    module = digits.NETWORKS[request.param]()
+    return module, digits._initial(module, generator())
 
 
 def some(count, seed):
@@ -37,14 +37,14 @@ def some(count, seed):
 
 
 def test_the_network_is_the_papers():
-    module = mnist._NETWORKS["lenet"]()
+    module = digits.NETWORKS["lenet"]()
     sizes = [tuple(p.shape) for p in module.parameters() if p.dim() > 1]
     assert sizes == [(6, 1, 5, 5), (16, 6, 5, 5), (60, 400), (42, 60), (10, 42)]
 
 
 def test_parameters_are_drawn_as_torch_draws_them(network):
     module, theta = network
-    for name, drawn in mnist._named(module, theta).items():
+    for name, drawn in digits._named(module, theta).items():
         theirs = dict(module.named_parameters())[name]
         bound = float(theirs.detach().abs().max())
         assert drawn.shape == theirs.shape
@@ -68,12 +68,12 @@ def test_kernel_against_float64_and_its_symmetry(network, monkeypatch):
     for o, x in enumerate(observed):
         for u, y in enumerate(updated):
             truth[o, u] = rows(x) @ rows(y).T
-    monkeypatch.setattr(mnist, "_CHUNK", 2)  # ragged chunks
-    found = mnist.kernel(module, theta.double(), observed.double(), updated.double())
+    monkeypatch.setattr(digits, "_CHUNK", 2)  # ragged chunks
+    found = digits.kernel(module, theta.double(), observed.double(), updated.double())
     assert torch.allclose(found, truth, rtol=1e-11, atol=1e-11)
-    turned = mnist.kernel(module, theta.double(), updated.double(), observed.double())
+    turned = digits.kernel(module, theta.double(), updated.double(), observed.double())
     assert torch.allclose(found, turned.permute(1, 0, 3, 2), rtol=1e-12, atol=1e-12)
-    single = mnist.kernel(module, theta, observed, updated)
+    single = digits.kernel(module, theta, observed, updated)
     assert (single - truth).norm() < 1e-6 * truth.norm()
 
 
@@ -82,16 +82,16 @@ def test_prediction_is_the_derivative_of_a_step_and_misses_its_square(network):
     module, theta = module.double(), theta.double()
     observed, (updated, classes) = some(4, 1)[0].double(), some(2, 2)
     updated = updated.double()
-    predicted = mnist.predict(module, theta, observed, updated, classes)
+    predicted = digits.predict(module, theta, observed, updated, classes)
     assert predicted.shape == (4, 2, 10)
     missed = []
     for u in range(2):
         leaf = theta.clone().requires_grad_()
-        z = mnist.logits(module, leaf, updated[u : u + 1])
+        z = digits.logits(module, leaf, updated[u : u + 1])
         (gradient,) = torch.autograd.grad(functional.cross_entropy(z, classes[u : u + 1]), leaf)
 
         def log_pi(rate, gradient=gradient):
-            return mnist.logits(module, theta - rate * gradient, observed).log_softmax(-1)
+            return digits.logits(module, theta - rate * gradient, observed).log_softmax(-1)
 
         # The middle quotient's own error is of third order.
         slope = (log_pi(1e-5) - log_pi(-1e-5)) / 2e-5
@@ -99,22 +99,22 @@ def test_prediction_is_the_derivative_of_a_step_and_misses_its_square(network):
         missed.append([(log_pi(r) - log_pi(0) - r * predicted[:, u]).norm() for r in (1e-5, 1e-4)])
     for small, large in missed:
         assert torch.log10(large / small) == pytest.approx(2, abs=0.02)
-    probabilities = mnist.logits(module, theta, observed).softmax(-1)
+    probabilities = digits.logits(module, theta, observed).softmax(-1)
     # πᵀ A = 0: to first order probability is only moved.
     assert (probabilities[:, None] * predicted).sum(-1).abs().max() < 1e-12
 
 
 def test_a_step_is_torchs_and_its_parts_add_up(tmp_path):
     """Two epochs with momentum and weight decay: θ as torch.optim.SGD leaves it."""
-    options = mnist.Options("mlp", None, None, 5, 100, 32, 1e-3, 0.9, 5e-2, 2)
+    options = digits.Options("mlp", None, None, 5, 100, 32, 1e-3, 0.9, 5e-2, 2)
     lab = Lab("mnist", tmp_path, progress=False)
-    halves = mnist._halves(lab, options)
-    descent = mnist.Descent("momentum", 0.9, 1e-3, cosine=True)
+    halves = digits.halve(lab, options)
+    descent = digits.Descent("momentum", 0.9, 1e-3, cosine=True)
     with torch.no_grad():
-        state = mnist._begin(lab, options, halves)
+        state = digits._begin(lab, options, halves)
         theta, first = state["theta"], state["first"]
-        records = [mnist._epoch(lab, options, halves, descent, state, e) for e in range(2)]
-    module = mnist._NETWORKS["mlp"]().double()
+        records = [digits._epoch(lab, options, halves, descent, state, e) for e in range(2)]
+    module = digits.NETWORKS["mlp"]().double()
     torch.nn.utils.vector_to_parameters(theta.clone(), module.parameters())
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5, 1e-6)
@@ -131,23 +131,23 @@ def test_a_step_is_torchs_and_its_parts_add_up(tmp_path):
     assert (state["theta"] - theirs).norm() < 1e-5 * (theirs - theta).norm()
     # Steps are small, so that what they were predicted to do is what they did.
     observed = halves.unseen.pixels[halves.observed].double()
-    total = mnist.logits(module, theirs, observed).log_softmax(-1) - first
+    total = digits.logits(module, theirs, observed).log_softmax(-1) - first
     assert (state["sums"].sum(0) - total).norm() < 0.01 * total.norm()
 
 
 def test_without_momentum_a_class_gets_its_akg(tmp_path):
-    options = mnist.Options("mlp", None, None, 5, 80, 80, 1e-3, 0.0, 0.0, 2)
+    options = digits.Options("mlp", None, None, 5, 80, 80, 1e-3, 0.0, 0.0, 2)
     lab = Lab("mnist", tmp_path, progress=False)
-    halves = mnist._halves(lab, options)
-    descent = mnist.Descent("plain", 0.0, 1e-3, cosine=False)
-    module = mnist._NETWORKS["mlp"]().double()
+    halves = digits.halve(lab, options)
+    descent = digits.Descent("plain", 0.0, 1e-3, cosine=False)
+    module = digits.NETWORKS["mlp"]().double()
     learned, observed = halves.learned, halves.unseen.pixels[halves.observed].double()
     with torch.no_grad():
-        state = mnist._begin(lab, options, halves)
-        each = mnist.predict(
+        state = digits._begin(lab, options, halves)
+        each = digits.predict(
             module, state["theta"], observed, learned.pixels.double(), learned.classes
         )
-        mnist._epoch(lab, options, halves, descent, state, 0)
+        digits._epoch(lab, options, halves, descent, state, 0)
     for c in range(10):
         expected = 1e-3 / 80 * each[:, learned.classes == c].sum(1)
         assert torch.allclose(state["sums"][c], expected, rtol=1e-3, atol=1e-8)
@@ -257,14 +257,14 @@ def test_scikit_learn_is_asked_for_by_its_extra(monkeypatch):
 def test_a_run_that_was_stopped_goes_on_to_the_same_results(tmp_path, monkeypatch):
     whole = mnist.run(tmp_path / "whole", **TINY)
 
-    epoch = mnist._epoch
+    epoch = digits._epoch
 
     def stopped(lab, options, halves, descent, state, number):
         if descent.name == "plain" and number == 5:
             raise KeyboardInterrupt
         return epoch(lab, options, halves, descent, state, number)
 
-    monkeypatch.setattr(mnist, "_epoch", stopped)
+    monkeypatch.setattr(digits, "_epoch", stopped)
     with pytest.raises(KeyboardInterrupt):
         mnist.run(tmp_path / "parts", **TINY)
     done = []
@@ -273,7 +273,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_results(tmp_path, monkeypatc
         done.append((descent.name, number))
         return epoch(lab, options, halves, descent, state, number)
 
-    monkeypatch.setattr(mnist, "_epoch", counted)
+    monkeypatch.setattr(digits, "_epoch", counted)
     parts = mnist.run(tmp_path / "parts", **TINY)
     assert done == [("plain", 5)]
     for key in ("claims", "seen", "expected", "figures", "tables"):
@@ -326,11 +326,14 @@ def test_the_command(tmp_path):
     assert "images from IDX files" in told.stdout and "Prop. 1: agrees" in told.stdout
     other = CliRunner().invoke(app, [*arguments, "--seed", "1"])
     assert other.exit_code == 2 and "seed (there 0, now 1)" in other.stderr
+    write_set(tmp_path / "set", numbers[::-1])
+    other = CliRunner().invoke(app, arguments)
+    assert other.exit_code == 2 and "images (there" in other.stderr
     fresh = CliRunner().invoke(app, [*arguments, "--seed", "1", "--fresh", "--json"])
     assert json.loads(fresh.stdout)["seed"] == 1
 
 
-@pytest.mark.parametrize("module", [mnist, images])
+@pytest.mark.parametrize("module", [digits, mnist, images])
 def test_examples_in_docstrings_run(module, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert doctest.testmod(module).failed == 0

@@ -55,6 +55,15 @@ def test_a_rarer_label_never_makes_the_argmax_rise_more(results):
     assert claims(results)["trend 4, ratio"]["value"] > 0.9
 
 
+def test_what_is_said_of_all_must_hold_as_a_rule(results):
+    found = claims(results)
+    for name, verdict in (("trend 3A", "disagrees"), ("trend 3B", "disagrees")):
+        assert found[name]["verdict"] == verdict and 0.5 < found[name]["value"] < 0.9
+    kinds = json.loads((results[1] / "tables/kinds.json").read_text())
+    gainers = {row["prediction"]: row["gainers"] for row in kinds}
+    assert gainers["flat"] > 0.9 > gainers["between"] > 0.1 > gainers["peaky"]
+
+
 def test_the_threshold_is_right_for_short_steps_only(results):
     rows = json.loads((results[1] / "tables/threshold.json").read_text())
     assert rows[0]["share"] > 0.999 and rows[-1]["share"] < 0.9
@@ -119,6 +128,8 @@ def test_shares_have_wilson_intervals():
     assert none.interval == (0.0, pytest.approx(0.0370, abs=1e-4))
     assert some.interval == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
     assert none.tendency == "disagrees" and some.tendency == "not testable at this scale"
+    assert Share(60, 100).rule == "disagrees" and Share(990, 1000).rule == "agrees"
+    assert Share(96, 100).rule == "not testable at this scale"
     assert Share(100, 100).tendency == "agrees" and math.isnan(Share(0, 0).value)
 
 

@@ -11,7 +11,7 @@ import zoo
 from torch.nn.functional import logsigmoid
 
 import lddyn
-from lddyn.massflow import Flow, softmax_step, threshold
+from lddyn.massflow import Flow, renormalised, softmax_step, threshold
 
 torch.set_num_threads(1)
 
@@ -151,6 +151,27 @@ def test_masses_add_up_and_labels_may_be_anything():
         total = flow.label + flow.argmax + flow.top + flow.rest
         assert float(total.abs().max()) < 1e-14
         assert bool((flow.gained + flow.lost + flow.label).abs().max() < 1e-14)
+
+
+def test_first_order_flows_add_up_and_are_the_limit():
+    generator = torch.Generator().manual_seed(4)
+
+    def normal():
+        return torch.randn(50, 20, generator=generator, dtype=torch.float64)
+
+    log_probs, one, other = (2 * normal()).log_softmax(-1), normal(), normal()
+    labels = torch.randint(20, (50,), generator=generator)
+    flows = [Flow.first_order(log_probs, s, labels, top=4) for s in (one, other, one + other)]
+    small = 1e-6 * (one + other)
+    real = Flow.of(log_probs, renormalised(log_probs, small), labels, top=4)
+    for name in ("change", "label", "argmax", "top", "rest", "entropy"):
+        first, second, whole = (getattr(flow, name) for flow in flows)
+        assert torch.allclose(first + second, whole, atol=1e-14), name
+        assert torch.allclose(getattr(real, name), 1e-6 * whole, rtol=1e-3, atol=1e-11), name
+    whole = flows[-1]
+    assert torch.equal(whole.gainers, real.gainers) and torch.equal(whole.losers, real.losers)
+    assert float((whole.label + whole.argmax + whole.top + whole.rest).abs().max()) < 1e-14
+    assert torch.equal(whole.likeliest, log_probs.argmax(1) == labels)
 
 
 def test_lemma_1_as_printed():

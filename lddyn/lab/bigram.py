@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lddyn.figures import _FAINT, _INK, LOWERED, RAISED, _clean, _figure
+from lddyn.figures import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.shares import Share, verdict
 from lddyn.massflow import Flow, leading
@@ -24,6 +24,7 @@ from lddyn.massflow import Flow, leading
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_STRONG = 0.5  # rank correlation
 KINDS = ("table", "factorised", "network")
 COLOURS = {"table": "#d55e00", "factorised": "#009e73", "network": "#0072b2"}
 WORDS = {
@@ -178,7 +179,7 @@ def consequences(
     here = torch.zeros(len(before), dtype=torch.bool)
     here[context] = True
     distance = flow.change.abs().sum(1) / 2  # total variation
-    star = int(leading(before[context : context + 1], labels[:1], 1))
+    star = int(flow.leading[context, 0])
     change = flow.change[context].clone()
     change[label] = -torch.inf
     row = {
@@ -304,7 +305,7 @@ def draw_leak(found: dict[str, Any]) -> Figure:
 
     words, kinds = vocabulary()
     size = len(words)
-    figure = _figure(11.0, 7.6, "leak")
+    figure = blank_figure(11.0, 7.6, "leak")
     norms = torch.tensor([found["shown"][k]["kernel"] for k in KINDS], dtype=torch.float64)
     deltas = torch.tensor([found["shown"][k]["delta"] for k in KINDS], dtype=torch.float64)
     context, label = found["context"], found["label"]
@@ -332,12 +333,12 @@ def draw_leak(found: dict[str, Any]) -> Figure:
         mesh = axes.imshow(deltas[i].numpy(), cmap="RdBu", norm=norm, interpolation="nearest",
                            aspect="auto")  # fmt: skip
         for place in (top, axes):
-            _clean(place, keep=())
+            tidy(place, keep=())
             place.set_xticks([])
             place.set_yticks([])
             for at in starts[1:]:
-                place.axhline(at - 0.5, color=_FAINT, linewidth=0.3)
-                place.axvline(at - 0.5, color=_FAINT, linewidth=0.3)
+                place.axhline(at - 0.5, color=FAINT, linewidth=0.3)
+                place.axvline(at - 0.5, color=FAINT, linewidth=0.3)
         axes.set_xticks([m - 0.5 for m in middles], names, rotation=35, ha="right", fontsize=7.5)
         axes.tick_params(length=0)
         if i == 0:
@@ -345,7 +346,7 @@ def draw_leak(found: dict[str, Any]) -> Figure:
         if i == len(KINDS) - 1:
             axes.annotate(
                 f"after\n“{words[context]}”", (size - 0.5, context), xytext=(4, 0),
-                textcoords="offset points", fontsize=8, va="center", color=_INK, weight="bold",
+                textcoords="offset points", fontsize=8, va="center", color=INK, weight="bold",
                 annotation_clip=False,
             )  # fmt: skip
         for column, text, colour in (
@@ -359,13 +360,13 @@ def draw_leak(found: dict[str, Any]) -> Figure:
         figure.text(left, 0.928, kind, fontsize=11, weight="bold", color=COLOURS[kind])
         share = row["nonzero"] / row["entries between contexts"]
         note = "exactly 0" if row["nonzero"] == 0 else f"{100 * share:.0f} % not 0"
-        figure.text(left + 0.16, 0.855, f"between\ncontexts\n{note}", fontsize=8.5, color=_INK,
+        figure.text(left + 0.16, 0.855, f"between\ncontexts\n{note}", fontsize=8.5, color=INK,
                     va="top")  # fmt: skip
     figure.text(0.012, 0.975, "The same push: what the models share, and what it does to every "
-                "context", fontsize=13, weight="bold", color=_INK)  # fmt: skip
+                "context", fontsize=13, weight="bold", color=INK)  # fmt: skip
     figure.text(0.085, 0.632, "Δ log π of the next word (column) in every context (row)",
-                fontsize=9.5, color=_INK, weight="bold")  # fmt: skip
-    figure.text(0.012, 0.77, "‖K‖ of\ncontext ×\ncontext", fontsize=8.5, color=_INK)
+                fontsize=9.5, color=INK, weight="bold")  # fmt: skip
+    figure.text(0.012, 0.77, "‖K‖ of\ncontext ×\ncontext", fontsize=8.5, color=INK)
     bar = figure.add_axes((0.66, 0.633, 0.2, 0.012))
     scale = figure.colorbar(mesh, cax=bar, orientation="horizontal")
     scale.set_ticks([-1, -0.1, 0, 0.1, 1], labels=["−1", "−0.1", "0", "+0.1", "+1 nat"])
@@ -377,7 +378,7 @@ def draw_leak(found: dict[str, Any]) -> Figure:
 
 def draw_longer(found: dict[str, Any]) -> Figure:
     """The squeeze by steps of training before the push, and by pushes."""
-    figure = _figure(11.0, 6.0, "longer")
+    figure = blank_figure(11.0, 6.0, "longer")
     panels = (
         ("longer", "steps", "others fall", "share of other words that fall", "Train longer: "
          "more others fall"),
@@ -417,7 +418,7 @@ def draw_longer(found: dict[str, Any]) -> Figure:
         axes.set_ylabel(text, fontsize=8.5)
         axes.set_title(title, loc="left", fontsize=10, weight="bold")
         axes.set_ylim(0, 1.02 if key in ("argmax", "others fall") else None)
-        _clean(axes)
+        tidy(axes)
     return figure
 
 
@@ -481,6 +482,13 @@ def _trend(found: dict[str, Any], kind: str, key: str, table: str = "longer") ->
     return rows[-1][key] - rows[0][key], f"{rows[0][key]:.3g} → {rows[-1][key]:.3g}"
 
 
+def _mean(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Of independent values, with the normal 95 % interval."""
+    given = torch.tensor(values, dtype=torch.float64)
+    half = 1.96 * float(given.std()) / len(given) ** 0.5
+    return float(given.mean()), (float(given.mean()) - half, float(given.mean()) + half)
+
+
 def _conclude(lab: Lab, found: dict[str, Any]) -> dict[str, Any]:
     kernels = {row["model"]: row for row in found["kernels"]}
     pairs = {k: [r for r in found["pairs"] if r["model"] == k] for k in KINDS}
@@ -503,27 +511,44 @@ def _conclude(lab: Lab, found: dict[str, Any]) -> dict[str, Any]:
         k: sum(r["moved elsewhere"] for r in v) / sum(r["moved here"] for r in v)
         for k, v in pairs.items()
     }
+    beside, beside_range = _mean([r["moved elsewhere"] / r["moved here"] for r in pairs["network"]])
     lab.claim(
         Claim(
             "leak", "Through shared features it leaks to other contexts.", poster, nothing,
-            f"{network['nonzero'] / network['entries between contexts']:.1%} of the entries are "
-            f"not zero; per unit moved in its context {leaks['network']:.3g} moved elsewhere "
-            f"(factorised {leaks['factorised']:.3g})",
-            verdict(leaks["network"] > 0.05),
-            f"{len(pairs['network'])} pushes; total variation, summed over all other contexts",
-            value=leaks["network"],
+            f"per unit moved in its context {leaks['network']:.3g} moved elsewhere (factorised "
+            f"{leaks['factorised']:.3g}); mean over pushes {beside:.3g}; "
+            f"{network['nonzero'] / network['entries between contexts']:.1%} of the entries of K "
+            "between contexts are not zero",
+            verdict(beside_range[0] > 1),
+            f"network, {len(pairs['network'])} pushes, total variation summed over all other "
+            "contexts; refuted if the interval, over pushes, is not above 1: if no more moved in "
+            "them together than in the pushed one",
+            value=beside, interval=beside_range,
         )
     )  # fmt: skip
-    ranks = torch.tensor([r["kernel rank correlation"] for r in pairs["network"]]).double()
-    half = 1.96 * float(ranks.std()) / len(ranks) ** 0.5
-    middle = float(ranks.mean())
+    share, share_range = _mean([r["label falls elsewhere"] for r in pairs["network"]])
+    rises, _ = _mean([r["argmax rises elsewhere"] for r in pairs["network"]])
+    lab.claim(
+        Claim(
+            "leak, squeeze", "What leaks is the squeeze: the pushed word falls there, too.", poster,
+            nothing,
+            f"the word falls in {100 * share:.3g} % of the other contexts, the pushed context's y* "
+            f"rises in {100 * rises:.3g} %",
+            verdict(share_range[0] > 0.95),
+            "network; agrees if the interval, over pushes, lies above 95 %; contexts whose "
+            "features point the other way move the other way",
+            value=share, interval=share_range,
+        )
+    )  # fmt: skip
+    middle, ranks = _mean([r["kernel rank correlation"] for r in pairs["network"]])
     lab.claim(
         Claim(
             "kernel", "It leaks most to contexts with a large ‖K‖.", "§2, Proposition 1",
             "the change is proportional to K",
             f"rank correlation of ‖K‖ and what moved, over contexts: {middle:.3f}",
-            verdict(middle - half > 0), "network, mean over pushes", "", middle,
-            (middle - half, middle + half),
+            verdict(ranks[0] > _STRONG),
+            f"network, mean over pushes; refuted if the interval is not above {_STRONG:g}",
+            "", middle, ranks,
         )
     )  # fmt: skip
     for kind in KINDS:
@@ -532,9 +557,10 @@ def _conclude(lab: Lab, found: dict[str, Any]) -> dict[str, Any]:
             Claim(
                 f"argmax, {kind}", "The likeliest other word gains most.", "§3.3", "guaranteed to "
                 "rise", f"{most}; it rises in {sum(r['argmax rises'] for r in pairs[kind])}",
-                most.tendency,
-                "a theorem here: one softmax" if kind == "table" else "no theorem: features are "
-                "shared between words, too",
+                verdict(most.count == most.total) if kind == "table" else most.rule,
+                "a theorem here, one softmax: refuted by one exception" if kind == "table" else
+                "no theorem, features are shared between words, too: agrees if the interval lies "
+                "above 95 %",
                 "", most.value, most.interval,
             )
         )  # fmt: skip

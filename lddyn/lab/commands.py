@@ -1,4 +1,7 @@
-"""`lddyn lab NAME`: one command an experiment. Nothing heavy is imported before one runs."""
+"""`lddyn lab NAME`: one command an experiment. Nothing heavy is imported before one runs.
+
+Options and defaults are those of each experiment's `run`; tests/test_lab.py holds them equal.
+"""
 
 from __future__ import annotations
 

@@ -17,18 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from lddyn import encode
-from lddyn.decompose import shifted_copy
 from lddyn.dynamics import (
     Explained,
     Preference,
     Supervised,
     bootstrap,
-    mass_moved,
     tangents,
     train,
 )
 from lddyn.examples import EmptyResponseError, Example
-from lddyn.figures import _INK, LOWERED, RAISED
+from lddyn.figures import INK, LOWERED, RAISED
 from lddyn.lab.drawing import COLOURS, axes_grid, curves, label, tidy
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.setting import (
@@ -42,6 +40,7 @@ from lddyn.lab.setting import (
     one_thread,
 )
 from lddyn.lab.sft import bell
+from lddyn.massflow import Flow
 from lddyn.optimizers import make_optimizer
 from lddyn.packing import response_logits
 from lddyn.probes import sample
@@ -55,6 +54,7 @@ _PLACES = {
     "top": ("rest of the ten likeliest", "#56b4e9"),
     "rest": ("all others", "#999999"),
 }
+_ATTRIBUTES = dict(zip(_PLACES, ("label", "argmax", "top", "rest"), strict=True))  # of a Flow
 
 
 def run(
@@ -201,22 +201,46 @@ def _encoded_pairs(setting: Setting, rows: Sequence[Mapping[str, str]]) -> list[
 
 
 def _by_example(model: nn.Module, examples: Sequence[Example]) -> list[tuple[Tensor, Tensor]]:
-    """Probabilities (L, V) and targets (L,) of each response, in order."""
+    """Log π (L, V) and targets (L,) of each response, in order."""
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in examples]
     with torch.inference_mode():
         for logits, targets, owners in response_logits(model, examples):
-            probs = logits.float().softmax(-1)
+            log_probs = logits.double().log_softmax(-1)
             for owner in owners.unique().tolist():
                 mine = owners == owner
-                parts[owner].append((probs[mine], targets[mine]))
+                parts[owner].append((log_probs[mine], targets[mine]))
     return [(torch.cat([p for p, _ in part]), torch.cat([t for _, t in part])) for part in parts]
+
+
+def _measured(before: nn.Module, after: nn.Module, examples: Sequence[Example]) -> list[Flow]:
+    """Where the mass of each response went between two models."""
+    pairs = zip(_by_example(before, examples), _by_example(after, examples), strict=True)
+    return [Flow.of(old, new - old, targets) for (old, targets), (new, _) in pairs]
+
+
+def _predicted(
+    model: nn.Module, examples: Sequence[Example], move: dict[str, Tensor]
+) -> list[Flow]:
+    """Where it goes to first order in a move of the parameters."""
+    found: list[Any] = [None] * len(examples)
+    for at, rows, logits, change, targets in tangents(model, examples, move):
+        log_probs = logits.double().log_softmax(-1)
+        for row, index in enumerate(at):
+            mine = rows == row
+            found[index] = Flow.first_order(log_probs[mine], change[mine], targets[mine])
+    return found
+
+
+def _places(flow: Flow, at: slice = slice(None)) -> dict[str, float]:
+    """What each place gained at these positions together, and how often y was the likeliest."""
+    gained = {place: float(getattr(flow, name)[at].sum()) for place, name in _ATTRIBUTES.items()}
+    return {**gained, "was likeliest": float(flow.likeliest[at].double().mean())}
 
 
 def mass_of_run(setting: Setting, before: nn.Module, after: nn.Module) -> list[dict[str, float]]:
     """Where the mass of every probe's y− went between two models."""
     rejected = setting.encode(setting.probes, ("rejected",)).examples
-    pairs = zip(_by_example(before, rejected), _by_example(after, rejected), strict=True)
-    return [mass_moved(old, new - old, targets) for (old, targets), (new, _) in pairs]
+    return [_places(flow) for flow in _measured(before, after, rejected)]
 
 
 def _mass_of_steps(
@@ -239,39 +263,22 @@ def _mass_of_steps(
         examples = list(batch["rejected"])
         terms = taken[0].directions
         whole = {n: terms["chosen"][n] + terms["rejected"][n] for n in terms["chosen"]}
-        moves = {"predicted": whole, "predicted, y+ term": terms["chosen"],
-                 "predicted, y− term": terms["rejected"]}  # fmt: skip
-        found = {name: _changes(model, examples, move) for name, move in moves.items()}
-        moved = _by_example(shifted_copy(model, whole), examples)
-        still = _by_example(model, examples)
-        found["measured"] = [(p, q - p, t) for (p, t), (q, _) in zip(still, moved, strict=True)]
-        for name, all_of in found.items():
-            for probs, change, targets in all_of:
-                sums.setdefault((name, -1), []).append(mass_moved(probs, change, targets))
-                for k in range(min(positions, len(targets))):
-                    at = slice(k, k + 1)
-                    sums.setdefault((name, k), []).append(
-                        mass_moved(probs[at], change[at], targets[at])
-                    )
+        found = {
+            "predicted": _predicted(model, examples, whole),
+            "predicted, y+ term": _predicted(model, examples, terms["chosen"]),
+            "predicted, y− term": _predicted(model, examples, terms["rejected"]),
+            "measured": _measured(model, other, examples),
+        }
+        for name, flows in found.items():
+            for flow in flows:
+                sums.setdefault((name, -1), []).append(_places(flow))
+                for k in range(min(positions, len(flow.label))):
+                    sums.setdefault((name, k), []).append(_places(flow, slice(k, k + 1)))
     return [
         {"kind": name, "position": k, "responses": len(group),
          **{key: float(np.mean([g[key] for g in group])) for key in group[0]}}
         for (name, k), group in sums.items()
     ]  # fmt: skip
-
-
-def _changes(
-    model: nn.Module, examples: Sequence[Example], move: dict[str, Tensor]
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """π (L, V), its first-order change (L, V) and targets (L,) of each response."""
-    out: list[Any] = [None] * len(examples)
-    for at, rows, logits, change, targets in tangents(model, examples, move):
-        probs = logits.softmax(-1)
-        shift = probs * (change - (probs * change).sum(-1, keepdim=True))
-        for row, index in enumerate(at):
-            mine = rows == row
-            out[index] = (probs[mine], shift[mine], targets[mine])
-    return out
 
 
 # ---------------------------------------------------------------------------------------------
@@ -360,9 +367,9 @@ def _draw_terms(rows: Sequence[Mapping[str, Any]], main: str) -> Any:
     for at, row in enumerate(rows):
         axes.barh(at - 0.18, row["y+ term"], 0.34, color=RAISED)
         axes.barh(at + 0.18, row["y- term"], 0.34, color=LOWERED)
-        axes.plot(row["y+ term"] + row["y- term"], at, "D", color=_INK, markersize=4)
-        axes.plot(row["measured"], at, "o", markerfacecolor="none", color=_INK, markersize=8)
-    axes.axvline(0, color=_INK, linewidth=0.6)
+        axes.plot(row["y+ term"] + row["y- term"], at, "D", color=INK, markersize=4)
+        axes.plot(row["measured"], at, "o", markerfacecolor="none", color=INK, markersize=8)
+    axes.axvline(0, color=INK, linewidth=0.6)
     axes.set_yticks(range(len(rows)), [label(row["type"]) for row in rows])
     axes.invert_yaxis()
     axes.set_title(
@@ -396,7 +403,7 @@ def _draw_mass(
         for place, value in parts.items():
             axes.barh(at, value, left=right if value > 0 else left, color=_PLACES[place][1])
             right, left = right + max(value, 0), left + min(value, 0)
-    axes.axvline(0, color=_INK, linewidth=0.6)
+    axes.axvline(0, color=INK, linewidth=0.6)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set_title("where the mass of y− went, per unit that it lost", fontsize=9.5, loc="left")
@@ -416,7 +423,7 @@ def _draw_mass(
                 [r["position"] for r in steps], [r[place] for r in steps], style, color=colour,
                 markersize=4, linewidth=1.2,
             )  # fmt: skip
-    axes.axhline(0, color=_INK, linewidth=0.6)
+    axes.axhline(0, color=INK, linewidth=0.6)
     axes.set_title("one step, by position: points measured, lines predicted", fontsize=9.5,
                    loc="left")  # fmt: skip
     axes.set_xlabel("token of y−", fontsize=8)
@@ -454,7 +461,7 @@ def _draw_longer(
                 textcoords="offset points", fontsize=7.5, color=colour, va="center",
                 annotation_clip=False,
             )  # fmt: skip
-        axes.axhline(0, color=_INK, linewidth=0.5)
+        axes.axhline(0, color=INK, linewidth=0.5)
         axes.set_title(title, fontsize=9.5, loc="left")
         axes.set_xlabel("updates of SFT before DPO", fontsize=8)
         tidy(axes)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lddyn.figures import _FAINT, _INK, _figure
+from lddyn.figures import FAINT, INK, blank_figure, tidy
 from lddyn.probes import TYPES
 
 __all__ = ["COLOURS", "GROUP_COLOURS", "axes_grid", "curves", "heat_map", "label_ends", "tidy"]
@@ -40,18 +40,9 @@ def axes_grid(
     name: str, rows: int, columns: int, width: float, height: float, **kwargs: Any
 ) -> tuple[Any, Any]:
     """An off-screen figure and its axes, flat."""
-    figure = _figure(width, height, name)
+    figure = blank_figure(width, height, name)
     figure.set_layout_engine("constrained")
     return figure, np.atleast_1d(figure.subplots(rows, columns, **kwargs)).ravel()
-
-
-def tidy(axes: Any) -> None:
-    """Two thin spines, a faint grid, small ticks."""
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_FAINT)
-        spine.set_linewidth(0.6)
-    axes.tick_params(width=0.6, length=2.5, color=_FAINT, labelcolor=_INK, labelsize=8)
 
 
 def label(name: str) -> str:
@@ -66,13 +57,13 @@ def curves(
     for name, y in lines.items():
         strong = name in ("chosen", "rejected", "greedy")
         axes.plot(
-            x, y, _STYLES.get(name, "-"), color=COLOURS.get(name, _INK),
+            x, y, _STYLES.get(name, "-"), color=COLOURS.get(name, INK),
             linewidth=2.0 if strong else 1.2, solid_capstyle="round",
         )  # fmt: skip
-    axes.set_title(title, fontsize=9.5, loc="left", color=_INK)
-    axes.set_ylabel(unit, fontsize=8, color=_INK)
-    axes.set_xlabel("updates", fontsize=8, color=_INK)
-    axes.axhline(0, color=_FAINT, linewidth=0.5, zorder=0)
+    axes.set_title(title, fontsize=9.5, loc="left", color=INK)
+    axes.set_ylabel(unit, fontsize=8, color=INK)
+    axes.set_xlabel("updates", fontsize=8, color=INK)
+    axes.axhline(0, color=FAINT, linewidth=0.5, zorder=0)
     tidy(axes)
     label_ends(axes, x[-1], {name: float(y[-1]) for name, y in lines.items()})
 
@@ -100,10 +91,10 @@ def label_ends(axes: Any, x: float, ends: Mapping[str, float]) -> None:
     for name, y in zip(names, at, strict=True):
         axes.annotate(
             label(name), (x, ends[name]), (1.03, y),
-            textcoords="axes fraction", fontsize=7, va="center", color=COLOURS.get(name, _INK),
+            textcoords="axes fraction", fontsize=7, va="center", color=COLOURS.get(name, INK),
             annotation_clip=False,
             arrowprops={
-                "arrowstyle": "-", "linewidth": 0.4, "color": COLOURS.get(name, _INK),
+                "arrowstyle": "-", "linewidth": 0.4, "color": COLOURS.get(name, INK),
                 "shrinkA": 0, "shrinkB": 1,
             },
         )  # fmt: skip
@@ -122,11 +113,11 @@ def heat_map(
             dark = abs(value) > 0.6 * largest
             axes.text(
                 j, i, f"{value:.2f}".replace("-", "−"), ha="center", va="center", fontsize=6.5,
-                color="white" if dark else _INK,
+                color="white" if dark else INK,
             )  # fmt: skip
     axes.set_xticks(range(len(columns)), [label(c) for c in columns], rotation=40, ha="right")
     axes.set_yticks(range(len(rows)), [label(r) for r in rows])
-    axes.set_title(title, fontsize=9.5, loc="left", color=_INK)
+    axes.set_title(title, fontsize=9.5, loc="left", color=INK)
     axes.tick_params(labelsize=7.5, length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -17,7 +17,7 @@ import numpy as np
 from torch import nn
 
 from lddyn.dynamics import Preference, Supervised, bootstrap
-from lddyn.figures import _INK
+from lddyn.figures import INK
 from lddyn.lab.dpo import mass_of_run, shares_of_mass, unrelated
 from lddyn.lab.drawing import axes_grid, curves, tidy
 from lddyn.lab.record import Claim, Lab
@@ -237,7 +237,7 @@ def _draw_dpo(found: Mapping[str, Curves]) -> Any:
             y = y - y[0]
             axes.plot(curve.updates, y, color=_COLOURS[name], linewidth=1.8)
             ends[name] = float(y[-1])
-        axes.axhline(0, color=_INK, linewidth=0.5)
+        axes.axhline(0, color=INK, linewidth=0.5)
         axes.set_title(f"Δ log π of DPO: {title}", fontsize=9, loc="left")
         axes.set_xlabel("updates", fontsize=8)
         axes.margins(y=0.1)
@@ -261,7 +261,7 @@ def _draw_summary(rows: Sequence[Mapping[str, Any]]) -> Any:
         for at, row in enumerate(rows):
             axes.barh(at, row[key], color=_COLOURS[row["run"]], height=0.7)
             if f"{key} before" in row:
-                axes.plot([row[f"{key} before"]] * 2, [at - 0.35, at + 0.35], color=_INK)
+                axes.plot([row[f"{key} before"]] * 2, [at - 0.35, at + 0.35], color=INK)
             axes.annotate(
                 f"{row[key]:.2f}".replace("-", "−"), (row[key], at), fontsize=7, va="center",
                 xytext=(3 if row[key] >= 0 else -3, 0), textcoords="offset points",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lddyn.figures import _FAINT, _INK, LOWERED, RAISED, _clean, _figure
+from lddyn.figures import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ def _title(axes: Axes, text: str, under: str = "") -> None:
     lift = 15 if under else 5
     axes.annotate(
         text, (0, 1), xytext=(0, lift), xycoords="axes fraction", textcoords="offset points",
-        fontsize=9, weight="bold", color=_INK, annotation_clip=False,
+        fontsize=9, weight="bold", color=INK, annotation_clip=False,
     )  # fmt: skip
     if under:
         axes.annotate(
@@ -51,9 +51,9 @@ def _bars(axes: Axes, values: Any) -> None:
     axes.bar(
         _DIGITS, values, width=0.7, color=[RAISED if v > 0 else LOWERED for v in values], alpha=0.55
     )
-    axes.axhline(0, color=_INK, linewidth=0.6)
+    axes.axhline(0, color=INK, linewidth=0.6)
     axes.set_xticks(_DIGITS, [str(d) for d in _DIGITS])
-    _clean(axes, keep=("left",))
+    tidy(axes, keep=("left",))
     axes.tick_params(axis="x", length=0)
 
 
@@ -62,7 +62,7 @@ def one_step(
     updated: torch.Tensor, rate: float, slope: float, ordered: float, epoch: int,
 ) -> Figure:  # fmt: skip
     """Above: what a 4 asks for, the three cases; below: the residual, and pull against ‖K‖_F."""
-    figure = _figure(10.2, 5.7, "one_step")
+    figure = blank_figure(10.2, 5.7, "one_step")
     grid = figure.add_gridspec(
         2, 4, left=0.06, right=0.985, bottom=0.085, top=0.855, hspace=0.55, wspace=0.32
     )
@@ -77,7 +77,7 @@ def one_step(
         shared = shared or axes
         _bars(axes, [1000 * r["measured"] for r in cells])
         axes.plot(
-            _DIGITS, [1000 * r["predicted"] for r in cells], "o", markersize=4.5, color=_INK,
+            _DIGITS, [1000 * r["predicted"] for r in cells], "o", markersize=4.5, color=INK,
             markerfacecolor="none", markeredgewidth=0.9,
         )  # fmt: skip
         _title(
@@ -100,7 +100,7 @@ def one_step(
     middle = np.median(table, 1)
     axes.loglog(rates, middle, color=RAISED, linewidth=1.6, marker="o", markersize=3)
     guide = middle[0] * 0.12 * (np.array(rates) / rates[0]) ** 2
-    axes.loglog(rates, guide, color=_FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.loglog(rates, guide, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.annotate(
         "slope 2", (rates[4], guide[4]), xytext=(6, -9), textcoords="offset points", fontsize=7.5,
         color=_SOFT,
@@ -109,14 +109,14 @@ def one_step(
         f"measured: slope {slope:.3f}\nup to η = 10⁻³", (rates[3], middle[3]), xytext=(-6, 10),
         textcoords="offset points", ha="right", fontsize=7.5, color=RAISED,
     )  # fmt: skip
-    axes.axvline(rate, color=_INK, linewidth=0.5, linestyle=":")
+    axes.axvline(rate, color=INK, linewidth=0.5, linestyle=":")
     axes.annotate(
         "training's η", (rate, table.min()), xytext=(4, 0), textcoords="offset points",
         fontsize=7, color=_SOFT,
     )  # fmt: skip
     axes.minorticks_off()
     axes.set_xlabel("learning rate η of the step", fontsize=8)
-    _clean(axes)
+    tidy(axes)
     _title(
         axes,
         "What the first order leaves out",
@@ -124,9 +124,9 @@ def one_step(
     )
 
     axes = figure.add_subplot(grid[1, 2:])
-    axes.axhline(0, color=_FAINT, linewidth=0.6)
+    axes.axhline(0, color=FAINT, linewidth=0.6)
     for place, r in enumerate(sorted(classes, key=lambda row: row["norm"])):
-        colour = RAISED if r["class_observed"] == 4 else _INK
+        colour = RAISED if r["class_observed"] == 4 else INK
         axes.plot([r["norm"]] * 2, [1000 * r["low"], 1000 * r["high"]], color=colour, linewidth=0.8)
         axes.plot(r["norm"], 1000 * r["pull"], "o", markersize=3, color=colour)
         axes.annotate(
@@ -135,7 +135,7 @@ def one_step(
             textcoords="offset points", fontsize=10, color=colour,
         )  # fmt: skip
     axes.set_xlabel(rf"mean ${_NORM}$ of the class of $x_o$", fontsize=8)
-    _clean(axes)
+    tidy(axes)
     _title(
         axes, "Does the size of K order the pulls?",
         r"mean $\Delta\log\pi(4|x_o)$, millinats, with 95 % intervals; "
@@ -143,14 +143,14 @@ def one_step(
     )  # fmt: skip
     figure.text(
         0.012, 0.975, f"One step on a single 4, after {epoch} epochs, η = {rate:g}", va="top",
-        fontsize=12, weight="bold", color=_INK,
+        fontsize=12, weight="bold", color=INK,
     )  # fmt: skip
     return figure
 
 
 def maps(rows: Rows) -> Figure:
     """Three tables of classes: accumulated influence, integral of ‖K‖_F, mean prediction."""
-    figure = _figure(10.2, 3.85, "maps")
+    figure = blank_figure(10.2, 3.85, "maps")
     panels = (
         (
             "pull",
@@ -185,11 +185,11 @@ def maps(rows: Rows) -> Figure:
                 text = f"{shown[u, o]:.0f}".replace("-0", "0").replace("-", "−")
                 axes.text(
                     o, u, text, ha="center", va="center", fontsize=6.3,
-                    color="white" if strong else (_FAINT if u == o else _INK),
+                    color="white" if strong else (FAINT if u == o else INK),
                 )  # fmt: skip
         axes.set_xticks(_DIGITS)
         axes.set_yticks(_DIGITS)
-        _clean(axes, keep=())
+        tidy(axes, keep=())
         axes.tick_params(length=0)
         axes.set_xlabel("class of the observed $x_o$", fontsize=8)
         if column == 0:
@@ -202,12 +202,12 @@ def kernel(
     table: Rows, rows: Rows, early: int, most: tuple[int, int], least: tuple[int, int]
 ) -> Figure:
     """‖K‖_F by pair over training, its ranking, its drift."""
-    figure = _figure(10.2, 3.7, "kernel")
+    figure = blank_figure(10.2, 3.7, "kernel")
     axes = figure.add_axes((0.05, 0.14, 0.29, 0.68))
     epochs = [r["epoch"] for r in table]
     named = {"4-9": RAISED, "5-8": RAISED, "6-7": LOWERED, "2-5": LOWERED}
-    named.setdefault(f"{most[0]}-{most[1]}", _INK)
-    named.setdefault(f"{least[0]}-{least[1]}", _INK)
+    named.setdefault(f"{most[0]}-{most[1]}", INK)
+    named.setdefault(f"{least[0]}-{least[1]}", INK)
     for key in table[0]:
         if key != "epoch" and key[0] != key[-1] and key not in named:
             axes.plot(epochs, [r[key] for r in table], color="#d0d0d0", linewidth=0.5)
@@ -219,7 +219,7 @@ def kernel(
     _end_labels(axes, epochs[-1], ends)
     axes.set_ylim(0, None)
     axes.set_xlabel("epoch", fontsize=8)
-    _clean(axes)
+    tidy(axes)
     _title(
         axes, rf"${_NORM}$ by pair of classes",
         "blue: similar in the paper, red: dissimilar; black: here",
@@ -241,7 +241,7 @@ def kernel(
         )  # fmt: skip
         moved = [r["drift"] / r["norm"] for r in of_run[1:]]
         drift.semilogy(at[1:], [100 * m for m in moved], color=colour, linewidth=1.5)
-    ranking.axvline(early, color=_FAINT, linewidth=0.5, linestyle=":")
+    ranking.axvline(early, color=FAINT, linewidth=0.5, linestyle=":")
     ranking.annotate(
         "solid: with the last epoch\ndashed: with the one before", (0.98, 0.04),
         xycoords="axes fraction", ha="right", fontsize=7.5, color=_SOFT,
@@ -249,7 +249,7 @@ def kernel(
     ranking.set_ylim(min(0.0, ranking.get_ylim()[0]), 1.02)
     for axes in (ranking, drift):
         axes.set_xlabel("epoch", fontsize=8)
-        _clean(axes)
+        tidy(axes)
     drift.minorticks_off()
     _name_runs(drift)
     _title(
@@ -288,17 +288,17 @@ def _end_labels(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) ->
 
 def accumulated(rows: Rows, epochs: Mapping[str, Rows]) -> Figure:
     """Sums of predictions against totals, and the share explained of single steps."""
-    figure = _figure(10.2, 3.7, "accumulated")
+    figure = blank_figure(10.2, 3.7, "accumulated")
     for column, (name, colour) in enumerate(_RUNS.items()):
         axes = figure.add_axes((0.055 + 0.32 * column, 0.15, 0.25, 0.66))
         of_run = [r for r in rows if r["descent"] == name]
         x, y = (np.array([r[key] for r in of_run]) for key in ("predicted", "measured"))
         ends = [min(x.min(), y.min()), max(x.max(), y.max())]
-        axes.plot(ends, ends, color=_FAINT, linewidth=0.7)
+        axes.plot(ends, ends, color=FAINT, linewidth=0.7)
         axes.plot(x, y, ".", markersize=2.6, color=colour, alpha=0.6, markeredgewidth=0)
         axes.set_aspect("equal", adjustable="datalim")
         axes.set_xlabel(r"$\Sigma_t$ of the steps' predictions, nats", fontsize=8)
-        _clean(axes)
+        tidy(axes)
         _title(
             axes,
             f"{_RUN_NAMES[name].capitalize()}",
@@ -317,6 +317,6 @@ def accumulated(rows: Rows, epochs: Mapping[str, Rows]) -> Figure:
     _name_runs(axes)
     axes.set_xlabel("epoch", fontsize=8)
     axes.minorticks_off()
-    _clean(axes)
+    tidy(axes)
     _title(axes, "What single steps leave out", r"% of the squared $\Delta\log\pi$ of a step")
     return figure

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lddyn.examples import Example
-from lddyn.figures import _FAINT, _INK, LOWERED, RAISED, _clean, _figure
+from lddyn.figures import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.shares import Share, verdict
 from lddyn.massflow import softmax_step
@@ -372,15 +372,15 @@ def _digits(value: float) -> float:
 
 
 def _panels(name: str, title: str, height: float = 7.4) -> tuple[Figure, dict[str, Axes]]:
-    figure = _figure(11.0, height, name)
+    figure = blank_figure(11.0, height, name)
     axes = {}
     for place, objective in enumerate(PREFERENCES):
         line, column = divmod(place, 4)
         axes[objective] = figure.add_axes((0.055 + 0.24 * column, 0.7 - 0.31 * line, 0.19, 0.2))
         axes[objective].set_title(
-            TITLES[objective], loc="left", fontsize=10, weight="bold", color=_INK
+            TITLES[objective], loc="left", fontsize=10, weight="bold", color=INK
         )
-    figure.text(0.012, 0.962, title, fontsize=13, weight="bold", color=_INK)
+    figure.text(0.012, 0.962, title, fontsize=13, weight="bold", color=INK)
     return figure, axes
 
 
@@ -390,8 +390,8 @@ def draw_scan(rows: list[dict[str, Any]]) -> Figure:
     for name, axes in panels.items():
         line = [r for r in rows if r["objective"] == name]
         h = [r["margin"] for r in line]
-        axes.axhline(0, color=_FAINT, linewidth=0.7)
-        axes.axvline(0, color=_FAINT, linewidth=0.4, linestyle=":")
+        axes.axhline(0, color=FAINT, linewidth=0.7)
+        axes.axvline(0, color=FAINT, linewidth=0.4, linestyle=":")
         axes.plot(h, [r["c+"] for r in line], color=RAISED, linewidth=2.2)
         minus = [r["c-"] for r in line]
         axes.plot(h, minus, color=LOWERED, linewidth=2.2, dashes=(2.2, 1.1))
@@ -407,7 +407,7 @@ def draw_scan(rows: list[dict[str, Any]]) -> Figure:
                 "as printed", (h[at], line[at]["printed c-"]), xytext=(0, 4),
                 textcoords="offset points", fontsize=7.5, color="#777777",
             )  # fmt: skip
-        _clean(axes)
+        tidy(axes)
         axes.locator_params(axis="y", nbins=5)
         axes.set_xlim(-6, 6)
     for name in list(panels)[8:]:
@@ -433,7 +433,7 @@ def draw_simplex(found: dict[str, Any], where: str) -> Figure:
     corners = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]]).double()
     for name, axes in panels.items():
         x, y = _on_paper(corners)
-        axes.plot(x, y, color=_FAINT, linewidth=0.8)
+        axes.plot(x, y, color=FAINT, linewidth=0.8)
         arrows = torch.tensor(found[where][name]["arrows"], dtype=torch.float64)
         x, y = _on_paper(arrows[:, :3])
         u, v = _on_paper(arrows[:, 3:])
@@ -460,7 +460,7 @@ def draw_simplex(found: dict[str, Any], where: str) -> Figure:
         axes.axis("off")
         for text, at, align in (("y+", (1.02, -0.1), "left"), ("y−", (-0.02, -0.1), "right"),
                                 ("another", (0.55, 0.85), "left")):  # fmt: skip
-            axes.text(*at, text, fontsize=8, color=_INK, ha=align)
+            axes.text(*at, text, fontsize=8, color=INK, ha=align)
     figure.text(0.58, 0.964, "● → ○ descent from the reference", color="#e66100", fontsize=9.5,
                 weight="bold")  # fmt: skip
     figure.text(0.84, 0.964, "➤ the third label grows", color=RAISED, fontsize=9.5, weight="bold")
@@ -480,23 +480,23 @@ def draw_flow(curves: list[dict[str, Any]]) -> Figure:
                 change = [r[key] - line[0][key] for r in line]
                 axes.plot([r["step"] for r in line], change, color=colour, linewidth=width,
                           linestyle=style)  # fmt: skip
-        axes.axhline(0, color=_FAINT, linewidth=0.6, zorder=0)
+        axes.axhline(0, color=FAINT, linewidth=0.6, zorder=0)
         axes.set_yscale("symlog", linthresh=0.1, linscale=0.6)
         axes.set_ylim(-60, 1.5)
         axes.set_yticks([-10, -1, -0.1, 0, 0.1, 1], ["−10", "−1", "−0.1", "0", "+0.1", "+1"])
         axes.minorticks_off()
-        _clean(axes)
+        tidy(axes)
         axes.tick_params(axis="y", labelsize=7)
     for name in list(panels)[8:]:
         panels[name].set_xlabel("step", fontsize=8)
     for name in list(panels)[::4]:
         panels[name].set_ylabel("Δ log π, nats", fontsize=8)
     for x, text, colour in (
-        (0.56, "y*", RAISED), (0.585, "others", LOWERED), (0.66, "━ valley", _INK),
-        (0.735, "┅ the likeliest", _INK), (0.845, "╌ valley, shared with y+", _INK),
+        (0.56, "y*", RAISED), (0.585, "others", LOWERED), (0.66, "━ valley", INK),
+        (0.735, "┅ the likeliest", INK), (0.845, "╌ valley, shared with y+", INK),
     ):  # fmt: skip
         figure.text(x, 0.964, text, color=colour, fontsize=9,
-                    weight="bold" if colour != _INK else "normal")  # fmt: skip
+                    weight="bold" if colour != INK else "normal")  # fmt: skip
     return figure
 
 

@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
+from lddyn import __version__
 from lddyn.report import plain, template
-from lddyn.shards import replace_file
+from lddyn.shards import digest_of, replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["AGREES", "DISAGREES", "UNTESTABLE", "Claim", "Lab"]
+__all__ = ["AGREES", "DISAGREES", "UNTESTABLE", "Claim", "Lab", "write_json"]
 
 T = TypeVar("T")
 AGREES, DISAGREES, UNTESTABLE = "agrees", "disagrees", "not testable at this scale"
@@ -88,9 +89,9 @@ class Lab:
         name: Of the experiment; its page is titled by it.
         folder: Where everything goes; made if it is not there.
         seed: Of all random numbers.
-        options: Everything else that decides the results. A folder made with other options is
-            refused, with the names of those that differ; so is one with files of other origin that
-            would be overwritten.
+        options: Everything else that decides the results. A folder made with other options, or by
+            other code of lddyn, is refused, with the names of what differs; so is one with files of
+            other origin that would be overwritten. What is read from files is declared by `reads`.
         progress: Show bars on standard error.
 
     Example:
@@ -104,6 +105,7 @@ class Lab:
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     progress: bool = True
+    identity: dict[str, Any] = field(default_factory=dict, init=False)
     claims: list[Claim] = field(default_factory=list, init=False)
     figures: dict[str, str] = field(default_factory=dict, init=False)
     tables: list[str] = field(default_factory=list, init=False)
@@ -112,8 +114,11 @@ class Lab:
         self.folder = Path(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._began = time.perf_counter()
-        identity = {"experiment": self.name, "seed": self.seed, "options": plain(self.options)}
-        path = self.folder / "identity.json"
+        self.identity = {
+            "experiment": self.name, "seed": self.seed, "options": plain(self.options),
+            "made by": {"lddyn": __version__, "code": _code(), "torch": str(torch.__version__)},
+            "inputs": {},
+        }  # fmt: skip
         old = _identity(self.folder)
         if old is None:
             foreign = [name for name in CONTENT if (self.folder / name).exists()]
@@ -123,15 +128,33 @@ class Lab:
                     "would be overwritten: give another --out"
                 )
         else:
-            a, b = ({**x, **x["options"]} for x in (old, identity))
-            differ = [k for k in {**a, **b} if k != "options" and a.get(k) != b.get(k)]
-            if differ:
-                said = ", ".join(f"{k} (there {a.get(k)!r}, now {b.get(k)!r})" for k in differ)
-                raise ValueError(
-                    f"{self.folder} holds an experiment with other settings: {said}; give another "
-                    "--out, the same settings, or --fresh to begin anew"
-                )
-        _write(path, identity)
+            self._must_equal({**old, "inputs": {}})
+            self.identity["inputs"] = old.get("inputs", {})
+        write_json(self.folder / "identity.json", self.identity)
+
+    def reads(self, **inputs: Any) -> None:
+        """Declares what the experiment was given, by content: digests, as of `store.identify`.
+
+        Called before the first step that depends on it; kept in identity.json and results.json.
+
+        Raises:
+            ValueError: If steps of the folder were made of another content; names it.
+        """
+        before = self.identity["inputs"]
+        self.identity["inputs"] = {**before, **plain(inputs)}
+        self._must_equal({**self.identity, "inputs": {**self.identity["inputs"], **before}})
+        write_json(self.folder / "identity.json", self.identity)
+
+    def _must_equal(self, there: Mapping[str, Any]) -> None:
+        """Refuses a folder with another identity."""
+        a, b = _flat(there), _flat(self.identity)
+        differ = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+        if differ:
+            said = ", ".join(f"{k} (there {a.get(k)!r}, now {b.get(k)!r})" for k in differ)
+            raise ValueError(
+                f"{self.folder} holds an experiment with other settings: {said}; give another "
+                "--out, the same settings, or --fresh to begin anew"
+            )
 
     @staticmethod
     def clear(folder: str | Path, name: str) -> None:
@@ -187,7 +210,7 @@ class Lab:
             return value
         start = time.perf_counter()
         made = plain(make())
-        _write(path, {"value": made, "seconds": time.perf_counter() - start})
+        write_json(path, {"value": made, "seconds": time.perf_counter() - start})
         return made  # type: ignore[no-any-return]
 
     def seconds(self, name: str) -> float:
@@ -204,7 +227,7 @@ class Lab:
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Every number of a figure, as tables/NAME.json and, with pyarrow, tables/NAME.parquet."""
         rows = [plain(dict(row)) for row in rows]
-        _write(self.path("tables", f"{name}.json"), rows)
+        write_json(self.path("tables", f"{name}.json"), rows)
         self.tables.append(name)
         try:
             import pyarrow as arrow
@@ -245,6 +268,7 @@ class Lab:
                 "experiment": self.name,
                 "seed": self.seed,
                 "options": self.options,
+                "inputs": self.identity["inputs"],
                 "expected": list(expected),
                 "seen": list(seen),
                 "claims": [asdict(claim) for claim in self.claims],
@@ -254,7 +278,7 @@ class Lab:
                 "versions": environment.env()["versions"],
             }
         )
-        _write(self.path("results.json"), results)
+        write_json(self.path("results.json"), results)
         pictures = {
             name: base64.b64encode(self.path("figures", f"{name}.png").read_bytes()).decode("ascii")
             for name in self.figures
@@ -271,11 +295,31 @@ def _identity(folder: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    ours = isinstance(found, dict) and found.keys() == {"experiment", "seed", "options"}
+    ours = isinstance(found, dict) and found.keys() >= {"experiment", "seed", "options"}
     return found if ours else None
 
 
-def _write(path: Path, content: Any) -> None:
+def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity without its levels, inner ones joined by blanks: "model weights"."""
+    found: dict[str, Any] = {}
+    for name, value in identity.items():
+        if not isinstance(value, Mapping):
+            found[name] = value
+        elif name in ("options", "made by", "inputs"):
+            found |= _flat(value)
+        else:
+            found |= {f"{name} {inner}": v for inner, v in _flat(value).items()}
+    return found
+
+
+def _code() -> str:
+    """Digest of the package's Python code: all that steps are made by."""
+    package = Path(__file__).parents[1]
+    return digest_of(*(path.read_bytes() for path in sorted(package.rglob("*.py"))))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replaces a file by this content, whole or not at all; NaN is refused."""
     replace_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 

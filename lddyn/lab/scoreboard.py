@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lddyn.lab.record import _write
+from lddyn.lab.record import write_json
 from lddyn.shards import replace_file
 
 
@@ -29,7 +29,7 @@ def write(results: Sequence[Mapping[str, Any]], folder: str | Path) -> dict[str,
         "verdicts": dict(Counter(row["verdict"] for row in rows)),
         "seconds": {r["experiment"]: sum(r["seconds"]["steps"].values()) for r in results},
     }
-    _write(folder / "scoreboard.json", document)
+    write_json(folder / "scoreboard.json", document)
     replace_file(folder / "scoreboard.md", _markdown(rows))
     return document
 

@@ -23,6 +23,8 @@ from lddyn.examples import Example
 from lddyn.lab.record import Lab
 from lddyn.optimizers import make_optimizer
 from lddyn.probes import TYPES, Encoded, ProbeSet, build
+from lddyn.shards import canonical, digest_of
+from lddyn.store import identify
 
 __all__ = [
     "PAPER_LR", "Curves", "Recipe", "Setting", "batches", "checkpoint", "embedded", "finetune",
@@ -98,7 +100,8 @@ def load(
         held_out: Share of the prompts that is kept for the test.
 
     Raises:
-        ValueError: If one of model and data is given without the other, or there are too few rows.
+        ValueError: If one of model and data is given without the other, there are too few rows, or
+            the experiment's folder was made with other weights or rows.
     """
     if (model is None) != (data is None):
         raise ValueError("--model and --data belong together: give both, or neither")
@@ -109,6 +112,8 @@ def load(
         base, tokenizer = _pretrained(model)
         everything = ProbeSet.read(data, limit=rows)
         title = f"{model.rstrip('/').rpartition('/')[2]} on {data.rpartition('/')[2]}"
+    texts = digest_of(canonical([dict(row) for row in everything.rows]))
+    lab.reads(**identify(base, tokenizer, texts=texts))
     train, test = everything.split(held_out, lab.seed)
     if len(train) < prompts:
         raise ValueError(f"{prompts} prompts are to be probes, but only {len(train)} rows train")

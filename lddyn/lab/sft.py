@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lddyn.dynamics import Explained, Supervised, bootstrap, influence, train
-from lddyn.figures import _INK
+from lddyn.figures import INK
 from lddyn.lab.drawing import COLOURS, axes_grid, curves, heat_map, label, label_ends, tidy
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.setting import (
@@ -277,7 +277,7 @@ def _draw_kernel(found: Curves) -> Any:
         for name, values in means.items():
             axes.plot(points, values[key], marker="o", markersize=3, color=COLOURS[name])
         axes.set_yscale("log")
-        axes.set_title(title, fontsize=9.5, loc="left", color=_INK)
+        axes.set_title(title, fontsize=9.5, loc="left", color=INK)
         axes.set_xlabel("updates", fontsize=8)
         tidy(axes)
     for axes, (key, _) in zip(grid, panels, strict=True):
@@ -306,7 +306,7 @@ def _draw_first_order(found: Curves) -> Any:
     for axes, (title, x, y, names) in zip(grid, panels, strict=True):
         axes.scatter(x, y, s=7, c=[COLOURS[n] for n in names], linewidths=0, alpha=0.8)
         ends = [min(x.min(), y.min()), max(x.max(), y.max())]
-        axes.plot(ends, ends, color=_INK, linewidth=0.6, zorder=0)
+        axes.plot(ends, ends, color=INK, linewidth=0.6, zorder=0)
         share = explained_share(x, y)
         axes.set_title(f"{title}: {100 * share:.0f} % explained", fontsize=9.5, loc="left")
         axes.set_xlabel("predicted Δ log π, nats", fontsize=8)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lddyn.lab.record import Verdict
 
+_RULE = 0.95
+
 
 def verdict(holds: bool) -> Verdict:
     """Whether what was claimed was seen."""
@@ -46,11 +48,19 @@ class Share:
 
     @property
     def tendency(self) -> Verdict:
-        """Of the sentence "this is so more often than not", by the interval."""
+        """Of a comparison, "this more than that": more often than not, by the interval."""
+        return self._beyond(0.5)
+
+    @property
+    def rule(self) -> Verdict:
+        """Of a sentence without an "often": at most one exception in twenty, by the interval."""
+        return self._beyond(_RULE)
+
+    def _beyond(self, threshold: float) -> Verdict:
         low, high = self.interval
-        if low <= 0.5 <= high:
+        if low <= threshold <= high:
             return "not testable at this scale"
-        return verdict(low > 0.5)
+        return verdict(low > threshold)
 
     def row(self) -> dict[str, Any]:
         """For a table."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lddyn.figures import _FAINT, _INK, LOWERED, RAISED, _clean, _figure
+from lddyn.figures import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.shares import Share, verdict
 from lddyn.massflow import Flow, leading, renormalised, softmax_step, threshold
@@ -103,11 +103,10 @@ def regimes(lab: Lab, labels: int, large: int) -> list[dict[str, Any]]:
         label = torch.tensor([next(iter(pushes))])
         flow = Flow.of(before[None], (after - before)[None], label)
         ratio = float(flow.ratio[0])
-        star = int(leading(before[None], label, 1))
         found.append(
             {
                 "regime": name, "eta": eta, "pushes": {str(k): v for k, v in pushes.items()},
-                "argmax": star, "threshold": float(threshold(before, label[0])),
+                "argmax": int(flow.leading[0, 0]), "threshold": float(threshold(before, label[0])),
                 "lemma_error": float((after - before - lemma).abs().max()),
                 "gainers": int(flow.gainers[0]), "losers": int(flow.losers[0]),
                 "label_change": float(flow.label[0]), "argmax_change": float(flow.argmax[0]),
@@ -159,11 +158,14 @@ def tallies(lab: Lab, count: int, labels: int) -> dict[str, Any]:
     others = labels - 1
     largest = probs.amax(1)
     flat, peaky = largest <= 2 / labels, largest >= 0.8
+    between = ~flat & ~peaky
     all_rise, only_star = flow.gainers == others, flow.gainers == 1
     most = flow.change.scatter(1, label[:, None], -torch.inf).amax(1)
     # Rich get richer: sorted by π, the relative changes of all other labels are sorted too.
     order = log_probs.scatter(1, label[:, None], -torch.inf).argsort(1, descending=True)[:, :-1]
     ranked = delta.gather(1, order)
+    star = probs.argmax(1)
+    peak_pushed = Flow.of(log_probs, push_down(log_probs, star, size), star).entropy > 0
     shares = {
         "label falls": flow.label < 0,
         "argmax rises": flow.argmax > 0,
@@ -172,11 +174,14 @@ def tallies(lab: Lab, count: int, labels: int) -> dict[str, Any]:
         "argmax gets over half, peaky": (flow.argmax > 0.5 * flow.gained)[peaky],
         "richer rise more": (ranked.diff(dim=1) <= 1e-14).all(1),
         "flat: all others rise": all_rise[flat],
-        "between: some rise, some fall": (~all_rise & ~only_star)[~flat & ~peaky],
+        "between: some rise, some fall": (~all_rise & ~only_star)[between],
+        "between: all others rise": all_rise[between],
+        "between: all but the argmax fall": only_star[between],
         "peaky: all but the argmax fall": only_star[peaky],
-        "entropy rises when the likeliest label is pushed down": Flow.of(
-            log_probs, push_down(log_probs, probs.argmax(1), size), probs.argmax(1)
-        ).entropy > 0,
+        "entropy rises when the likeliest label is pushed down": peak_pushed,
+        "entropy rises when the likeliest label is pushed down, |η′| ≤ 0.1": peak_pushed[
+            size <= 0.1
+        ],
         "entropy falls when a label below 1/V is pushed down": (
             flow.entropy[_own(probs, label) < 1 / labels] < 0
         ),
@@ -227,6 +232,14 @@ def tallies(lab: Lab, count: int, labels: int) -> dict[str, Any]:
             )  # fmt: skip
     return {
         "shares": [{"what": k, **Share.of(v).row()} for k, v in shares.items()],
+        "kinds": [
+            {
+                "prediction": name,
+                "cases": int(of.sum()),
+                "gainers": float(flow.gainers[of].double().mean()) / others,
+            }
+            for name, of in (("flat", flat), ("between", between), ("peaky", peaky))
+        ],
         "gainers": curve,
     }
 
@@ -302,7 +315,7 @@ def limits(lab: Lab, count: int, labels: int) -> dict[str, list[dict[str, Any]]]
     for cosine in COSINES:
         there = (cosine * here + (1 - cosine**2) ** 0.5 * other).log_softmax(-1)
         delta = renormalised(there, 0.5 * cosine * push)
-        own = delta.gather(1, leading(there, label[:, 0], 1))
+        own = Flow.of(there, delta, label[:, 0]).argmax
         contexts.append(
             {
                 "cosine": cosine,
@@ -327,14 +340,13 @@ def limits(lab: Lab, count: int, labels: int) -> dict[str, list[dict[str, Any]]]
             shift = 0.5 * torch.einsum("mn,bnv->bmv", kernel, pushes)
             rows = at.log_softmax(-1).reshape(-1, labels)
             delta = renormalised(rows, shift.reshape(-1, labels))
-            own = label.reshape(-1)
-            star = leading(rows, own, 1)
+            flow = Flow.of(rows, delta, label.reshape(-1))
             positions.append(
                 {
                     "overlap": overlap,
                     "positions": number,
-                    "label falls": Share.of(_own(delta, own) < 0).row(),
-                    "argmax rises": Share.of(delta.gather(1, star) > 0).row(),
+                    "label falls": Share.of(flow.label < 0).row(),
+                    "argmax rises": Share.of(flow.argmax > 0).row(),
                 }
             )
     return {"contexts": contexts, "positions": positions, "hidden": hidden(lab, count // 4, labels)}
@@ -366,7 +378,6 @@ def hidden(lab: Lab, count: int, labels: int, width: int = 32) -> list[dict[str,
     before = before.detach()
     units = torch.tanh(torch.einsum("bij,bj->bi", first, x)).detach()
     lr = 0.5 / (units**2).sum(1)[:, None, None]  # η' = 0.5 of the head alone
-    star = leading(before, label, 1)
     says = before.exp() > threshold(before, label)[:, None]
     own = torch.zeros_like(says).scatter_(1, label[:, None], True)
     rows = []
@@ -374,11 +385,12 @@ def hidden(lab: Lab, count: int, labels: int, width: int = 32) -> list[dict[str,
         with torch.no_grad():
             after = log_probs(first - body * lr * by_first, second - lr * by_second)
         delta = after - before
+        flow = Flow.of(before, delta, label)
         rows.append(
             {
                 "body": body,
-                "label falls": Share.of(_own(delta, label) < 0).row(),
-                "argmax rises": Share.of(delta.gather(1, star) > 0).row(),
+                "label falls": Share.of(flow.label < 0).row(),
+                "argmax rises": Share.of(flow.argmax > 0).row(),
                 "threshold is right": Share.of(((delta > 0) == says)[~own]).row(),
             }
         )
@@ -391,7 +403,7 @@ def hidden(lab: Lab, count: int, labels: int, width: int = 32) -> list[dict[str,
 
 def draw_regimes(found: list[dict[str, Any]]) -> Figure:
     """Every label before and after, on a logarithmic scale."""
-    figure = _figure(11.0, 6.3, "regimes")
+    figure = blank_figure(11.0, 6.3, "regimes")
     small = [p for case in found[:-1] for p in case["before"] + case["after"]]
     for place, case in enumerate(found):
         line, column = divmod(place, 3)
@@ -405,9 +417,9 @@ def draw_regimes(found: list[dict[str, Any]]) -> Figure:
             _by_label(axes, case, before, after)
             axes.set_ylim(math.exp(min(small)) / 3, 9.0)
         axes.set_yscale("log")
-        _clean(axes)
+        tidy(axes)
         others, star = case["gainers"] + case["losers"], case["argmax"]
-        axes.set_title(case["regime"], loc="left", fontsize=9.5, weight="bold", pad=18, color=_INK)
+        axes.set_title(case["regime"], loc="left", fontsize=9.5, weight="bold", pad=18, color=INK)
         axes.text(
             0, 1.03,
             f"{case['gainers']} of {others} others rise; "
@@ -415,10 +427,10 @@ def draw_regimes(found: list[dict[str, Any]]) -> Figure:
             transform=axes.transAxes, fontsize=8, color="#555555",
         )  # fmt: skip
         if column == 0:
-            axes.set_ylabel("probability", fontsize=8, color=_INK)
+            axes.set_ylabel("probability", fontsize=8, color=INK)
     title = "Where the probability goes in one step"
-    figure.text(0.012, 0.955, title, fontsize=13, weight="bold", color=_INK)
-    for x, text, colour in ((0.52, "● before", _FAINT), (0.6, "● rose", RAISED),
+    figure.text(0.012, 0.955, title, fontsize=13, weight="bold", color=INK)
+    for x, text, colour in ((0.52, "● before", FAINT), (0.6, "● rose", RAISED),
                             (0.665, "● fell", LOWERED)):  # fmt: skip
         figure.text(x, 0.957, text, color=colour, fontsize=9.5)
     return figure
@@ -446,7 +458,7 @@ def _by_label(axes: Axes, case: dict[str, Any], before: Tensor, after: Tensor) -
             else "right" if label == min(crowded) else "left", fontsize=8.5,
             weight="bold", color=colours[label],
         )  # fmt: skip
-    axes.set_xlabel("label", fontsize=8, color=_INK)
+    axes.set_xlabel("label", fontsize=8, color=INK)
 
 
 def _by_rank(axes: Axes, case: dict[str, Any], before: Tensor, after: Tensor) -> None:
@@ -470,13 +482,13 @@ def _by_rank(axes: Axes, case: dict[str, Any], before: Tensor, after: Tensor) ->
     )  # fmt: skip
     axes.set_xscale("log")
     axes.set_ylim(1e-30, 30)
-    axes.set_xlabel("rank of the label before the step", fontsize=8, color=_INK)
+    axes.set_xlabel("rank of the label before the step", fontsize=8, color=INK)
 
 
 def draw_trends(results: dict[str, Any], accuracy: list[dict[str, Any]],
                 entropy: list[dict[str, Any]]) -> Figure:  # fmt: skip
     """Who gains by peakedness; where τ holds; entropy by the pushed label's probability."""
-    figure = _figure(11.0, 3.4, "trends")
+    figure = blank_figure(11.0, 3.4, "trends")
     left, middle, right = (figure.add_axes((0.065 + 0.33 * i, 0.15, 0.25, 0.73)) for i in range(3))
     rows = results["gainers"]
     x = [(r["low"] * r["high"]) ** 0.5 for r in rows]
@@ -492,7 +504,7 @@ def draw_trends(results: dict[str, Any], accuracy: list[dict[str, Any]],
     left.text(0.98, 0.9, "median and 80 % band", fontsize=8, color=RAISED, ha="right",
               transform=left.transAxes)  # fmt: skip
     middle.plot(
-        [r["eta"] for r in accuracy], [r["share"] for r in accuracy], "o-", color=_INK,
+        [r["eta"] for r in accuracy], [r["share"] for r in accuracy], "o-", color=INK,
         linewidth=1.6, markersize=4,
     )  # fmt: skip
     middle.set_xscale("log")
@@ -510,19 +522,19 @@ def draw_trends(results: dict[str, Any], accuracy: list[dict[str, Any]],
             name, first, xytext=(4, -12 if name == "between" else 6), textcoords="offset points",
             fontsize=8.5, color=colour, weight="bold",
         )  # fmt: skip
-    right.axhline(0, color=_FAINT, linewidth=0.7)
+    right.axhline(0, color=FAINT, linewidth=0.7)
     right.set_xscale("log")
     right.set_xlabel("probability of the label pushed down", fontsize=8.5)
     right.set_ylabel("entropy change, nats", fontsize=8.5)
     right.set_title("Valleys cost entropy, peaks give it", loc="left", fontsize=10, weight="bold")
     for axes in (left, middle, right):
-        _clean(axes)
+        tidy(axes)
     return figure
 
 
 def draw_limits(found: dict[str, list[dict[str, Any]]]) -> Figure:
     """How often the guarantees hold with shared features, several positions, a hidden layer."""
-    figure = _figure(11.0, 3.4, "limits")
+    figure = blank_figure(11.0, 3.4, "limits")
     left, middle, right = (figure.add_axes((0.065 + 0.33 * i, 0.15, 0.25, 0.73)) for i in range(3))
     # Nothing moves at cosine 0: the lines end on both sides of it.
     for rows in (
@@ -558,7 +570,7 @@ def draw_limits(found: dict[str, list[dict[str, Any]]]) -> Figure:
     for key, colour, text, at, above in (
         ("label falls", LOWERED, "y falls", 4, -11),
         ("argmax rises", RAISED, "y* rises", 5, -12),
-        ("threshold is right", _INK, "τ is right", 2, -13),
+        ("threshold is right", INK, "τ is right", 2, -13),
     ):
         _line(right, x, [r[key] for r in rows], colour)
         right.annotate(
@@ -571,7 +583,7 @@ def draw_limits(found: dict[str, list[dict[str, Any]]]) -> Figure:
     for axes in (left, middle, right):
         axes.set_ylim(0, 1.06)
         axes.set_ylabel("share of cases", fontsize=8.5)
-        _clean(axes)
+        tidy(axes)
     right.set_ylim(0.75, 1.015)
     return figure
 
@@ -629,6 +641,7 @@ def run(
         [{"regime": r["regime"], **{k: _short(r[k]) for k in ("before", "after")}} for r in found],
     )
     lab.table("shares", counted["shares"])
+    lab.table("kinds", counted["kinds"])
     lab.table("gainers", counted["gainers"])
     lab.table("threshold", accuracy)
     lab.table("entropy", entropy)
@@ -657,7 +670,7 @@ def run(
         "limits", draw_limits(beyond),
         "Where the analysis of one softmax stops being true; bands are 95 % intervals.",
     )  # fmt: skip
-    return _conclude(lab, found, counted["shares"], accuracy, reference, beyond)
+    return _conclude(lab, found, counted, accuracy, reference, beyond)
 
 
 def _short(values: list[float]) -> list[float]:
@@ -668,22 +681,24 @@ def _short(values: list[float]) -> list[float]:
 def _conclude(
     lab: Lab,
     found: list[dict[str, Any]],
-    shares: list[dict[str, Any]],
+    counted: dict[str, Any],
     accuracy: list[dict[str, Any]],
     reference: list[dict[str, Any]],
     beyond: dict[str, list[dict[str, Any]]],
 ) -> dict[str, Any]:
-    share = {row["what"]: Share(row["count"], row["total"]) for row in shares}
+    share = {row["what"]: Share(row["count"], row["total"]) for row in counted["shares"]}
 
     def claim(
         name: str, text: str, source: str, published: str, of: Share, reason: str,
-        guarantee: bool = False, corrected: str = "",
+        kind: str = "tendency", corrected: str = "",
     ) -> None:  # fmt: skip
+        decided = {
+            "guarantee": verdict(of.count == of.total), "rule": of.rule, "tendency": of.tendency,
+        }  # fmt: skip
         lab.claim(
             Claim(
-                name, text, source, published, f"{of}",
-                verdict(of.count == of.total) if guarantee else of.tendency,
-                reason, corrected, of.value, of.interval,
+                name, text, source, published, f"{of}", decided[kind], reason, corrected, of.value,
+                of.interval,
             )
         )  # fmt: skip
 
@@ -696,12 +711,15 @@ def _conclude(
             "exp(|η′|(p_i − [i=y])) / Σ_j p_j exp(|η′|(p_j − [j=y]))", exact,
         )
     )  # fmt: skip
+    # A comparison or a "largely" holds more often than not; what is said without an "often" of all
+    # predictions of a kind holds as a rule.
     most = "agrees if the interval lies above one half"
+    rule = "agrees if the interval lies above 95 %"
     random = "random predictions, V labels, 0.01 ≤ |η′| ≤ 10"
     claim("claim 1", "The label pushed down falls.", "App. E", "guaranteed", share["label falls"],
-          random, guarantee=True)  # fmt: skip
+          random, kind="guarantee")  # fmt: skip
     claim("claim 2", "The likeliest other label y* rises.", "App. E", "guaranteed",
-          share["argmax rises"], random, guarantee=True)  # fmt: skip
+          share["argmax rises"], random, kind="guarantee")  # fmt: skip
     claim("claim 2, largely", "The mass is largely squeezed into y*.", "§3.3", "largely",
           share["argmax gets over half"],
           f"over half of all that is gained; of peaky predictions (largest ≥ 0.8) "
@@ -709,14 +727,20 @@ def _conclude(
     claim("trend 3", "The rich get richer, the poor poorer.", "§3.3", "a trend",
           share["richer rise more"],
           "in relative terms this is exact: Δ log π_i = |η′| π_i − const for i ≠ y",
-          guarantee=True,
+          kind="guarantee",
           corrected="a theorem for Δ log π, not only a trend")  # fmt: skip
+    some = {row["prediction"]: f"{100 * row['gainers']:.3g} %" for row in counted["kinds"]}
     claim("trend 3A", "Of a flat prediction, all others rise together.", "App. E", "a trend",
-          share["flat: all others rise"], f"flat: largest ≤ 2/V; {most}")  # fmt: skip
+          share["flat: all others rise"],
+          f"flat: largest ≤ 2/V; {rule}; on average {some['flat']} of the others rise: of a label "
+          "rarer than most there is not enough to go round", kind="rule")  # fmt: skip
     claim("trend 3B", "In between, some rise and some fall.", "App. E", "a trend",
-          share["between: some rise, some fall"], most)  # fmt: skip
+          share["between: some rise, some fall"],
+          f"{rule}; all rise in {share['between: all others rise']}, all but y* fall in "
+          f"{share['between: all but the argmax fall']}", kind="rule")  # fmt: skip
     claim("trend 3C", "Of a peaky prediction, all but y* fall.", "App. E", "a trend",
-          share["peaky: all but the argmax fall"], f"peaky: largest ≥ 0.8; {most}")  # fmt: skip
+          share["peaky: all but the argmax fall"], f"peaky: largest ≥ 0.8; {rule}",
+          kind="rule")  # fmt: skip
     same = "same prediction and step, the rarer against the commoner of two labels"
     deep = share["a deeper valley: the others lose more"]
     rise = share["a deeper valley: the argmax gains more"]
@@ -762,9 +786,13 @@ def _conclude(
         )
     )  # fmt: skip
     claim("entropy, valley", "Pushing down a label in a valley lowers the entropy.", "App. E", "",
-          share["entropy falls when a label below 1/V is pushed down"], most)  # fmt: skip
+          share["entropy falls when a label below 1/V is pushed down"], rule,
+          kind="rule")  # fmt: skip
     claim("entropy, peak", "Pushing down the likeliest label raises the entropy.", "App. E", "",
-          share["entropy rises when the likeliest label is pushed down"], most)  # fmt: skip
+          share["entropy rises when the likeliest label is pushed down"],
+          f"{rule}; a long step digs a valley where the peak was: at |η′| ≤ 0.1 "
+          f"{share['entropy rises when the likeliest label is pushed down, |η′| ≤ 0.1']}",
+          kind="rule")  # fmt: skip
     valley, published, wide = found[3], found[4], found[5]
     lab.claim(
         Claim(
