@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _PACKAGES = (
-    *("lddyn", "torch", "transformers", "tokenizers", "safetensors", "numpy"),
-    *("triton", "peft", "trl", "accelerate", "datasets"),
+    *("lddyn", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "typer"),
+    *("matplotlib", "triton", "peft", "trl", "accelerate", "datasets", "pyarrow"),
+    *("scikit-learn", "faiss-cpu"),
 )
 # Variables whose value is a plain word; any other LDDYN_* may hold a path and is shown as "set".
 _WORDS = ("LDDYN_BACKEND", "LDDYN_STRICT", "LDDYN_CUDA", "LDDYN_CUDA_ARCHS", "TRITON_INTERPRET")

@@ -58,22 +58,15 @@ ROWS = {
     ),
     "newest": ("3.13", "torch==2.15.0 transformers>=5.24 trl peft accelerate datasets"),
 }  # fmt: skip
-TOOLS = "pytest pytest-timeout hypothesis pybind11"
-# Ops and their backends, opened models and their ledger, exact answers, the integrations, and
-# what an import costs. Not the long ones of the laboratory, nor those of C++ alone.
+TOOLS = "pytest pytest-timeout hypothesis pybind11 triton"
+# Ops and their backends, opened models and their ledger, exact answers, the integrations, what an
+# import costs: what other versions can break. Not the laboratory, nor what tests C++ alone.
 TESTS = (
-    *(
-        "ops",
-        "attention_ops",
-        "elementwise_ops",
-        "gram_lengths",
-        "precondition_ops",
-        "residual_gram",
-    ),
-    *("sketch_ops", "layers", "anatomy", "pullback", "product", "objectives"),
-    *("optimizers", "examples", "decompose", "ntk", "lowrank", "massflow"),
-    *("probes", "diagnose", "integrations", "environment", "package"),
+    *("ops", "attention_ops", "elementwise_ops", "gram_lengths", "precondition_ops", "product"),
+    *("residual_gram", "sketch_ops", "optimizers", "examples", "layers", "anatomy", "decompose"),
+    *("diagnose", "integrations", "environment", "package"),
 )
+LEFT_OUT = "order_of_the_error or untied or (oracle and lora)"  # long, and no other code
 SHOWN = (
     *("torch", "transformers", "trl", "peft", "accelerate", "datasets"),
     *("tokenizers", "safetensors", "numpy", "scipy", "triton"),
@@ -126,13 +119,13 @@ def run(name: str, keep: bool, tests: list[str]) -> dict[str, Any]:
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     files = [f"tests/test_{test}.py" for test in tests]
     report = folder / "tests.xml"
-    done = shell(
-        programs / "pytest", "-q", f"--junitxml={report}", *files,
-        cwd=folder / "tree", env=environment,
-    )  # fmt: skip
-    (folder / "log").write_text(done.stdout + done.stderr)
+    with (folder / "log").open("w") as log:
+        subprocess.run(
+            [programs / "pytest", "-v", "-k", f"not ({LEFT_OUT})", f"--junitxml={report}", *files],
+            cwd=folder / "tree", env=environment, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
     if not report.exists():
-        raise SystemExit(f"{name}: pytest did not start\n{(done.stdout + done.stderr)[-4000:]}")
+        raise SystemExit(f"{name}: pytest did not start, see {folder / 'log'}")
     suite = ElementTree.parse(report).getroot().find("testsuite")
     counts = {k: int(suite.attrib[k]) for k in ("tests", "failures", "errors", "skipped")}
     wrong = [
@@ -151,7 +144,6 @@ def run(name: str, keep: bool, tests: list[str]) -> dict[str, Any]:
         "skipped": counts["skipped"],
         "failed": wrong,
         "selftest": not said.returncode,
-        "files": tests,
         "seconds": round(time.monotonic() - began),
         "commit": shell("git", "rev-parse", "--short", "HEAD", check=True).stdout.strip(),
         "date": datetime.date.today().isoformat(),
@@ -179,7 +171,8 @@ def main() -> int:
         rows = json.loads(RESULTS.read_text())["versions"] if RESULTS.exists() else {}
         rows[name] = found
         ordered = {n: rows[n] for n in ROWS if n in rows}
-        RESULTS.write_text(json.dumps({"versions": ordered}, indent=1) + "\n")
+        whole = {"versions": ordered, "tests": args.tests.split(","), "left_out": LEFT_OUT}
+        RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
         print(f"{name}: {found['passed']} passed, {len(found['failed'])} failed, "
               f"{found['skipped']} skipped", *found["failed"], sep="\n  ", flush=True)  # fmt: skip
         failed += len(found["failed"]) + (not found["selftest"])
