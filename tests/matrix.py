@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ ROWS = {
     "oldest": (
         "3.11",
         "torch==2.11.0 transformers==4.57.0 trl==0.24.0 peft==0.18.0 accelerate==1.11.0 "
-        "datasets==4.0.0 safetensors==0.6.0 numpy==1.26.4 scipy==1.11.4 typer==0.16.0 rich==13.9.4 "
+        "datasets==4.0.0 safetensors==0.6.1 numpy==1.26.4 scipy==1.11.4 typer==0.16.0 rich==13.9.4 "
         "jinja2==3.1.4 matplotlib==3.8.4 tqdm==4.67.0",
     ),
     "llama-factory": (
@@ -109,9 +110,10 @@ def install(name: str, folder: Path) -> Path:
     return programs
 
 
-def run(name: str, keep: bool, tests: list[str]) -> dict[str, Any]:
+def run(name: str, keep: bool, tests: Sequence[str]) -> dict[str, Any]:
     """What the row's tests said."""
     folder = HOME / name
+    commit = shell("git", "rev-parse", "--short", "HEAD", check=True).stdout.strip()
     print(f"{name}: installing {ROWS[name][1]}", flush=True)
     programs = install(name, folder)
     print(f"{name}: testing", flush=True)
@@ -146,16 +148,25 @@ def run(name: str, keep: bool, tests: list[str]) -> dict[str, Any]:
         "failed": wrong,
         "selftest": not said.returncode,
         "seconds": round(time.monotonic() - began),
-        "commit": shell("git", "rev-parse", "--short", "HEAD", check=True).stdout.strip(),
+        "commit": commit,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def record(name: str, found: dict[str, Any]) -> None:
+    """Puts a row into the results."""
+    rows = json.loads(RESULTS.read_text())["versions"]["rows"] if RESULTS.exists() else {}
+    rows[name] = found
+    ordered = {n: rows[n] for n in ROWS if n in rows}
+    section = {"rows": ordered, "tests": TESTS, "left_out": LEFT_OUT}
+    RESULTS.write_text(json.dumps({"versions": section}, indent=1) + "\n")
 
 
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(ROWS), help="rows, by name")
-    parser.add_argument("--tests", default=",".join(TESTS), help="test files, by name")
+    parser.add_argument("--tests", help="test files, by name; such a run is not recorded")
     parser.add_argument("--keep", action="store_true", help="keep the environments")
     parser.add_argument("--list", action="store_true", help="show the rows and stop")
     args = parser.parse_args()
@@ -168,12 +179,9 @@ def main() -> int:
         return 0
     failed = 0
     for name in names:
-        found = run(name, args.keep, args.tests.split(","))
-        rows = json.loads(RESULTS.read_text())["versions"] if RESULTS.exists() else {}
-        rows[name] = found
-        ordered = {n: rows[n] for n in ROWS if n in rows}
-        whole = {"versions": ordered, "tests": args.tests.split(","), "left_out": LEFT_OUT}
-        RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
+        found = run(name, args.keep, args.tests.split(",") if args.tests else TESTS)
+        if not args.tests:
+            record(name, found)
         print(f"{name}: {found['passed']} passed, {len(found['failed'])} failed, "
               f"{found['skipped']} skipped", *found["failed"], sep="\n  ", flush=True)  # fmt: skip
         failed += len(found["failed"]) + (not found["selftest"])

@@ -123,7 +123,7 @@ def test_forced_backends_are_named(monkeypatch):
 
 def test_tested_versions_are_those_that_were_run():
     path = Path(__file__).parents[1] / "benchmarks" / "results" / "versions.json"
-    rows = json.loads(path.read_text())["versions"].values()
+    rows = json.loads(path.read_text())["versions"]["rows"].values()
     for name, (low, high) in environment._TESTED.items():
         ran = [r["python"] if name == "python" else r["packages"][name] for r in rows]
         ran = sorted(environment._number(v)[:2] for v in ran if v != "not installed")
