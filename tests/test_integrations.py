@@ -164,8 +164,16 @@ def test_first_order_is_of_first_order(tmp_path, tokenizer):
 
 
 def test_the_trainers_own_rows_are_kept(tmp_path, tokenizer):
+    shown = []
+
+    class Dashboard(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            shown.append(set(logs))
+
     plain, _ = train(tmp_path / "a", tokenizer)
-    trainer, _ = train(tmp_path / "b", tokenizer, {})
+    trainer, _ = train(tmp_path / "b", tokenizer, {}, also=[Dashboard()])
+    assert sum("loss" in keys for keys in shown) == 3
+    assert sum("lddyn/log_prob/chosen" in keys for keys in shown) == 7
     ours = [r for r in trainer.state.log_history if any(k.startswith("lddyn/") for k in r)]
     others = [r for r in trainer.state.log_history if r not in ours]
     assert [r["step"] for r in ours] == list(range(7))
@@ -513,6 +521,13 @@ def test_a_plain_loop_is_watched(tmp_path, tokenizer):
     value = logits[list(example.positions), list(example.targets)].sum().item()
     lines = (tmp_path / "dynamics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["each"][0] == pytest.approx(value, abs=1e-3)
+
+
+def test_a_loop_under_autocast_is_watched_without(tmp_path):
+    _, plain = looped(tmp_path / "a", steps=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, watch = looped(tmp_path / "b", steps=0, model=torch.compile(new_model(dropout=0.1)))
+    assert watch.rows == plain.rows and [row["step"] for row in watch.rows] == [0]
 
 
 def test_a_loop_goes_on_after_a_checkpoint(tmp_path):

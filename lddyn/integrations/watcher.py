@@ -303,10 +303,11 @@ def _share(budget: float | str) -> float:
 
 @contextmanager
 def _own_forward(model: nn.Module) -> Iterator[None]:
-    """The model's forward, without the autocast that accelerate puts around it."""
+    """The model's forward without autocast: accelerate's around it, or that of the loop."""
     wrapped = model.__dict__.pop("forward", None) if hasattr(model, "_original_forward") else None
     try:
-        yield
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
     finally:
         if wrapped is not None:
             model.forward = wrapped
@@ -314,11 +315,10 @@ def _own_forward(model: nn.Module) -> Iterator[None]:
 
 def _plain(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's, whose cache is for the shapes of training, and DDP's."""
-    inner = getattr(model, "_orig_mod", model)
-    if isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        inner = inner.module
-    assert isinstance(inner, nn.Module)
-    return inner
+    parallel = nn.parallel.DistributedDataParallel, nn.DataParallel
+    while hasattr(model, "_orig_mod") or isinstance(model, parallel):
+        model = model.module if isinstance(model, parallel) else model._orig_mod  # type: ignore[assignment]
+    return model
 
 
 def _is_sharded(model: nn.Module) -> bool:
