@@ -21,6 +21,12 @@ from lddyn.integrations.trainer import LearningDynamicsCallback
 WORDS = [f"w{i}" for i in range(60)]
 
 
+@pytest.fixture(autouse=True)
+def precision(monkeypatch):
+    """transformers 4 leaves the precision of a trainer to the next one."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -113,7 +119,14 @@ def lora(model):
         (None, {"bf16": True}),
         (None, {"gradient_checkpointing": True}),
         (lora, {}),
-        (lora, {"bf16": True, "gradient_checkpointing": True}),
+        (
+            lora,
+            {
+                "bf16": True,
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            },
+        ),
     ],
     ids=["plain", "bf16", "checkpointing", "lora", "all"],
 )
