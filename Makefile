@@ -18,13 +18,17 @@ STAMP := .venv/$(subst =,-,$(LDDYN_TORCH))
 FREED := $(if $(filter $(PINNED),$(LDDYN_TORCH)),^torch==,^torch==|^triton==)
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint lint-ruff lint-format lint-types lint-csrc bench peers gpu-check format clean
+.PHONY: demo test matrix lint lint-ruff lint-format lint-types lint-csrc bench peers gpu-check format clean
 
 demo: .venv/installed
 	$(BIN)/lddyn demo
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -q
+
+# Other versions of Python, torch, transformers and TRL (docs/versions.md); gigabytes a row.
+matrix:
+	python3 tests/matrix.py $(if $(ROWS),--only $(ROWS))
 
 lint: lint-ruff lint-format lint-types lint-csrc
 

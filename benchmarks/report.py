@@ -28,6 +28,7 @@ PAGES = [
             "store",
             "streaming",
             "peers",
+            "versions",
         )
     ),
 ]
@@ -512,6 +513,26 @@ def streaming(section: dict) -> str:
 
 MODELS = {"dialogue": "Llama trained on dialogues", "demo": "The demo's language model"}
 
+
+def versions(section: dict) -> str:
+    """Which versions the tests ran under, and what they said."""
+    shown = ("torch", "transformers", "trl", "peft", "accelerate", "triton")
+    lines, wrong = [], []
+    for name, row in section["rows"].items():
+        packages = [row["packages"][p].replace("not installed", "–") for p in shown]
+        lines.append([
+            name, row["python"], *packages, f"{row['passed']:,}", str(len(row["failed"])),
+            f"{row['skipped']:,}", "passed" if row["selftest"] else "FAILED", row["commit"],
+            row["date"],
+        ])  # fmt: skip
+        wrong += [f"- {name}: `{test}`" for test in row["failed"]]
+    header = ["row", "Python", *shown, "passed", "failed", "skipped", "self-test", "commit", "date"]
+    files = ", ".join(section["tests"])
+    about = f"Test files: {files}; without tests whose names match `{section['left_out']}`."
+    failures = "\n\nFailed:\n\n" + "\n".join(wrong) if wrong else ""
+    return f"{table(header, lines)}{failures}\n\n{about}"
+
+
 SECTIONS = {
     "sketches": sketches,
     "planner": planner,
@@ -529,6 +550,7 @@ SECTIONS = {
     "ops": ops,
     "lowrank": lowrank,
     "norms-large": norms_large,
+    "versions": versions,
 }
 
 

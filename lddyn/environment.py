@@ -1,10 +1,12 @@
-"""What lddyn runs on: versions, devices, backends with reasons against them, a self-test."""
+"""What lddyn runs on: versions, devices, backends and why not others, known traps, a self-test."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +14,34 @@ import torch
 from lddyn import ops, reference
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
 _PACKAGES = (
-    *("lddyn", "torch", "transformers", "tokenizers", "safetensors", "numpy"),
-    *("triton", "peft", "trl", "accelerate", "datasets"),
+    *("lddyn", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "typer"),
+    *("matplotlib", "triton", "peft", "trl", "accelerate", "datasets", "pyarrow"),
+    *("scikit-learn", "faiss-cpu", "packaging"),
+)
+# Oldest and newest that the tests ran under (docs/versions.md).
+_TESTED = {
+    "python": ("3.11", "3.13"),
+    "torch": ("2.11", "2.15"),
+    "transformers": ("4.57", "5.24"),
+    "trl": ("0.24", "1.16"),
+    "peft": ("0.18", "0.21"),
+}
+# What of /proc/cpuinfo decides how fast a product is.
+_FLAGS = (
+    "fma",
+    "f16c",
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "asimd",
+    "sve",
 )
 # Variables whose value is a plain word; any other LDDYN_* may hold a path and is shown as "set".
 _WORDS = ("LDDYN_BACKEND", "LDDYN_STRICT", "LDDYN_CUDA", "LDDYN_CUDA_ARCHS", "TRITON_INTERPRET")
@@ -29,9 +54,10 @@ def env() -> dict[str, Any]:
     """Versions, devices, compiled parts and backends of this installation, ready for a bug report.
 
     Returns:
-        A dict that JSON can hold: ``versions``, ``system``, ``devices`` (memory in bytes),
+        A dict that JSON can hold: ``versions``, ``system`` and ``devices`` (memory in bytes),
         ``compiled``, ``backends`` (per op, device and backend the reason against it; empty means
-        available), ``precision`` and ``variables`` (those in effect). No path and no user name.
+        available), ``precision``, ``variables`` (those in effect) and ``warnings``: known traps
+        found here, each with ``name``, ``got``, ``expected`` and ``do``. No path and no user name.
 
     Cost: no kernel runs; importing nothing but torch.
 
@@ -40,14 +66,9 @@ def env() -> dict[str, Any]:
         >>> lddyn.env()["backends"]["gram"]["cpu"]["reference"]
         ''
     """
-    return {
+    found = {
         "versions": {name: _version(name) for name in _PACKAGES} | _python(),
-        "system": {
-            "os": platform.system(),
-            "machine": platform.machine(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-        },
+        "system": _system(),
         "devices": _devices(),
         "compiled": ops.compiled(),
         "backends": ops.backends(),
@@ -61,6 +82,7 @@ def env() -> dict[str, Any]:
             if name.startswith("LDDYN_") or name in _WORDS
         },
     }
+    return found | {"warnings": _traps(found)}
 
 
 def _version(package: str) -> str:
@@ -72,6 +94,38 @@ def _version(package: str) -> str:
 
 def _python() -> dict[str, str]:
     return {"python": platform.python_version(), "cuda": torch.version.cuda or "none (CPU torch)"}
+
+
+def _system() -> dict[str, Any]:
+    flags: set[str] = set()
+    memory: dict[str, int] = {}
+    if Path("/proc/meminfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            flags |= set(value.split()) if name.strip() in ("flags", "Features") else set()
+        lines = (x.split() for x in Path("/proc/meminfo").read_text().splitlines())
+        memory = {words[0]: int(words[1]) * 1024 for words in lines if len(words) > 1}
+    build = torch.__config__.show()
+    blas = next((part for part in build.replace("\n", ",").split(",") if "BLAS_INFO" in part), "")
+    return {
+        "os": platform.system(),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "flags": [name for name in _FLAGS if name in flags],
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "blas": blas.partition("=")[2] or "unknown",
+        "onednn": torch.backends.mkldnn.is_available(),
+        "memory": memory.get("MemTotal:", 0),
+        "memory_available": memory.get("MemAvailable:", 0),
+    }
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -89,6 +143,84 @@ def _devices() -> list[dict[str, Any]]:
             }
         )
     return devices
+
+
+def _traps(found: dict[str, Any]) -> list[dict[str, str]]:
+    """What is known to go wrong and can be seen from here."""
+    traps: list[dict[str, str]] = []
+
+    def trap(name: str, got: Any, expected: str, do: str) -> None:
+        traps.append({"name": name, "got": str(got), "expected": expected, "do": do})
+
+    versions, system, gpu = found["versions"], found["system"], found["devices"]
+    for name, (low, high) in _TESTED.items():
+        if versions[name] != "not installed":
+            short = ".".join(versions[name].split(".")[:2])
+            order = [_number(short) < _number(low), _number(short) > _number(high)]
+            if any(order):
+                do = "upgrade it" if order[0] else "run lddyn env --selftest; report what differs"
+                trap(name, versions[name], f"{low} to {high}, which are tested", do)
+    _unmet(trap)
+    if found["compiled"]["cpu"] != "built":
+        trap("lddyn._C", found["compiled"]["cpu"], "built (plain torch does its work, slowly)",
+             "install a C++ compiler, then reinstall lddyn with pip --no-cache-dir")  # fmt: skip
+    if system["threads"] > system["cores"]:
+        trap("threads", system["threads"], f"at most the {system['cores']} cores of this process",
+             f"set OMP_NUM_THREADS={system['cores']}")  # fmt: skip
+    if 0 < system["memory_available"] < 1 << 30:
+        trap("memory", f"{system['memory_available'] >> 20} MiB available", "1 GiB or more",
+             'give lddyn less: memory="512MiB"')  # fmt: skip
+    if found["precision"]["float32_matmul"] != "highest":
+        trap("float32 products", found["precision"]["float32_matmul"], "highest: others round to "
+             "TF32 or bfloat16", 'torch.set_float32_matmul_precision("highest")')  # fmt: skip
+    if backend := os.environ.get("LDDYN_BACKEND"):
+        trap("LDDYN_BACKEND", backend, "unset: the fastest backend that can run each call",
+             "unset it, unless you compare backends")  # fmt: skip
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        trap("TRITON_INTERPRET", "1", "unset: the interpreter is for tests, and slow", "unset it")
+    if not gpu and torch.version.cuda:
+        driver = shutil.which("nvidia-smi") is not None
+        trap("GPU", f"none, and torch {versions['torch']} built for CUDA {torch.version.cuda}",
+             "a GPU, or a torch without CUDA (5 GB smaller)",
+             "run nvidia-smi: is the driver as new as that CUDA?" if driver else
+             "nothing, if this machine has no GPU")  # fmt: skip
+    for device in gpu:
+        if int(device["capability"][3:]) < 80:
+            trap(device["name"], device["capability"], "sm_80 or newer for lddyn's kernels",
+                 "nothing: plain torch does their work")  # fmt: skip
+    if gpu and versions["triton"] == "not installed":
+        trap("triton", "not installed", "installed, for lddyn's kernels", "pip install triton")
+    if gpu and found["compiled"]["cpu"] == "built" and "sm_" not in found["compiled"]["cuda"]:
+        trap("CUDA kernels", found["compiled"]["cuda"], "built for this GPU",
+             "put nvcc on PATH, or set CUDA_HOME, and reinstall with LDDYN_CUDA=1")  # fmt: skip
+    return traps
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def _unmet(trap: Callable[[str, Any, str, str], None]) -> None:
+    """Packages that were installed beside others than they need, as pip check finds them."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for package in (*_PACKAGES[1:], "torchvision", "torchaudio"):
+        try:
+            needs = importlib.metadata.requires(package) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for text in needs:
+            try:
+                need = Requirement(text)
+            except InvalidRequirement:
+                continue
+            if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+                continue
+            have = _version(need.name)
+            if have != "not installed" and not need.specifier.contains(have, prereleases=True):
+                wanted = f"{need.name}{need.specifier}"
+                trap(f"{package} {_version(package)}", f"{need.name} {have}", wanted,
+                     f"pip install --upgrade {package} '{wanted}'")  # fmt: skip
 
 
 def selftest() -> list[dict[str, Any]]:
@@ -155,6 +287,7 @@ def print_env(console: Console | None = None) -> None:
         console: Where to print. Default: standard output.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = console or Console()
@@ -162,19 +295,35 @@ def print_env(console: Console | None = None) -> None:
     for title in ("versions", "system", "compiled", "precision", "variables"):
         table = Table("", "", title=title, show_header=False, title_justify="left")
         for name, value in found[title].items():
-            table.add_row(name, str(value))
+            if name.startswith("memory"):
+                value = f"{value / 2**30:.1f} GiB"
+            table.add_row(name, " ".join(value) if isinstance(value, list) else str(value))
         console.print(table if found[title] else f"{title}: none")
     for device in found["devices"]:
         gib = device["memory"] / 2**30
         console.print(f"{device['name']}, {device['capability']}, {gib:.0f} GiB", markup=False)
     if not found["devices"]:
         console.print("devices: no GPU, cpu only")
-    table = Table("op", "device", "backend", "", title="backends", title_justify="left")
+    table = Table("op", "device", *ops.BACKENDS, title="backends", title_justify="left")
+    against: dict[str, str] = {}  # the same for all ops: said once
     for op, devices in found["backends"].items():
         for name, reasons in devices.items():
+            cells = []
             for backend, reason in reasons.items():
-                table.add_row(op, name, backend, reason or "[green]available[/green]")
+                absent = reason.startswith(f"{op} has no")
+                if reason and not absent:
+                    against[f"no {backend} on {name}"] = reason
+                cells.append("–" if absent else "[red]no[/red]" if reason else "[green]yes[/green]")
+            table.add_row(op, name, *cells)
     console.print(table)
+    for what, reason in against.items():
+        console.print(f"{what}: {reason}", markup=False, highlight=False)
+    for trap in found["warnings"]:
+        console.print(f"[yellow]warning[/yellow] {escape(trap['name'])}")
+        for word, key in (("got", "got"), ("expected", "expected"), ("do this", "do")):
+            console.print(f"  {word + ':':<9} {trap[key]}", markup=False, highlight=False)
+    if not found["warnings"]:
+        console.print("warnings: none")
 
 
 def print_selftest(console: Console | None = None) -> bool:

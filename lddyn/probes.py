@@ -600,7 +600,7 @@ class Measured:
 _SUMS = ("log_prob", "greedy", "rest", "entropy", "peakiness", "energy")
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: FSDP2 keeps the buffers of its first forward
 def measure(
     model: nn.Module, probes: Encoded | Sequence[Example], *, tokens: int | None = None
 ) -> Measured:

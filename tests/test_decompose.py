@@ -29,6 +29,24 @@ def gradients_of(model, example):
     return rows, rows.norm(dim=1)
 
 
+def router_margin(model):
+    """Least difference of the logits of the last expert taken and the first one left."""
+    found = []
+
+    def look(module, args, out):
+        logits = out[0] if isinstance(out, tuple) else out
+        top = logits.data.flatten(0, -2).float().sort(-1, descending=True).values
+        found.append(float((top[:, 1] - top[:, 2]).min()))
+
+    gates = [m for n, m in model.named_modules() if n.endswith(".gate")]
+    hooks = [gate.register_forward_hook(look) for gate in gates]
+    for example in zoo.examples():
+        zoo.token_log_probs(model, example)
+    for hook in hooks:
+        hook.remove()
+    return min(found)
+
+
 # --------------------------------------------------------------------------- exactness
 
 
@@ -42,6 +60,10 @@ def test_answers_match_the_oracle(name, kind):
     bound = FLOAT32
     if kind == "bfloat16":
         model, bound = model.bfloat16(), BFLOAT16
+        seed = 0
+        while name == "mixtral" and router_margin(model) < 0.01:
+            seed += 1  # rounding must not choose the expert
+            model = zoo.build(name, seed, tie_word_embeddings=False).bfloat16()
     model.eval()
     observed, updated = zoo.examples()
     rows, sizes = gradients_of(model, observed)

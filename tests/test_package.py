@@ -145,9 +145,17 @@ def test_import_is_light():
     assert python(code).strip() == "[]"
 
 
-def test_ops_bring_torch_alone():
-    heavy = "transformers", "triton", "peft", "matplotlib", "scipy"
-    code = f"import sys, lddyn; lddyn.gram; print([m for m in {heavy} if m in sys.modules])"
+def test_public_names_bring_torch_alone():
+    heavy = (
+        *("transformers", "triton", "peft", "trl", "accelerate", "datasets", "pandas", "pyarrow"),
+        *("matplotlib", "scipy", "sklearn", "jinja2", "rich", "typer", "safetensors", "tokenizers"),
+    )
+    code = f"""
+import sys, lddyn, lddyn.integrations.loop
+for name in lddyn.__all__:
+    getattr(lddyn, name)
+print([m for m in {heavy} if m in sys.modules])
+"""
     assert python(code).strip() == "[]"
 
 
@@ -219,6 +227,19 @@ except SystemExit as leave:
 print("HEAVY", [m for m in ("torch", "transformers") if m in sys.modules])
 """
     assert "HEAVY []" in python(code)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs the resources of a child process")
+def test_help_takes_less_than_a_second():
+    import resource
+
+    def used():
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return spent.ru_utime + spent.ru_stime
+
+    before = used()  # of a processor: what a loaded machine takes on top is not ours
+    text = python("import sys; sys.argv = ['lddyn', '--help']; from lddyn.cli import main; main()")
+    assert "decompose" in text and used() - before < 1.0
 
 
 # --------------------------------------------------------------------------- the distribution

@@ -1,1 +1,1 @@
-"""lddyn inside the tools that people train with: `trainer` (transformers), `trl`."""
+"""lddyn inside what people train with: `trainer` (transformers), `trl`, `loop` (all others)."""

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lddyn.examples import Example
-from lddyn.integrations.trainer import LearningDynamicsCallback, Probes
+from lddyn.integrations.trainer import LearningDynamicsCallback
+from lddyn.integrations.watcher import Probes
 
 __all__ = ["pairs", "watch"]
 
