@@ -31,8 +31,8 @@ def env() -> dict[str, Any]:
     Returns:
         A dict that JSON can hold: ``versions``, ``system``, ``devices`` (memory in bytes),
         ``compiled``, ``backends`` (per op, device and backend the reason against it; empty means
-        available), ``others`` (backends of other packages: their ops, or why not), ``precision`` and
-        ``variables`` (those in effect). No path and no user name.
+        available), ``others`` (backends of other packages: their ops, or why not), ``precision``
+        and ``variables`` (those in effect). No path and no user name.
 
     Cost: no kernel runs; importing nothing but torch.
 
