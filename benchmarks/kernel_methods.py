@@ -1,6 +1,6 @@
 """Do lddyn's features tell scikit-learn what training will do to responses that it did not see?
 
-    python benchmarks/kernel_methods.py MODEL PAIRS.jsonl --out benchmarks/results/kernel-methods.json
+    python benchmarks/kernel_methods.py MODEL PAIRS.jsonl --out benchmarks/results/NAME.json
 
 SFT on the chosen responses of some pairs, then DPO on these pairs. Measured is Δ log π of the
 responses of *other* prompts. Kernel ridge regression, five folds over those prompts, learns the
@@ -107,19 +107,28 @@ def main() -> None:
         finetune(trained, learned, args.epochs, 1e-4, seed, 0.1)
         moved.append((measure(trained, others).log_prob - before).numpy())
     target = np.mean(moved, 0)
-    foretold = {
-        "lddyn, first order, nothing learned": x @ step,
-        "ridge on lddyn's features": by_ridge(unit(x), target, prompts),
-        "ridge on hidden states": by_ridge(unit(hidden_states(model, others)), target, prompts),
-        "ridge on words (tf-idf)": by_ridge(words.toarray(), target, prompts),
-        "ridge on log length": by_ridge(length - length.mean(), target, prompts),
+    first = x @ step
+    described = {
+        "lddyn's features": unit(x),
+        "hidden states": unit(hidden_states(model, others)),
+        "words (tf-idf)": words.toarray(),
+        "log length": length - length.mean(),
     }
+    count = np.array([len(e) for e in others])
+    ways: dict[str, dict[str, dict[str, float]]] = {}
+    for kind, of in (("total", 1.0), ("per token", 1.0 / count)):
+        measured = target * of
+        found = {"first order, nothing learned": correlation(first * of, measured, prompts)}
+        for name, rows in described.items():
+            predicted = by_ridge(rows, measured, prompts)
+            found[f"ridge on {name}"] = correlation(predicted, measured, prompts)
+        ways[kind] = found
     record(args.out, "kernel methods", {
         "learned": len(learned), "responses": len(others), "seeds": args.seeds,
         "epochs": args.epochs, "mean": float(target.mean()), "sd": float(target.std()),
         "between_orders": float(np.corrcoef(moved)[0, 1:].mean()),
-        "ways": {k: correlation(v, target, prompts) for k, v in foretold.items()},
-        "points": [[round(float(v), 3) for v in row] for row in zip(x @ step, target, strict=True)],
+        "ways": ways,
+        "points": [[round(float(v), 3) for v in row] for row in zip(first, target, strict=True)],
     })  # fmt: skip
 
 
