@@ -665,9 +665,8 @@ def plot_kernel_methods(section: dict, path: Path) -> None:
             right.plot([c["low"], c["high"]], [place + shift] * 2, color="black", lw=1)
     right.set_yticks(range(len(names)), names)
     right.set_xlim(0, 1)
-    right.set_title(
-        "Rank correlation with what was measured (pale: per token)", fontsize=10, loc="left"
-    )
+    right.set_xlabel("Spearman's ρ; pale: of the change per token")
+    right.set_title("Rank correlation with what was measured", fontsize=10, loc="left")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)

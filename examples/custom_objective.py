@@ -27,4 +27,5 @@ for name, floor in (("plain", -float("inf")), ("gated", -4.0)):
     objective = lddyn.Objective(partial(loss, floor=floor), pair, ["y+", "y-"])
     dec = lddyn.decompose(world.model, both, objective, lr=2e-4)
     moves = ", ".join(f"{o.name} {float(o.delta_logp.sum()):+.4f}" for o in dec)
-    print(f"{name}: {moves} nats; verified, slope {dec.verify().slope:.2f} (expected 2)")
+    print(f"{name}: {moves} nats")
+print(dec.verify())  # real steps on this loss: the error falls with the square of the rate

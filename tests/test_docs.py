@@ -284,13 +284,37 @@ def test_the_page_of_commands_has_them_all():
 
 # --------------------------------------------------------------------------- examples
 
+RUN_ALL = """
+import contextlib, io, json, runpy, sys, traceback
+found = {}
+for path in sys.argv[1:]:
+    said, error = io.StringIO(), ""
+    try:
+        with contextlib.redirect_stdout(said):
+            runpy.run_path(path, run_name="__main__")
+    except BaseException:
+        error = traceback.format_exc()
+    found[path] = [said.getvalue(), error]
+print(json.dumps(found))
+"""
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
-def test_examples_run(path, workplace):
+
+@pytest.fixture(scope="module")
+def outcomes(world, tmp_path_factory):
+    """What each example said, and its error: one after another in one fresh process."""
+    about = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    about["LDDYN_CACHE_DIR"] = str(world.path.parent)
     done = subprocess.run(
-        [sys.executable, path], capture_output=True, text=True, timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", RUN_ALL, *map(str, EXAMPLES)], capture_output=True, text=True,
+        cwd=tmp_path_factory.mktemp("examples"), env=os.environ | about, timeout=250,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_examples_run(path, outcomes):
+    said, error = outcomes[str(path)]
+    assert not error
+    assert said.strip()
     assert len(path.read_text().splitlines()) <= 60
