@@ -14,6 +14,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 highlight_language = "none"
 default_role = "code"
+smartquotes_action = "D"  # dashes, no quotes
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -23,23 +24,29 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 # Names of other packages (nothing is fetched while building) and of lddyn's insides, in signatures.
+INSIDES = "anatomy.(Batch|Replay|Trace) lowrank.Ends objectives.Preference projections.Term "
+INSIDES += "query.Layout shards.Lock"
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!lddyn\.).*"),
-    (r"py:.*", r"lddyn\.(anatomy\.(Batch|Replay)|lowrank\.Ends|projections\.Term|shards\.Lock)"),
-    (r"py:.*", r"lddyn\.(objectives\.Preference|query\.Layout)"),
+    *((r"py:.*", f"lddyn.{name}") for name in INSIDES.split()),
 ]
 
 html_theme = "furo"
 html_title = "lddyn"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 
 
 def commands():
     """Every command of `lddyn` with its options, as typer writes them."""
     typer = [sys.executable, "-m", "typer", "lddyn.cli", "utils", "docs", "--name", "lddyn"]
     text = subprocess.run(typer, check=True, capture_output=True, text=True).stdout
-    return re.sub(r"^# .*\n", "", text).replace("```console\n$ ", "```\n")
+    text = re.sub(r"^# .*\n", "", text).replace("```console\n$ ", "```\n")
+    text = re.sub(r"(?<![`\w-])--[a-z-]+(?![^`\n]*`:)", r"`\g<0>`", text)  # not a dash
+    return re.sub(r"^(\* `\w+`): .*\.\.\.$", r"\1", text, flags=re.MULTILINE)  # cut sentences
 
 
 def add_commands(app, docname, source):
@@ -49,7 +56,8 @@ def add_commands(app, docname, source):
 
 
 SECTION = re.compile(r"(Args|Attributes|Example|Examples|Raises|Returns|Yields):")
-MARKUP = re.compile(r"(`[^`]*`)|([|*])|(?<=\w)(_)(?!\w)")  # code is left alone
+# Code is left alone; "R. The" is no list.
+MARKUP = re.compile(r"(`[^`]*`)|([|*])|(?<=\w)(_)(?!\w)|(?<=: )([A-Z])(?=\. )")
 
 
 def as_rst(app, kind, name, obj, options, lines):
