@@ -18,7 +18,7 @@ STAMP := .venv/$(subst =,-,$(LDDYN_TORCH))
 FREED := $(if $(filter $(PINNED),$(LDDYN_TORCH)),^torch==,^torch==|^triton==)
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test matrix lint lint-ruff lint-format lint-types lint-csrc bench peers gpu-check format clean
+.PHONY: demo test matrix docs lint lint-ruff lint-format lint-types lint-csrc bench peers gpu-check format clean
 
 demo: .venv/installed
 	$(BIN)/lddyn demo
@@ -29,6 +29,10 @@ test: .venv/installed
 # Other versions of Python, torch, transformers and TRL (docs/versions.md); gigabytes a row.
 matrix:
 	python3 tests/matrix.py $(if $(ROWS),--only $(ROWS))
+
+# The pages, in docs/_build. A warning is an error; what is not found in lddyn is one, too.
+docs: .venv/installed
+	$(BIN)/sphinx-build -q -n -W --keep-going docs docs/_build
 
 lint: lint-ruff lint-format lint-types lint-csrc
 
@@ -77,7 +81,7 @@ format: .venv/installed
 	$(BIN)/clang-format -i csrc/*
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch comes first: then nothing below can bring another one (a CUDA torch is 2.6 GB).
 $(STAMP):
@@ -93,5 +97,5 @@ $(STAMP):
 	{ grep -vE '$(FREED)' constraints.txt; echo "$(LDDYN_TORCH)"; } > $@
 
 .venv/installed: $(SOURCES) .venv/constraints.txt
-	$(BIN)/pip install --disable-pip-version-check -q -c .venv/constraints.txt -e ".[test,dev]"
+	$(BIN)/pip install --disable-pip-version-check -q -c .venv/constraints.txt -e ".[test,dev,docs]"
 	touch $@

@@ -56,6 +56,7 @@ _PUBLIC = {
     "selftest": "environment",
     "sign_delta": "proxies",
     "stream": "stream",
+    "token_factors": "pullback",
     "token_log_probs": "decompose",
     "true_float64": "anatomy",
 }

@@ -56,8 +56,9 @@ def env() -> dict[str, Any]:
     Returns:
         A dict that JSON can hold: ``versions``, ``system`` and ``devices`` (memory in bytes),
         ``compiled``, ``backends`` (per op, device and backend the reason against it; empty means
-        available), ``precision``, ``variables`` (those in effect) and ``warnings``: known traps
-        found here, each with ``name``, ``got``, ``expected`` and ``do``. No path and no user name.
+        available), ``others`` (backends of other packages: their ops, or why not), ``precision``,
+        ``variables`` (those in effect) and ``warnings``: known traps found here, each with
+        ``name``, ``got``, ``expected`` and ``do``. No path and no user name.
 
     Cost: no kernel runs; importing nothing but torch.
 
@@ -72,6 +73,7 @@ def env() -> dict[str, Any]:
         "devices": _devices(),
         "compiled": ops.compiled(),
         "backends": ops.backends(),
+        "others": ops.others(),
         "precision": {
             "float32_matmul": torch.get_float32_matmul_precision(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -242,7 +244,7 @@ def selftest() -> list[dict[str, Any]]:
         _case(op, device, backend, dtype)
         for op in ops.OPS
         for device in devices
-        for backend in ops.BACKENDS
+        for backend in ops.OPS[op].backends()
         for dtype in _BOUNDS
         if not ops.OPS[op].refusal(backend, torch.device(device), dtype)
     ]
@@ -292,7 +294,7 @@ def print_env(console: Console | None = None) -> None:
 
     console = console or Console()
     found = env()
-    for title in ("versions", "system", "compiled", "precision", "variables"):
+    for title in ("versions", "system", "compiled", "others", "precision", "variables"):
         table = Table("", "", title=title, show_header=False, title_justify="left")
         for name, value in found[title].items():
             if name.startswith("memory"):

@@ -44,9 +44,10 @@ from lddyn.pullback import (
 from lddyn.sequences import batches, pass_together, pull_sequences
 from lddyn.shards import COLUMNS
 from lddyn.sketch import Layout, Part, Sketch, best_sizes
-from lddyn.store import Store, TokenTable, token_columns
+from lddyn.store import Store, TokenTable, arrow_table, token_columns
 
 if TYPE_CHECKING:
+    import pyarrow
     from torch import nn
 
 CHUNK = 16
@@ -846,6 +847,9 @@ def store_features(
 class Features:
     """Rows of token gradients, what tokens they are, and how they are compared. See `features`.
 
+    `rows.numpy()`, DLPack (`jax.dlpack.from_dlpack(rows)`) and `to_arrow()` share its memory;
+    `vectors()` are what a tool for plain vectors takes.
+
     Attributes:
         rows: (N, layout.width).
         tokens: Example, place, position and id of each row; −1 for whole sequences.
@@ -887,6 +891,48 @@ class Features:
             torch.cat([e.stderr for e in found]),
             found[0].samples,
         )
+
+    def vectors(self) -> Tensor:
+        """Plain vectors (N, width) whose inner products are `gram().value`, for other tools.
+
+        Where there are no sketched parts this is `rows` itself, no copy.
+
+        Raises:
+            ValueError: If there are none: rows of tokens keep outer products (make them with
+                `by="sequence"`, or sum them with `per_sequence`; or use `gram` as a kernel).
+
+        Example:
+            >>> import lddyn, transformers
+            >>> config = transformers.LlamaConfig(vocab_size=50, hidden_size=16,
+            ...     intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+            >>> model = transformers.LlamaForCausalLM(config)
+            >>> exs = [lddyn.Example(prompt_ids=[1, 2], response_ids=[i, 5]) for i in (3, 4)]
+            >>> feats = lddyn.features(model, exs, lddyn.Sketch(k=1024), by="sequence")
+            >>> x = feats.vectors().numpy()
+            >>> bool((abs(x @ x.T - feats.gram().value.numpy()) < 1e-4 * abs(x @ x.T).max()).all())
+            True
+        """
+        layout = self.layout
+        if not layout.linear or any(part.kind == "minus" for part in layout.parts):
+            raise ValueError(
+                "vectors needs rows of whole sequences: their inner product is a plain one; these "
+                'keep outer products of tokens: features(…, by="sequence"), or per_sequence()'
+            )
+        exact = layout.exact(self.rows)
+        if exact.shape[1] == layout.width:
+            return self.rows
+        sketched = layout.repeated(self.rows).flatten(1) / layout.sketch.repeats**0.5
+        return torch.cat([exact, sketched], 1)
+
+    def to_arrow(self) -> pyarrow.Table:
+        """Token table and rows as an Arrow table of one chunk, as by `Store.to_arrow`.
+
+        The column `features` is a view of `rows` on the CPU.
+
+        Raises:
+            ImportError: If pyarrow is not installed.
+        """
+        return arrow_table([(self.tokens, self.rows)], self.layout.width, self.rows.dtype)
 
     def per_sequence(self) -> Features:
         """The rows of whole sequences: sums over their tokens, of Σ_m w_m ∇ log π(y_m).

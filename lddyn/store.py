@@ -148,6 +148,38 @@ class _Place:
     count: int
 
 
+def arrow_table(
+    pieces: Iterable[tuple[TokenTable, Tensor]], width: int, dtype: torch.dtype | None
+) -> pyarrow.Table:
+    """Token tables and rows of a dtype (None: without them) as an Arrow table, a chunk a piece.
+
+    The column of rows is a view of them; Arrow has no bfloat16, which is copied as float32.
+    """
+    try:
+        import pyarrow as pa
+    except ImportError:
+        raise ImportError("to_arrow needs pyarrow: pip install pyarrow") from None
+    fields = [
+        pa.field("example_id", pa.string()),
+        pa.field("example_index", pa.int64()),
+        *(pa.field(column, pa.int32()) for column in COLUMNS),
+    ]
+    if dtype is not None:
+        kinds = {torch.float16: pa.float16(), torch.float64: pa.float64()}
+        fields.append(pa.field("features", pa.list_(kinds.get(dtype, pa.float32()), width)))
+    schema = pa.schema(fields)
+    batches = []
+    for tokens, rows in pieces:
+        arrays = [pa.array(tokens.example_id, pa.string())]
+        arrays += [pa.array(getattr(tokens, name).numpy()) for name in ("example_index", *COLUMNS)]
+        if dtype is not None:
+            rows = (rows.float() if dtype == torch.bfloat16 else rows).cpu()
+            flat = pa.array(rows.reshape(-1).numpy())
+            arrays.append(pa.FixedSizeListArray.from_arrays(flat, width))
+        batches.append(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    return pa.Table.from_batches(batches, schema=schema)
+
+
 # ---------------------------------------------------------------------------------------------
 # Identity
 
@@ -905,33 +937,8 @@ class Store:
             ImportError: If pyarrow is not installed.
             StoreCorruptError: If a shard is damaged.
         """
-        try:
-            import pyarrow as pa
-        except ImportError:
-            raise ImportError("to_arrow needs pyarrow: pip install pyarrow") from None
-        half = self.dtype == torch.float16
-        fields = [
-            pa.field("example_id", pa.string()),
-            pa.field("example_index", pa.int64()),
-            *(pa.field(column, pa.int32()) for column in COLUMNS),
-        ]
-        if features:
-            kind = pa.list_(pa.float16() if half else pa.float32(), self.width)
-            fields.append(pa.field("features", kind))
-        schema = pa.schema(fields)
-        batches = []
-        for shard in self.shards():
-            tokens = shard.tokens
-            arrays = [pa.array(tokens.example_id, pa.string())]
-            arrays += [
-                pa.array(getattr(tokens, name).numpy()) for name in ("example_index", *COLUMNS)
-            ]
-            if features:
-                rows = shard.rows if half else shard.rows.float()
-                flat = pa.array(rows.reshape(-1).numpy())
-                arrays.append(pa.FixedSizeListArray.from_arrays(flat, self.width))
-            batches.append(pa.RecordBatch.from_arrays(arrays, schema=schema))
-        return pa.Table.from_batches(batches, schema=schema)
+        pieces = ((shard.tokens, shard.rows) for shard in self.shards())
+        return arrow_table(pieces, self.width, self.dtype if features else None)
 
     # ------------------------------------------------------------------ many against many
 

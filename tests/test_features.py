@@ -448,3 +448,30 @@ def test_another_layout_is_told_in_few_words(tmp_path):
         lddyn.Store.create(tmp_path / "s", {}, layouts[1], exist_ok=True)
     assert "layout.sketch.k: stored 1000, given 3000" in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+def test_numbers_leave_without_a_copy():
+    import numpy as np
+
+    feats = lddyn.features(model("llama"), zoo.examples(), lddyn.Sketch(k=512))
+    address = feats.rows.data_ptr()
+    assert feats.rows.numpy().ctypes.data == address
+    assert np.from_dlpack(feats.rows).ctypes.data == address
+    table = feats.to_arrow()
+    assert table.column("features").chunk(0).flatten().buffers()[1].address == address
+    assert table.column("token_id").to_pylist() == feats.tokens.token_id.tolist()
+    assert table.column("example_id").to_pylist() == feats.tokens.example_id
+    feats.rows[0, 0] = 7.0
+    assert table.column("features")[0].as_py()[0] == 7.0
+
+
+def test_vectors_have_the_plain_inner_products_of_the_rows():
+    feats = lddyn.features(model("llama"), zoo.examples(), lddyn.Sketch(k=512), by="sequence")
+    x = feats.vectors()
+    gram = feats.gram().value
+    assert float((x @ x.T - gram).norm()) < 1e-5 * float(gram.norm())
+    summed = lddyn.features(model("llama"), zoo.examples(), lddyn.Sketch(k=512)).per_sequence()
+    x, gram = summed.vectors(), summed.gram().value
+    assert float((x @ x.T - gram).norm()) < 1e-5 * float(gram.norm())
+    with pytest.raises(ValueError, match="vectors needs rows of whole sequences"):
+        lddyn.features(model("llama"), zoo.examples(), lddyn.Sketch(k=512)).vectors()

@@ -241,3 +241,24 @@ def test_is_out_of_memory():
 
 def test_public_names():
     assert lddyn.ntk(zoo.build("gpt2"), *zoo.examples()).gram().shape == (6, 5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_token_factors_are_the_gradients_of_autograd(name):
+    anatomy = Anatomy(zoo.build(name).eval())
+    example = lddyn.Example(prompt_ids=[3, 7], response_ids=[5, 2, 9, 5])
+    shapes = {n: p.shape for n, p in anatomy.trainable.items()}
+    found = {n: torch.zeros(4, *shape) for n, shape in shapes.items()}
+    for factor in lddyn.token_factors(anatomy, example, chunk=3):
+        base, _, expert = factor.name.partition("[")
+        if expert:
+            place = found[base][:, int(expert[:-1])]
+            place[factor.tokens] += factor.dense(shapes[base][1:])
+        else:
+            found[base][factor.tokens] += factor.dense(shapes[base])
+    for m in range(4):
+        weight = torch.eye(4)[m]
+        truth = gradient(anatomy, [example], [weight])
+        for n, whole in truth.items():
+            error = (found[n][m] - whole).norm() / (1e-3 + whole.norm())
+            assert error < 1e-4, (n, m, float(error))

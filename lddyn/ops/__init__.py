@@ -14,6 +14,7 @@ from lddyn.ops.dispatch import (
     choose,
     compiled,
     differentiated,
+    others,
     overridden,
     why_not,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "gram",
     "norm_pullback",
     "norm_pushforward",
+    "others",
     "overridden",
     "preconditioned_push",
     "product",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -32,6 +33,7 @@ _PREFERRED = {
     "cpu": ("cpp", "reference"),
     "cuda": ("blas", "triton", "cuda", "reference"),
 }
+GROUP = "lddyn.backends"  # of entry points: backend name = module with functions named as the ops
 _override: ContextVar[str | None] = ContextVar("lddyn_backend", default=None)
 
 # --------------------------------------------------------------------------- backends
@@ -52,6 +54,38 @@ def _has_triton() -> bool:
         return importlib.util.find_spec("triton") is not None
     except (ImportError, ValueError):  # hidden, or blocked by sys.modules["triton"] = None
         return False
+
+
+@functools.cache
+def foreign() -> dict[str, Any]:
+    """Backends of other packages: name -> module, or the reason (a string) why there is none."""
+    found: dict[str, Any] = {}
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        source = f"{entry.value} of {entry.dist.name if entry.dist else 'a package'}"
+        if entry.name in BACKENDS:
+            found[source] = f"a backend must not be called {entry.name}, as one of lddyn's own is"
+        elif entry.name in found:
+            found[source] = f"another package has a backend called {entry.name}"
+        else:
+            try:
+                found[entry.name] = entry.load()
+            except Exception as error:  # whatever a package does while it is imported
+                reason = f"{source} cannot be loaded ({type(error).__name__}: {error})"
+                found[entry.name] = reason
+    return found
+
+
+def known(name: str) -> bool:
+    """Whether a backend of this name can be asked for; looks at other packages only if need be.
+
+    Raises:
+        RuntimeError: If a package has it, and it cannot be loaded.
+    """
+    if name in BACKENDS:
+        return True
+    if isinstance(foreign().get(name), str):
+        raise RuntimeError(f"backend {name!r} cannot run: {foreign()[name]}")
+    return name in foreign()
 
 
 def why_not(backend: str, device: torch.device) -> str:
@@ -104,8 +138,8 @@ def choose(device: str, override: str | None, refusals: dict[str, str]) -> str:
     if override is None:
         preferred = _PREFERRED.get(device, ("reference",))
         return next(name for name in preferred if not refusals[name])
-    if override not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {override!r}")
+    if override not in refusals:
+        raise ValueError(f"backend must be one of {', '.join(refusals)}; got {override!r}")
     if refusals[override]:
         raise RuntimeError(f"backend {override!r} cannot run this call: {refusals[override]}")
     return override
@@ -116,12 +150,15 @@ def backend(name: str) -> Iterator[None]:
     """Run every op inside the block on one backend, and raise where that is impossible.
 
     Args:
-        name: ``"blas"``, ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``. The environment
-            variable ``LDDYN_BACKEND`` does the same for a whole process; the block wins over it.
+        name: ``"blas"``, ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``, or that of a
+            backend of another package (entry points ``lddyn.backends``): ops that such a one does
+            not have run as they would without it. The environment variable ``LDDYN_BACKEND`` does
+            the same for a whole process; the block wins over it.
 
     Raises:
         ValueError: If the name is unknown.
-        RuntimeError: From an op that the backend cannot run. It never falls back.
+        RuntimeError: If it cannot be loaded, and from an op that the backend cannot run. It never
+            falls back.
 
     Example:
         >>> from lddyn.ops import gram
@@ -130,8 +167,9 @@ def backend(name: str) -> Iterator[None]:
         ...     gram(a, g, a, g)
         tensor([[48.]])
     """
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    if not known(name):
+        names = ", ".join([*BACKENDS, *(n for n, m in foreign().items() if not isinstance(m, str))])
+        raise ValueError(f"backend must be one of {names}; got {name!r}")
     token = _override.set(name)
     try:
         yield
@@ -156,9 +194,18 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
         devices.append(torch.device("cuda", torch.cuda.current_device()))
     return {
         op.name: {
-            device.type: {name: op.refusal(name, device) for name in BACKENDS} for device in devices
+            device.type: {name: op.refusal(name, device) for name in op.backends()}
+            for device in devices
         }
         for op in OPS.values()
+    }
+
+
+def others() -> dict[str, str]:
+    """Backends of other packages: the ops that each has, or why it cannot be used."""
+    return {
+        name: found if isinstance(found, str) else ", ".join(n for n in OPS if hasattr(found, n))
+        for name, found in foreign().items()
     }
 
 
@@ -188,10 +235,27 @@ class Op:
     sample: Callable[[Normal], tuple[Any, ...]]  # odd-shaped operands, for the self-test
     leading: int = 0  # the operand whose device and dtype choose the backend
 
+    def backends(self) -> list[str]:
+        """Those of lddyn itself, and those of other packages that have this op."""
+        return [
+            *BACKENDS,
+            *(name for name, found in foreign().items() if hasattr(found, self.name)),
+        ]
+
+    def implementation(self, backend: str) -> Callable[..., Any] | None:
+        """What a backend runs for this op; None if it has nothing."""
+        if backend in BACKENDS:
+            return self.implementations.get(backend)
+        found: Callable[..., Any] | None = getattr(foreign().get(backend), self.name, None)
+        return found
+
     def refusal(self, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
         """Why a backend cannot run this op; empty if it can."""
-        if backend not in self.implementations:
+        if self.implementation(backend) is None:
             return f"{self.name} has no {backend} implementation"
+        if backend not in BACKENDS:
+            judge = getattr(foreign()[backend], "why_not", None)
+            return "" if judge is None else str(judge(self.name, device, dtype))
         if dtype == torch.float64 and backend in ("cuda", "triton"):
             return f"{backend} kernels take float32, bfloat16 and float16, got {dtype}"
         return why_not(backend, device)
@@ -202,13 +266,21 @@ class Op:
         operand: Tensor = args[self.leading]
         device, dtype = operand.device, operand.dtype
         override = overridden()
-        refusals = {name: self.refusal(name, device, dtype) for name in BACKENDS}
+        names = [*BACKENDS]
+        if override is not None and override not in BACKENDS and known(override):
+            if self.implementation(override) is None:
+                override = None  # not an op of that package
+            else:
+                names.append(override)
+        refusals = {name: self.refusal(name, device, dtype) for name in names}
         name = choose(device.type, override, refusals)
         if name == "reference" and device.type != "cpu" and override is None:
             reasons = "; ".join(filter(None, refusals.values()))
             _report_fallback(f"lddyn::{self.name} runs as plain torch on {device.type}: {reasons}")
         with torch.autocast(device.type, enabled=False):
-            return self.implementations[name](*args)
+            run = self.implementation(name)
+            assert run is not None
+            return run(*args)
 
 
 @functools.cache
