@@ -465,11 +465,29 @@ def test_adam_has_the_diagonal_of_its_batches(model):
     scale = exact.diagonal().sqrt()
     assert float(((found.adam[0] - exact) / (scale[:, None] * scale)).abs().max()) < 1e-3
     assert found.adam[1] == pytest.approx(float(v.sum()), rel=1e-3)
+    # A step on all pairs: both moments are those of its own gradient.
     first = found.simulate(lddyn.Run(lr=1e-5, batch=5)).path[1] - found.log_probs
-    rescaled = (exact @ torch.tensor([0.15 / 5] * 5 + [-0.15 / 5] * 5).double()).view(2, 5)
-    whole = float(pulls.mean(0).square().sum() + pulls.var(0, correction=0).sum() / 5)
-    rescaled *= 1e-5 * (found.adam[1] / whole) ** 0.5
-    assert torch.allclose(first, rescaled, rtol=1e-2, atol=1e-3 * float(rescaled.abs().max()))
+    moved = (exact @ torch.tensor([0.15 / 5] * 5 + [-0.15 / 5] * 5).double()).view(2, 5)
+    moved *= 1e-5 * (float(v.sum()) / float(pulls.mean(0).square().sum())) ** 0.5
+    assert torch.allclose(first, moved, rtol=1e-2, atol=1e-3 * float(moved.abs().max()))
+
+
+def test_adam_is_followed_through_a_run(found):
+    """Where P is a multiple of 1, simulation is Adam with a scalar second moment."""
+    generator = torch.Generator().manual_seed(0)
+    jacobian, n = torch.randn(10, 40, generator=generator).double(), 5
+    gram = jacobian @ jacobian.T
+    linear = replace(found, gram=gram, adam=(gram / 3.0, 9.0))
+    run = lddyn.Run(lr=0.05, epochs=4, batch=2)
+    theta, m, v = torch.zeros(40).double(), torch.zeros(40).double(), 0.0
+    for step, batch in enumerate(run.batches(range(n)), 1):
+        moved = (jacobian @ theta).view(2, n)
+        w = 0.3 * torch.sigmoid(-0.3 * (moved[0] - moved[1]))[batch] / len(batch)
+        g = -(w @ jacobian[:n][batch] - w @ jacobian[n:][batch])
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * float(g @ g)
+        theta = theta - 0.05 * m / (1 - 0.9**step) / (v / (1 - 0.999**step)) ** 0.5
+    expected = (jacobian @ theta).view(2, n)
+    assert torch.allclose(linear.simulate(run).change, expected, rtol=1e-9)
 
 
 def test_shares_are_the_nearest_ray_of_the_cone():
