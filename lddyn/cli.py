@@ -732,7 +732,8 @@ def _show_validated(found: Mapping[str, Any]) -> None:
         f"{errors[1]} for the others. Rank correlations with it, and 95 % intervals:"
     )
     table = Table("score", "own batch", "", "other batches", "")
-    rows = sorted(found["scores"], key=lambda row: -abs(row["own"]["rho"]))
+    varied = [row for row in found["scores"] if row["own"]["low"] < row["own"]["high"]]
+    rows = sorted(varied, key=lambda row: -abs(row["own"]["rho"]))
     for row in rows:
         cells = []
         for name in ("own", "others"):
