@@ -15,7 +15,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -500,6 +500,9 @@ class Diagnosis:
     ) -> dict[str, Any]:
         """Everything but the Gram, as JSON can hold it: `table`, `tell`, `objectives`, meanings.
 
+        "run" has the run's settings, the means that it is foretold to move ("chosen", "rejected")
+        and mean log π of the linear model after each step.
+
         Args:
             places: The row of the data that each pair comes from, for "row" in the table.
             faults: As in `actions`.
@@ -511,7 +514,16 @@ class Diagnosis:
         if error is not None:
             for row, chosen, rejected in zip(table, *error.tolist(), strict=True):
                 row |= {"set_chosen_stderr": chosen, "set_rejected_stderr": rejected}
+        run = None
+        if self.foretold is not None:
+            path = self.foretold.path.mean(2)
+            means = self.foretold.change.mean(1).tolist()
+            run = asdict(self.foretold.run) | {
+                "chosen": means[0], "rejected": means[1],
+                "path_chosen": path[:, 0].tolist(), "path_rejected": path[:, 1].tolist(),
+            }  # fmt: skip
         return {
+            "run": run,
             "objective": self.objective,
             "parameters": dict(self.parameters),
             "told": self.tell(),

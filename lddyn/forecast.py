@@ -103,6 +103,10 @@ class Forecast:
         """What each pair gives to the mean Δ log π(y+) of all pairs, (N,) nats."""
         return self.effects.mean(0)
 
+    def weighted(self, shares: Tensor) -> Tensor:
+        """Δ log π(y+) (N,) if pairs had these weights, 0 to leave one out; linear in them, nats."""
+        return self.effects @ shares.to(self.effects)
+
 
 def simulate(
     gram: Tensor, adam: tuple[Tensor, float] | None, log_probs: Tensor,
