@@ -429,6 +429,18 @@ class Diagnosis:
                 f"{len(top)} do {share:.0%} of it (pairs {named}{' …' if len(top) > 5 else ''})."
             )
             lines += [self._tell_tokens(pair) for pair in top[:3] if pair in self.touched]
+        deepest = self.falling(1)[0]
+        if float(up[deepest]) < 0 and deepest in self.touched:
+            does = {"chosen": "pulled up", "rejected": "pushed down"}
+            blamed = [
+                f"{r['text']!r} of pair {r['pair']}, {does[r['response']]}"
+                for r in self.culprit_tokens(deepest)[:3] if r["effect"] < 0
+            ]  # fmt: skip
+            if blamed:
+                lines.append(
+                    f"The chosen response of pair {deepest} falls most; other pairs' tokens that "
+                    f"do it: {'; '.join(blamed)}."
+                )
         if self.unopened:
             lines.append(f"No gradients of tokens, and no LBK, of this model: {self.unopened}.")
         rows = self.objectives()

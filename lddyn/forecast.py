@@ -162,6 +162,8 @@ def projected(effects: Tensor) -> Tensor:
 
     scale = effects.abs().amax(1, keepdim=True).clamp(min=1e-300)
     faces = torch.cat([effects / scale, torch.eye(effects.shape[1]).to(effects)]).numpy()
-    multipliers, _ = nnls(faces.T, -torch.ones(effects.shape[1]).to(effects).numpy())
+    multipliers, _ = nnls(
+        faces.T, -torch.ones(effects.shape[1]).to(effects).numpy(), maxiter=30 * len(faces)
+    )
     found: Tensor = torch.from_numpy(1 + faces.T @ multipliers).clamp(min=0)
     return found.where(found > 1e-9, 0.0)

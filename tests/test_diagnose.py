@@ -196,6 +196,15 @@ def test_nthr_is_as_published(model, found):
     assert not any(r["nthr_selects"] for r in rows if r["response"] == "chosen")
 
 
+def test_tokens_are_told(model):
+    found = lddyn.diagnose(model, some_pairs(4), "unlikelihood", tokens=1)
+    told, worst, deepest = " ".join(found.tell()), found.worst(1)[0], found.falling(1)[0]
+    assert f"In pair {worst} it is pushing down '" in told
+    assert float(found.scores["set_chosen"][deepest]) < 0
+    row = found.culprit_tokens(deepest)[0]
+    assert f"do it: {row['text']!r} of pair {row['pair']}, pushed down" in told
+
+
 def test_tokens_follow_the_objective(found):
     other, i = found.under("simpo"), found.named[0]
     total = sum(r["own_chosen"] for r in other.tokens(i))
