@@ -1,16 +1,19 @@
-"""Does leaving out the pairs that `lddyn.diagnose` names change what DPO does to chosen responses?
+"""Does what `lddyn.diagnose` says of pairs change what DPO does to chosen responses?
 
     python benchmarks/dropped_pairs.py MODEL PAIRS.jsonl --out benchmarks/results/dropped-pairs.json
 
-SFT on the chosen responses, so that their log-probs are high; a diagnosis there; then DPO, in
-several orders of the data: with all pairs, without the worst, without as many drawn at random,
-without the best. Measured is the mean change of log π(y+) over all pairs, trained on or not.
+SFT on the chosen responses, so that their log-probs are high; a diagnosis there, of the run that
+follows; then DPO, in several orders of the data: with all pairs, without the worst, reweighted,
+without as many drawn at random. Measured is the mean change of log π(y+) over all pairs, trained on
+or not. With --second on other pairs of the file, which nothing in lddyn was tuned on.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,15 +28,17 @@ from lddyn.probes import measure
 Pairs = list[tuple[lddyn.Example, lddyn.Example]]
 
 
-def read(path: str, tokenizer: Any, count: int, longest: int) -> Pairs:
-    """The first pairs that are no longer than `longest` tokens."""
+def read(path: str, tokenizer: Any, count: int, longest: int, but: Pairs | None = None) -> Pairs:
+    """The first pairs that are no longer than `longest` tokens, and not among others."""
     found: Pairs = []
+    others = {pair[0].content_id for pair in but or []}
     for row in rows(path):
         try:
             pair = encode_row(tokenizer, {k: row[k] for k in ("prompt", "chosen", "rejected")})
         except ValueError:  # an empty response
             continue
-        if max(e.length for e in pair.values()) <= longest:
+        fits = max(e.length for e in pair.values()) <= longest
+        if fits and pair["chosen"].content_id not in others:
             found.append((pair["chosen"], pair["rejected"]))
         if len(found) == count:
             break
@@ -52,12 +57,15 @@ def log_probs(model: Any, examples: list[lddyn.Example]) -> Tensor:
     )
 
 
-def finetune(model: Any, pairs: Pairs, epochs: int, rate: float, seed: int, beta: float) -> None:
-    """DPO against the model it begins with; SFT on the chosen responses if beta is 0."""
+def finetune(
+    model: Any, pairs: Pairs, epochs: int, rate: float, seed: int, beta: float,
+    shares: Tensor | None = None, reference: Tensor | None = None,
+) -> None:  # fmt: skip
+    """DPO against reference log-probs (2, N); SFT on the chosen responses if beta is 0."""
+    shares = torch.ones(len(pairs)) if shares is None else shares
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     chosen, rejected = ([p[side] for p in pairs] for side in (0, 1))
-    reference = [measure(model, x).log_prob for x in (chosen, rejected)]
     for _ in range(epochs):
         for part in torch.randperm(len(pairs), generator=generator).split(8):
             up = log_probs(model, [chosen[i] for i in part])
@@ -65,8 +73,9 @@ def finetune(model: Any, pairs: Pairs, epochs: int, rate: float, seed: int, beta
                 loss = -up.sum() / sum(len(chosen[i]) for i in part)
             else:
                 down = log_probs(model, [rejected[i] for i in part])
+                assert reference is not None
                 margin = (up - reference[0][part]) - (down - reference[1][part])
-                loss = -torch.nn.functional.logsigmoid(beta * margin).mean()
+                loss = -(shares[part] * torch.nn.functional.logsigmoid(beta * margin)).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -99,50 +108,97 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("pairs")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--count", type=int, default=64)
-    parser.add_argument("--drop", type=int, default=16)
-    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--second", action="store_true", help="pairs that nothing was tuned on")
+    parser.add_argument("--again", action="store_true", help="foretell anew, do not train")
+    parser.add_argument("--count", type=int, default=48)
+    parser.add_argument("--drop", type=int, default=12)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sft-epochs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--beta", type=float, default=0.1)
     args = parser.parse_args()
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     pairs = read(args.pairs, tokenizer, args.count, 128)
+    if args.second:
+        pairs = read(
+            args.pairs, tokenizer, args.count, 144, but=read(args.pairs, tokenizer, 64, 128)
+        )
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model).eval()
-    record(args.out, "one step", one_step(model, pairs, args.beta, 1e-3))
+    if not args.second and not args.again:
+        record(args.out, "one step", one_step(model, pairs, args.beta, 1e-3))
     finetune(model, pairs, args.sft_epochs, 1e-3, 0, 0.0)
-    found = lddyn.diagnose(model, pairs, "dpo", beta=args.beta)
-    print("\n".join(found.tell()))
+    run = lddyn.Run(lr=args.lr, epochs=args.epochs, batch=8)
+    found = lddyn.diagnose(model, pairs, "dpo", beta=args.beta, run=run, memory="6GiB")
+    print("\n".join(found.tell()), flush=True)
     sides = [[p[side] for p in pairs] for side in (0, 1)]
-    before = [measure(model, x).log_prob for x in sides]
+    before = torch.stack([measure(model, x).log_prob for x in sides])
 
-    def change(kept: list[int], seed: int) -> tuple[Tensor, Tensor]:
+    def measured(kept: list[int], shares: Tensor, seed: int) -> Tensor:
         trained = copy.deepcopy(model)
-        finetune(trained, [pairs[i] for i in kept], args.epochs, 1e-4, seed, args.beta)
-        after = (measure(trained, x).log_prob for x in sides)
-        up, down = (x - y for x, y in zip(after, before, strict=True))
-        return up, down
+        part = [pairs[i] for i in kept]
+        finetune(
+            trained, part, args.epochs, args.lr, seed, args.beta, shares[kept], before[:, kept]
+        )
+        return torch.stack([measure(trained, x).log_prob for x in sides]) - before
 
-    everything, worst = list(range(len(pairs))), set(found.worst(args.drop))
-    best = set(found.scores["gives"].argsort(descending=True)[: args.drop].tolist())
-    runs, moved = [], torch.zeros(len(pairs), dtype=torch.float64)
-    for seed in range(args.seeds):
+    everything, even = list(range(len(pairs))), torch.ones(len(pairs)).double()
+    by_step = found.scores["gives"].argsort(stable=True)[: args.drop].tolist()
+    foretold = found.foretold
+    assert foretold is not None
+
+    def ways(seed: int) -> dict[str, tuple[list[int], Tensor]]:
+        """Name -> pairs left out, weights of all."""
         generator = torch.Generator().manual_seed(100 + seed)
-        random = set(torch.randperm(len(pairs), generator=generator)[: args.drop].tolist())
+        random = torch.randperm(len(pairs), generator=generator)[: args.drop].tolist()
+        return {
+            "none": ([], even), "random": (random, even), "worst by a step": (by_step, even),
+            "worst by the run": (found.worst(args.drop), even), "reweighted": ([], found.shares()),
+        }  # fmt: skip
+
+    def expected(gone: list[int], shares: Tensor) -> dict[str, float]:
+        """The mean Δ log π(y+) foretold, through the softmax and in a linear model."""
+        left = shares.clone()
+        left[gone] = 0.0
+        linear = found.simulate(leave_out=gone, shares=shares).change[0]
+        return {
+            "foretold": float(foretold.weighted(left).mean()), "linear": float(linear.mean()),
+        }  # fmt: skip
+
+    section = "dropped pairs" if args.second else "dropped pairs, tuned on"
+    if args.again:  # what is foretold anew, beside what was measured
+        result = json.loads(Path(args.out).read_text())[section]["result"]
+        for row in result["runs"]:
+            for name, way in ways(row["seed"]).items():
+                row[name] |= expected(*way)
+        record(args.out, section, result)
+        return
+    runs, moved = [], torch.zeros(2, len(pairs)).double()
+    for seed in range(args.seeds):
         row: dict[str, Any] = {"seed": seed}
-        for name, gone in (("none", set()), ("worst", worst), ("random", random), ("best", best)):
-            up, down = change([i for i in everything if i not in gone], seed)
-            row[name] = {"chosen": float(up.mean()), "rejected": float(down.mean())}
+        for name, (gone, shares) in ways(seed).items():
+            kept = [i for i in everything if i not in gone]
+            change = measured(kept, shares, seed)
             if name == "none":
-                moved += up / args.seeds
+                moved += change / args.seeds
+            row[name] = {
+                "chosen": float(change[0].mean()), "rejected": float(change[1].mean()),
+                "fall": int((change[0] < 0).sum()),
+                "preferred": float((change[0] > change[1]).double().mean()),
+            } | expected(gone, shares)  # fmt: skip
+            print(seed, name, row[name], flush=True)
         runs.append(row)
-        print({k: v["chosen"] if isinstance(v, dict) else v for k, v in row.items()}, flush=True)
-    record(args.out, "dropped pairs", {
-        "pairs": len(pairs), "dropped": args.drop, "beta": args.beta, "told": found.tell(),
-        "sft_epochs": args.sft_epochs, "epochs": args.epochs,
-        "log_prob_before": [float(x.mean()) for x in before],
-        "worst": sorted(worst), "runs": runs, "correlations": found.correlations(moved),
-    })  # fmt: skip
+        mean = moved * args.seeds / len(runs)
+        record(args.out, section, {
+            "pairs": len(pairs), "dropped": args.drop, "beta": args.beta, "told": found.tell(),
+            "sft_epochs": args.sft_epochs, "epochs": args.epochs, "lr": args.lr,
+            "log_prob_before": before.mean(1).tolist(),
+            "worst": found.worst(args.drop), "worst_by_step": by_step,
+            "shares": found.shares().tolist(), "runs": runs,
+            "foretold": foretold.change.mean(1).tolist(),
+            "linear": found.simulate().change.mean(1).tolist(),
+            "measured": mean.tolist(), "correlations": found.correlations(mean[0]),
+        })  # fmt: skip
 
 
 if __name__ == "__main__":
