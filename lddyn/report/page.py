@@ -1,0 +1,90 @@
+"""What all pages share: one template, one look, a policy that lets nothing in and nothing out.
+
+A page is one file that opens from file://. Everything it is given is untrusted: jinja escapes it,
+`readable` shows what would hide or reorder text, and the page's own policy forbids the network
+and every script but its own, which it names by hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.metadata
+import math
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lddyn.figures import printable
+
+__all__ = ["plain", "readable", "render", "template", "versions"]
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: NaN and infinities become None, tuples lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+def readable(text: str, longest: int | None = None) -> str:
+    r"""Running text with its line breaks, and with escapes for what reorders, hides or controls.
+
+    Args:
+        text: Any text.
+        longest: Cut to this many characters, the last one being "…". None: never.
+
+    Example:
+        >>> from lddyn.report import readable
+        >>> readable("a\n\u202eb\0")
+        'a\n\\u202eb\\u0000'
+    """
+    shown = "\n".join(printable(line.replace("\t", "    ")) for line in text.split("\n"))
+    return shown if longest is None or len(shown) <= longest else shown[: longest - 1] + "…"
+
+
+def versions() -> str:
+    """Versions of what makes a page's numbers."""
+    found = []
+    for name in ("lddyn", "torch", "transformers"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(_TEMPLATES),
+    )  # fmt: skip
+
+
+def template(text: str) -> Any:
+    """A page's template: what it is given is escaped, and a name that is not given is an error."""
+    return _environment().from_string(text)
+
+
+def render(name: str, **values: Any) -> str:
+    """A page of this package: a template of it, in the common frame with its style and script."""
+    from markupsafe import Markup
+
+    style, script = ((_TEMPLATES / n).read_text("utf-8") for n in ("style.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text: str = (
+        _environment()
+        .get_template(name)
+        .render(style=Markup(style), script=Markup(script), digest=digest, **values)
+    )
+    return text
