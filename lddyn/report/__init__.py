@@ -9,17 +9,27 @@ from lddyn.report.decomposition import (
     write_html,
     write_run,
 )
+from lddyn.report.diagnosis import CloseUp, look_closer, tell_diagnosis, warnings, write_diagnosis
+from lddyn.report.dynamics import read_dynamics, tell_dynamics, write_dynamics
 from lddyn.report.page import plain, readable, template
 
 __all__ = [
+    "CloseUp",
+    "look_closer",
     "plain",
+    "read_dynamics",
     "read_run",
     "readable",
     "summarise",
     "tell",
+    "tell_diagnosis",
+    "tell_dynamics",
     "template",
     "verification_from_dict",
     "verification_to_dict",
+    "warnings",
+    "write_diagnosis",
+    "write_dynamics",
     "write_html",
     "write_run",
 ]

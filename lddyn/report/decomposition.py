@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lddyn.figures import plot_decomposition, printable, signed, visible
-from lddyn.report.page import plain, render, versions
+from lddyn.report.page import plain, render, versions, word
 from lddyn.shards import replace_file
 
 if TYPE_CHECKING:
@@ -443,7 +443,7 @@ def _section(
                 "tokens": len(observed.token_ids),
                 "before": signed(float(observed.logp.sum()), 5),
                 "predicted": signed(float(observed.delta_logp.sum()), 5),
-                "sign": _sign(float(observed.delta_logp.sum())),
+                "sign": word(float(observed.delta_logp.sum())),
                 "measured": signed(measured[observed.name], 5) if measured else "",
                 "error": signed(float(observed.error_estimate.sum()), 2),
                 "parts": [signed(parts.get(k, 0.0)) for k in sources],
@@ -452,7 +452,7 @@ def _section(
                         "text": visible(t.text, 24),
                         "place": f"{t.sequence.replace('y-', 'y−')}[{t.index}]",
                         "nats": signed(v),
-                        "sign": _sign(v),
+                        "sign": word(v),
                         "share": 100 * abs(v) / largest,
                     }
                     for strongest in [dec.strongest(observed, 6)]
@@ -472,7 +472,8 @@ def _section(
         "sources": [k.replace("y-", "y−") for k in sources],
         "rows": rows,
         "measured": bool(measured),
-        "tokens": _token_data(dec),
+        "names": [row["name"] for row in rows],
+        "tokens": token_data(dec),
         "pictures": pictures,
         "verification": _verification_rows(verification),
         "settings": _settings(dec),
@@ -517,11 +518,7 @@ def _verification_rows(verification: Verification | None) -> dict[str, Any] | No
     }
 
 
-def _sign(value: float) -> str:
-    return "up" if value > 0 else "down" if value < 0 else "zero"
-
-
-def _token_data(dec: Decomposition) -> dict[str, Any]:
+def token_data(dec: Decomposition) -> dict[str, Any]:
     """Texts and influence tables for the page's script, with three significant digits."""
     responses = []
     for observed in dec:

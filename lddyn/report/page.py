@@ -11,14 +11,14 @@ import base64
 import hashlib
 import importlib.metadata
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lddyn.figures import printable
+from lddyn.figures import printable, signed
 
-__all__ = ["plain", "readable", "render", "template", "versions"]
+__all__ = ["axis", "plain", "readable", "render", "template", "versions", "word"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -48,6 +48,38 @@ def readable(text: str, longest: int | None = None) -> str:
     """
     shown = "\n".join(printable(line.replace("\t", "    ")) for line in text.split("\n"))
     return shown if longest is None or len(shown) <= longest else shown[: longest - 1] + "…"
+
+
+def word(value: float) -> str:
+    """The class of a number in the page: which colour it has."""
+    return "up" if value > 0 else "down" if value < 0 else "zero"
+
+
+def axis(
+    values: Sequence[float], low: float, high: float, *, zero: bool = True
+) -> tuple[list[float], list[dict[str, Any]]]:
+    """Places of values on an axis of a drawing, and its round ticks ("at", "text").
+
+    Args:
+        values: Finite numbers.
+        low: Where the least of them is, or near it.
+        high: Where the largest is.
+        zero: Whether 0 must be on the axis.
+    """
+    ends = [0.0, *values] if zero or not values else list(values)
+    least, most = min(ends), max(ends)
+    room = 0.06 * (most - least) or 0.5
+    least, most = least - room, most + room
+
+    def place(v: float) -> float:
+        return round(low + (high - low) * (v - least) / (most - least), 1)
+
+    step = 10.0 ** math.floor(math.log10((most - least) / 3))
+    step *= max(k for k in (1, 2, 5) if k == 1 or k * step <= (most - least) / 3)
+    ticks = range(math.ceil(least / step), math.floor(most / step) + 1)
+    return [place(v) for v in values], [
+        {"at": place(i * step), "text": signed(float(f"{i * step:.9g}"), 3)} for i in ticks
+    ]
 
 
 def versions() -> str:
