@@ -745,6 +745,9 @@ def diagnose(
         Path | None,
         typer.Option(help="JSONL of the rows that are left, as they were.", show_default=False),
     ] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Look at the tokens of so many of the worst pairs.")
+    ] = 4,
     memory: Annotated[str, typer.Option(help="Workspace for gradients.")] = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Folder for diagnosis.json.", show_default=False)
@@ -799,8 +802,9 @@ def diagnose(
         if reference is not None:
             other = _load_model(reference, getattr(torch, dtype), trust_remote_code).to(device)
         found = lddyn.diagnose(
-            lm, pairs, objective.lower(), reference=other, memory=memory, progress=True, **given
-        )
+            lm, pairs, objective.lower(), reference=other, memory=memory, tokens=tokens,
+            progress=True, **given,
+        )  # fmt: skip
         document = found.to_dict(places)
         if out is not None:
             found.save(out, places)
@@ -825,6 +829,16 @@ def diagnose(
             values = (row[k] for k in ("gives", "own_chosen", "own_rejected", "log_prob_chosen",
                                        "log_prob_rejected"))  # fmt: skip
             table.add_row(str(row["row"]), *(f"{v:+.3g}" for v in values), row["fate"])
+        _print_table(table)
+        table = Table("row", "of", "token", "gives", "own chosen", "NTHR", "log π")
+        for entry in [e for e in document["tokens"] if e["pair"] in found.worst(tokens)]:
+            order = sorted(entry["tokens"], key=lambda token: float(token["gives"]))
+            for token in order[:3]:
+                values = (token[k] for k in ("gives", "own_chosen", "nthr", "log_prob"))
+                table.add_row(
+                    str(entry["row"]), "y+" if token["response"] == "chosen" else "y−",
+                    repr(token["text"]), *(f"{v:+.3g}" for v in values),
+                )  # fmt: skip
         _print_table(table)
 
 

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 import lddyn
 from lddyn.cli import app
 from lddyn.diagnose import SCORES, edit_distance
+from lddyn.ledger import UnsupportedModelError
+from lddyn.massflow import softmax_step
 from lddyn.objectives import PREFERENCES
 
 
@@ -141,6 +143,110 @@ def test_the_heads_part_is_a_part(model):
     assert torch.allclose(found.scores["head_inner"], found.scores["inner"], rtol=1e-4, atol=1e-5)
 
 
+def test_tokens_add_up_to_what_their_pair_does(model, found):
+    assert found.named and set(found.worst(4)) <= set(found.named)
+    for i in found.named:
+        rows = found.tokens(i)
+        chosen, rejected = some_pairs()[i]
+        assert [r["token"] for r in rows] == [*chosen.targets, *rejected.targets]
+        for name in ("own_chosen", "own_rejected", "gives", "ches"):
+            scale = sum(abs(r[name]) for r in rows)
+            total = sum(r[name] for r in rows)
+            assert total == pytest.approx(float(found.scores[name][i]), abs=1e-5 * scale)
+        down = sum(r["nthr"] for r in rows if r["response"] == "rejected")
+        assert down == pytest.approx(float(found.scores["head_inner"][i]), rel=1e-5)
+
+
+def test_a_token_does_what_its_gradient_says(model, found):
+    i = found.named[0]
+    chosen, rejected = some_pairs()[i]
+    rows = torch.cat([zoo.oracle_jacobian(model, e) for e in (chosen, rejected)])
+    whole = [rows[: len(chosen)].sum(0), rows[len(chosen) :].sum(0)]
+    sides = [0.15] * len(chosen) + [-0.15] * len(rejected)
+    for row, g, w in zip(found.tokens(i), rows, sides, strict=True):
+        for name, direction in zip(("own_chosen", "own_rejected"), whole, strict=True):
+            bound = 1e-4 * abs(w) * float(g.norm() * direction.norm())
+            assert row[name] == pytest.approx(w * float(g @ direction), abs=bound)
+    culprits = dict(found.culprits(i, len(found)))
+    told = found.culprit_tokens(i)
+    assert told == sorted(told, key=lambda r: r["effect"])
+    for j in {r["pair"] for r in told}:
+        each = [r["effect"] for r in told if r["pair"] == j]
+        assert len(each) == sum(map(len, some_pairs()[j])) and j != i
+        assert sum(each) == pytest.approx(culprits[j], abs=1e-5 * sum(map(abs, each)))
+
+
+def test_nthr_is_as_published(model, found):
+    i = found.named[0]
+    residuals, states = [], []
+    for e in some_pairs()[i]:
+        with torch.no_grad():
+            hidden = model.model(input_ids=torch.tensor([e.ids])).last_hidden_state[0]
+        states.append(hidden[list(e.positions)].double())
+        pi = (states[-1] @ model.lm_head.weight.detach().double().T).softmax(-1)
+        residuals.append(torch.nn.functional.one_hot(torch.tensor(e.targets), pi.shape[1]) - pi)
+    m = residuals[0].T @ states[0]  # (V, d), as in the paper's vectorised form
+    s = [((g @ m) * h).sum(1) for g, h in zip(residuals, states, strict=True)]
+    rows = found.tokens(i)
+    assert [r["nthr"] for r in rows] == pytest.approx(torch.cat(s).tolist(), rel=1e-4, abs=1e-4)
+    selected = [r["nthr_selects"] for r in rows if r["response"] == "rejected"]
+    assert selected == (s[1] > s[0].mean()).tolist()
+    assert not any(r["nthr_selects"] for r in rows if r["response"] == "chosen")
+
+
+def test_tokens_follow_the_objective(found):
+    other, i = found.under("simpo"), found.named[0]
+    total = sum(r["own_chosen"] for r in other.tokens(i))
+    assert total == pytest.approx(float(other.scores["own_chosen"][i]), rel=1e-4)
+    assert total != pytest.approx(float(found.scores["own_chosen"][i]), rel=1e-4)
+
+
+def test_lbk_and_squeeze(model, found):
+    chosen, rejected = some_pairs()[1]
+    moved, rate = copy.deepcopy(model).double(), 1e-6
+    with lddyn.true_float64():
+        gradients = torch.autograd.grad(
+            zoo.token_log_probs(moved, rejected).sum(), list(moved.parameters()), allow_unused=True
+        )
+        logits = [moved(input_ids=torch.tensor([e.ids])).logits[0, list(e.positions)].detach()
+                  for e in (chosen, rejected)]  # fmt: skip
+        with torch.no_grad():
+            for p, g in zip(moved.parameters(), gradients, strict=True):
+                if g is not None:
+                    p += rate * g
+            after = moved(input_ids=torch.tensor([chosen.ids])).logits[0, list(chosen.positions)]
+    change = (after.log_softmax(-1) - logits[0].log_softmax(-1)) / rate
+    pi, targets = logits[1].softmax(-1), torch.tensor(rejected.targets)
+    one = torch.nn.functional.one_hot(targets, pi.shape[1])
+    expected = float(lddyn.lbk(change, logits[0], one - pi))
+    assert float(found.scores["lbk"][1]) == pytest.approx(expected, rel=1e-3)
+    gain = (pi * softmax_step(logits[1], -1e-7 * one)).clamp(min=0)
+    assert float((gain * one).sum()) == 0
+    share = float(gain.amax(1).sum() / gain.sum())
+    assert float(found.scores["squeeze"][1]) == pytest.approx(share, rel=1e-4)
+
+
+def test_pairs_that_were_not_looked_at(model, found, monkeypatch):
+    other = lddyn.diagnose(model, some_pairs(), beta=0.3, tokens=0)
+    assert other.named == [] and other.to_dict()["tokens"] == []
+    with pytest.raises(ValueError, match=r"tokens are known of the pairs \[\], got 2: diagnose"):
+        other.tokens(2)
+    with pytest.raises(ValueError, match="tokens must be a number of pairs, 0 or more, got -1"):
+        lddyn.diagnose(model, some_pairs(), tokens=-1)
+
+    def refuse(*_):
+        raise UnsupportedModelError("no block")
+
+    monkeypatch.setattr(sys.modules["lddyn.diagnose"], "Anatomy", refuse)
+    closed = lddyn.diagnose(model, some_pairs(), beta=0.3)
+    assert closed.unopened == "no block" and bool(closed.scores["lbk"].isnan().all())
+    assert torch.equal(closed.gram, found.gram)
+    assert "lbk" not in {r["score"] for r in closed.correlations(found.scores["set_chosen"])}
+    assert any("no block" in line for line in closed.tell())
+    with pytest.raises(ValueError, match="got 0: no block"):
+        closed.tokens(0)
+
+
 def test_edit_distance():
     assert edit_distance("kitten", "sitting") == 3
     assert edit_distance("", "abc") == 3 and edit_distance("abc", "abc") == 0
@@ -186,7 +292,7 @@ def test_what_is_wrong_is_said(model):
 
 
 def test_parameters_are_checked_before_the_work(model, found, monkeypatch):
-    monkeypatch.setattr(sys.modules["lddyn.diagnose"], "_look", None)
+    monkeypatch.setattr(sys.modules["lddyn.diagnose"], "_Look", None)
     for objective, given, message in (
         ("dpo", {"beta": -1.0}, "beta must be positive"),
         ("dpo", {"foo": 1.0}, r"dpo has the parameters \['beta'\], got 'foo'"),

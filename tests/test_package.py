@@ -30,7 +30,7 @@ LAYERS = [
     {"pullback", "pushforward", "norms", "projections"},
     {"lowrank", "sequences", "stream"},
     {"ntk", "proxies", "store", "query", "plan", "sketch", "features"},
-    {"dynamics", "probes", "massflow", "decompose", "diagnose", "figures"},
+    {"dynamics", "probes", "massflow", "decompose", "diagnosis", "diagnose", "figures"},
     {"console"},
     {"cli", "report", "lab", "integrations", "demo", "__main__"},
 ]

@@ -1,0 +1,460 @@
+"""What `lddyn.diagnose` finds, and every question that needs the model no more.
+
+To first order a step of rate lr on pair j moves log π of sequence i by
+
+    lr (w_j+ ⟨g_i, g_j+⟩ + w_j− ⟨g_i, g_j−⟩),     g = ∇θ log π(y | x),  w± = −∂L/∂ log π(y±)
+
+so three scalars a pair, ‖g+‖², ‖g−‖² and ⟨g+, g−⟩, say what it does to itself (Yuan et al., 2024,
+"gradient entanglement"), and the Gram of all sequences' gradients says what pairs do to each other.
+The objective enters through w alone: all of `PREFERENCES` are compared without training any.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lddyn.examples import Example
+from lddyn.objectives import PREFERENCES, Pair, hyperparameters
+from lddyn.shards import replace_file
+
+__all__ = ["SCORES", "Diagnosis", "assemble"]
+
+Pairs = Sequence[tuple[Example, Example]]
+
+# What a score means; the sign of those that foretell the chosen log-prob: + if more is better.
+SCORES = {
+    "set_chosen": "d log π(y+) by a step on the whole set, per unit of lr",
+    "own_chosen": "d log π(y+) by a step on this pair alone",
+    "set_rejected": "d log π(y−) by a step on the whole set",
+    "own_rejected": "d log π(y−) by a step on this pair alone",
+    "gives": "mean d log π(y+) of all pairs by this pair's share of a step on the set",
+    "norm_chosen": "‖g+‖²",
+    "norm_rejected": "‖g−‖²",
+    "inner": "⟨g+, g−⟩",
+    "entanglement": "⟨g+, g−⟩ / ‖g+‖²: above 1, DPO's step on this pair lowers its y+",
+    "lbk": "the paper's LBK between y− and y+: ‖Δ log π‖² / ‖A‖²‖G‖² of a step on y−",
+    "head_inner": "the head's part of ⟨g+, g−⟩, from one forward pass (NTHR, summed)",
+    "ches": "⟨S+, S−⟩ − ‖S+‖², S the sum of last hidden states (Razin et al., 2025)",
+    "ches_per_token": "⟨S+, S−⟩/(|y+||y−|) − ‖S+‖²/|y+|²",
+    "edit_distance": "of the tokens, over the longer length",
+    "similarity": "cosine of the mean last hidden states of y+ and y−",
+    "log_prob_chosen": "log π(y+), nats",
+    "log_prob_rejected": "log π(y−), nats",
+    "valley": "mean log π of the tokens of y−: the lower, the deeper in a valley (paper §3.3)",
+    "tau": "mean ‖π‖² − π_y over y−: only tokens likelier than this gain when y− is pushed down",
+    "squeeze": "of the mass that pushing y− down frees in a softmax, the share one token takes",
+    "margin": "log-ratio of y+ minus that of y−, nats",
+    "weight_chosen": "w+ = −∂L/∂ log π(y+)",
+    "weight_rejected": "w− = −∂L/∂ log π(y−)",
+}
+
+# What is said of a token; those of a pair add up to its score of the same name.
+TOKENS = {
+    "own_chosen": "d log π(y+) by this token's part of a step on its pair alone, per unit of lr",
+    "own_rejected": "d log π(y−) by it",
+    "gives": "mean d log π(y+) of all pairs by this token's part of a step on the set",
+    "nthr": "Σ_k ⟨e − π, e_k − π_k⟩⟨h, h_k⟩ over tokens k of y+ (Deng et al., 2025); over y−, the "
+    "sum is head_inner",
+    "ches": "its part of CHES: ⟨S+, h⟩ of a token of y−, −⟨S+, h⟩ of one of y+",
+    "log_prob": "log π of the token, nats",
+}
+
+
+@dataclass(frozen=True)
+class Touched:
+    """Inner products of the gradients of a pair's tokens with directions, exact.
+
+    Attributes:
+        own: (3, M + K) ⟨∇ log π(token), d⟩ of the M tokens of y+, then the K of y−, with d = g+, g−
+            and the mean g+ of all pairs.
+        others: Another pair -> (its M' + K',) ⟨∇ log π(its token), g+⟩.
+    """
+
+    own: Tensor
+    others: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a preference set does to a model's belief in its own responses, to first order.
+
+    Attributes:
+        objective: Name of the loss; `parameters` are its hyper-parameters.
+        parameters: Of the loss.
+        pairs: The (chosen, rejected) examples, N of them.
+        scores: Name -> (N,) float64; `SCORES` says what each is.
+        gram: ⟨g_i, g_j⟩ (2N, 2N): all chosen, then all rejected.
+        stderr: Its standard errors where it was sketched, else None.
+        log_probs: (2, N) nats; `reference` those of the reference.
+        reference: (2, N) nats.
+        marks: Name -> for every pair what is said of each of its tokens by one forward pass.
+        touched: Named pair -> inner products of its tokens' gradients; see `tokens`.
+        unopened: Why there are none and no LBK, "" if there are.
+    """
+
+    objective: str
+    parameters: Mapping[str, float]
+    pairs: Pairs
+    scores: Mapping[str, Tensor]
+    gram: Tensor
+    stderr: Tensor | None
+    log_probs: Tensor
+    reference: Tensor
+    marks: Mapping[str, Sequence[Tensor]]
+    touched: Mapping[int, Touched]
+    unopened: str = ""
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.pairs)
+
+    @property
+    def fate(self) -> list[str]:
+        """What a step on the whole set does to each pair: chosen first, then rejected."""
+        words = {True: "up", False: "down"}
+        both = zip(self.scores["set_chosen"] > 0, self.scores["set_rejected"] > 0, strict=True)
+        return [f"{words[bool(a)]}, {words[bool(b)]}" for a, b in both]
+
+    def set_stderr(self) -> Tensor | None:
+        """Standard errors of set_chosen and set_rejected, (2, N); None where the Gram is exact.
+
+        Entries of the Gram are taken as independent, which simulations bear out.
+        """
+        if self.stderr is None:
+            return None
+        variance = _effects(self.stderr**2, self._weights() ** 2).sum(1)
+        return variance.sqrt().view(2, -1) / len(self)
+
+    def worst(self, count: int | None = None) -> list[int]:
+        """Pairs by what they give to all chosen responses, the most harmful first."""
+        return self.scores["gives"].argsort(stable=True)[:count].tolist()
+
+    def culprits(self, pair: int, count: int = 5) -> list[tuple[int, float]]:
+        """The pairs that pull this pair's chosen log-prob down most, (pair, d log π per lr)."""
+        effect = _effects(self.gram, self._weights())[: len(self)][pair] / len(self)
+        order = effect.argsort(stable=True)[:count].tolist()
+        return [(int(j), float(effect[j])) for j in order if effect[j] < 0]
+
+    def falling(self, count: int | None = None) -> list[int]:
+        """Pairs by what a step on the set does to their chosen response, the deepest fall first."""
+        return self.scores["set_chosen"].argsort(stable=True)[:count].tolist()
+
+    @property
+    def named(self) -> list[int]:
+        """Pairs whose tokens were looked at: `tokens` and `culprit_tokens` answer for them."""
+        return list(self.touched)
+
+    def tokens(self, pair: int) -> list[dict[str, Any]]:
+        """What every token of a named pair does, y+ first: one dict a token.
+
+        Returns:
+            Rows "response" ("chosen" or "rejected"), "index" among its counted tokens, "token" (the
+            id), "text", and what `TOKENS` lists; "nthr_selects" says whether NTHR would select it:
+            a token of y− whose "nthr" is above the mean "nthr" of y+ (its τ at β = 1).
+
+        Raises:
+            ValueError: If the pair is not among `named`.
+        """
+        own, w = self._touched(pair).own.double(), self._weights()[:, pair]
+        chosen, rejected = self.pairs[pair]
+        weights = torch.cat([w[0].expand(len(chosen)), w[1].expand(len(rejected))])
+        columns = {
+            "own_chosen": weights * own[0],
+            "own_rejected": weights * own[1],
+            "gives": weights * own[2] / len(self),
+        } | {name: of[pair] for name, of in self.marks.items()}
+        selected = columns["nthr"] > columns["nthr"][: len(chosen)].mean()
+        rows = _token_rows(self.pairs[pair])
+        for k, row in enumerate(rows):
+            row |= {name: float(columns[name][k]) for name in TOKENS}
+            row["nthr_selects"] = row["response"] == "rejected" and bool(selected[k])
+        return rows
+
+    def culprit_tokens(self, pair: int) -> list[dict[str, Any]]:
+        """Tokens of other pairs that pull the chosen response of a named pair down, worst first.
+
+        Of the pairs that `culprits` named when the diagnosis was made, three at most.
+
+        Returns:
+            Rows as of `tokens`, with "pair" and "effect": d log π(y+) of this pair by the token's
+            part of a step on the set, per unit of lr. All tokens of a pair together are what
+            `culprits` says of it.
+
+        Raises:
+            ValueError: If the pair is not among `named`.
+        """
+        found = []
+        for other, inner in self._touched(pair).others.items():
+            w = self._weights()[:, other] / len(self)
+            for row, x in zip(_token_rows(self.pairs[other]), inner.tolist(), strict=True):
+                effect = x * float(w[int(row["response"] == "rejected")])
+                found.append({"pair": other, **row, "effect": effect})
+        return sorted(found, key=lambda row: float(row["effect"]))
+
+    def _touched(self, pair: int) -> Touched:
+        if pair not in self.touched:
+            why = self.unopened or "diagnose(…, tokens=…) looks at more"
+            raise ValueError(f"tokens are known of the pairs {self.named}, got {pair}: {why}")
+        return self.touched[pair]
+
+    def under(self, objective: str, **parameters: float) -> Diagnosis:
+        """The same pairs under another loss of `PREFERENCES`; no model is needed."""
+        return assemble(
+            objective, parameters, self.pairs, self.gram, self.stderr, self.log_probs,
+            self.reference, self.scores, self.marks, self.touched, self.unopened,
+        )  # fmt: skip
+
+    def objectives(self) -> list[dict[str, Any]]:
+        """One row per loss: what a step on the set does, in shares and means.
+
+        This diagnosis' own objective has its own parameters, the others have their defaults.
+
+        The means are of d log π over ‖step‖: losses differ in scale, and a rate is tuned to each.
+        """
+        found = []
+        for name in PREFERENCES:
+            other = self if name == self.objective else self.under(name)
+            weights = other._weights().flatten() / len(self)
+            size = math.sqrt(max(float(weights @ self.gram @ weights), 0.0)) or 1.0
+            up, fall = other.scores["set_chosen"], other.scores["set_rejected"]
+            found.append({
+                "objective": name,
+                "chosen_falls": float((up < 0).double().mean()),
+                "both_fall": float(((up < 0) & (fall < 0)).double().mean()),
+                "chosen": float(up.mean()) / size,
+                "rejected": float(fall.mean()) / size,
+            })  # fmt: skip
+        return found
+
+    def table(self) -> list[dict[str, Any]]:
+        """One dict per pair, in order: "pair", "fate", and all scores."""
+        return [
+            {"pair": i, "fate": fate} | {name: float(x[i]) for name, x in self.scores.items()}
+            for i, fate in enumerate(self.fate)
+        ]
+
+    def tell(self) -> list[str]:
+        """The diagnosis in sentences."""
+        n, up, fall = len(self), self.scores["set_chosen"], self.scores["set_rejected"]
+        own = self.scores["own_chosen"]
+        both = int(((up < 0) & (fall < 0)).sum())
+        lines = [
+            f"A small {self.objective} step on all {n} pairs lowers log π(y+) of "
+            f"{int((up < 0).sum())} of them, and both responses of {both}.",
+            f"By its own step alone, {int((own < 0).sum())} pairs would lower their own chosen "
+            "response" + (
+                ": −w− ⟨g+, g−⟩ exceeds w+ ‖g+‖² there, what is pushed down is too like what is "
+                "pulled up." if bool((own < 0).any()) else "."
+            ),
+        ]  # fmt: skip
+        error = self.set_stderr()
+        if error is not None:
+            unsure = int((up.abs() < 2 * error[0]).sum())
+            lines.append(
+                f"Inner products between pairs are estimates: for {unsure} of {n} pairs log π(y+) "
+                "may as well rise as fall, it is within two standard errors of 0. More memory, or "
+                "a larger sketch, tells."
+            )
+        gives = self.scores["gives"]
+        harmful = gives[gives < 0]
+        if len(harmful):
+            top = self.worst(max(1, n // 10))
+            share = float(gives[top].clamp(max=0).sum() / harmful.sum())
+            named = ", ".join(map(str, top[:5]))
+            lines.append(
+                f"{len(harmful)} pairs pull the chosen responses down on the whole; the worst "
+                f"{len(top)} do {share:.0%} of it (pairs {named}{' …' if len(top) > 5 else ''})."
+            )
+            lines += [self._tell_tokens(pair) for pair in top[:3] if pair in self.touched]
+        if self.unopened:
+            lines.append(f"No gradients of tokens, and no LBK, of this model: {self.unopened}.")
+        rows = self.objectives()
+        others = [o for o in rows if o["objective"] not in ("sft", "unlikelihood")]
+        best = max(others, key=lambda row: float(row["chosen"]))
+        mine = next(o for o in rows if o["objective"] == self.objective)
+        lines.append(
+            f"Of the losses of both responses, for a step of the same length, {best['objective']} "
+            f"raises the chosen responses most "
+            f"({best['chosen']:+.3g} nats a unit, {best['chosen_falls']:.0%} of pairs falling; "
+            f"{self.objective}: {mine['chosen']:+.3g}, {mine['chosen_falls']:.0%})."
+        )
+        return lines
+
+    def _tell_tokens(self, pair: int) -> str:
+        """What in a harmful pair does it."""
+        rows = self.tokens(pair)
+        down = sum(r["gives"] for r in rows if r["gives"] < 0)
+        worst = sorted(rows, key=lambda r: float(r["gives"]))[:4]
+        said = {"chosen": "pulling up", "rejected": "pushing down"}
+        parts = [
+            f"{said[side]} " + ", ".join(repr(r["text"]) for r in worst if r["response"] == side)
+            for side in ("rejected", "chosen") if any(r["response"] == side for r in worst)
+        ]  # fmt: skip
+        share = sum(r["gives"] for r in worst if r["gives"] < 0) / down if down else 0.0
+        return f"In pair {pair} it is {' and '.join(parts)}: {share:.0%} of what it takes."
+
+    def correlations(self, measured: Tensor, seed: int = 0) -> list[dict[str, Any]]:
+        """Spearman's rank correlation of every score with a measured change of log π(y+).
+
+        Args:
+            measured: (N,) nats, what training did.
+            seed: Of the bootstrap over pairs (2,000 times), 95 % intervals.
+
+        Returns:
+            Rows "score", "rho", "low", "high", by |rho|, falling; without scores that are not
+            finite.
+
+        Raises:
+            ValueError: If `measured` is not one finite number per pair.
+        """
+        from scipy.stats import rankdata
+
+        target = measured.double().cpu()
+        if target.shape != (len(self),) or not bool(target.isfinite().all()):
+            raise ValueError(
+                f"measured must be {len(self)} finite numbers, one per pair, got shape "
+                f"{tuple(target.shape)}, {int((~target.isfinite()).sum())} of them not finite"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        picks = torch.randint(len(self), (2000, len(self)), generator=generator)
+
+        def rho(x: Tensor, y: Tensor) -> Tensor:
+            ranks = [torch.from_numpy(rankdata(v.numpy(), axis=-1)) for v in (x, y)]
+            a, b = (r - r.mean(-1, keepdim=True) for r in ranks)
+            found: Tensor = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-300)
+            return found
+
+        found = []
+        for name, score in self.scores.items():
+            if not bool(score.isfinite().all()):
+                continue
+            drawn = rho(score[picks], target[picks])
+            low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
+            found.append(
+                {"score": name, "rho": float(rho(score, target)), "low": low, "high": high}
+            )
+        return sorted(found, key=lambda row: -abs(row["rho"]))
+
+    def save(self, folder: str | Path, places: Sequence[int] | None = None) -> Path:
+        """Writes diagnosis.json (`to_dict`) into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "diagnosis.json"
+        text = json.dumps(self.to_dict(places), indent=1, allow_nan=False)
+        replace_file(path, text + "\n")
+        return path
+
+    def to_dict(self, places: Sequence[int] | None = None) -> dict[str, Any]:
+        """Everything but the Gram, as JSON can hold it: `table`, `tell`, `objectives`, meanings.
+
+        Args:
+            places: The row of the data that each pair comes from, for "row" in the table.
+        """
+        table = self.table()
+        for pair, row in enumerate(table if places is not None else ()):
+            row["row"] = places[pair]  # type: ignore[index]
+        error = self.set_stderr()
+        if error is not None:
+            for row, chosen, rejected in zip(table, *error.tolist(), strict=True):
+                row |= {"set_chosen_stderr": chosen, "set_rejected_stderr": rejected}
+        return {
+            "objective": self.objective,
+            "parameters": dict(self.parameters),
+            "told": self.tell(),
+            "objectives": _finite(self.objectives()),
+            "worst": self.worst(),
+            "fates": dict(Counter(self.fate)),
+            "pairs": _finite(table),
+            "tokens": [
+                {
+                    "pair": pair,
+                    "tokens": _finite(self.tokens(pair)),
+                    "culprits": self.culprit_tokens(pair)[:20],
+                } | ({} if places is None else {"row": places[pair]})
+                for pair in self.named
+            ],
+            "meaning": SCORES,
+            "meaning_of_tokens": TOKENS,
+        }  # fmt: skip
+
+    def _weights(self) -> Tensor:
+        return torch.stack([self.scores["weight_chosen"], self.scores["weight_rejected"]])
+
+
+def _token_rows(pair: tuple[Example, Example]) -> list[dict[str, Any]]:
+    return [
+        {"response": side, "index": k, "token": token, "text": text}
+        for side, example in zip(("chosen", "rejected"), pair, strict=True)
+        for k, (token, text) in enumerate(zip(example.targets, example.token_texts, strict=True))
+    ]
+
+
+def _finite(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with None for what is not a finite number."""
+    return [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        for row in rows
+    ]
+
+
+def _weights(
+    objective: str, parameters: Mapping[str, float], pairs: Pairs, log_probs: Tensor,
+    reference: Tensor,
+) -> Tensor:  # fmt: skip
+    """w± = −∂L/∂ log π(y±), (2, N), by autograd; a loss is of one pair, elementwise."""
+    lengths = torch.tensor([[len(e) for e in pair] for pair in pairs]).T
+    with torch.enable_grad():
+        both = log_probs.clone().requires_grad_()
+        loss = PREFERENCES[objective](Pair(*both, *(both - reference), *lengths), **parameters)
+        return -torch.autograd.grad(loss.sum(), both)[0]
+
+
+def _effects(gram: Tensor, weights: Tensor) -> Tensor:
+    """D log π of sequence i by a step on pair j, (2N, N), per unit of lr."""
+    n = weights.shape[1]
+    return gram[:, :n] * weights[0] + gram[:, n:] * weights[1]
+
+
+def assemble(
+    objective: str, parameters: Mapping[str, float], pairs: Pairs, gram: Tensor,
+    stderr: Tensor | None, log_probs: Tensor, reference: Tensor, facts: Mapping[str, Tensor],
+    marks: Mapping[str, Sequence[Tensor]], touched: Mapping[int, Touched] | None = None,
+    unopened: str = "",
+) -> Diagnosis:  # fmt: skip
+    """The diagnosis under an objective, from what does not depend on it."""
+    n = len(pairs)
+    parameters = hyperparameters(objective, parameters)
+    weights = _weights(objective, parameters, pairs, log_probs, reference)
+    effects = _effects(gram, weights)
+    each, index = effects.mean(1), torch.arange(n)
+    computed = {
+        "set_chosen": each[:n],
+        "own_chosen": effects[index, index],
+        "set_rejected": each[n:],
+        "own_rejected": effects[n + index, index],
+        "gives": effects[:n].mean(0) / n,
+        "norm_chosen": gram[index, index],
+        "norm_rejected": gram[n + index, n + index],
+        "inner": gram[index, n + index],
+        "entanglement": gram[index, n + index] / gram[index, index],
+        "log_prob_chosen": log_probs[0],
+        "log_prob_rejected": log_probs[1],
+        "margin": (log_probs - reference)[0] - (log_probs - reference)[1],
+        "weight_chosen": weights[0],
+        "weight_rejected": weights[1],
+    }
+    merged = {**facts, **computed}
+    scores = {name: merged[name] for name in SCORES}
+    return Diagnosis(
+        objective, dict(parameters), pairs, scores, gram, stderr, log_probs, reference, marks,
+        touched or {}, unopened,
+    )  # fmt: skip
