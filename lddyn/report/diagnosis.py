@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lddyn.figures import printable, signed, visible
+from lddyn.figures import signed, visible
 from lddyn.report.decomposition import token_data
 from lddyn.report.dynamics import curves, tell_dynamics
 from lddyn.report.page import axis, plain, readable, render, versions, word
@@ -26,7 +26,7 @@ from lddyn.shards import replace_file
 
 if TYPE_CHECKING:
     from lddyn.decompose import Decomposition
-    from lddyn.diagnose import Diagnosis
+    from lddyn.diagnosis import Diagnosis
     from lddyn.massflow import MassFlow
 
 __all__ = ["CloseUp", "look_closer", "tell_diagnosis", "warnings", "write_diagnosis"]
@@ -34,6 +34,7 @@ __all__ = ["CloseUp", "look_closer", "tell_diagnosis", "warnings", "write_diagno
 _MAPPED = 256  # pairs in the map
 _LISTED = 500  # pairs in the table
 _PROMPT, _RESPONSE = 600, 1200  # characters of a text in the table
+_TOKENS = 800  # coloured tokens of a pair
 
 # Score -> heading of the table's column, and what it says.
 _COLUMNS = {
@@ -53,12 +54,14 @@ class CloseUp:
 
     Attributes:
         pair: The pair that is learnt from.
+        victim: The pair whose chosen response it lowers most; None if it lowers none.
         decomposition: What its tokens do to its own responses, and to the chosen response that
             it lowers most.
         flow: Where the probability goes that its rejected response loses.
     """
 
     pair: int
+    victim: int | None
     decomposition: Decomposition
     flow: MassFlow
 
@@ -101,14 +104,18 @@ def look_closer(
         observed = {"chosen": chosen, "rejected": rejected}
         others = effects[: len(found), pair].clone()
         others[pair] = math.inf
-        victim = int(others.argmin())
-        if float(others[victim]) < 0:
-            observed[f"y+ of pair {victim}"] = found.pairs[victim][0]
+        victim = int(others.argmin()) if float(others.min()) < 0 else None
+        if victim is not None:
+            observed = {"victim": found.pairs[victim][0], **observed}
+        flow = massflow(model, rejected, update, lr=lr)
+        if tokenizer is not None:  # running text, not a byte-level tokenizer's own spelling
+            flow.text_of = lambda token: str(tokenizer.decode([token]))
         closeups.append(
             CloseUp(
                 pair,
+                victim,
                 decompose(model, observed, update, lr),
-                massflow(model, rejected, update, lr=lr, tokenizer=tokenizer),
+                flow,
             )
         )
     return closeups
@@ -143,15 +150,23 @@ def _sources(found: Diagnosis) -> dict[str, Tensor]:
     return {name: parts[name] for name in _SOURCES}
 
 
-def _nats(value: float) -> str:
+def _size(value: float) -> str:
+    return f"{signed(abs(value), 2).lstrip('+')} nat{'' if f'{abs(value):.2g}' == '1' else 's'}"
+
+
+def _moves(value: float) -> str:
     """A change in words: "rises by 0.42 nats"."""
     if abs(value) < 5e-7:
         return "stays"
-    return f"{'rises' if value > 0 else 'falls'} by {signed(abs(value), 2)[1:]} nats"
+    return f"{'rises' if value > 0 else 'falls'} by {_size(value)}"
 
 
 def _count(number: int, of: str = "pair") -> str:
-    return f"{number} {of}{'' if number == 1 else 's'}"
+    return f"{number or 'no'} {of}{'' if number == 1 else 's'}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %".replace("-", "−")
 
 
 def _named(pairs: Sequence[int], places: Sequence[int] | None, most: int = 5) -> str:
@@ -195,111 +210,171 @@ def tell_diagnosis(
         measured).
     """
     n, scale, sure = len(found), unit(found), _certainty(found)
-    said = [
+    run = [
         {"about": "the run", "text": text, "kind": "measured", "sure": "measured on its probes"}
         for text in tell_dynamics(dynamics)[:1]
     ]
     if not scale:
         text = "No step of this objective moves any pair: all weights or gradients are zero."
-        return [*said, {"about": "what happens", "text": text, **sure}]
+        return [{"about": "the answer", "text": text, **sure}, *run]
+    short = sure | {"sure": "exact, first order" if found.stderr is None else "estimated"}
     up, down = (found.scores[k] for k in ("set_chosen", "set_rejected"))
-    falls, both = up < 0, (up < 0) & (down < 0)
-    said.append({
-        "about": "what happens",
-        "text": f"A small {found.objective} step on all {_count(n)} lowers log π(y+) of "
-        f"{int(falls.sum())}" + (f", and both responses of {int(both.sum())}" if both.any() else "")
-        + f". For each nat by which it moves the margins, log π(y+) {_nats(float(up.mean()) * scale)} "
-        f"on average and log π(y−) {_nats(float(down.mean()) * scale)}.",
-        **sure,
-    })  # fmt: skip
     parts = {k: v[:n] for k, v in _sources(found).items()}
+    said = [
+        {"about": "the answer", "text": _answer(found, parts), **sure},
+        *run,
+        {"about": "the step", "text": _step(found, up, down), **short},
+        {"about": "the mechanism", "text": _mechanism(parts, up < 0), **short},
+    ]
+    gives = found.scores["gives"]
+    harmful = gives[gives < 0]
+    if len(harmful):
+        top = found.worst(min(max(1, n // 10), len(harmful)))
+        text = (
+            f"{_count(len(harmful))} pull{'s' if len(harmful) == 1 else ''} the chosen responses "
+            f"of all pairs down on the whole; {_percent(float(gives[top].sum() / harmful.sum()))} "
+            f"of it is done by the worst {len(top)} ({_named(top, places)})."
+        )
+    else:
+        text = "No pair pulls the chosen responses down on the whole."
+    said.append({"about": "the pairs", "text": text, **short})
+    return [*said, *_tell_tokens(found, places), *_tell_mass(found, closeups)]
+
+
+def _answer(found: Diagnosis, parts: Mapping[str, Tensor]) -> str:
+    """The first sentence: do they fall, and why."""
+    falls = int((found.scores["set_chosen"] < 0).sum())
     mean = {k: float(v.mean()) for k, v in parts.items()}
+    raised = mean["own chosen"] + mean["other chosen"]
+    taken = mean["own rejected"] + mean["other rejected"]
+    other = mean["other rejected"]
+    share = ""
+    if taken < 0 and other < 0:
+        share = f", {_percent(min(other / taken, 1.0))} of it through the y− of other pairs"
+    lot = f"{falls} of {_count(len(found))}"
+    if not falls:
+        return "At this point they do not fall: a small step raises log π(y+) of every pair."
+    if raised + taken < 0 and taken < 0:
+        than = "pulling chosen ones up gives nothing"
+        if raised > 0:
+            than = f"more than the {_size(raised)} that pulling chosen ones up gives"
+        return (
+            f"Because pushing rejected responses down takes {_size(taken)} from log π(y+) for each "
+            f"nat of margin{share}: {than}. The chosen log-prob of {lot} falls."
+        )
+    if taken < 0:
+        return (
+            f"On average they do not fall yet, but those of {lot} do: for each nat of margin "
+            f"pushing rejected responses down takes {_size(taken)} from log π(y+){share}, and "
+            f"pulling chosen ones up gives {_size(raised)}, not enough everywhere."
+        )
+    return (
+        f"The chosen log-prob of {lot} falls, and not because of the rejected responses together: "
+        f"pushing those down gives log π(y+) {_size(taken)} for each nat of margin."
+    )
+
+
+def _step(found: Diagnosis, up: Tensor, down: Tensor) -> str:
+    both, scale = int(((up < 0) & (down < 0)).sum()), unit(found)
+    return (
+        f"While a small {found.objective} step moves the margins by 1 nat, log π(y+) "
+        f"{_moves(float(up.mean()) * scale)} and log π(y−) {_moves(float(down.mean()) * scale)} on "
+        f"average; both responses of {_count(both)} fall."
+    )
+
+
+def _mechanism(parts: Mapping[str, Tensor], falls: Tensor) -> str:
+    mean = {k: signed(float(v.mean()), 2) for k, v in parts.items()}
     text = (
-        f"Of this, pulling chosen responses up gives y+ "
-        f"{signed(mean['own chosen'] + mean['other chosen'], 2)}; pushing rejected ones down gives "
-        f"{signed(mean['own rejected'] + mean['other rejected'], 2)}: "
-        f"{signed(mean['own rejected'], 2)} through the pair's own y− and "
-        f"{signed(mean['other rejected'], 2)} through the y− of other pairs"
+        f"What moves y+, in those nats: its own pair's y+ pulled up {mean['own chosen']}, other "
+        f"pairs' y+ {mean['other chosen']}, its own pair's y− pushed down {mean['own rejected']}, "
+        f"other pairs' y− {mean['other rejected']}."
     )
     if falls.any():
         cause = torch.stack([v[falls] for v in parts.values()]).argmin(0).tolist()
         name, times = Counter(list(parts)[i] for i in cause).most_common(1)[0]
         text += (
-            f". Where y+ falls, what lowers it most is in {times} of {len(cause)} pairs "
-            f"{_SOURCES[name]}"
+            f" Where y+ falls, the strongest pull down is in {times} of {len(cause)} pairs "
+            f"{_SOURCES[name]}: they share directions in the weights with it."
         )
-    said.append({"about": "the mechanism", "text": text + ".", **sure})
-    gives = found.scores["gives"]
-    harmful = gives[gives < 0]
-    if len(harmful):
-        top = found.worst(min(max(1, n // 10), len(harmful)))
-        share = float(gives[top].sum() / harmful.sum())
-        many = len(harmful) > 1
-        said.append({
-            "about": "the pairs",
-            "text": f"{_count(len(harmful))} pull{'' if many else 's'} the chosen responses of all "
-            f"pairs down on the whole. The worst {len(top)} ({_named(top, places)}) do "
-            f"{share:.0%} of it.",
-            **sure,
-        })  # fmt: skip
+    return text
+
+
+def _tell_tokens(found: Diagnosis, places: Sequence[int] | None) -> list[dict[str, str]]:
+    """Through which tokens the most harmful pairs do it."""
+    pairs = [i for i in found.worst(len(found.named)) if i in found.named]
+    pairs = [i for i in pairs if float(found.scores["gives"][i]) < 0]
+    rows = [row for i in pairs for row in found.tokens(i) if row["gives"] < 0]
+    total = sum(row["gives"] for row in rows)
+    if not total:
+        return []
+    shares: dict[tuple[str, str], float] = {}
+    for row in rows:
+        key = (row["response"], visible(row["text"], 24))
+        shares[key] = shares.get(key, 0.0) + row["gives"] / total
+    top = sorted(shares, key=lambda k: -shares[k])[:6]
+    said = {"rejected": "pushing down", "chosen": "pulling up"}
+    listed = " and ".join(
+        f"{verb} " + ", ".join(f"‘{t}’ ({_percent(shares[side, t])})" for s, t in top if s == side)
+        for side, verb in said.items() if any(s == side for s, _ in top)
+    )  # fmt: skip
+    text = (
+        f"In the most harmful pairs ({_named(pairs, places)}), what takes most from the chosen "
+        f"responses of all pairs is {listed}."
+    )
+    sure = "exact, first order, token by token: they add up to the pair's effect"
+    return [{"about": "the tokens", "text": text, "kind": "exact", "sure": sure}]
+
+
+def _tell_mass(found: Diagnosis, closeups: Sequence[CloseUp]) -> list[dict[str, str]]:
+    """Where the probability goes that rejected tokens lose."""
+    shares = _mass(closeups)
+    if shares is None:
+        share = float(found.scores["squeeze"].nanmean())
+        if not math.isfinite(share):
+            return []
+        text = (
+            f"In each softmax by itself, pushing a rejected token down gives {_percent(share)} of "
+            "the freed probability to a single other token."
+        )
+        sure = "exact for a softmax alone, first order; what tokens share is not in it"
+        return [{"about": "the mass", "text": text, "kind": "estimate", "sure": sure}]
+    receivers = Counter(
+        visible(c.flow.text_of(int(i)), 24)
+        for c in closeups
+        for i, gain in zip(c.flow.argmax, c.flow.measured.argmax, strict=True)
+        if float(gain) > 0
+    )
+    often = ", ".join(f"‘{t}’" for t, _ in receivers.most_common(3))
+    star = shares["argmax"]
+    if star > 1:
+        text = (
+            f"For 100 units of probability that rejected tokens lose, the one likeliest other "
+            f"token of each position gains {100 * star:.0f}: it takes from all others as well"
+        )
     else:
-        text = "No pair pulls the chosen responses down on the whole."
-        said.append({"about": "the pairs", "text": text, **sure})
-    return [*said, *_tell_closeups(closeups, places)]
+        text = (
+            f"Of the probability that rejected tokens lose, {_percent(star)} goes to the one "
+            f"likeliest other token of each position, {_percent(shares['top'])} to the next nine, "
+            f"{_percent(shares['rest'])} to all the rest"
+        )
+    text += f". Most often it is {often}" if often else ""
+    text += ". That is the squeezing effect." if star >= 0.5 else "."
+    positions = sum(len(c.flow.labels) for c in closeups)
+    return [{
+        "about": "the mass", "text": text, "kind": "measured",
+        "sure": f"measured: a real step of each pair's share on a float64 copy, {positions} "
+        f"positions of {_count(len(closeups), 'response')}",
+    }]  # fmt: skip
 
 
-def _tell_closeups(
-    closeups: Sequence[CloseUp], places: Sequence[int] | None
-) -> list[dict[str, str]]:
-    said = []
-    for closeup in closeups[:1]:
-        dec = closeup.decomposition
-        observed = dec[-1] if len(dec) > 2 else dec[0]
-        lowering = [
-            (dec.update_tokens[i], v)
-            for i, v in enumerate(observed.influence.sum(0).tolist())
-            if v < 0
-        ]
-        total = sum(v for _, v in lowering)
-        if total < 0:
-            shares: dict[str, float] = {}
-            for token, value in lowering:
-                name = visible(token.text, 24)
-                shares[name] = shares.get(name, 0.0) + value / total
-            top = sorted(shares, key=lambda k: -shares[k])[:4]
-            quoted = ", ".join(f"‘{t}’ ({shares[t]:.0%})" for t in top)
-            whose = "its own y+" if len(dec) < 3 else observed.name
-            said.append({
-                "about": "the tokens",
-                "text": f"In {_named([closeup.pair], places)}, the most harmful, what lowers "
-                f"{whose} comes through {quoted}.",
-                "kind": "exact",
-                "sure": "exact to first order, token by token; the rows sum to a separate push of "
-                f"the step (largest difference {max(o.agreement for o in dec):.0e})",
-            })  # fmt: skip
+def _mass(closeups: Sequence[CloseUp]) -> dict[str, float] | None:
+    """Shares of what rejected tokens lost; None where they lost nothing."""
     flows = [c.flow.summary()["measured"] for c in closeups]
     lost = -sum(f["label"] for f in flows)
-    if lost > 0:
-        star, top, rest = (sum(f[k] for f in flows) / lost for k in ("argmax", "top", "rest"))
-        receivers = Counter(
-            visible(c.flow.text_of(int(i)), 24)
-            for c in closeups
-            for i, gain in zip(c.flow.argmax, c.flow.measured.argmax, strict=True)
-            if float(gain) > 0
-        )
-        often = ", ".join(f"‘{t}’" for t, _ in receivers.most_common(3))
-        word = "That is the squeezing effect" if star >= 0.5 else "It is spread, not squeezed"
-        positions = sum(len(c.flow.labels) for c in closeups)
-        said.append({
-            "about": "the mass",
-            "text": f"Of the probability that the rejected tokens lose, {star:.0%} goes to the one "
-            f"likeliest other token of each position (most often {often or 'none'}), {top:.0%} to "
-            f"the next nine and {rest:.0%} to all the rest. {word}.",
-            "kind": "measured",
-            "sure": f"measured: a real step on a float64 copy, {positions} positions of "
-            f"{_count(len(closeups), 'response')}",
-        })  # fmt: skip
-    return said
+    if lost <= 0:
+        return None
+    return {k: sum(f[k] for f in flows) / lost for k in ("argmax", "top", "rest")}
 
 
 def warnings(
@@ -316,17 +391,22 @@ def warnings(
         rows.append({"state": state, "what": what, "sure": how, "do": do})
 
     falls = float((up < 0).double().mean())
-    losses = [o for o in found.objectives() if o["objective"] not in ("sft", "unlikelihood")]
-    mine = next((o for o in losses if o["objective"] == found.objective), None)
-    best = min(losses, key=lambda o: (o["chosen_falls"], -o["chosen"]))
+    losses = [
+        o for o in found.objectives() if o["chosen"] > o["rejected"]
+        and o["objective"] not in ("sft", "unlikelihood", found.objective)
+    ]  # fmt: skip
+    best = min(losses, key=lambda o: (o["chosen_falls"], -o["chosen"]), default=None)
     other = ""
-    if mine is None or best["chosen_falls"] < mine["chosen_falls"]:
-        other = f" A step of {best['objective']} lowers {best['chosen_falls']:.0%} of them."
+    if best is not None and best["chosen_falls"] < falls:
+        other = (
+            f" A step of {best['objective']}, which widens the margins too, lowers "
+            f"{_percent(best['chosen_falls'])}."
+        )
     add(
         "act" if falls > 0.5 else "note" if falls > 0.05 else "fine",
-        f"log π(y+) falls in {falls:.0%} of the pairs",
-        ("Leave out or reweight the pairs below, or change the loss." + other)
-        if falls > 0.05 else "Nothing.",
+        f"log π(y+) falls in {_percent(falls)} of the pairs",
+        f"Leave out or reweight the pairs below, or change the loss.{other}"
+        if falls > 0.05 else "",
     )  # fmt: skip
     harmful = gives[gives < 0]
     if len(harmful):
@@ -334,59 +414,56 @@ def warnings(
         share, against = float(gives[top].sum() / harmful.sum()), float(gives[gives > 0].sum())
         heavy = float(-harmful.sum()) > 0.25 * against
         add(
-            "act" if heavy and share > 0.5 else "note",
-            f"{_count(len(top))} of {n} do {share:.0%} of the harm that pairs do to all chosen "
-            "responses",
-            f"Read {_named(top, places)}; leave them out: "
-            f"lddyn diagnose … --drop {len(top)} --write kept.jsonl",
+            "act" if heavy and share > 0.4 else "note",
+            f"{len(top)} of {_count(n)} do{'es' if len(top) == 1 else ''} {_percent(share)} of the "
+            "harm to all chosen responses",
+            f"Read {_named(top, places)}. To leave out: lddyn diagnose … --drop {len(top)} "
+            "--write kept.jsonl",
         )  # fmt: skip
     else:
-        add("fine", "no pair harms the chosen responses on the whole", "Nothing.")
+        add("fine", "no pair harms the chosen responses on the whole", "")
     entangled = [i for i in range(n) if float(scores["own_chosen"][i]) < 0]
     add(
         ("act" if len(entangled) > 0.2 * n else "note") if entangled else "fine",
-        f"{_count(len(entangled))} would lower their own y+ even alone: y+ and y− are too alike",
-        f"Rewrite one response, or leave out {_named(entangled, places)}."
-        if entangled else "Nothing.",
-        "exact, first order",
-    )  # fmt: skip
+        f"{_count(len(entangled))} would lower "
+        f"{'its' if len(entangled) == 1 else 'their'} own y+ even alone"
+        + (": y+ and y− are too alike" if entangled else ""),
+        f"Rewrite one response, or leave out {_named(entangled, places)}." if entangled else "",
+    )
     same = [i for i in range(n) if float(scores["edit_distance"][i]) < 0.1]
     if same:
-        add("note", f"{_count(len(same))} differ in fewer than one token of ten",
-            f"Check that they mean a difference: {_named(same, places)}.", "exact")  # fmt: skip
-    deep = scores["valley"] < scores["log_prob_chosen"] / _lengths(found) - 2
-    if bool(deep.any()):
-        number = int(deep.sum())
+        add("note", f"y+ and y− of {_count(len(same))} differ in fewer than one token of ten",
+            f"Check that the difference is meant: {_named(same, places)}.", "exact")  # fmt: skip
+    deep = int((scores["valley"] < scores["log_prob_chosen"] / _lengths(found) - 2).sum())
+    if deep:
         add(
             "note",
-            f"in {_count(number)} a token of y− is over 2 nats less likely than one of y+: pushed "
-            "down from a valley, its mass goes to what is likely already",
-            "SFT on both responses first (docs: extend), a smaller β, or responses that the model "
-            "itself writes.",
-            "exact now; what it leads to is the paper's §3.3",
+            f"in {deep} of {_count(n)} y− is unlikely already: over 2 nats a token less than y+",
+            "Pushed further down, its mass goes to what is likely already. SFT on both responses "
+            "first, a smaller β, or responses that the model itself writes.",
+            "exact now; what follows is paper §3.3",
         )  # fmt: skip
-    flows = [c.flow.summary()["measured"] for c in closeups]
-    lost = -sum(f["label"] for f in flows)
-    if lost > 0:
-        star = sum(f["argmax"] for f in flows) / lost
+    mass = _mass(closeups)
+    if mass is not None:
+        star = mass["argmax"]
         add(
             "act" if star >= 0.7 else "note" if star >= 0.4 else "fine",
-            f"{star:.0%} of what rejected tokens lose goes to the single likeliest other token",
-            "Watch `greedy` in the run; stop early, or lower β or the learning rate."
-            if star >= 0.4 else "Nothing.",
-            f"measured by a real step, {_count(len(closeups), 'response')}",
+            f"the likeliest other token gains {_percent(star)} of what rejected tokens lose",
+            "Watch the confidence curve of the run; stop early, lower β or the learning rate."
+            if star >= 0.4 else "",
+            f"measured, {_count(len(closeups), 'response')}",
         )  # fmt: skip
     weight = (scores["weight_chosen"].abs() + scores["weight_rejected"].abs()).clamp(min=0)
     idle = int((weight < 0.05 * weight.max()).sum())
     if idle:
-        add("note", f"{_count(idle)} have less than a twentieth of the largest weight: learnt",
-            "They no longer teach; nothing to do.", "exact")  # fmt: skip
+        add("fine", f"{_count(idle)} ha{'s' if idle == 1 else 've'} under 1/20 of the largest "
+            "weight: learnt already", "", "exact")  # fmt: skip
     error = found.set_stderr()
     if error is not None:
         unsure = int((up.abs() < 2 * error[0]).sum())
         add("note" if unsure > n / 10 else "fine",
             f"the sketch leaves the fate of {unsure} of {n} chosen responses open",
-            "Give more memory or a larger sketch." if unsure > n / 10 else "Nothing.",
+            "Give more memory or a larger sketch." if unsure > n / 10 else "",
             "two standard errors")  # fmt: skip
     if measured is not None:
         row = next(r for r in found.correlations(measured) if r["score"] == "set_chosen")
@@ -448,6 +525,7 @@ def write_diagnosis(
         story=tell_diagnosis(found, closeups, dynamics=dynamics, places=places),
         warnings=warnings(found, closeups, measured=measured, places=places),
         lr=f"{unit(found):.3g}",
+        noun="pair" if places is None else "row",
         fates=_fates(found, places),
         sources=_bars(found),
         curves=curves(dynamics),
@@ -458,7 +536,7 @@ def write_diagnosis(
         closeups=[_closeup(i, c, places) for i, c in enumerate(closeups)],
         objectives=_objectives(found),
         correlations=[] if measured is None else found.correlations(measured),
-        meanings=_meanings(),
+        meanings=found.to_dict()["meaning"],
         scores=_scores(found),
         exact=found.stderr is None,
         facts={str(k): readable(str(v)) for k, v in (extra or {}).items()}
@@ -478,12 +556,6 @@ def write_diagnosis(
     return path
 
 
-def _meanings() -> Mapping[str, str]:
-    from lddyn.diagnose import SCORES
-
-    return SCORES
-
-
 def _scores(found: Diagnosis) -> dict[str, Any]:
     """All scores of the pairs in the table, four digits of each."""
     pairs = found.worst(_LISTED)
@@ -493,7 +565,7 @@ def _scores(found: Diagnosis) -> dict[str, Any]:
         "values": plain(
             [[float(f"{float(v[i]):.4g}") for v in found.scores.values()] for i in pairs]
         ),
-        "meanings": dict(_meanings()),
+        "meanings": found.to_dict()["meaning"],
     }
 
 
@@ -575,13 +647,15 @@ def _table(found: Diagnosis, places: Sequence[int] | None, tokenizer: Any) -> li
         if len(prompt) > _PROMPT:
             prompt = "…" + prompt[-_PROMPT:]
         changes = (values["set_chosen"], values["set_rejected"])
+        tinted = _tinted(found, i)
         responses = []
-        for k, (side, example) in enumerate((("chosen y+", chosen), ("rejected y−", rejected))):
+        for k, (side, example) in enumerate((("chosen", chosen), ("rejected", rejected))):
             before = float(found.log_probs[k, i])
+            text = _text(example.response_ids, example.tokens, tokenizer).strip()
             responses.append({
-                "name": side,
-                "text": readable(_text(example.response_ids, example.tokens, tokenizer).strip(),
-                                 _RESPONSE),
+                "name": f"{side} {'y−' if k else 'y+'}",
+                "text": readable(text, _RESPONSE),
+                "tokens": tinted.get(side, []),
                 "moves": f"log π {signed(before, 4)} → {signed(before + changes[k], 4)} nats, "
                 f"{_count(len(example), 'token')}",
             })  # fmt: skip
@@ -610,6 +684,23 @@ def _table(found: Diagnosis, places: Sequence[int] | None, tokenizer: Any) -> li
     return rows
 
 
+def _tinted(found: Diagnosis, pair: int) -> dict[str, list[dict[str, Any]]]:
+    """Response -> its tokens, coloured by what they give to the chosen responses of all pairs."""
+    if pair not in found.touched:
+        return {}
+    rows, scale = found.tokens(pair), unit(found)
+    largest = max([abs(row["gives"]) for row in rows] + [1e-300])
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for row in rows[:_TOKENS]:
+        gives = row["gives"]
+        shown.setdefault(row["response"], []).append({
+            "text": visible(row["text"]), "sign": word(gives),
+            "shade": f"{0.75 * (abs(gives) / largest) ** 0.5:.2f}",
+            "nats": signed(gives * scale, 2),
+        })  # fmt: skip
+    return shown
+
+
 def _map(found: Diagnosis, places: Sequence[int] | None) -> dict[str, Any]:
     """Two pair × pair tables in an order that puts like beside like, as bytes."""
     from scipy.cluster.hierarchy import leaves_list, linkage
@@ -628,6 +719,16 @@ def _map(found: Diagnosis, places: Sequence[int] | None) -> dict[str, Any]:
         order = leaves_list(linkage(distance, "average", optimal_ordering=True)).tolist()
     effect = (effects[:n] * (unit(found) / n))[kept][:, kept].nan_to_num()
 
+    def strongest(values: Tensor, least: bool) -> list[dict[str, Any]]:
+        flat = values.clone().fill_diagonal_(0.0).flatten()
+        top = flat.topk(min(6, len(flat)), largest=not least)
+        return [
+            {"row": _row(kept[at // len(kept)], places), "pair": kept[at // len(kept)],
+             "other": _row(kept[at % len(kept)], places), "text": signed(value, 2)}
+            for at, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            if value * (-1 if least else 1) > 0
+        ]  # fmt: skip
+
     def packed(values: Tensor, largest: float) -> dict[str, Any]:
         cells = (values[order][:, order] / largest * 127).round().clamp(-127, 127).to(torch.int8)
         return {
@@ -640,6 +741,8 @@ def _map(found: Diagnosis, places: Sequence[int] | None) -> dict[str, Any]:
         "pairs": [kept[i] for i in order],
         "rows": [_row(kept[i], places) for i in order],
         "cut": n > len(kept),
+        "alike": strongest(cosine.triu(), False),
+        "drags": strongest(effect, True),
         "views": [
             {"name": "alike", **packed(cosine, 1.0)},
             {"name": "effect", **packed(effect, largest)},
@@ -649,44 +752,50 @@ def _map(found: Diagnosis, places: Sequence[int] | None) -> dict[str, Any]:
 
 def _closeup(number: int, closeup: CloseUp, places: Sequence[int] | None) -> dict[str, Any]:
     dec, flow = closeup.decomposition, closeup.flow
-    positions: list[dict[str, Any]] = []
-    for m, token in enumerate(flow.tokens):
-        real = flow.measured
-        moved = {k: float(getattr(real, k)[m]) for k in ("label", "argmax", "top", "rest")}
-        positions.append({
-            "token": visible(token, 18),
-            "star": visible(flow.text_of(int(flow.argmax[m])), 18),
-            "before": f"{float(flow.log_probs[m, flow.labels[m]].exp()):.2g}",
-            **moved,
-        })  # fmt: skip
-    largest = max([abs(p[k]) for p in positions for k in ("label", "argmax", "top", "rest")])
-    order = sorted(range(len(positions)), key=lambda m: positions[m]["label"])[:12]
+    names = {"chosen": "its own y+", "rejected": "its own y−"}
+    if closeup.victim is not None:
+        names["victim"] = f"y+ of {_named([closeup.victim], places)}, which it lowers most"
+    tokens = token_data(dec)
+    for observed, response in zip(dec, tokens["responses"], strict=True):
+        response["name"] = names[observed.name]
+    real = flow.measured
+    moved = {k: getattr(real, k) for k in ("label", "argmax", "top", "rest")}
+    order = moved["label"].argsort(stable=True)[:12].tolist()
     return {
         "number": number,
         "row": _row(closeup.pair, places),
-        "pair": closeup.pair,
-        "tokens": token_data(dec),
-        "names": [printable(o.name) for o in dec],
+        "tokens": tokens,
+        "names": [response["name"] for response in tokens["responses"]],
+        "total": _flow_bars({k: float(v.sum()) for k, v in moved.items()}),
         "flow": [
-            {**positions[m], "bars": [
-                {"name": name, "nats": signed(positions[m][k], 2), "sign": word(positions[m][k]),
-                 "share": 100 * abs(positions[m][k]) / (largest or 1.0)}
-                for k, name in (("label", "the token itself"), ("argmax", "likeliest other"),
-                                ("top", "next nine"), ("rest", "all the rest"))
-            ]}
+            {
+                "token": visible(flow.tokens[m], 18),
+                "star": visible(flow.text_of(int(flow.argmax[m])), 18),
+                "before": f"{float(flow.log_probs[m, flow.labels[m]].exp()):.2g}",
+                "bars": _flow_bars({k: float(v[m]) for k, v in moved.items()}),
+            }
             for m in order
         ],
-        "positions": len(positions),
-    }  # fmt: skip
+        "positions": len(flow.tokens),
+    }
+
+
+def _flow_bars(moved: Mapping[str, float]) -> list[dict[str, Any]]:
+    names = {"label": "the token", "argmax": "likeliest other", "top": "next nine", "rest": "rest"}
+    largest = max([abs(v) for v in moved.values()] + [1e-300])
+    return [
+        {"name": names[k], "nats": signed(v, 2), "sign": word(v), "share": 100 * abs(v) / largest}
+        for k, v in moved.items()
+    ]
 
 
 def _objectives(found: Diagnosis) -> list[dict[str, Any]]:
     rows = found.objectives()
-    largest = max([abs(r[k]) for r in rows for k in ("chosen", "rejected")] + [1e-300])
+    largest = {k: max([abs(r[k]) for r in rows] + [1e-300]) for k in ("chosen", "rejected")}
     return [
         {**row, "mine": row["objective"] == found.objective, "bars": [
-            {"sign": word(row[k]), "text": signed(row[k], 2), "share": 100 * abs(row[k]) / largest}
-            for k in ("chosen", "rejected")
+            {"sign": word(row[k]), "text": signed(row[k], 2), "share": 100 * abs(row[k]) / most}
+            for k, most in largest.items()
         ]}
         for row in sorted(rows, key=lambda r: (r["chosen_falls"], -r["chosen"]))
     ]  # fmt: skip

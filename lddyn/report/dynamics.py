@@ -93,7 +93,7 @@ def tell_dynamics(rows: Rows) -> list[str]:
         said.append(text if number else f"Over {last:.0f} steps of the watched run, {text}")
     if not said:
         return []
-    lines = [" and ".join(said) + "."]
+    lines = [", and ".join(said) + "."]
     others = [k for k in changes if k not in names and changes[k][-1][1] < 0]
     if others and any(changes[k][-1][1] < 0 for k in names):
         named = ", ".join(f"{printable(k)} {signed(changes[k][-1][1])}" for k in others[:4])

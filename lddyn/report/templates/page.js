@@ -176,7 +176,7 @@ if (pairs) {
 
   const map = document.querySelector(".map"), data = read("map-data"), n = data.pairs.length;
   const canvas = map.querySelector("canvas"), says = map.querySelector(".says");
-  const select = map.querySelector("select");
+  const select = map.querySelector("select"), noun = map.dataset.noun;
   const views = data.views.map(v =>
     ({ ...v, cells: Int8Array.from(atob(v.cells), c => c.charCodeAt(0)) }));
   const mark = { row: -1, column: -1 };
@@ -188,8 +188,7 @@ if (pairs) {
     const [up, down] = ["--up-rgb", "--down-rgb"].map(k => style.getPropertyValue(k));
     context.clearRect(0, 0, canvas.width, canvas.height);
     view.cells.forEach((v, i) => {
-      const shade = view.name === "alike" ? Math.abs(v) / 127 :
-        Math.asinh(Math.abs(v) / 6) / Math.asinh(127 / 6);
+      const shade = Math.asinh(Math.abs(v) / 6) / Math.asinh(127 / 6);
       context.fillStyle = `rgba(${v > 0 ? up : down},${shade.toFixed(3)})`;
       context.fillRect((i % n) * zoom, Math.floor(i / n) * zoom, zoom, zoom);
     });
@@ -204,8 +203,8 @@ if (pairs) {
     const value = view.cells[mark.row * n + mark.column] / 127 * view.largest;
     const [one, other] = [data.rows[mark.row], data.rows[mark.column]];
     says.textContent = view.name === "alike"
-      ? `rows ${one} and ${other}: cosine ${nats(Number(value.toFixed(2)))}`
-      : `row ${other} moves log π(y+) of row ${one} by ${nats(Number(value.toPrecision(2)))} nats`;
+      ? `${noun}s ${one} and ${other}: cosine ${nats(Number(value.toFixed(2)))}`
+      : `${noun} ${other} moves log π(y+) of ${noun} ${one} by ${nats(Number(value.toPrecision(2)))} nats`;
     draw();
   };
   const where = e => {
