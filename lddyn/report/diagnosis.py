@@ -166,7 +166,7 @@ def _count(number: int, of: str = "pair") -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %".replace("-", "−")
+    return f"{100 * share:.0f}\u00a0%".replace("-", "−")
 
 
 def _named(pairs: Sequence[int], places: Sequence[int] | None, most: int = 5) -> str:
@@ -294,7 +294,8 @@ def _mechanism(parts: Mapping[str, Tensor], falls: Tensor) -> str:
         cause = torch.stack([v[falls] for v in parts.values()]).argmin(0).tolist()
         name, times = Counter(list(parts)[i] for i in cause).most_common(1)[0]
         text += (
-            f" Where y+ falls, the strongest pull down is in {times} of {len(cause)} pairs "
+            f" Where y+ falls, the strongest pull down is in "
+            f"{'all' if times == len(cause) else f'{times} of'} {_count(len(cause))} "
             f"{_SOURCES[name]}: they share directions in the weights with it."
         )
     return text
@@ -417,7 +418,7 @@ def warnings(
             "act" if heavy and share > 0.4 else "note",
             f"{len(top)} of {_count(n)} do{'es' if len(top) == 1 else ''} {_percent(share)} of the "
             "harm to all chosen responses",
-            f"Read {_named(top, places)}. To leave out: lddyn diagnose … --drop {len(top)} "
+            f"Read them ({_named(top, places)}). To leave out: lddyn diagnose … --drop {len(top)} "
             "--write kept.jsonl",
         )  # fmt: skip
     else:
@@ -470,11 +471,11 @@ def warnings(
         good = row["low"] > 0
         add(
             "fine" if row["low"] > 0.5 else "note" if good else "act",
-            f"the prediction ranks the measured changes with ρ = {row['rho']:+.2f}",
+            f"the prediction ranks the changes that training made with ρ = {row['rho']:.2f}",
             "Trust the ranking." if row["low"] > 0.5 else
             "Trust the direction of groups of pairs, not the order of single ones." if good else
             "The run did not do what a small step foretells: diagnose a later checkpoint.",
-            f"95 %: {row['low']:+.2f} to {row['high']:+.2f}",
+            f"95 % interval: {row['low']:.2f} to {row['high']:.2f}".replace("-", "−"),
         )  # fmt: skip
     order = {"act": 0, "note": 1, "fine": 2}
     return sorted(rows, key=lambda row: order[row["state"]])
@@ -535,7 +536,7 @@ def write_diagnosis(
         map=_map(found, places),
         closeups=[_closeup(i, c, places) for i, c in enumerate(closeups)],
         objectives=_objectives(found),
-        correlations=[] if measured is None else found.correlations(measured),
+        correlations=[] if measured is None else _correlations(found, measured),
         meanings=found.to_dict()["meaning"],
         scores=_scores(found),
         exact=found.stderr is None,
@@ -760,7 +761,7 @@ def _closeup(number: int, closeup: CloseUp, places: Sequence[int] | None) -> dic
         response["name"] = names[observed.name]
     real = flow.measured
     moved = {k: getattr(real, k) for k in ("label", "argmax", "top", "rest")}
-    order = moved["label"].argsort(stable=True)[:12].tolist()
+    order = moved["label"].argsort(stable=True)[:11].tolist()
     return {
         "number": number,
         "row": _row(closeup.pair, places),
@@ -798,4 +799,16 @@ def _objectives(found: Diagnosis) -> list[dict[str, Any]]:
             for k, most in largest.items()
         ]}
         for row in sorted(rows, key=lambda r: (r["chosen_falls"], -r["chosen"]))
+    ]  # fmt: skip
+
+
+def _correlations(found: Diagnosis, measured: Tensor) -> list[dict[str, Any]]:
+    def shown(value: float) -> str:
+        return f"{value:+.2f}".replace("-", "−")
+
+    meanings = found.to_dict()["meaning"]
+    return [
+        row | {"what": meanings[row["score"]], "value": shown(row["rho"]), "sign": word(row["rho"]),
+               "ends": f"{shown(row['low'])} to {shown(row['high'])}"}
+        for row in found.correlations(measured)
     ]  # fmt: skip

@@ -117,12 +117,9 @@ def tell_dynamics(rows: Rows) -> list[str]:
     if size > 0:
         error = sum(abs(p - m) for p, m in known) / size
         lines.append(
-            f"J Δθ of the optimizer's true steps missed what single steps did by {error:.0%} of "
-            f"its size ({len(known)} comparisons)."
+            f"What single steps did, J Δθ with the optimizer's own step foretold up to "
+            f"{100 * error:.0f}\u00a0% ({len(known)} comparisons)."
         )
-    spent = [row["overhead"] for row in rows if math.isfinite(row.get("overhead", math.nan))]
-    if spent:
-        lines.append(f"Watching took {spent[-1]:.1%} of the time of training.")
     return lines
 
 
@@ -151,10 +148,15 @@ def curves(rows: Rows) -> list[dict[str, Any]]:
             line["label"] = least = max(line["end"][1], least)
             least += 13
         zero = next((t["at"] for t in upwards if t["text"] == "0"), None)
-        ticks = [t | {"text": t["text"].lstrip("+")} for t in across]
-        shown.append({"title": title, "measure": measure, "x": ticks, "y": upwards,
+        if what != "change":
+            upwards = _unsigned(upwards)
+        shown.append({"title": title, "measure": measure, "x": _unsigned(across), "y": upwards,
                       "zero": zero, "lines": lines, "height": max(262, int(least))})  # fmt: skip
     return shown
+
+
+def _unsigned(ticks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [t | {"text": t["text"].lstrip("+")} for t in ticks]
 
 
 def write_dynamics(
@@ -180,13 +182,18 @@ def write_dynamics(
     path = Path(path)
     text = render(
         "dynamics.html", title=title, run=tell_dynamics(rows), curves=curves(rows),
-        table=_table(rows), facts={**(extra or {}), "made with": versions()},
+        table=_table(rows), facts={**(extra or {}), **_cost(rows), "made with": versions()},
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text)
     text = json.dumps(plain(list(rows)), indent=1, ensure_ascii=False, allow_nan=False)
     replace_file(path.with_name("dynamics.json"), text + "\n")
     return path
+
+
+def _cost(rows: Rows) -> dict[str, str]:
+    spent = [row["overhead"] for row in rows if math.isfinite(row.get("overhead", math.nan))]
+    return {"watching took": f"{100 * spent[-1]:.1f} % of the time of training"} if spent else {}
 
 
 def _table(rows: Rows) -> dict[str, Any]:
