@@ -692,13 +692,29 @@ def demo(
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="What --out wrote.", show_default=False)],
+    run_dir: Annotated[
+        Path,
+        typer.Argument(
+            help="What --out wrote, or the folder of a watched run.", show_default=False
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
-    """Draw the pictures and write the page of a saved run again."""
+    """Write the page of a saved decomposition again, or that of a watched run."""
     with one_line_errors():
         from lddyn import report as reports
 
+        if not any(run_dir.glob("**/decomposition.json")):
+            with contextlib.suppress(FileNotFoundError):  # a watched run instead
+                rows = reports.read_dynamics(run_dir)
+                folder = run_dir if (run_dir / "dynamics.jsonl").is_file() else run_dir / "lddyn"
+                page = reports.write_dynamics(rows, folder / "index.html")
+                told = {"": reports.tell_dynamics(rows)}
+                if as_json:
+                    _print_json({"page": str(page), "told": told})
+                else:
+                    _say(*told[""], f"page: {page}")
+                return
         decs, verifications, summary = reports.read_run(run_dir)
         known = {"title", "opening", "extra", *decs}
         page = reports.write_run(
@@ -750,7 +766,12 @@ def diagnose(
     ] = 4,
     memory: Annotated[str, typer.Option(help="Workspace for gradients.")] = "auto",
     out: Annotated[
-        Path | None, typer.Option(help="Folder for diagnosis.json.", show_default=False)
+        Path | None,
+        typer.Option(help="Folder for the page, index.html, and its tables.", show_default=False),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a watched run: its curves for the page.", show_default=False),
     ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -762,6 +783,8 @@ def diagnose(
         _check_dtype(dtype)
         if drop < 0:
             raise Problem(f"--drop must be 0 or more pairs, got {drop}")
+        if run is not None and out is None:
+            raise Problem("--run is for the page: give --out FOLDER, too")
         if drop and write is None:
             raise Problem("--drop needs --write FILE for the rows that are left")
         if write is not None and write.resolve() == data.resolve():
@@ -806,8 +829,14 @@ def diagnose(
             progress=True, **given,
         )  # fmt: skip
         document = found.to_dict(places)
+        page = None
         if out is not None:
-            found.save(out, places)
+            _progress("writing the page …")
+            extra = {"model": model, "data": str(data), "rows left out": len(skipped)}
+            extra |= {} if reference is None else {"reference": reference}
+            page = found.report(
+                out / "index.html", lm, tokenizer, run=run, places=places, extra=extra
+            )
         if write is not None:
             gone = {places[i] for i in found.worst(drop)}
             harmful = int((found.scores["gives"] < 0).sum())
@@ -840,6 +869,8 @@ def diagnose(
                     repr(token["text"]), *(f"{v:+.3g}" for v in values),
                 )  # fmt: skip
         _print_table(table)
+        if page is not None:
+            _say(f"page: {page} (open it in a browser; its tables are beside it)")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -30,9 +30,9 @@ LAYERS = [
     {"pullback", "pushforward", "norms", "projections"},
     {"lowrank", "sequences", "stream"},
     {"ntk", "proxies", "store", "query", "plan", "sketch", "features"},
-    {"dynamics", "probes", "massflow", "decompose", "diagnosis", "diagnose", "figures"},
+    {"dynamics", "probes", "massflow", "decompose", "figures"},
     {"console"},
-    {"cli", "report", "lab", "integrations", "demo", "__main__"},
+    {"cli", "report", "diagnosis", "diagnose", "lab", "integrations", "demo", "__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 LEVEL["environment"] = LEVEL["ops"] + 1

@@ -29,7 +29,7 @@ from lddyn.anatomy import Anatomy
 from lddyn.examples import Example
 from lddyn.probes import Encoded, ProbeSet, measure
 from lddyn.pushforward import AlongDirection, Direction, Pushforward, delta_log_probs
-from lddyn.report import plain
+from lddyn.report import plain, write_dynamics
 from lddyn.shards import replace_file
 
 __all__ = ["LearningDynamicsCallback"]
@@ -50,7 +50,8 @@ class LearningDynamicsCallback(TrainerCallback):  # type: ignore[misc]
 
     All rows, with every single example's log-prob, are appended to FOLDER/dynamics.jsonl; they are
     read again when training resumes from a checkpoint with the same probes. A file of an earlier
-    run, or of other probes, is renamed to dynamics-1.jsonl, -2, …
+    run, or of other probes, is renamed to dynamics-1.jsonl, -2, … The end of training draws the
+    rows as a page, FOLDER/index.html.
 
     Args:
         probes: A file or `ProbeSet` (encoded with the trainer's tokenizer at the start), an
@@ -147,14 +148,16 @@ class LearningDynamicsCallback(TrainerCallback):  # type: ignore[misc]
             self._pass(_plain(kwargs["model"]), args, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Makes a last pass if the budget has room for it."""
+        """Makes a last pass if the budget has room for it, and writes the page."""
         done = self.rows and self.rows[-1]["step"] == state.global_step
         # The trainer may have put the best checkpoint back: those are not the last step's weights.
         other = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        if self._broken or done or other or not self._affordable():
-            return
-        with self._safely("end"):
-            self._pass(_plain(kwargs["model"]), args, state, control)
+        if not (self._broken or done or other) and self._affordable():
+            with self._safely("end"):
+                self._pass(_plain(kwargs["model"]), args, state, control)
+        if self.rows and self.folder is not None and not self._broken:
+            with self._safely("page"):
+                write_dynamics(self.rows, self.folder / "index.html")
 
     # ----- budget
 

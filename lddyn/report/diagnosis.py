@@ -34,17 +34,18 @@ __all__ = ["CloseUp", "look_closer", "tell_diagnosis", "warnings", "write_diagno
 _MAPPED = 256  # pairs in the map
 _LISTED = 500  # pairs in the table
 _PROMPT, _RESPONSE = 600, 1200  # characters of a text in the table
+_COPIED = 1 << 29  # parameters of a model that is copied in float64 for a real step
 _TOKENS = 800  # coloured tokens of a pair
 
 # Score -> heading of the table's column, and what it says.
 _COLUMNS = {
-    "gives": ("to all y+", "what this pair's share of the step does to the chosen responses of "
-              "all pairs together"),
+    "gives": ("does to all y+", "what this pair's share of the step does to log π(y+), mean over "
+              "all pairs"),
     "set_chosen": ("Δ y+", "what the step on the whole set does to log π(y+) of this pair"),
     "set_rejected": ("Δ y−", "what the step on the whole set does to log π(y−) of this pair"),
     "own_chosen": ("own Δ y+", "what this pair's own share of the step does to its log π(y+)"),
     "cosine": ("cos(g+, g−)", "how alike the gradients of y+ and y− are: 1 is the same direction"),
-    "valley": ("y− a token", "mean log π of a token of y−: the lower, the deeper in a valley"),
+    "valley": ("y− per token", "mean log π of a token of y−: the lower, the deeper in a valley"),
 }  # fmt: skip
 
 
@@ -87,7 +88,8 @@ def look_closer(
     Returns:
         A CloseUp for each; none where no step moves anything.
 
-    Cost: a `decompose` of three responses and a `massflow` of one for each pair.
+    Cost: a `decompose` of three responses and a `massflow` of one for each pair, the latter with a
+    real step on a copy of the model, in float64 up to half a billion parameters.
     """
     from lddyn.decompose import decompose
     from lddyn.massflow import massflow
@@ -95,6 +97,8 @@ def look_closer(
 
     lr, closeups = unit(found) / len(found), []
     effects = _effects(found)
+    small = sum(p.numel() for p in model.parameters()) <= _COPIED
+    dtype = torch.float64 if small else None
     for pair in (found.worst(3) if pairs is None else pairs) if lr else ():
         chosen, rejected = found.pairs[pair]
         update = preference(
@@ -107,7 +111,7 @@ def look_closer(
         victim = int(others.argmin()) if float(others.min()) < 0 else None
         if victim is not None:
             observed = {"victim": found.pairs[victim][0], **observed}
-        flow = massflow(model, rejected, update, lr=lr)
+        flow = massflow(model, rejected, update, lr=lr, dtype=dtype)
         if tokenizer is not None:  # running text, not a byte-level tokenizer's own spelling
             flow.text_of = lambda token: str(tokenizer.decode([token]))
         closeups.append(
@@ -166,7 +170,7 @@ def _count(number: int, of: str = "pair") -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f}\u00a0%".replace("-", "−")
+    return f"{100 * share:.0f}%".replace("-", "−")
 
 
 def _named(pairs: Sequence[int], places: Sequence[int] | None, most: int = 5) -> str:
@@ -364,7 +368,7 @@ def _tell_mass(found: Diagnosis, closeups: Sequence[CloseUp]) -> list[dict[str, 
     positions = sum(len(c.flow.labels) for c in closeups)
     return [{
         "about": "the mass", "text": text, "kind": "measured",
-        "sure": f"measured: a real step of each pair's share on a float64 copy, {positions} "
+        "sure": f"measured: a real step of each pair's share on a copy, {positions} "
         f"positions of {_count(len(closeups), 'response')}",
     }]  # fmt: skip
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lddyn.figures import printable, signed
-from lddyn.report.page import axis, plain, render, versions
+from lddyn.report.page import axis, render, versions
 from lddyn.shards import replace_file
 
 __all__ = ["read_dynamics", "tell_dynamics", "write_dynamics"]
@@ -66,9 +66,14 @@ def _series(rows: Rows, what: str) -> dict[str, list[tuple[float, float]]]:
     )
     found = {}
     for kind in kinds:
-        values = [(row["step"], row.get(f"{what}/{kind}", math.nan)) for row in rows]
+        values = [(row["step"], _number(row, f"{what}/{kind}")) for row in rows]
         found[kind] = [(s, v) for s, v in values if math.isfinite(v)]
     return {kind: values for kind, values in found.items() if values}
+
+
+def _number(row: Mapping[str, Any], name: str) -> float:
+    value = row.get(name)
+    return math.nan if value is None else float(value)
 
 
 def tell_dynamics(rows: Rows) -> list[str]:
@@ -118,7 +123,7 @@ def tell_dynamics(rows: Rows) -> list[str]:
         error = sum(abs(p - m) for p, m in known) / size
         lines.append(
             f"What single steps did, J Δθ with the optimizer's own step foretold up to "
-            f"{100 * error:.0f}\u00a0% ({len(known)} comparisons)."
+            f"{100 * error:.0f}% ({len(known)} comparisons)."
         )
     return lines
 
@@ -163,11 +168,11 @@ def write_dynamics(
     rows: Rows, path: str | Path, *, title: str = "What training did to its responses",
     extra: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
-    """Writes a watched run as one self-contained HTML page, and its rows as JSON beside it.
+    """Writes a watched run as one self-contained HTML page.
 
     Args:
         rows: `read_dynamics(FOLDER)`, or `LearningDynamicsCallback.rows`.
-        path: The file; its folder is made. dynamics.json goes beside it.
+        path: The file; its folder is made.
         title: Heading.
         extra: Facts for the table at the end.
 
@@ -186,13 +191,11 @@ def write_dynamics(
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text)
-    text = json.dumps(plain(list(rows)), indent=1, ensure_ascii=False, allow_nan=False)
-    replace_file(path.with_name("dynamics.json"), text + "\n")
     return path
 
 
 def _cost(rows: Rows) -> dict[str, str]:
-    spent = [row["overhead"] for row in rows if math.isfinite(row.get("overhead", math.nan))]
+    spent = [v for row in rows if math.isfinite(v := _number(row, "overhead"))]
     return {"watching took": f"{100 * spent[-1]:.1f} % of the time of training"} if spent else {}
 
 
@@ -205,7 +208,7 @@ def _table(rows: Rows) -> dict[str, Any]:
         "kinds": [printable(k) for k in kinds],
         "rows": [
             {"step": int(row["step"]),
-             "values": [signed(row.get(f"log_prob/{k}", math.nan), 4) for k in kinds]}
+             "values": [signed(_number(row, f"log_prob/{k}"), 4) for k in kinds]}
             for row in kept
         ],
     }  # fmt: skip
