@@ -1,16 +1,18 @@
-"""Does leaving out the pairs that `lddyn.diagnose` names change what DPO does to chosen responses?
+"""Does what `lddyn.diagnose` says of pairs change what DPO does to chosen responses?
 
     python benchmarks/dropped_pairs.py MODEL PAIRS.jsonl --out benchmarks/results/dropped-pairs.json
 
-SFT on the chosen responses, so that their log-probs are high; a diagnosis there; then DPO, in
-several orders of the data: with all pairs, without the worst, without as many drawn at random,
-without the best. Measured is the mean change of log π(y+) over all pairs, trained on or not.
+SFT on the chosen responses, so that their log-probs are high; a diagnosis there, of the run that
+follows; then DPO, in several orders of the data: with all pairs, without the worst, reweighted,
+without as many drawn at random. Measured is the mean change of log π(y+) over all pairs, trained on
+or not. With --second on other pairs of the file, which nothing in lddyn was tuned on.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import time
 from typing import Any
 
 import torch
@@ -25,15 +27,17 @@ from lddyn.probes import measure
 Pairs = list[tuple[lddyn.Example, lddyn.Example]]
 
 
-def read(path: str, tokenizer: Any, count: int, longest: int) -> Pairs:
-    """The first pairs that are no longer than `longest` tokens."""
+def read(path: str, tokenizer: Any, count: int, longest: int, but: Pairs | None = None) -> Pairs:
+    """The first pairs that are no longer than `longest` tokens, and not among others."""
     found: Pairs = []
+    others = {pair[0].content_id for pair in but or []}
     for row in rows(path):
         try:
             pair = encode_row(tokenizer, {k: row[k] for k in ("prompt", "chosen", "rejected")})
         except ValueError:  # an empty response
             continue
-        if max(e.length for e in pair.values()) <= longest:
+        fits = max(e.length for e in pair.values()) <= longest
+        if fits and pair["chosen"].content_id not in others:
             found.append((pair["chosen"], pair["rejected"]))
         if len(found) == count:
             break
@@ -52,8 +56,12 @@ def log_probs(model: Any, examples: list[lddyn.Example]) -> Tensor:
     )
 
 
-def finetune(model: Any, pairs: Pairs, epochs: int, rate: float, seed: int, beta: float) -> None:
+def finetune(
+    model: Any, pairs: Pairs, epochs: int, rate: float, seed: int, beta: float,
+    shares: Tensor | None = None,
+) -> None:  # fmt: skip
     """DPO against the model it begins with; SFT on the chosen responses if beta is 0."""
+    shares = torch.ones(len(pairs)) if shares is None else shares
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     chosen, rejected = ([p[side] for p in pairs] for side in (0, 1))
@@ -66,7 +74,7 @@ def finetune(model: Any, pairs: Pairs, epochs: int, rate: float, seed: int, beta
             else:
                 down = log_probs(model, [rejected[i] for i in part])
                 margin = (up - reference[0][part]) - (down - reference[1][part])
-                loss = -torch.nn.functional.logsigmoid(beta * margin).mean()
+                loss = -(shares[part] * torch.nn.functional.logsigmoid(beta * margin)).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -99,50 +107,82 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("pairs")
     parser.add_argument("--out", required=True)
+    parser.add_argument("--second", action="store_true", help="pairs that nothing was tuned on")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--drop", type=int, default=16)
-    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sft-epochs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--beta", type=float, default=0.1)
     args = parser.parse_args()
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     pairs = read(args.pairs, tokenizer, args.count, 128)
+    if args.second:
+        pairs = read(args.pairs, tokenizer, args.count, 160, but=pairs)
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model).eval()
-    record(args.out, "one step", one_step(model, pairs, args.beta, 1e-3))
+    if not args.second:
+        record(args.out, "one step", one_step(model, pairs, args.beta, 1e-3))
     finetune(model, pairs, args.sft_epochs, 1e-3, 0, 0.0)
-    found = lddyn.diagnose(model, pairs, "dpo", beta=args.beta)
-    print("\n".join(found.tell()))
+    run = lddyn.Run(lr=args.lr, epochs=args.epochs, batch=8)
+    started = time.perf_counter()
+    found = lddyn.diagnose(model, pairs, "dpo", beta=args.beta, run=run, memory="6GiB")
+    seconds = time.perf_counter() - started
+    print("\n".join(found.tell()), flush=True)
     sides = [[p[side] for p in pairs] for side in (0, 1)]
     before = [measure(model, x).log_prob for x in sides]
 
-    def change(kept: list[int], seed: int) -> tuple[Tensor, Tensor]:
+    def measured(kept: list[int], shares: Tensor, seed: int) -> Tensor:
         trained = copy.deepcopy(model)
-        finetune(trained, [pairs[i] for i in kept], args.epochs, 1e-4, seed, args.beta)
-        after = (measure(trained, x).log_prob for x in sides)
-        up, down = (x - y for x, y in zip(after, before, strict=True))
-        return up, down
+        part = [pairs[i] for i in kept]
+        finetune(trained, part, args.epochs, args.lr, seed, args.beta, shares[kept])
+        after = [measure(trained, x).log_prob for x in sides]
+        return torch.stack(after) - torch.stack(before)
 
-    everything, worst = list(range(len(pairs))), set(found.worst(args.drop))
-    best = set(found.scores["gives"].argsort(descending=True)[: args.drop].tolist())
-    runs, moved = [], torch.zeros(len(pairs), dtype=torch.float64)
+    everything, even = list(range(len(pairs))), torch.ones(len(pairs)).double()
+    by_step = found.scores["gives"].argsort(stable=True)[: args.drop].tolist()
+    runs, moved, seconds_trained = [], torch.zeros(2, len(pairs)).double(), 0.0
     for seed in range(args.seeds):
         generator = torch.Generator().manual_seed(100 + seed)
-        random = set(torch.randperm(len(pairs), generator=generator)[: args.drop].tolist())
+        random = torch.randperm(len(pairs), generator=generator)[: args.drop].tolist()
+        ways = {
+            "none": ([], even), "random": (random, even), "worst by a step": (by_step, even),
+            "worst by the run": (found.worst(args.drop), even), "reweighted": ([], found.shares()),
+        }  # fmt: skip
         row: dict[str, Any] = {"seed": seed}
-        for name, gone in (("none", set()), ("worst", worst), ("random", random), ("best", best)):
-            up, down = change([i for i in everything if i not in gone], seed)
-            row[name] = {"chosen": float(up.mean()), "rejected": float(down.mean())}
+        for name, (gone, shares) in ways.items():
+            kept = [i for i in everything if i not in gone]
+            started = time.perf_counter()
+            change = measured(kept, shares, seed)
             if name == "none":
-                moved += up / args.seeds
+                moved += change / args.seeds
+                seconds_trained += (time.perf_counter() - started) / args.seeds
+            foretold = found.simulate(leave_out=gone, shares=shares).change
+            row[name] = {
+                "chosen": float(change[0].mean()), "rejected": float(change[1].mean()),
+                "fall": int((change[0] < 0).sum()),
+                "preferred": float((change[0] > change[1]).double().mean()),
+                "foretold": float(foretold[0].mean()),
+            }  # fmt: skip
+            print(seed, name, row[name], flush=True)
         runs.append(row)
-        print({k: v["chosen"] if isinstance(v, dict) else v for k, v in row.items()}, flush=True)
-    record(args.out, "dropped pairs", {
-        "pairs": len(pairs), "dropped": args.drop, "beta": args.beta, "told": found.tell(),
-        "sft_epochs": args.sft_epochs, "epochs": args.epochs,
-        "log_prob_before": [float(x.mean()) for x in before],
-        "worst": sorted(worst), "runs": runs, "correlations": found.correlations(moved),
-    })  # fmt: skip
+        foretold = found.foretold
+        assert foretold is not None
+        record(args.out, "dropped pairs" if args.second else "dropped pairs, tuned on", {
+            "pairs": len(pairs), "dropped": args.drop, "beta": args.beta, "told": found.tell(),
+            "sft_epochs": args.sft_epochs, "epochs": args.epochs, "lr": args.lr,
+            "log_prob_before": [float(x.mean()) for x in before],
+            "worst": found.worst(args.drop), "worst_by_step": by_step,
+            "shares": found.shares().tolist(), "runs": runs,
+            "foretold": foretold.change.mean(1).tolist(),
+            "linear": found.simulate().change.mean(1).tolist(),
+            "seconds": {"diagnosis": seconds, "run": seconds_trained * args.seeds / len(runs)},
+            "correlations": found.correlations(moved[0] * args.seeds / len(runs)),
+            "correlations_rejected": [
+                row for row in found.correlations(moved[1] * args.seeds / len(runs))
+                if row["score"] in ("run_rejected", "set_rejected", "own_rejected")
+            ],
+        })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from lddyn.anatomy import Anatomy, Trace, evaluating, undisturbed
 from lddyn.diagnosis import SCORES, TOKENS, Diagnosis, Pairs, Touched, assemble
 from lddyn.examples import Example
 from lddyn.features import features
+from lddyn.forecast import Forecast, Run
 from lddyn.ledger import UnsupportedModelError
 from lddyn.objectives import hyperparameters
 from lddyn.proxies import lbk
-from lddyn.pullback import DEFAULT_MEMORY, parse_memory
+from lddyn.pullback import DEFAULT_MEMORY, gradient_of_logits, parse_memory
 from lddyn.pushforward import AlongDirection, Pushforward, delta_log_probs
 from lddyn.sketch import Sketch
 
@@ -38,6 +39,7 @@ def diagnose(
     reference: nn.Module | Tensor | None = None,
     memory: int | str = DEFAULT_MEMORY,
     sketch: Sketch | None = None,
+    run: Run | None = None,
     tokens: int = 4,
     progress: bool = False,
     **parameters: float,
@@ -53,6 +55,8 @@ def diagnose(
         memory: Workspace for gradients. Where those of all sequences fit, the Gram is exact;
             otherwise it is estimated from `features(by="sequence")`, with standard errors.
         sketch: For that case. Default: `Sketch()`. Given, it is used in any case.
+        run: How you will train: `found.foretold` is what that does, `found.simulate` what other
+            runs do. For this the gradients of all sequences must fit into memory.
         tokens: Look at the tokens of so many of the most harmful pairs, and of as many whose chosen
             response falls most. Exact in any case.
         progress: Show a bar over sequences.
@@ -63,7 +67,7 @@ def diagnose(
 
     Raises:
         ValueError: If there is no pair, the loss or a parameter is unknown, `tokens` is negative,
-            or an example is too long for the model.
+            an example is too long for the model, or a run is given and gradients do not fit.
 
     Cost: a forward and a backward pass a sequence (two where the Gram is sketched), a push of one
     direction a pair for LBK and a dozen for a named pair (each about four forward passes), and
@@ -103,6 +107,11 @@ def diagnose(
         raise ValueError("no parameter of the model has requires_grad=True: no step moves it")
     bytes_needed = len(examples) * sum(p.numel() for p in parts) * 4
     exact = sketch is None and bytes_needed <= parse_memory(memory)
+    if run is not None and not exact:
+        raise ValueError(
+            f"a run can be foretold where the gradients of all sequences fit: memory must be "
+            f"{bytes_needed} bytes, got {memory!r}, and no sketch"
+        )
     look = _Look(model, parts, pairs)
     gram, stderr = look.all(exact, progress), None
     if not exact:
@@ -122,6 +131,17 @@ def diagnose(
     found = assemble(
         objective, parameters, pairs, gram, stderr, look.log_probs, kept, look.facts, look.marks
     )
+    if run is not None:
+        if look.unopened:
+            raise UnsupportedModelError(f"no run can be foretold of this model: {look.unopened}")
+        if run.optimizer == "adamw":
+            found = replace(found, adam=look.precondition(found, run.batch))
+        foretold = look.foretell(found.simulate(run), progress)
+        measured = dict(zip(("run_chosen", "run_rejected"), foretold.change, strict=True))
+        linear = foretold.path[-1, 0] - foretold.path[0, 0]
+        scores = {**found.scores, **measured, "run_linear": linear, "run_gives": foretold.gives}
+        ordered = {name: scores[name] for name in SCORES}
+        found = replace(found, foretold=foretold, scores=ordered)
     named = dict.fromkeys(found.worst(tokens) + found.falling(tokens))
     culprits = {i: [j for j, _ in found.culprits(i, 4) if j != i][:3] for i in named}
     touched = look.tokens(culprits, progress)
@@ -166,6 +186,8 @@ class _Look:
         self.facts: dict[str, Tensor] = {}
         self.marks: dict[str, list[Tensor]] = {}
         self.mean = torch.zeros(sum(p.numel() for p in parts))  # of g+
+        self.rows: Tensor | None = None  # all gradients, if they fit
+        self.diagonal: Tensor | None = None  # P of Adam
         self.unopened = ""
         try:
             self.anatomy = Anatomy(model)
@@ -202,8 +224,51 @@ class _Look:
                 else:
                     at = torch.tensor([i, n + i])
                     gram[at[:, None], at] = _gram([x["gradient"] for x in seen])
+        self.rows = rows
         self.facts = {name: torch.tensor(x, dtype=torch.float64) for name, x in facts.items()}
         return gram if rows is None else _gram(rows)
+
+    def precondition(self, found: Diagnosis, batch: int) -> tuple[Tensor, float]:
+        """J P Jᵀ for Adam's P of the start, 1/(√v + ε), and Σ v; see `lddyn.forecast`."""
+        assert self.rows is not None
+        n, rows = len(self.pairs), self.rows
+        up, down = (found.scores[f"weight_{x}"].float()[:, None] for x in ("chosen", "rejected"))
+        self.diagonal = torch.empty_like(self.mean)
+        gram, total = torch.zeros(2 * n, 2 * n, dtype=torch.float64), 0.0
+        for start in range(0, rows.shape[1], _COLUMNS):
+            at = slice(start, start + _COLUMNS)
+            part = rows[:, at]
+            pulls = up * part[:n] + down * part[n:]
+            mean = pulls.mean(0).square()
+            v = mean + (pulls.square().mean(0) - mean).clamp(min=0) / batch
+            total += float(v.sum(dtype=torch.float64))
+            self.diagonal[at] = 1 / (v.sqrt() + 1e-8)
+            gram += ((part * self.diagonal[at]) @ part.T).double()
+        return gram, total
+
+    def foretell(self, forecast: Forecast, progress: bool) -> Forecast:
+        """The forecast with its net step taken in all logits, and every y+ divided among pairs."""
+        assert self.rows is not None
+        n, net = len(self.pairs), forecast.coefficients
+        step = net.flatten().float() @ self.rows
+        step = step if self.diagonal is None else step * self.diagonal
+        change, effects = torch.zeros(2, n).double(), torch.zeros(n, n).double()
+        for i, pair in enumerate(tqdm(self.pairs, desc="run", disable=not progress, leave=False)):
+            for side, example in enumerate(pair):
+                trace, moved = self._push(example, [step])
+                before = trace.logits.double().log_softmax(-1)
+                at = trace.targets[:, None]
+                halfway, after = ((before + s * moved[0]).log_softmax(-1) for s in (0.5, 1.0))
+                change[side, i] = (after - before).gather(1, at).sum()
+                if side == 0:
+                    mean = (before.exp() + 4 * halfway.exp() + after.exp()) / 6
+                    rows = (-mean).scatter_add(1, at, torch.ones_like(mean))
+                    gradient = gradient_of_logits(self.anatomy, example, rows)
+                    flat = torch.cat([g.flatten().float().cpu() for g in gradient.values()])
+                    flat = flat if self.diagonal is None else flat * self.diagonal
+                    inner = (self.rows @ flat).double().view(2, n)
+                    effects[i] = (net * inner).sum(0)
+        return replace(forecast, change=change, effects=effects, curved=True)
 
     def tokens(self, culprits: Mapping[int, Sequence[int]], progress: bool) -> dict[int, Touched]:
         """The tokens of the pairs that are keys; of others against a key's chosen response."""
@@ -252,6 +317,9 @@ class _Look:
         return float(lbk(moved[0].cpu(), trace.logits.cpu(), cotangents))
 
 
+_COLUMNS = 1 << 18  # of gradients in one product
+
+
 def _flat(value: Tensor, parts: list[nn.Parameter]) -> Tensor:
     found = torch.autograd.grad(value, parts, allow_unused=True)
     zeros = (g if g is not None else torch.zeros_like(p) for g, p in zip(found, parts, strict=True))
@@ -261,8 +329,8 @@ def _flat(value: Tensor, parts: list[nn.Parameter]) -> Tensor:
 def _gram(rows: Tensor | Sequence[Tensor]) -> Tensor:
     """In chunks of columns, summed in float64."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    for start in range(0, len(rows[0]), 1 << 18):
-        part = torch.stack([row[start : start + (1 << 18)] for row in rows])
+    for start in range(0, len(rows[0]), _COLUMNS):
+        part = torch.stack([row[start : start + _COLUMNS] for row in rows])
         total += (part @ part.T).double()
     return total
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lddyn.examples import Example
+from lddyn.forecast import Forecast, Run, projected, second_moment, simulate
 from lddyn.objectives import PREFERENCES, Pair, hyperparameters
 from lddyn.shards import replace_file
 
@@ -37,6 +38,10 @@ SCORES = {
     "set_rejected": "d log π(y−) by a step on the whole set",
     "own_rejected": "d log π(y−) by a step on this pair alone",
     "gives": "mean d log π(y+) of all pairs by this pair's share of a step on the set",
+    "run_chosen": "Δ log π(y+) that a run is foretold to make, nats (with run=…)",
+    "run_rejected": "Δ log π(y−) likewise",
+    "run_linear": "run_chosen of a model that is linear in log π, without the softmax",
+    "run_gives": "this pair's part in the mean Δ log π(y+) of all pairs by it, nats",
     "norm_chosen": "‖g+‖²",
     "norm_rejected": "‖g−‖²",
     "inner": "⟨g+, g−⟩",
@@ -96,6 +101,9 @@ class Diagnosis:
         stderr: Its standard errors where it was sketched, else None.
         log_probs: (2, N) nats; `reference` those of the reference.
         reference: (2, N) nats.
+        adam: J P Jᵀ, laid out as `gram`, with the diagonal P of Adam at the start, and Σ v; None
+            without a run of it.
+        foretold: What the run does, through the softmax; None without `run`.
         marks: Name -> for every pair what is said of each of its tokens by one forward pass.
         touched: Named pair -> inner products of its tokens' gradients; see `tokens`.
         unopened: Why there are none and no LBK, "" if there are.
@@ -112,6 +120,8 @@ class Diagnosis:
     marks: Mapping[str, Sequence[Tensor]]
     touched: Mapping[int, Touched]
     unopened: str = ""
+    adam: tuple[Tensor, float] | None = None
+    foretold: Forecast | None = None
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -135,8 +145,12 @@ class Diagnosis:
         return variance.sqrt().view(2, -1) / len(self)
 
     def worst(self, count: int | None = None) -> list[int]:
-        """Pairs by what they give to all chosen responses, the most harmful first."""
-        return self.scores["gives"].argsort(stable=True)[:count].tolist()
+        """Pairs by what they give to all chosen responses, the most harmful first.
+
+        In the run, where one was foretold ("run_gives"); else in one step on the set ("gives").
+        """
+        gives = self.scores.get("run_gives", self.scores["gives"])
+        return gives.argsort(stable=True)[:count].tolist()
 
     def culprits(self, pair: int, count: int = 5) -> list[tuple[int, float]]:
         """The pairs that pull this pair's chosen log-prob down most, (pair, d log π per lr)."""
@@ -208,10 +222,73 @@ class Diagnosis:
 
     def under(self, objective: str, **parameters: float) -> Diagnosis:
         """The same pairs under another loss of `PREFERENCES`; no model is needed."""
+        facts = {k: x for k, x in self.scores.items() if not k.startswith("run_")}
         return assemble(
             objective, parameters, self.pairs, self.gram, self.stderr, self.log_probs,
-            self.reference, self.scores, self.marks, self.touched, self.unopened,
+            self.reference, facts, self.marks, self.touched, self.unopened, self.adam,
         )  # fmt: skip
+
+    def simulate(
+        self, run: Run | None = None, leave_out: Sequence[int] = (), shares: Tensor | None = None
+    ) -> Forecast:
+        """A whole run on these pairs, with the gradients that there are now; needs no model.
+
+        Weights of the objective follow the log-probs. True until gradients turn: `foretold` takes
+        the softmax out of it, docs/diagnose.md says what is left of both after real runs. Under
+        another objective (`under`) Adam's P is that of this one, rescaled.
+
+        Args:
+            run: How it trains. Default: that of the diagnosis.
+            leave_out: Pairs that are not trained on; foretold nonetheless.
+            shares: Weight of each pair's loss (N,), as of `shares`. Default: 1.
+
+        Raises:
+            ValueError: If there is no run, Adam was not asked for at the diagnosis, a pair does not
+                exist, none is left, or shares are not N finite numbers.
+
+        Cost: 4 N² a step.
+        """
+        run = run or (self.foretold.run if self.foretold else None)
+        if run is None:
+            raise ValueError("run is needed: lddyn.Run(lr=…), or diagnose(…, run=…)")
+        count, gone = len(self), {int(i) for i in leave_out}
+        if not all(0 <= i < count for i in gone):
+            raise ValueError(f"leave_out must hold pairs from 0 to {count - 1}, got {sorted(gone)}")
+        kept = [i for i in range(count) if i not in gone]
+        if not kept:
+            raise ValueError("leave_out must leave a pair to train on, got all of them")
+        given = torch.ones(count).double() if shares is None else shares.double().cpu()
+        if given.shape != (count,) or not bool(given.isfinite().all()):
+            raise ValueError(f"shares must be {count} finite numbers, got {tuple(given.shape)}")
+        kernel = self.gram
+        if run.optimizer == "adamw":
+            if self.adam is None:
+                raise ValueError(
+                    "Adam's diagonal is not known: diagnose(…, run=lddyn.Run(…)) with memory for "
+                    "all gradients, or Run(optimizer='sgd')"
+                )
+            own = second_moment(self.gram, self._weights(), run.batch)
+            kernel = self.adam[0] * math.sqrt(self.adam[1] / own) if own > 0 else self.adam[0]
+
+        def pull(log_probs: Tensor) -> Tensor:
+            return _weights(self.objective, self.parameters, self.pairs, log_probs, self.reference)
+
+        return simulate(kernel, self.log_probs, pull, run, kept, given)
+
+    def shares(self) -> Tensor:
+        """Weights of the pairs, the least change from 1 after which no y+ is foretold to fall.
+
+            min ‖a − 1‖²  subject to  Σ_j a_j effect of j on log π(y_i+) ≥ 0 for all i,  a ≥ 0
+
+        scaled to a mean of 1, so that as much is trained as before. Effects are those of the run
+        (`foretold`), or else of one step on the set; they are taken as they are at a = 1.
+
+        Returns:
+            (N,) float64, 0 for pairs that are better left out; all 0 if nothing else will do.
+        """
+        step = _effects(self.gram, self._weights())[: len(self)]
+        found = projected(step if self.foretold is None else self.foretold.effects)
+        return found / found.mean() if bool(found.any()) else found
 
     def objectives(self) -> list[dict[str, Any]]:
         """One row per loss: what a step on the set does, in shares and means.
@@ -468,7 +545,7 @@ def assemble(
     objective: str, parameters: Mapping[str, float], pairs: Pairs, gram: Tensor,
     stderr: Tensor | None, log_probs: Tensor, reference: Tensor, facts: Mapping[str, Tensor],
     marks: Mapping[str, Sequence[Tensor]], touched: Mapping[int, Touched] | None = None,
-    unopened: str = "",
+    unopened: str = "", adam: tuple[Tensor, float] | None = None,
 ) -> Diagnosis:  # fmt: skip
     """The diagnosis under an objective, from what does not depend on it."""
     n = len(pairs)
@@ -493,8 +570,8 @@ def assemble(
         "weight_rejected": weights[1],
     }
     merged = {**facts, **computed}
-    scores = {name: merged[name] for name in SCORES}
+    scores = {name: merged[name] for name in SCORES if name in merged}
     return Diagnosis(
         objective, dict(parameters), pairs, scores, gram, stderr, log_probs, reference, marks,
-        touched or {}, unopened,
+        touched or {}, unopened, adam,
     )  # fmt: skip

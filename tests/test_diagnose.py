@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from typer.testing import CliRunner
 
 import lddyn
 from lddyn.cli import app
-from lddyn.diagnose import SCORES, edit_distance
+from lddyn.diagnose import edit_distance
+from lddyn.forecast import projected
 from lddyn.ledger import UnsupportedModelError
 from lddyn.massflow import softmax_step
 from lddyn.objectives import PREFERENCES
@@ -259,7 +261,7 @@ def test_all_objectives_are_compared(found):
     assert by_name["sft"]["chosen_falls"] == 0 or by_name["sft"]["chosen"] > 0
     assert by_name["unlikelihood"]["rejected"] < 0
     again = found.under("dpo", beta=0.3)
-    assert all(torch.equal(again.scores[k], found.scores[k]) for k in SCORES)
+    assert all(torch.equal(again.scores[k], found.scores[k]) for k in found.scores)
 
 
 def test_correlations_know_their_intervals(found):
@@ -368,6 +370,143 @@ def test_measured_must_fit(found):
     for measured in (torch.zeros(3), torch.tensor([1.0, 2, 3, float("nan"), 5])):
         with pytest.raises(ValueError, match="measured must be 5 finite numbers"):
             found.correlations(measured)
+
+
+# --------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def run():
+    return lddyn.Run(lr=1e-4, epochs=3, batch=2, optimizer="sgd")
+
+
+@pytest.fixture(scope="module")
+def foretold(model, run):
+    return lddyn.diagnose(model, some_pairs(), beta=0.3, run=run, tokens=0)
+
+
+def test_simulation_is_training_of_a_linear_model(found):
+    generator = torch.Generator().manual_seed(0)
+    jacobian = torch.randn(10, 40, generator=generator).double()
+    linear = replace(found, gram=jacobian @ jacobian.T)
+    theta = torch.zeros(40, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([theta], lr=0.3, momentum=0.9)
+    run = lddyn.Run(lr=0.3, epochs=3, batch=2, optimizer="sgd", schedule="linear", seed=4)
+    shares, batches = torch.tensor([1.0, 0.5, 2.0, 1.0, 0.0]).double(), run.batches([0, 1, 2, 4])
+    assert sorted(torch.cat(batches).tolist()) == sorted([0, 1, 2, 4] * 3)
+    path = []
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 0.3 * (1 - step / len(batches))
+        moved = (jacobian @ theta).view(2, 5)
+        loss = -torch.nn.functional.logsigmoid(0.3 * (moved[0] - moved[1])) * shares
+        optimizer.zero_grad()
+        loss[batch].mean().backward()
+        optimizer.step()
+        path.append(found.log_probs + (jacobian @ theta.detach()).view(2, 5))
+    forecast = linear.simulate(run, leave_out=[3], shares=shares)
+    assert torch.allclose(forecast.path[1:], torch.stack(path), rtol=1e-9)
+    assert torch.allclose(forecast.effects.sum(1), forecast.change[0])
+    assert bool((forecast.effects[:, 3] == 0).all()) and bool((forecast.effects[:, 4] == 0).all())
+
+
+def test_a_small_run_is_foretold(model, foretold, run):
+    moved = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(moved.parameters(), lr=run.lr, momentum=run.momentum)
+    sides = list(zip(*some_pairs(), strict=True))
+    before = torch.stack([torch.stack([log_probs(moved, e) for e in s]) for s in sides]).detach()
+    for batch in run.batches(range(5)):
+        now = [torch.stack([log_probs(moved, s[i]) for i in batch]) for s in sides]
+        margin = (now[0] - before[0, batch]) - (now[1] - before[1, batch])
+        optimizer.zero_grad()
+        (-torch.nn.functional.logsigmoid(0.3 * margin).mean()).backward()
+        optimizer.step()
+    after = torch.stack([torch.stack([log_probs(moved, e) for e in s]) for s in sides]).detach()
+    change, told = (after - before).double(), foretold.foretold
+    assert told.curved and float(change.abs().max()) > 0.05
+    assert float((told.change - change).norm() / change.norm()) < 0.03
+    linear = foretold.simulate()
+    assert not linear.curved and float((linear.change - change).norm() / change.norm()) < 0.03
+    assert torch.allclose(told.effects.sum(1), told.change[0], atol=1e-3 * float(change.norm()))
+    assert torch.equal(foretold.scores["run_gives"], told.gives)
+    assert torch.equal(foretold.scores["run_chosen"], told.change[0])
+    assert "run_gives" not in foretold.under("ipo").scores
+
+
+def test_the_forecast_goes_through_the_softmax(model, foretold):
+    net, moved = foretold.foretold.coefficients.flatten(), copy.deepcopy(model).double()
+    examples = [p[0] for p in some_pairs()] + [p[1] for p in some_pairs()]
+    parameters = [p for p in moved.parameters() if p.requires_grad]
+    with lddyn.true_float64():
+        total = sum(c * log_probs(moved, e) for c, e in zip(net, examples, strict=True))
+        step = torch.autograd.grad(total, parameters)
+        sides = []
+        for h in (1e-4, -2e-4, 1e-4):  # forth, back, and where it was
+            with torch.no_grad():
+                for p, d in zip(parameters, step, strict=True):
+                    p += h * d
+                ids = torch.tensor([examples[0].ids])
+                sides.append(moved(input_ids=ids).logits[0, list(examples[0].positions)])
+    slope = (sides[0] - sides[1]) / 2e-4
+    at = torch.tensor(examples[0].targets)[:, None]
+    change = [x.log_softmax(-1).gather(1, at).sum() for x in (sides[2] + slope, sides[2])]
+    expected = float(change[0] - change[1])
+    assert float(foretold.foretold.change[0, 0]) == pytest.approx(expected, rel=1e-4)
+    assert float(foretold.simulate().change[0, 0]) != pytest.approx(expected, rel=1e-4)
+
+
+def test_adam_has_the_diagonal_of_its_batches(model):
+    run = lddyn.Run(lr=1e-5, batch=2)
+    found = lddyn.diagnose(model, some_pairs(), beta=0.3, run=run, tokens=0)
+    examples = [p[0] for p in some_pairs()] + [p[1] for p in some_pairs()]
+    rows = torch.stack([zoo.oracle_jacobian(model, e).sum(0) for e in examples]).double()
+    pulls = 0.15 * (rows[:5] - rows[5:])
+    v = pulls.mean(0) ** 2 + pulls.var(0, correction=0) / 2
+    exact = (rows / (v.sqrt() + 1e-8)) @ rows.T
+    scale = exact.diagonal().sqrt()
+    assert float(((found.adam[0] - exact) / (scale[:, None] * scale)).abs().max()) < 1e-3
+    assert found.adam[1] == pytest.approx(float(v.sum()), rel=1e-3)
+    first = found.simulate(lddyn.Run(lr=1e-5, batch=5)).path[1] - found.log_probs
+    rescaled = (exact @ torch.tensor([0.15 / 5] * 5 + [-0.15 / 5] * 5).double()).view(2, 5)
+    whole = float(pulls.mean(0).square().sum() + pulls.var(0, correction=0).sum() / 5)
+    rescaled *= 1e-5 * (found.adam[1] / whole) ** 0.5
+    assert torch.allclose(first, rescaled, rtol=1e-2, atol=1e-3 * float(rescaled.abs().max()))
+
+
+def test_shares_are_the_nearest_ray_of_the_cone():
+    generator = torch.Generator().manual_seed(3)
+    effects = torch.randn(6, 6, generator=generator).double() + torch.eye(6)
+    found = projected(effects)
+    assert bool((found >= 0).all()) and bool((effects @ found >= -1e-9).all())
+    generator = torch.Generator().manual_seed(1)
+    tried = torch.rand(20000, 6, generator=generator).double() * 3
+    inside = tried[((tried @ effects.T) >= 0).all(1)]
+    assert len(inside) > 10
+    assert float((inside - 1).norm(dim=1).min()) >= float((found - 1).norm())
+    assert torch.equal(projected(torch.eye(4).double()), torch.ones(4).double())
+    assert bool((projected(-torch.eye(4).double()) == 0).all())
+
+
+def test_runs_that_cannot_be(model, found, foretold):
+    for given, message in (
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"lr": 1.0, "epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"lr": 1.0, "optimizer": "lion"}, "optimizer must be one of adamw, sgd, got 'lion'"),
+        ({"lr": 1.0, "momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lddyn.Run(**given)
+    with pytest.raises(ValueError, match="run is needed"):
+        found.simulate()
+    with pytest.raises(ValueError, match="Adam's diagonal is not known"):
+        found.simulate(lddyn.Run(lr=1e-4))
+    with pytest.raises(ValueError, match=r"pairs from 0 to 4, got \[7\]"):
+        foretold.simulate(leave_out=[7])
+    with pytest.raises(ValueError, match="leave a pair"):
+        foretold.simulate(leave_out=range(5))
+    with pytest.raises(ValueError, match=r"shares must be 5 finite numbers, got \(2,\)"):
+        foretold.simulate(shares=torch.ones(2))
+    with pytest.raises(ValueError, match="gradients of all sequences fit: memory must be"):
+        lddyn.diagnose(model, some_pairs(), run=lddyn.Run(lr=1e-4), memory="400KB")
 
 
 # --------------------------------------------------------------------------- command line

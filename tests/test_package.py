@@ -32,7 +32,17 @@ LAYERS = [
     {"ntk", "proxies", "store", "query", "plan", "sketch", "features"},
     {"dynamics", "probes", "massflow", "decompose", "figures"},
     {"console"},
-    {"cli", "report", "diagnosis", "diagnose", "lab", "integrations", "demo", "__main__"},
+    {
+        "cli",
+        "report",
+        "forecast",
+        "diagnosis",
+        "diagnose",
+        "lab",
+        "integrations",
+        "demo",
+        "__main__",
+    },
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 LEVEL["environment"] = LEVEL["ops"] + 1
