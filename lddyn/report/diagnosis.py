@@ -556,7 +556,7 @@ def write_diagnosis(
             {"pair": c.pair, "step": c.decomposition.summary(), "mass": c.flow.to_dict()}
             for c in closeups
         ]
-        text = json.dumps(plain(tokens), ensure_ascii=False, indent=1, allow_nan=False)
+        text = json.dumps(plain(tokens), indent=1, allow_nan=False)
         replace_file(path.parent / "tokens.json", text + "\n")
     return path
 
@@ -700,7 +700,7 @@ def _tinted(found: Diagnosis, pair: int) -> dict[str, list[dict[str, Any]]]:
         gives = row["gives"]
         shown.setdefault(row["response"], []).append({
             "text": visible(row["text"]), "sign": word(gives),
-            "shade": f"{0.75 * (abs(gives) / largest) ** 0.5:.2f}",
+            "shade": f"{0.6 * (abs(gives) / largest) ** 0.5:.2f}",
             "nats": signed(gives * scale, 2),
         })  # fmt: skip
     return shown

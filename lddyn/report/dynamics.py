@@ -76,6 +76,13 @@ def _number(row: Mapping[str, Any], name: str) -> float:
     return math.nan if value is None else float(value)
 
 
+def _label(kind: str) -> str:
+    """A response type in words."""
+    from lddyn.probes import TYPES
+
+    return TYPES[kind].label if kind in TYPES else printable(kind)
+
+
 def tell_dynamics(rows: Rows) -> list[str]:
     """What a watched run did, in sentences; none of no rows."""
     changes, levels = _series(rows, "change"), _series(rows, "log_prob")
@@ -101,8 +108,8 @@ def tell_dynamics(rows: Rows) -> list[str]:
     lines = [", and ".join(said) + "."]
     others = [k for k in changes if k not in names and changes[k][-1][1] < 0]
     if others and any(changes[k][-1][1] < 0 for k in names):
-        named = ", ".join(f"{printable(k)} {signed(changes[k][-1][1])}" for k in others[:4])
-        lines.append(f"Responses that nobody trained on fell as well: {named} nats.")
+        named = ", ".join(f"‘{_label(k)}’ {signed(changes[k][-1][1])}" for k in others[:4])
+        lines.append(f"Responses of other kinds fell as well: {named} nats.")
     greedy = _series(rows, "greedy")
     for name in [k for k in names if k in greedy]:
         moved_by = greedy[name][-1][1] - greedy[name][0][1]
@@ -133,31 +140,44 @@ def curves(rows: Rows) -> list[dict[str, Any]]:
     shown = []
     for what, (title, measure) in _CHARTS.items():
         series = dict(list(_series(rows, what).items())[:_LINES])
-        if not any(len(v) > 1 for v in series.values()):
-            continue
-        flat = [point for values in series.values() for point in values]
-        x, across = axis([s for s, _ in flat], 44, 300)
-        y, upwards = axis([v for _, v in flat], 232, 8, zero=what == "change")
-        places, start = list(zip(x, y, strict=True)), 0
-        lines: list[dict[str, Any]] = []
-        for kind, values in series.items():
-            own = places[start : start + len(values)]
-            start += len(values)
-            lines.append({
-                "name": printable(kind), "points": " ".join(f"{a},{b}" for a, b in own),
-                "end": own[-1], "label": own[-1][1], "last": signed(values[-1][1]),
-                "kind": kind if kind in ("chosen", "rejected") else f"other-{len(lines) % 4}",
-            })  # fmt: skip
-        least = 8.0  # labels one below the other, each beside its line's end
-        for line in sorted(lines, key=lambda line: line["end"][1]):
-            line["label"] = least = max(line["end"][1], least)
-            least += 13
-        zero = next((t["at"] for t in upwards if t["text"] == "0"), None)
-        if what != "change":
-            upwards = _unsigned(upwards)
-        shown.append({"title": title, "measure": measure, "x": _unsigned(across), "y": upwards,
-                      "zero": zero, "lines": lines, "height": max(262, int(least))})  # fmt: skip
-    return shown
+        shown.append((what, title, measure, series))
+        reach = {kind: max(abs(v) for _, v in values) for kind, values in series.items()}
+        far = max(reach, key=lambda kind: reach[kind], default="")
+        rest = {kind: values for kind, values in series.items() if kind != far}
+        if what == "change" and rest and reach[far] > 4 * max(reach[k] for k in rest):
+            shown.append((what, f"The same without {_label(far)}", measure, rest))
+    return [_chart(*chart) for chart in shown if any(len(v) > 1 for v in chart[3].values())]
+
+
+def _chart(
+    what: str, title: str, measure: str, series: Mapping[str, list[tuple[float, float]]]
+) -> dict[str, Any]:  # fmt: skip
+    flat = [point for values in series.values() for point in values]
+    x, across = axis([s for s, _ in flat], 44, 286)
+    y, upwards = axis([v for _, v in flat], 232, 8, zero=what == "change")
+    places, start = list(zip(x, y, strict=True)), 0
+    lines: list[dict[str, Any]] = []
+    for kind, values in series.items():
+        own = places[start : start + len(values)]
+        start += len(values)
+        lines.append({
+            "name": _label(kind), "points": " ".join(f"{a},{b}" for a, b in own),
+            "end": own[-1], "label": own[-1][1], "last": signed(values[-1][1]),
+            "kind": kind if kind in ("chosen", "rejected") else f"other-{sum(map(ord, kind)) % 4}",
+        })  # fmt: skip
+    least = 8.0  # labels one below the other, each beside its line's end
+    for line in sorted(lines, key=lambda line: line["end"][1]):
+        line["label"] = least = max(line["end"][1], least)
+        least += 13
+    return {
+        "title": title,
+        "measure": measure,
+        "x": _unsigned(across),
+        "y": upwards if what == "change" else _unsigned(upwards),
+        "zero": next((t["at"] for t in upwards if t["text"] == "0"), None),
+        "lines": lines,
+        "height": max(262, int(least)),
+    }
 
 
 def _unsigned(ticks: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -205,7 +225,7 @@ def _table(rows: Rows) -> dict[str, Any]:
     count = min(len(rows), 40)
     kept = [rows[round(i * (len(rows) - 1) / max(count - 1, 1))] for i in range(count)]
     return {
-        "kinds": [printable(k) for k in kinds],
+        "kinds": [_label(k) for k in kinds],
         "rows": [
             {"step": int(row["step"]),
              "values": [signed(_number(row, f"log_prob/{k}"), 4) for k in kinds]}

@@ -7,7 +7,7 @@ const make = (tag, text, parent) => {
   return e;
 };
 const tint = (v, largest) => {
-  const a = Math.asinh(20 * Math.abs(v) / largest) / Math.asinh(20) * .75;
+  const a = Math.asinh(20 * Math.abs(v) / largest) / Math.asinh(20) * .6;
   return a < .01 ? "transparent" : `rgba(var(--${v > 0 ? "up" : "down"}-rgb),${a.toFixed(3)})`;
 };
 // One stop of the Tab key for many things; arrow keys go from one to the next.
