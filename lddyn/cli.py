@@ -769,7 +769,7 @@ def diagnose(
         Path | None,
         typer.Option(help="Folder for the page, index.html, and its tables.", show_default=False),
     ] = None,
-    run: Annotated[
+    watched: Annotated[
         Path | None,
         typer.Option(help="Folder of a watched run: its curves for the page.", show_default=False),
     ] = None,
@@ -783,8 +783,8 @@ def diagnose(
         _check_dtype(dtype)
         if drop < 0:
             raise Problem(f"--drop must be 0 or more pairs, got {drop}")
-        if run is not None and out is None:
-            raise Problem("--run is for the page: give --out FOLDER, too")
+        if watched is not None and out is None:
+            raise Problem("--watched is for the page: give --out FOLDER, too")
         if drop and write is None:
             raise Problem("--drop needs --write FILE for the rows that are left")
         if write is not None and write.resolve() == data.resolve():
@@ -835,7 +835,7 @@ def diagnose(
             extra = {"model": model, "data": str(data), "rows left out": len(skipped)}
             extra |= {} if reference is None else {"reference": reference}
             page = found.report(
-                out / "index.html", lm, tokenizer, run=run, places=places, extra=extra
+                out / "index.html", lm, tokenizer, watched=watched, places=places, extra=extra
             )
         if write is not None:
             gone = {places[i] for i in found.worst(drop)}

@@ -423,7 +423,7 @@ class Diagnosis:
 
     def report(
         self, path: str | Path, model: nn.Module | None = None, tokenizer: Any = None, *,
-        closeups: int = 3, run: str | Path | None = None, measured: Tensor | None = None,
+        closeups: int = 3, watched: str | Path | None = None, measured: Tensor | None = None,
         places: Sequence[int] | None = None, extra: Mapping[str, Any] | None = None,
     ) -> Path:  # fmt: skip
         """Writes one self-contained HTML page, and its tables as JSON beside it.
@@ -434,7 +434,7 @@ class Diagnosis:
                 tokens.json beside the page. None: neither.
             tokenizer: Makes running text of token ids. None: the examples' token texts.
             closeups: So many of the most harmful pairs, with `model`.
-            run: Folder of a watched run, for its curves.
+            watched: Folder of a watched run, for its curves.
             measured: Δ log π(y+) that training did, (N,) nats, for `correlations`.
             places: The row of the data that each pair comes from.
             extra: Facts for the page's last table.
@@ -443,7 +443,7 @@ class Diagnosis:
             The path written.
 
         Raises:
-            FileNotFoundError: If `run` is no folder of a watched run.
+            FileNotFoundError: If `watched` is no folder of a watched run.
 
         Cost: seconds; a `decompose` and a `massflow` for each close-up.
 
@@ -452,7 +452,7 @@ class Diagnosis:
         """
         from lddyn import report
 
-        rows = [] if run is None else report.read_dynamics(run)
+        rows = [] if watched is None else report.read_dynamics(watched)
         looked = []
         if model is not None and not self.unopened:
             looked = report.look_closer(self, model, tokenizer, self.worst(closeups))

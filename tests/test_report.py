@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import re
 from pathlib import Path
 
 import browser as chromium
@@ -16,6 +17,7 @@ from lddyn.diagnosis import SCORES, assemble
 from lddyn.figures import visible
 
 ALERT = "window.pwned=1"
+NAMES = [name for name in SCORES if not name.startswith("run_")]
 HOSTILE = [
     f"<script>{ALERT}</script>",
     f"</script><script>{ALERT}</script>",
@@ -255,7 +257,7 @@ def test_sort_and_open_by_keyboard(tab, page):
     assert (
         tab.js(visible) and tab.js("document.activeElement.getAttribute('aria-expanded')") == "true"
     )
-    assert tab.js("document.querySelectorAll('tbody .inside dl dt').length") == len(SCORES)
+    assert tab.js("document.querySelectorAll('tbody .inside dl dt').length") == len(NAMES)
     tab.press("Enter")
     assert not tab.js(visible)
     assert tab.complaints() == []
@@ -367,7 +369,7 @@ def synthetic(count, fall=0.0, objective="dpo"):
     rows[:count, 0] += fall
     rows[count:, 0] += 3 * fall
     gram = rows @ rows.T
-    facts = {name: torch.randn(count, generator=generator).double() for name in SCORES}
+    facts = {name: torch.randn(count, generator=generator).double() for name in NAMES}
     log_probs = -torch.rand(2, count, generator=generator).double() * 50
     return assemble(objective, {}, pairs, gram, None, log_probs, log_probs, facts, {})
 
@@ -442,16 +444,30 @@ def test_diagnosis_report_reads_a_run(model, tmp_path):
     file = tmp_path / "run" / "lddyn" / "dynamics.jsonl"
     file.write_text("\n".join(lines), encoding="utf-8")
     found = lddyn.diagnose(model, some_pairs(["a", "b", "c"] * 8, 3), tokens=0)
-    path = found.report(tmp_path / "out" / "index.html", model, closeups=1, run=tmp_path / "run")
+    path = found.report(
+        tmp_path / "out" / "index.html", model, closeups=1, watched=tmp_path / "run"
+    )
     text = path.read_text(encoding="utf-8")
     assert "The watched run" in text and "Over 11 steps" in text and "Where the probability" in text
     tokens = json.loads((tmp_path / "out" / "tokens.json").read_text(encoding="utf-8"))
     assert [t["pair"] for t in tokens] == found.worst(1) and tokens[0]["mass"]["by_position"]
     with pytest.raises(FileNotFoundError, match=r"no dynamics\.jsonl"):
-        found.report(tmp_path / "x.html", run=tmp_path)
+        found.report(tmp_path / "x.html", watched=tmp_path)
     file.write_text("nothing\n", encoding="utf-8")
     with pytest.raises(ValueError, match="no row of a watched run"):
         report.read_dynamics(file)
+
+
+def test_a_run_ahead_is_drawn(model, tmp_path):
+    run = lddyn.Run(lr=1e-4, epochs=2, batch=2)
+    found = lddyn.diagnose(model, some_pairs(["a", "b", "c"] * 8, 4), run=run, tokens=0)
+    said = {row["about"]: row["text"] for row in report.tell_diagnosis(found)}
+    assert "2 epochs of adamw at a learning rate of 0.0001" in said["the run ahead"]
+    text = found.report(tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "The run ahead, foretold" in text and "run Δ y+" in text
+    order = [float(x) for x in re.findall(r'data-gives="([^"]*)"', text)]
+    assert order == sorted(order)
+    assert order == pytest.approx(sorted(found.foretold.gives.tolist()), rel=1e-4)
 
 
 def test_a_run_in_words():

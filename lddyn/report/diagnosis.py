@@ -74,6 +74,13 @@ def unit(found: Diagnosis) -> float:
     return 1 / mean if 0 < mean < math.inf else 0.0
 
 
+def _gives(found: Diagnosis) -> Tensor:
+    """What each pair gives to the mean Δ log π(y+), nats: of the run if foretold, else the step."""
+    if found.foretold is not None:
+        return found.foretold.gives
+    return found.scores["gives"] * unit(found)
+
+
 def look_closer(
     found: Diagnosis, model: nn.Module, tokenizer: Any = None, pairs: Sequence[int] | None = None
 ) -> list[CloseUp]:
@@ -229,20 +236,48 @@ def tell_diagnosis(
         *run,
         {"about": "the step", "text": _step(found, up, down), **short},
         {"about": "the mechanism", "text": _mechanism(parts, up < 0), **short},
+        *_tell_forecast(found),
     ]
-    gives = found.scores["gives"]
+    gives = _gives(found)
     harmful = gives[gives < 0]
     if len(harmful):
         top = found.worst(min(max(1, n // 10), len(harmful)))
         text = (
             f"{_count(len(harmful))} pull{'s' if len(harmful) == 1 else ''} the chosen responses "
             f"of all pairs down on the whole; {_percent(float(gives[top].sum() / harmful.sum()))} "
-            f"of it is done by the worst {len(top)} ({_named(top, places)})."
+            f"of it is done by the worst {len(top)} ({_named(top, places)})"
+            + (" in the foretold run." if found.foretold else ".")
         )
     else:
         text = "No pair pulls the chosen responses down on the whole."
     said.append({"about": "the pairs", "text": text, **short})
     return [*said, *_tell_tokens(found, places), *_tell_mass(found, closeups)]
+
+
+def _tell_forecast(found: Diagnosis) -> list[dict[str, str]]:
+    """What a run that is planned will do."""
+    if found.foretold is None:
+        return []
+    run, (up, down) = found.foretold.run, found.foretold.change
+    text = (
+        f"{run.epochs} epoch{'' if run.epochs == 1 else 's'} of {run.optimizer} at a learning rate "
+        f"of {run.lr:g} are foretold to move log π(y+) by {signed(float(up.mean()), 2)} nats and "
+        f"log π(y−) by {signed(float(down.mean()), 2)} on average; log π(y+) falls in "
+        f"{int((up < 0).sum())} of {_count(len(found))}."
+    )
+    sure = "foretold with the gradients of now: the longer the run, the less it holds"
+    return [{"about": "the run ahead", "text": text, "kind": "estimate", "sure": sure}]
+
+
+def _forecast(found: Diagnosis) -> list[dict[str, Any]]:
+    """Charts of the run that is planned, by a model that is linear in log π."""
+    if found.foretold is None:
+        return []
+    moved = (found.foretold.path - found.foretold.path[0]).mean(2)
+    return curves([
+        {"step": step, "change/chosen": up, "change/rejected": down}
+        for step, (up, down) in enumerate(moved.tolist())
+    ])  # fmt: skip
 
 
 def _answer(found: Diagnosis, parts: Mapping[str, Tensor]) -> str:
@@ -388,7 +423,7 @@ def warnings(
 ) -> list[dict[str, str]]:  # fmt: skip
     """What to look at: "state" (act, note or fine), "what", "sure", "do"; the worst first."""
     n, scores, rows = len(found), found.scores, []
-    up, gives = scores["set_chosen"], scores["gives"]
+    up, gives = scores["set_chosen"], _gives(found)
     exact = found.stderr is None
     sure = "exact, first order" if exact else "estimate, first order"
 
@@ -536,7 +571,8 @@ def write_diagnosis(
         curves=curves(dynamics),
         run=tell_dynamics(dynamics),
         table=_table(found, places, tokenizer),
-        columns=_COLUMNS,
+        columns=_columns(found),
+        forecast=_forecast(found),
         map=_map(found, places),
         closeups=[_closeup(i, c, places) for i, c in enumerate(closeups)],
         objectives=_objectives(found),
@@ -629,6 +665,13 @@ def _text(ids: Sequence[int], tokens: Sequence[str] | None, tokenizer: Any) -> s
     return "".join(tokens) if tokens is not None else " ".join(map(str, ids))
 
 
+def _columns(found: Diagnosis) -> dict[str, tuple[str, str]]:
+    """Of the table; with a run, what it does comes second."""
+    first, *rest = _COLUMNS.items()
+    run = ("run Δ y+", "what the run is foretold to do to log π(y+)")
+    return dict([first, *([("run_chosen", run)] if found.foretold else []), *rest])
+
+
 def _table(found: Diagnosis, places: Sequence[int] | None, tokenizer: Any) -> list[dict[str, Any]]:
     """One row a pair, the most harmful first."""
     n, scale = len(found), unit(found)
@@ -636,18 +679,15 @@ def _table(found: Diagnosis, places: Sequence[int] | None, tokenizer: Any) -> li
     scores = dict(found.scores)
     sizes = (scores["norm_chosen"] * scores["norm_rejected"]).clamp(min=1e-300).sqrt()
     scores["cosine"] = scores["inner"] / sizes
+    scores["gives"] = _gives(found)
     # The others' effect on y+ of each pair, and its on theirs: three names each.
     among = effects.clone().fill_diagonal_(0.0)
     by, on = (x.topk(min(3, n), largest=False) for x in (among, among.T))
     rows = []
     for rank, i in enumerate(found.worst(_LISTED)):
         chosen, rejected = found.pairs[i]
-        values = {
-            k: float(scores[k][i])
-            * (scale if k in ("gives", "set_chosen", "set_rejected") else
-               scale / n if k == "own_chosen" else 1.0)
-            for k in _COLUMNS
-        }  # fmt: skip
+        per_lr = {"set_chosen": scale, "set_rejected": scale, "own_chosen": scale / n}
+        values = {k: float(scores[k][i]) * per_lr.get(k, 1.0) for k in _columns(found)}
         prompt = _text(chosen.prompt_ids, chosen.prompt_tokens, tokenizer).strip()
         if len(prompt) > _PROMPT:
             prompt = "…" + prompt[-_PROMPT:]
