@@ -773,6 +773,10 @@ def diagnose(
         Path | None,
         typer.Option(help="Folder of a watched run: its curves for the page.", show_default=False),
     ] = None,
+    after: Annotated[
+        str | None,
+        typer.Option(help="A later checkpoint, to check the page against.", show_default=False),
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
@@ -783,8 +787,8 @@ def diagnose(
         _check_dtype(dtype)
         if drop < 0:
             raise Problem(f"--drop must be 0 or more pairs, got {drop}")
-        if watched is not None and out is None:
-            raise Problem("--watched is for the page: give --out FOLDER, too")
+        if out is None and (watched is not None or after is not None):
+            raise Problem("--watched and --after are for the page: give --out FOLDER, too")
         if drop and write is None:
             raise Problem("--drop needs --write FILE for the rows that are left")
         if write is not None and write.resolve() == data.resolve():
@@ -834,9 +838,17 @@ def diagnose(
             _progress("writing the page …")
             extra = {"model": model, "data": str(data), "rows left out": len(skipped)}
             extra |= {} if reference is None else {"reference": reference}
+            measured = None
+            if after is not None:
+                from lddyn.probes import measure
+
+                later = _load_model(after, getattr(torch, dtype), trust_remote_code).to(device)
+                moved = measure(later, [chosen for chosen, _ in pairs]).log_prob.cpu()
+                measured, extra["after"] = moved - found.log_probs[0], after
             page = found.report(
-                out / "index.html", lm, tokenizer, watched=watched, places=places, extra=extra
-            )
+                out / "index.html", lm, tokenizer, watched=watched, measured=measured,
+                places=places, extra=extra,
+            )  # fmt: skip
         if write is not None:
             gone = {places[i] for i in found.worst(drop)}
             harmful = int((found.scores["gives"] < 0).sum())

@@ -206,7 +206,8 @@ def _certainty(found: Diagnosis) -> dict[str, str]:
 
 def tell_diagnosis(
     found: Diagnosis, closeups: Sequence[CloseUp] = (), *,
-    dynamics: Sequence[Mapping[str, Any]] = (), places: Sequence[int] | None = None,
+    dynamics: Sequence[Mapping[str, Any]] = (), measured: Tensor | None = None,
+    places: Sequence[int] | None = None,
 ) -> list[dict[str, str]]:  # fmt: skip
     """Why the chosen log-probs fall, or do not: the mechanism, the pairs, the tokens, the mass.
 
@@ -214,6 +215,7 @@ def tell_diagnosis(
         found: The diagnosis.
         closeups: What `look_closer` found.
         dynamics: Rows of a watched run.
+        measured: Δ log π(y+) that training did, (N,) nats.
         places: The row of the data that each pair comes from.
 
     Returns:
@@ -231,8 +233,15 @@ def tell_diagnosis(
     short = sure | {"sure": "exact, first order" if found.stderr is None else "estimated"}
     up, down = (found.scores[k] for k in ("set_chosen", "set_rejected"))
     parts = {k: v[:n] for k, v in _sources(found).items()}
+    answer = {"about": "the answer", "text": _answer(found, parts), **sure}
+    if measured is not None:
+        row = _ranking(found, measured)
+        answer["sure"] += (
+            f"; it ranks what training did to y+ with ρ = {row['rho']:.2f} ({row['low']:.2f} to "
+            f"{row['high']:.2f})"
+        ).replace("-", "−")
     said = [
-        {"about": "the answer", "text": _answer(found, parts), **sure},
+        answer,
         *run,
         {"about": "the step", "text": _step(found, up, down), **short},
         {"about": "the mechanism", "text": _mechanism(parts, up < 0), **short},
@@ -506,7 +515,7 @@ def warnings(
             "Give more memory or a larger sketch." if unsure > n / 10 else "",
             "two standard errors")  # fmt: skip
     if measured is not None:
-        row = next(r for r in found.correlations(measured) if r["score"] == "set_chosen")
+        row = _ranking(found, measured)
         good = row["low"] > 0
         add(
             "fine" if row["low"] > 0.5 else "note" if good else "act",
@@ -518,6 +527,10 @@ def warnings(
         )  # fmt: skip
     order = {"act": 0, "note": 1, "fine": 2}
     return sorted(rows, key=lambda row: order[row["state"]])
+
+
+def _ranking(found: Diagnosis, measured: Tensor) -> dict[str, Any]:
+    return next(r for r in found.correlations(measured) if r["score"] == "set_chosen")
 
 
 def _lengths(found: Diagnosis) -> Tensor:
@@ -562,7 +575,7 @@ def write_diagnosis(
         title=title,
         subtitle=f"{_count(len(found))}, {found.objective}"
         + "".join(f", {k} = {v:g}" for k, v in found.parameters.items()),
-        story=tell_diagnosis(found, closeups, dynamics=dynamics, places=places),
+        story=tell_diagnosis(found, closeups, dynamics=dynamics, measured=measured, places=places),
         warnings=warnings(found, closeups, measured=measured, places=places),
         lr=f"{unit(found):.3g}",
         noun="pair" if places is None else "row",
