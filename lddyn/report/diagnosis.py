@@ -523,7 +523,7 @@ def warnings(
             "Trust the ranking." if row["low"] > 0.5 else
             "Trust the direction of groups of pairs, not the order of single ones." if good else
             "The run did not do what a small step foretells: diagnose a later checkpoint.",
-            f"95 % interval: {row['low']:.2f} to {row['high']:.2f}".replace("-", "−"),
+            f"95% interval: {row['low']:.2f} to {row['high']:.2f}".replace("-", "−"),
         )  # fmt: skip
     order = {"act": 0, "note": 1, "fine": 2}
     return sorted(rows, key=lambda row: order[row["state"]])
