@@ -1,9 +1,9 @@
 """A DPO run whose chosen log-probs fall, watched, diagnosed on its way, and its report.
 
-    python benchmarks/reported.py MODEL PAIRS.jsonl --folder FOLDER --out benchmarks/results/reported.json
+python benchmarks/reported.py MODEL PAIRS.jsonl --folder FOLDER --out results/reported.json
 
 SFT on the chosen responses; DPO by TRL, watched; a diagnosis of its first checkpoint; the page, with
-what the rest of the run did to y+ beside what was foretold. FOLDER keeps the models and the page.
+what the rest of the run did to y+ beside what was foretold. FOLDER keeps models and page.
 """
 
 from __future__ import annotations
