@@ -58,14 +58,13 @@ def log_probs(model: Any, examples: list[lddyn.Example]) -> Tensor:
 
 def finetune(
     model: Any, pairs: Pairs, epochs: int, rate: float, seed: int, beta: float,
-    shares: Tensor | None = None,
+    shares: Tensor | None = None, reference: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """DPO against the model it begins with; SFT on the chosen responses if beta is 0."""
+    """DPO against reference log-probs (2, N); SFT on the chosen responses if beta is 0."""
     shares = torch.ones(len(pairs)) if shares is None else shares
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     chosen, rejected = ([p[side] for p in pairs] for side in (0, 1))
-    reference = [measure(model, x).log_prob for x in (chosen, rejected)]
     for _ in range(epochs):
         for part in torch.randperm(len(pairs), generator=generator).split(8):
             up = log_probs(model, [chosen[i] for i in part])
@@ -73,6 +72,7 @@ def finetune(
                 loss = -up.sum() / sum(len(chosen[i]) for i in part)
             else:
                 down = log_probs(model, [rejected[i] for i in part])
+                assert reference is not None
                 margin = (up - reference[0][part]) - (down - reference[1][part])
                 loss = -(shares[part] * torch.nn.functional.logsigmoid(beta * margin)).mean()
             optimizer.zero_grad()
@@ -108,8 +108,8 @@ def main() -> None:
     parser.add_argument("pairs")
     parser.add_argument("--out", required=True)
     parser.add_argument("--second", action="store_true", help="pairs that nothing was tuned on")
-    parser.add_argument("--count", type=int, default=64)
-    parser.add_argument("--drop", type=int, default=16)
+    parser.add_argument("--count", type=int, default=48)
+    parser.add_argument("--drop", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sft-epochs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4)
@@ -119,7 +119,9 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     pairs = read(args.pairs, tokenizer, args.count, 128)
     if args.second:
-        pairs = read(args.pairs, tokenizer, args.count, 160, but=pairs)
+        pairs = read(
+            args.pairs, tokenizer, args.count, 144, but=read(args.pairs, tokenizer, 64, 128)
+        )
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model).eval()
     if not args.second:
         record(args.out, "one step", one_step(model, pairs, args.beta, 1e-3))
@@ -130,14 +132,15 @@ def main() -> None:
     seconds = time.perf_counter() - started
     print("\n".join(found.tell()), flush=True)
     sides = [[p[side] for p in pairs] for side in (0, 1)]
-    before = [measure(model, x).log_prob for x in sides]
+    before = torch.stack([measure(model, x).log_prob for x in sides])
 
     def measured(kept: list[int], shares: Tensor, seed: int) -> Tensor:
         trained = copy.deepcopy(model)
         part = [pairs[i] for i in kept]
-        finetune(trained, part, args.epochs, args.lr, seed, args.beta, shares[kept])
-        after = [measure(trained, x).log_prob for x in sides]
-        return torch.stack(after) - torch.stack(before)
+        finetune(
+            trained, part, args.epochs, args.lr, seed, args.beta, shares[kept], before[:, kept]
+        )
+        return torch.stack([measure(trained, x).log_prob for x in sides]) - before
 
     everything, even = list(range(len(pairs))), torch.ones(len(pairs)).double()
     by_step = found.scores["gives"].argsort(stable=True)[: args.drop].tolist()
@@ -171,7 +174,7 @@ def main() -> None:
         record(args.out, "dropped pairs" if args.second else "dropped pairs, tuned on", {
             "pairs": len(pairs), "dropped": args.drop, "beta": args.beta, "told": found.tell(),
             "sft_epochs": args.sft_epochs, "epochs": args.epochs, "lr": args.lr,
-            "log_prob_before": [float(x.mean()) for x in before],
+            "log_prob_before": before.mean(1).tolist(),
             "worst": found.worst(args.drop), "worst_by_step": by_step,
             "shares": found.shares().tolist(), "runs": runs,
             "foretold": foretold.change.mean(1).tolist(),

@@ -2,8 +2,8 @@
 
 python benchmarks/reported.py MODEL PAIRS.jsonl --folder FOLDER --out results/reported.json
 
-SFT on the chosen responses; DPO by TRL, watched; a diagnosis of its first checkpoint; the page, with
-what the rest of the run did to y+ beside what was foretold. FOLDER keeps models and page.
+SFT on the chosen responses; DPO by TRL, watched; a diagnosis of its first checkpoint; the page,
+with what the rest of the run did to y+ beside what was foretold. FOLDER keeps models and page.
 """
 
 from __future__ import annotations

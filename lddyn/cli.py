@@ -733,6 +733,32 @@ def report(
         _say(f"page: {page}")
 
 
+# What of an audit makes a pair one to fix.
+_FAULTS = ("identical_pair", "duplicate", "blank_response", "truncated_response", "eos_lost")
+
+
+def _show_validated(found: Mapping[str, Any]) -> None:
+    """What real steps left of the scores."""
+    from rich.table import Table
+
+    errors = [f"{found[k]['error']:.1%}" for k in ("own", "others")]
+    _say(
+        f"{found['steps']} real steps on {found['batch']} pairs each, lr {found['lr']:.3g}: "
+        f"foretold and measured Δ log π(y+) differ by {errors[0]} for the pairs of the batch and "
+        f"{errors[1]} for the others. Rank correlations with it, and 95 % intervals:"
+    )
+    table = Table("score", "own batch", "", "other batches", "")
+    varied = [row for row in found["scores"] if row["own"]["low"] < row["own"]["high"]]
+    rows = sorted(varied, key=lambda row: -abs(row["own"]["rho"]))
+    for row in rows:
+        cells = []
+        for name in ("own", "others"):
+            x = row[name]
+            cells += [f"{x['rho']:+.2f}", f"{x['low']:+.2f} to {x['high']:+.2f}"]
+        table.add_row(row["score"], *cells)
+    _print_table(table)
+
+
 @app.command()
 def diagnose(
     model: Model,
@@ -757,10 +783,22 @@ def diagnose(
     drop: Annotated[
         int, typer.Option(help="Leave out so many of the most harmful pairs from --write.")
     ] = 0,
+    reweight: Annotated[
+        bool, typer.Option("--reweight", help="Give the rows of --write a weight each.")
+    ] = False,
     write: Annotated[
         Path | None,
         typer.Option(help="JSONL of the rows that are left, as they were.", show_default=False),
     ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Foretell a run of AdamW of this rate.", show_default=False),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Of that run.")] = 1,
+    batch: Annotated[int, typer.Option(help="Pairs in its batches.")] = 8,
+    validate: Annotated[
+        int, typer.Option(help="Take so many real steps on a copy, and show what each score got.")
+    ] = 0,
     tokens: Annotated[
         int, typer.Option(help="Look at the tokens of so many of the worst pairs.")
     ] = 4,
@@ -789,21 +827,27 @@ def diagnose(
             raise Problem(f"--drop must be 0 or more pairs, got {drop}")
         if out is None and (watched is not None or after is not None):
             raise Problem("--watched and --after are for the page: give --out FOLDER, too")
-        if drop and write is None:
-            raise Problem("--drop needs --write FILE for the rows that are left")
+        if (drop or reweight) and write is None:
+            raise Problem(
+                f"--{'drop' if drop else 'reweight'} needs --write FILE for the rows that are left"
+            )
         if write is not None and write.resolve() == data.resolve():
             raise Problem("--write is the file of --data: give another, the rows are not kept")
-        from lddyn.examples import encode_row
+        from lddyn.examples import audit, encode_row
         from lddyn.examples import rows as read_rows
 
         # Rows that nobody looked at are written, too.
         content = read_rows(data, limit=limit if write is None else None)
+        taken = [i for i, row in enumerate(content) if "weight" in row] if reweight else []
+        if taken:
+            raise Problem(f"row {taken[0]} has a weight already: rename that column for --reweight")
         import torch
 
         import lddyn
         from lddyn.objectives import hyperparameters
         from lddyn.shards import replace_file
 
+        run = None if lr is None else lddyn.Run(lr=lr, epochs=epochs, batch=batch)
         given = {} if beta is None else {"beta": beta}
         hyperparameters(objective.lower(), given)
         _check_device(device)
@@ -828,11 +872,17 @@ def diagnose(
         other = None
         if reference is not None:
             other = _load_model(reference, getattr(torch, dtype), trust_remote_code).to(device)
-        found = lddyn.diagnose(
-            lm, pairs, objective.lower(), reference=other, memory=memory, tokens=tokens,
-            progress=True, **given,
+        checked = audit(
+            tokenizer, content[:limit], max_length=max_length, config=lm.config,
+            max_prompt_length=max_prompt_length,
         )  # fmt: skip
-        document = found.to_dict(places)
+        found = lddyn.diagnose(
+            lm, pairs, objective.lower(), reference=other, memory=memory, run=run, tokens=tokens,
+            validate=validate, progress=True, **given,
+        )  # fmt: skip
+        faults = {finding.row: finding.problem for finding in checked if finding.problem in _FAULTS}
+        faulty = {i: faults[place] for i, place in enumerate(places) if place in faults}
+        document = found.to_dict(places, faulty) | {"audit": json.loads(checked.to_json())}
         page = None
         if out is not None:
             _progress("writing the page …")
@@ -847,29 +897,37 @@ def diagnose(
                 measured, extra["after"] = moved - found.log_probs[0], after
             page = found.report(
                 out / "index.html", lm, tokenizer, watched=watched, measured=measured,
-                places=places, extra=extra,
+                places=places, faults=faulty, extra=extra,
             )  # fmt: skip
         if write is not None:
             gone = {places[i] for i in found.worst(drop)}
             harmful = int((found.scores["gives"] < 0).sum())
             if drop > harmful:
                 _warn(f"only {harmful} of the {drop} dropped pairs pull chosen responses down")
-            left = [row for place, row in enumerate(content) if place not in gone]
+            shares = dict(zip(places, found.shares().tolist(), strict=True)) if reweight else {}
+            weights = [
+                {"weight": shares.get(i, 1.0)} if reweight else {} for i in range(len(content))
+            ]
+            kept = [place for place in range(len(content)) if place not in gone]
+            left = [content[place] | weights[place] for place in kept]
             write.parent.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in left)
             replace_file(write, text)
         if as_json:
             _print_json(document)
             return
-        _say(*document["told"])
+        _say(str(checked), *document["told"])
         from rich.table import Table
 
-        table = Table("row", "gives", "own chosen", "own rejected", "log π(y+)", "log π(y−)", "")
-        for i in found.worst(10):
-            row = document["pairs"][i]
-            values = (row[k] for k in ("gives", "own_chosen", "own_rejected", "log_prob_chosen",
-                                       "log_prob_rejected"))  # fmt: skip
-            table.add_row(str(row["row"]), *(f"{v:+.3g}" for v in values), row["fate"])
+        table = Table("row", "do", "weight", "gives", "own chosen", "log π(y+)", "log π(y−)", "")
+        for action in document["actions"][:10]:
+            row = document["pairs"][action["pair"]]
+            values = (row[k] for k in ("own_chosen", "log_prob_chosen", "log_prob_rejected"))
+            table.add_row(
+                str(row["row"]), action["action"], f"{action['share']:.2f}",
+                f"{action['gives']:+.3g}", *(f"{v:+.3g}" for v in values),
+                action["why"] if action["action"] == "fix" else row["fate"],
+            )  # fmt: skip
         _print_table(table)
         table = Table("row", "of", "token", "gives", "own chosen", "NTHR", "log π")
         for entry in [e for e in document["tokens"] if e["pair"] in found.worst(tokens)]:
@@ -881,6 +939,19 @@ def diagnose(
                     repr(token["text"]), *(f"{v:+.3g}" for v in values),
                 )  # fmt: skip
         _print_table(table)
+        table = Table("loss", "y+ per unit", "y− per unit", "y+ falls", *(
+            ["run: y+", "run: y−", "y+ falls"] if run else []
+        ))  # fmt: skip
+        for row in document["objectives"]:
+            step = [row["chosen"], row["rejected"]]
+            ahead = [row["run_chosen"], row["run_rejected"]] if run else []
+            table.add_row(
+                row["objective"], *(f"{v:+.3g}" for v in step), f"{row['chosen_falls']:.0%}",
+                *(f"{v:+.3g}" for v in ahead), *([f"{row['run_chosen_falls']:.0%}"] if run else []),
+            )  # fmt: skip
+        _print_table(table)
+        if found.validated is not None:
+            _show_validated(found.validated)
         if page is not None:
             _say(f"page: {page} (open it in a browser; its tables are beside it)")
 

@@ -6,6 +6,7 @@ forward pass tells of a pair. `lddyn.diagnosis` holds what is found, and what fo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lddyn import ops
 from lddyn.anatomy import Anatomy, Trace, evaluating, undisturbed
-from lddyn.diagnosis import SCORES, TOKENS, Diagnosis, Pairs, Touched, assemble
+from lddyn.diagnosis import SCORES, TOKENS, Diagnosis, Pairs, Touched, assemble, spearman
 from lddyn.examples import Example
 from lddyn.features import features
 from lddyn.forecast import Forecast, Run
@@ -41,6 +42,7 @@ def diagnose(
     sketch: Sketch | None = None,
     run: Run | None = None,
     tokens: int = 4,
+    validate: int = 0,
     progress: bool = False,
     **parameters: float,
 ) -> Diagnosis:
@@ -59,6 +61,9 @@ def diagnose(
             runs do. For this the gradients of all sequences must fit into memory.
         tokens: Look at the tokens of so many of the most harmful pairs, and of as many whose chosen
             response falls most. Exact in any case.
+        validate: Take so many real steps of SGD, each on a batch of pairs drawn without repeats and
+            from the same start, on a copy of the model; `found.validated` holds the scores' rank
+            correlations with what they did.
         progress: Show a bar over sequences.
         **parameters: Hyper-parameters of the loss.
 
@@ -90,6 +95,11 @@ def diagnose(
     pairs = [(chosen, rejected) for chosen, rejected in pairs]
     if not pairs:
         raise ValueError("pairs must hold at least one (chosen, rejected), got none")
+    if validate < 0 or (validate and len(pairs) < 4):
+        raise ValueError(
+            f"validate must be a number of steps, on 4 pairs or more, got {validate} on "
+            f"{len(pairs)} pairs"
+        )
     if tokens < 0:
         raise ValueError(f"tokens must be a number of pairs, 0 or more, got {tokens}")
     hyperparameters(objective, parameters)  # what is wrong with them is said before the work
@@ -145,7 +155,11 @@ def diagnose(
     named = dict.fromkeys(found.worst(tokens) + found.falling(tokens))
     culprits = {i: [j for j, _ in found.culprits(i, 4) if j != i][:3] for i in named}
     touched = look.tokens(culprits, progress)
-    return replace(found, touched=touched, unopened=look.unopened)
+    found = replace(found, touched=touched, unopened=look.unopened)
+    if validate:
+        batch = 8 if run is None else run.batch
+        found = replace(found, validated=_validate(model, found, validate, batch, progress))
+    return found
 
 
 # --------------------------------------------------------------------------- one sequence
@@ -315,6 +329,62 @@ class _Look:
         if not bool(cotangents.any()):
             return 0.0
         return float(lbk(moved[0].cpu(), trace.logits.cpu(), cotangents))
+
+
+def _validate(
+    model: nn.Module, found: Diagnosis, steps: int, batch: int, progress: bool
+) -> dict[str, Any]:
+    """Real steps of SGD on batches that no score knows of, each from the model as it is.
+
+    Returns:
+        "steps", "batch", "lr" (the largest foretold |Δ log π(y+)| is 0.1 nats); for the pairs of a
+        batch ("own") and those outside of it ("others") the relative "error" of what the Gram
+        foretells of this batch, and its rank correlation; "scores": rows "score", "own" and
+        "others", rank correlations with a pair's mean Δ log π(y+) by its own and by other batches.
+    """
+    n, generator = len(found), torch.Generator().manual_seed(0)
+    batch = min(batch, n // 2)
+    rounds = -(-steps * batch // n)
+    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(rounds)])
+    batches = order[: steps * batch].split(batch)
+    w = torch.stack([found.scores["weight_chosen"], found.scores["weight_rejected"]])
+    effects = found.gram[:n, :n] * w[0] + found.gram[:n, n:] * w[1]
+    foretold = torch.stack([effects[:, at].mean(1) for at in batches])
+    rate = 0.1 / max(float(foretold.abs().max()), 1e-300)
+    measured, inside = torch.empty_like(foretold), torch.zeros_like(foretold, dtype=torch.bool)
+    moved = copy.deepcopy(model)
+    pairs = zip(moved.parameters(), model.parameters(), strict=True)
+    parts = [(new, old) for new, old in pairs if old.requires_grad]
+    own = [new for new, _ in parts]
+    with evaluating(moved), torch.enable_grad():
+        for row, at in enumerate(tqdm(batches, desc="steps", disable=not progress, leave=False)):
+            inside[row, at] = True
+            step = torch.zeros(sum(p.numel() for p in own))
+            for j in at.tolist():
+                for side, example in enumerate(found.pairs[j]):
+                    gradient = _flat(_forward(moved, example)[0].sum(), own)
+                    step += float(w[side, j]) / len(at) * gradient
+            with torch.no_grad():
+                for p, part in zip(own, step.split([p.numel() for p in own]), strict=True):
+                    p.add_(part.view(p.shape).to(p), alpha=rate)
+                for i, (chosen, _) in enumerate(found.pairs):
+                    after = _forward(moved, chosen)[0].double().sum()
+                    measured[row, i] = float(after) - found.log_probs[0, i]
+                for new, old in parts:
+                    new.copy_(old)
+    out: dict[str, Any] = {"steps": len(batches), "batch": batch, "lr": rate}
+    means = {}
+    for name, where in (("own", inside), ("others", ~inside)):
+        told, seen = rate * foretold[where], measured[where]
+        out[name] = {"error": float((told - seen).norm() / seen.norm()), **spearman(told, seen)}
+        known = where.any(0)
+        means[name] = known, (measured * where).sum(0)[known] / where.sum(0)[known]
+    out["scores"] = [
+        {"score": score, **{k: spearman(values[at], x) for k, (at, x) in means.items()}}
+        for score, values in found.scores.items()
+        if bool(values.isfinite().all())
+    ]
+    return out
 
 
 _COLUMNS = 1 << 18  # of gradients in one product

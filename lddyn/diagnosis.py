@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lddyn.examples import Example
-from lddyn.forecast import Forecast, Run, projected, second_moment, simulate
+from lddyn.forecast import Forecast, Run, projected, simulate
 from lddyn.objectives import PREFERENCES, Pair, hyperparameters
 from lddyn.shards import replace_file
 
@@ -104,6 +104,7 @@ class Diagnosis:
         adam: J P Jᵀ, laid out as `gram`, with the diagonal P of Adam at the start, and Σ v; None
             without a run of it.
         foretold: What the run does, through the softmax; None without `run`.
+        validated: What real steps on some batches did beside what was foretold; see `diagnose`.
         marks: Name -> for every pair what is said of each of its tokens by one forward pass.
         touched: Named pair -> inner products of its tokens' gradients; see `tokens`.
         unopened: Why there are none and no LBK, "" if there are.
@@ -122,6 +123,7 @@ class Diagnosis:
     unopened: str = ""
     adam: tuple[Tensor, float] | None = None
     foretold: Forecast | None = None
+    validated: Mapping[str, Any] | None = None
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -149,8 +151,12 @@ class Diagnosis:
 
         In the run, where one was foretold ("run_gives"); else in one step on the set ("gives").
         """
-        gives = self.scores.get("run_gives", self.scores["gives"])
-        return gives.argsort(stable=True)[:count].tolist()
+        return self.gives.argsort(stable=True)[:count].tolist()
+
+    @property
+    def gives(self) -> Tensor:
+        """The score that ranks pairs, (N,): "run_gives" where there is a run, else "gives"."""
+        return self.scores.get("run_gives", self.scores["gives"])
 
     def culprits(self, pair: int, count: int = 5) -> list[tuple[int, float]]:
         """The pairs that pull this pair's chosen log-prob down most, (pair, d log π per lr)."""
@@ -234,8 +240,8 @@ class Diagnosis:
         """A whole run on these pairs, with the gradients that there are now; needs no model.
 
         Weights of the objective follow the log-probs. True until gradients turn: `foretold` takes
-        the softmax out of it, docs/diagnose.md says what is left of both after real runs. Under
-        another objective (`under`) Adam's P is that of this one, rescaled.
+        the softmax out of it, docs/diagnose.md says what is left of both after real runs. Adam's P
+        has the shape that the diagnosis' own objective gave it, also in what `under` returns.
 
         Args:
             run: How it trains. Default: that of the diagnosis.
@@ -260,20 +266,27 @@ class Diagnosis:
         given = torch.ones(count).double() if shares is None else shares.double().cpu()
         if given.shape != (count,) or not bool(given.isfinite().all()):
             raise ValueError(f"shares must be {count} finite numbers, got {tuple(given.shape)}")
-        kernel = self.gram
-        if run.optimizer == "adamw":
-            if self.adam is None:
-                raise ValueError(
-                    "Adam's diagonal is not known: diagnose(…, run=lddyn.Run(…)) with memory for "
-                    "all gradients, or Run(optimizer='sgd')"
-                )
-            own = second_moment(self.gram, self._weights(), run.batch)
-            kernel = self.adam[0] * math.sqrt(self.adam[1] / own) if own > 0 else self.adam[0]
+        return self._simulate(run, None, kept, given)
 
-        def pull(log_probs: Tensor) -> Tensor:
+    def _simulate(
+        self, run: Run, pull: Callable[[Tensor], Tensor] | None = None,
+        kept: Sequence[int] | None = None, shares: Tensor | None = None,
+    ) -> Forecast:  # fmt: skip
+        """Simulates w± = pull(log π); by default those of the objective, on all pairs."""
+
+        def own(log_probs: Tensor) -> Tensor:
             return _weights(self.objective, self.parameters, self.pairs, log_probs, self.reference)
 
-        return simulate(kernel, self.log_probs, pull, run, kept, given)
+        if run.optimizer == "adamw" and self.adam is None:
+            raise ValueError(
+                "Adam's diagonal is not known: diagnose(…, run=lddyn.Run(…)) with memory for "
+                "all gradients, or Run(optimizer='sgd')"
+            )
+        return simulate(
+            self.gram, self.adam if run.optimizer == "adamw" else None, self.log_probs,
+            pull or own, run, range(len(self)) if kept is None else kept,
+            torch.ones(len(self)).double() if shares is None else shares,
+        )  # fmt: skip
 
     def shares(self) -> Tensor:
         """Weights of the pairs, the least change from 1 after which no y+ is foretold to fall.
@@ -291,26 +304,81 @@ class Diagnosis:
         return found / found.mean() if bool(found.any()) else found
 
     def objectives(self) -> list[dict[str, Any]]:
-        """One row per loss: what a step on the set does, in shares and means.
+        """One row per loss: what a step on the set does, and with `run` what the run does.
 
         This diagnosis' own objective has its own parameters, the others have their defaults.
+        "extend" is the paper's remedy, SFT on both responses first, for as long as the run.
 
-        The means are of d log π over ‖step‖: losses differ in scale, and a rate is tuned to each.
+        Returns:
+            Rows "objective", shares "chosen_falls" and "both_fall", "chosen" and "rejected": mean
+            d log π over ‖step‖, as losses differ in scale and a rate is tuned to each. With a run
+            also "run_chosen", "run_rejected" (mean nats) and "run_chosen_falls", linear in log π:
+            losses that begin as DPO does (DPOP) differ from it there alone.
         """
         found = []
-        for name in PREFERENCES:
-            other = self if name == self.objective else self.under(name)
-            weights = other._weights().flatten() / len(self)
-            size = math.sqrt(max(float(weights @ self.gram @ weights), 0.0)) or 1.0
-            up, fall = other.scores["set_chosen"], other.scores["set_rejected"]
-            found.append({
+        for name in (*PREFERENCES, "extend"):
+            other = self if name in (self.objective, "extend") else self.under(name)
+            weights = torch.ones_like(self.log_probs) if name == "extend" else other._weights()
+            step = weights.flatten() / len(self)
+            size = math.sqrt(max(float(step @ self.gram @ step), 0.0)) or 1.0
+            up, fall = _effects(self.gram, weights).mean(1).view(2, -1)
+            row = {
                 "objective": name,
                 "chosen_falls": float((up < 0).double().mean()),
                 "both_fall": float(((up < 0) & (fall < 0)).double().mean()),
                 "chosen": float(up.mean()) / size,
                 "rejected": float(fall.mean()) / size,
-            })  # fmt: skip
+            }
+            if self.foretold is not None:
+                run = self.foretold.run
+                change = other._simulate(run).change
+                if name == "extend":
+                    change = change + self._simulate(run, torch.ones_like).change
+                row |= {
+                    "run_chosen": float(change[0].mean()),
+                    "run_rejected": float(change[1].mean()),
+                    "run_chosen_falls": float((change[0] < 0).double().mean()),
+                }
+            found.append(row)
         return found
+
+    def actions(self, faults: Mapping[int, str] | None = None) -> list[dict[str, Any]]:
+        """What to do with each pair, the most harmful first.
+
+        | action | when |
+        |---|---|
+        | fix | `faults` names it, its responses are the same, or its own step lowers its y+ |
+        | drop | its weight of `shares` is below 0.05 |
+        | reweight | that weight is below 1/2 or above 2 |
+        | keep | otherwise |
+
+        Args:
+            faults: Pair -> what an audit found.
+
+        Returns:
+            Rows "pair", "action", "share" (its weight), "gives", "why".
+        """
+        shares, given, rows = self.shares().tolist(), dict(faults or {}), []
+        for pair in self.worst():
+            share, gives = shares[pair], float(self.gives[pair])
+            chosen, rejected = self.pairs[pair]
+            why = f"{'lowers' if gives < 0 else 'raises'} the chosen responses"
+            if pair in given:
+                action, why = "fix", given[pair]
+            elif chosen.content_id == rejected.content_id:
+                action, why = "fix", "chosen and rejected are the same"
+            elif float(self.scores["own_chosen"][pair]) < 0:
+                action, why = "fix", "y− is too like y+: its own step lowers its y+"
+            elif share < 0.05:
+                action = "drop"
+            elif not 0.5 <= share <= 2:
+                action = "reweight"
+            else:
+                action = "keep"
+            rows.append(
+                {"pair": pair, "action": action, "share": share, "gives": gives, "why": why}
+            )
+        return rows
 
     def table(self) -> list[dict[str, Any]]:
         """One dict per pair, in order: "pair", "fate", and all scores."""
@@ -341,7 +409,16 @@ class Diagnosis:
                 "may as well rise as fall, it is within two standard errors of 0. More memory, or "
                 "a larger sketch, tells."
             )
-        gives = self.scores["gives"]
+        gives = self.gives
+        if self.foretold is not None:
+            run, change = self.foretold.run, self.foretold.change
+            means = [f"{x:+.3g}" for x in change.mean(1).tolist()]
+            lines.append(
+                f"{run.epochs} epochs at lr {run.lr:g} ({run.optimizer}, batches of {run.batch}) "
+                f"are foretold to move log π(y+) by {means[0]} and log π(y−) by {means[1]} nats; "
+                f"y+ falls in {int((change[0] < 0).sum())} of {n} pairs. Trust its ranks more than "
+                "its level, which is too high where y− falls far."
+            )
         harmful = gives[gives < 0]
         if len(harmful):
             top = self.worst(max(1, n // 10))
@@ -355,7 +432,7 @@ class Diagnosis:
         if self.unopened:
             lines.append(f"No gradients of tokens, and no LBK, of this model: {self.unopened}.")
         rows = self.objectives()
-        others = [o for o in rows if o["objective"] not in ("sft", "unlikelihood")]
+        others = [o for o in rows if o["objective"] not in ("sft", "unlikelihood", "extend")]
         best = max(others, key=lambda row: float(row["chosen"]))
         mine = next(o for o in rows if o["objective"] == self.objective)
         lines.append(
@@ -393,38 +470,24 @@ class Diagnosis:
         Raises:
             ValueError: If `measured` is not one finite number per pair.
         """
-        from scipy.stats import rankdata
-
         target = measured.double().cpu()
         if target.shape != (len(self),) or not bool(target.isfinite().all()):
             raise ValueError(
                 f"measured must be {len(self)} finite numbers, one per pair, got shape "
                 f"{tuple(target.shape)}, {int((~target.isfinite()).sum())} of them not finite"
             )
-        generator = torch.Generator().manual_seed(seed)
-        picks = torch.randint(len(self), (2000, len(self)), generator=generator)
-
-        def rho(x: Tensor, y: Tensor) -> Tensor:
-            ranks = [torch.from_numpy(rankdata(v.numpy(), axis=-1)) for v in (x, y)]
-            a, b = (r - r.mean(-1, keepdim=True) for r in ranks)
-            found: Tensor = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-300)
-            return found
-
-        found = []
-        for name, score in self.scores.items():
-            if not bool(score.isfinite().all()):
-                continue
-            drawn = rho(score[picks], target[picks])
-            low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
-            found.append(
-                {"score": name, "rho": float(rho(score, target)), "low": low, "high": high}
-            )
+        found: list[dict[str, Any]] = [
+            {"score": name, **spearman(score, target, seed)}
+            for name, score in self.scores.items()
+            if bool(score.isfinite().all())
+        ]
         return sorted(found, key=lambda row: -abs(row["rho"]))
 
     def report(
         self, path: str | Path, model: nn.Module | None = None, tokenizer: Any = None, *,
         closeups: int = 3, watched: str | Path | None = None, measured: Tensor | None = None,
-        places: Sequence[int] | None = None, extra: Mapping[str, Any] | None = None,
+        places: Sequence[int] | None = None, faults: Mapping[int, str] | None = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> Path:  # fmt: skip
         """Writes one self-contained HTML page, and its tables as JSON beside it.
 
@@ -437,6 +500,7 @@ class Diagnosis:
             watched: Folder of a watched run, for its curves.
             measured: Δ log π(y+) that training did, (N,) nats, for `correlations`.
             places: The row of the data that each pair comes from.
+            faults: Pair -> what an audit found, for `actions`.
             extra: Facts for the page's last table.
 
         Returns:
@@ -458,23 +522,29 @@ class Diagnosis:
             looked = report.look_closer(self, model, tokenizer, self.worst(closeups))
         return report.write_diagnosis(
             self, path, closeups=looked, dynamics=rows, measured=measured, places=places,
-            tokenizer=tokenizer, extra=extra,
+            faults=faults, tokenizer=tokenizer, extra=extra,
         )  # fmt: skip
 
-    def save(self, folder: str | Path, places: Sequence[int] | None = None) -> Path:
+    def save(
+        self, folder: str | Path, places: Sequence[int] | None = None,
+        faults: Mapping[int, str] | None = None,
+    ) -> Path:  # fmt: skip
         """Writes diagnosis.json (`to_dict`) into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "diagnosis.json"
-        text = json.dumps(self.to_dict(places), indent=1, allow_nan=False)
+        text = json.dumps(self.to_dict(places, faults), indent=1, allow_nan=False)
         replace_file(path, text + "\n")
         return path
 
-    def to_dict(self, places: Sequence[int] | None = None) -> dict[str, Any]:
+    def to_dict(
+        self, places: Sequence[int] | None = None, faults: Mapping[int, str] | None = None
+    ) -> dict[str, Any]:
         """Everything but the Gram, as JSON can hold it: `table`, `tell`, `objectives`, meanings.
 
         Args:
             places: The row of the data that each pair comes from, for "row" in the table.
+            faults: As in `actions`.
         """
         table = self.table()
         for pair, row in enumerate(table if places is not None else ()):
@@ -489,6 +559,9 @@ class Diagnosis:
             "told": self.tell(),
             "objectives": _finite(self.objectives()),
             "worst": self.worst(),
+            "shares": self.shares().tolist(),
+            "actions": _finite(self.actions(faults)),
+            "validated": self.validated,
             "fates": dict(Counter(self.fate)),
             "pairs": _finite(table),
             "tokens": [
@@ -505,6 +578,24 @@ class Diagnosis:
 
     def _weights(self) -> Tensor:
         return torch.stack([self.scores["weight_chosen"], self.scores["weight_rejected"]])
+
+
+def spearman(score: Tensor, target: Tensor, seed: int = 0) -> dict[str, float]:
+    """Rank correlation "rho" and the 95 % interval "low" to "high" of a bootstrap over places."""
+    from scipy.stats import rankdata
+
+    generator, n = torch.Generator().manual_seed(seed), len(score)
+    picks = torch.randint(n, (2000, n), generator=generator)
+
+    def rho(x: Tensor, y: Tensor) -> Tensor:
+        ranks = [torch.from_numpy(rankdata(v.numpy(), axis=-1)) for v in (x, y)]
+        a, b = (r - r.mean(-1, keepdim=True) for r in ranks)
+        found: Tensor = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-300)
+        return found
+
+    drawn = rho(score[picks], target[picks])
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
+    return {"rho": float(rho(score, target)), "low": low, "high": high}
 
 
 def _token_rows(pair: tuple[Example, Example]) -> list[dict[str, Any]]:

@@ -256,10 +256,11 @@ def test_edit_distance():
 
 def test_all_objectives_are_compared(found):
     rows = found.objectives()
-    assert [r["objective"] for r in rows] == list(PREFERENCES)
+    assert [r["objective"] for r in rows] == [*PREFERENCES, "extend"]
     by_name = {r["objective"]: r for r in rows}
     assert by_name["sft"]["chosen_falls"] == 0 or by_name["sft"]["chosen"] > 0
     assert by_name["unlikelihood"]["rejected"] < 0
+    assert by_name["extend"]["rejected"] > by_name["sft"]["rejected"]
     again = found.under("dpo", beta=0.3)
     assert all(torch.equal(again.scores[k], found.scores[k]) for k in found.scores)
 
@@ -465,11 +466,82 @@ def test_adam_has_the_diagonal_of_its_batches(model):
     scale = exact.diagonal().sqrt()
     assert float(((found.adam[0] - exact) / (scale[:, None] * scale)).abs().max()) < 1e-3
     assert found.adam[1] == pytest.approx(float(v.sum()), rel=1e-3)
+    # A step on all pairs: both moments are those of its own gradient.
     first = found.simulate(lddyn.Run(lr=1e-5, batch=5)).path[1] - found.log_probs
-    rescaled = (exact @ torch.tensor([0.15 / 5] * 5 + [-0.15 / 5] * 5).double()).view(2, 5)
-    whole = float(pulls.mean(0).square().sum() + pulls.var(0, correction=0).sum() / 5)
-    rescaled *= 1e-5 * (found.adam[1] / whole) ** 0.5
-    assert torch.allclose(first, rescaled, rtol=1e-2, atol=1e-3 * float(rescaled.abs().max()))
+    moved = (exact @ torch.tensor([0.15 / 5] * 5 + [-0.15 / 5] * 5).double()).view(2, 5)
+    moved *= 1e-5 * (float(v.sum()) / float(pulls.mean(0).square().sum())) ** 0.5
+    assert torch.allclose(first, moved, rtol=1e-2, atol=1e-3 * float(moved.abs().max()))
+
+
+def test_adam_is_followed_through_a_run(found):
+    """Where P is a multiple of 1, simulation is Adam with a scalar second moment."""
+    generator = torch.Generator().manual_seed(0)
+    jacobian, n = torch.randn(10, 40, generator=generator).double(), 5
+    gram = jacobian @ jacobian.T
+    linear = replace(found, gram=gram, adam=(gram / 3.0, 9.0))
+    run = lddyn.Run(lr=0.05, epochs=4, batch=2)
+    theta, m, v = torch.zeros(40).double(), torch.zeros(40).double(), 0.0
+    for step, batch in enumerate(run.batches(range(n)), 1):
+        moved = (jacobian @ theta).view(2, n)
+        w = 0.3 * torch.sigmoid(-0.3 * (moved[0] - moved[1]))[batch] / len(batch)
+        g = -(w @ jacobian[:n][batch] - w @ jacobian[n:][batch])
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * float(g @ g)
+        theta = theta - 0.05 * m / (1 - 0.9**step) / (v / (1 - 0.999**step)) ** 0.5
+    expected = (jacobian @ theta).view(2, n)
+    assert torch.allclose(linear.simulate(run).change, expected, rtol=1e-9)
+
+
+def test_losses_are_compared_over_the_run(found, foretold):
+    assert "run_chosen" not in found.objectives()[0]
+    rows = {r["objective"]: r for r in foretold.objectives()}
+    own = foretold.simulate().change
+    assert rows["dpo"]["run_chosen"] == pytest.approx(float(own[0].mean()))
+    other = foretold.under("dpop").simulate(foretold.foretold.run).change
+    assert rows["dpop"]["run_rejected"] == pytest.approx(float(other[1].mean()))
+    # In a linear model SFT on both responses adds the same to DPO, whatever comes after it.
+    run = lddyn.Run(lr=1e-4, epochs=3, batch=2, optimizer="sgd", momentum=0.0)
+    start = replace(foretold, foretold=replace(foretold.foretold, run=run))
+    total = torch.zeros(5).double()
+    for batch in run.batches(range(5)):
+        total[batch] += run.lr / len(batch)
+    expected = (foretold.gram @ total.repeat(2)).view(2, 5).mean(1)
+    both = {r["objective"]: r for r in start.objectives()}
+    for name, value in zip(("run_chosen", "run_rejected"), expected.tolist(), strict=True):
+        assert both["extend"][name] - both["dpo"][name] == pytest.approx(value)
+
+
+def test_every_pair_gets_an_action(found, foretold):
+    rows = foretold.actions({3: "a duplicate"})
+    assert [r["pair"] for r in rows] == foretold.worst()
+    gives = [r["gives"] for r in rows]
+    assert gives == sorted(gives) == pytest.approx(foretold.foretold.gives.sort().values.tolist())
+    by_pair = {r["pair"]: r for r in rows}
+    assert by_pair[3]["action"] == "fix" and by_pair[3]["why"] == "a duplicate"
+    harmful = torch.eye(5).double() * -1
+    dropped = replace(found, gram=torch.zeros(10, 10).double())
+    dropped.gram[:5, :5] = harmful
+    assert {r["action"] for r in dropped.actions()} == {"drop"} and not bool(dropped.shares().any())
+    alike = replace(found, scores={**found.scores, "own_chosen": -torch.ones(5).double()})
+    assert {r["action"] for r in alike.actions()} == {"fix"}
+    shares = foretold.shares()
+    assert float(shares.mean()) == pytest.approx(1) and bool((shares >= 0).all())
+    assert bool((foretold.foretold.effects @ shares >= -1e-6).all())
+
+
+def test_real_steps_say_what_scores_are_worth(model):
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    found = lddyn.diagnose(model, some_pairs(9), beta=0.3, tokens=0, validate=6)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    told = found.validated
+    assert (told["steps"], told["batch"]) == (6, 4) and told["lr"] > 0
+    for name in ("own", "others"):
+        assert told[name]["error"] < 0.05 and told[name]["rho"] > 0.97
+        assert told[name]["low"] <= told[name]["rho"] <= told[name]["high"] + 1e-9
+    rows = {r["score"]: r for r in told["scores"]}
+    assert rows["own_chosen"]["own"]["rho"] > 0.5
+    assert json.dumps(found.to_dict(), allow_nan=False)
+    with pytest.raises(ValueError, match="validate must be a number of steps, on 4 pairs or more"):
+        lddyn.diagnose(model, some_pairs(3), validate=1)
 
 
 def test_shares_are_the_nearest_ray_of_the_cone():
@@ -563,6 +635,40 @@ def test_the_command_speaks(folder):
         "diagnose", "--model", str(folder), "--data", str(folder / "pairs.jsonl"), "--drop", "1",
     ])  # fmt: skip
     assert wrong.exit_code == 2 and "--drop needs --write" in wrong.stderr
+    assert "audit: 6 rows" in result.stdout and "missing_column" in result.stdout
+    assert "extend" in result.stdout and "run: y+" not in result.stdout
+
+
+def test_the_command_reweights(folder, tmp_path):
+    data, left = tmp_path / "pairs.jsonl", tmp_path / "weighted.jsonl"
+    rows = [json.loads(x) for x in (folder / "pairs.jsonl").read_text().splitlines()]
+    rows[4] = rows[3] | {"id": 7}
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(*more):
+        command = ["diagnose", "--model", str(folder), "--data", str(data), *more]
+        return CliRunner().invoke(app, command)
+
+    result = run("--lr", "1e-4", "--epochs", "2", "--batch", "2", "--reweight", "--write",
+                 str(left), "--json", "--validate", "2")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    written = [json.loads(x) for x in left.read_text().splitlines()]
+    weights = [row.pop("weight") for row in written]
+    assert written == rows and weights[2] == 1.0  # row 2 is no pair
+    assert [w for i, w in enumerate(weights) if i != 2] == pytest.approx(document["shares"])
+    assert document["audit"]["summary"]["duplicate"] == 1
+    assert document["validated"]["steps"] == 2 and "foretold to move" in " ".join(document["told"])
+    again = {document["pairs"][a["pair"]]["row"]: a for a in document["actions"]}
+    assert again[4]["action"] == "fix" and again[4]["why"] == "duplicate"
+    assert "run_chosen" in document["objectives"][0]
+    spoken = run("--lr", "1e-4", "--validate", "2", "--limit", "5")
+    assert spoken.exit_code == 0, spoken.output
+    assert "2 real steps on 2 pairs each" in spoken.stdout and "run: y+" in spoken.stdout
+    data.write_text(left.read_text())
+    refused = run("--reweight", "--write", str(tmp_path / "more.jsonl"))
+    assert refused.exit_code == 2 and "row 0 has a weight already" in refused.stderr
+    assert "--reweight needs --write" in run("--reweight").stderr
 
 
 def test_rows_are_not_lost(folder, tmp_path):

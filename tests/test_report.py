@@ -458,6 +458,17 @@ def test_diagnosis_report_reads_a_run(model, tmp_path):
         report.read_dynamics(file)
 
 
+def test_real_steps_and_actions_are_shown(model):
+    found = lddyn.diagnose(model, some_pairs(["a", "b", "c"] * 8, 6), tokens=0, validate=3)
+    text = page_of(found, faults={found.worst(1)[0]: "duplicate"})
+    assert "3 real steps differ from it by" in text and "What real steps" not in text
+    assert "Which score foretold what real steps did" in text
+    assert "fix (weight" in text and ": duplicate" in text
+    wanted = [row["action"] for row in found.actions({found.worst(1)[0]: "duplicate"})]
+    shown = re.findall(r'<td class="do">(\w+)', text)
+    assert shown == wanted and shown[0] == "fix"
+
+
 def test_a_run_ahead_is_drawn(model, tmp_path):
     run = lddyn.Run(lr=1e-4, epochs=2, batch=2)
     found = lddyn.diagnose(model, some_pairs(["a", "b", "c"] * 8, 4), run=run, tokens=0)

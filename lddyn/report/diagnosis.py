@@ -189,18 +189,26 @@ def _named(pairs: Sequence[int], places: Sequence[int] | None, most: int = 5) ->
 
 
 def _certainty(found: Diagnosis) -> dict[str, str]:
+    """How sure a sentence about all pairs is."""
+    checked = ""
+    if found.validated is not None:
+        own, others = (_percent(found.validated[k]["error"]) for k in ("own", "others"))
+        checked = (
+            f"; {found.validated['steps']} real steps differ from it by {own} for their own pairs "
+            f"and {others} for others"
+        )
     error = found.set_stderr()
     if error is None:
         return {
             "kind": "exact",
-            "sure": "exact to first order: every gradient was compared with every other",
+            "sure": f"exact to first order: every gradient was compared with every other{checked}",
         }
     up = found.scores["set_chosen"].abs()
     unsure = int((up < 2 * error[0]).sum())
     return {
         "kind": "estimate",
         "sure": f"estimated from sketched gradients: {unsure} of {len(found)} could as well rise "
-        "as fall (within two standard errors of 0)",
+        f"as fall (within two standard errors of 0){checked}",
     }
 
 
@@ -442,7 +450,7 @@ def warnings(
     falls = float((up < 0).double().mean())
     losses = [
         o for o in found.objectives() if o["chosen"] > o["rejected"]
-        and o["objective"] not in ("sft", "unlikelihood", found.objective)
+        and o["objective"] not in ("sft", "unlikelihood", "extend", found.objective)
     ]  # fmt: skip
     best = min(losses, key=lambda o: (o["chosen_falls"], -o["chosen"]), default=None)
     other = ""
@@ -544,8 +552,8 @@ def _lengths(found: Diagnosis) -> Tensor:
 def write_diagnosis(
     found: Diagnosis, path: str | Path, *, closeups: Sequence[CloseUp] = (),
     dynamics: Sequence[Mapping[str, Any]] = (), measured: Tensor | None = None,
-    places: Sequence[int] | None = None, tokenizer: Any = None,
-    extra: Mapping[str, Any] | None = None,
+    places: Sequence[int] | None = None, faults: Mapping[int, str] | None = None,
+    tokenizer: Any = None, extra: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """Writes a diagnosis as one self-contained HTML page, and its tables as JSON beside it.
 
@@ -557,6 +565,7 @@ def write_diagnosis(
         dynamics: Rows of a watched run, `read_dynamics(FOLDER)`: curves by response type.
         measured: Δ log π(y+) that training did, (N,) nats, for the correlations.
         places: The row of the data that each pair comes from.
+        faults: Pair -> what an audit found, for `Diagnosis.actions`.
         tokenizer: Makes running text of token ids. None: token texts are joined.
         extra: Facts for the table at the end (model, data, seconds, …).
 
@@ -570,6 +579,7 @@ def write_diagnosis(
     title = "Why do the chosen log-probs fall?"
     if not dynamics and bool((found.scores["set_chosen"] >= 0).all()):
         title = "Do the chosen log-probs fall?"
+    document = found.to_dict(places, faults)
     text = render(
         "diagnosis.html",
         title=title,
@@ -583,15 +593,16 @@ def write_diagnosis(
         sources=_bars(found),
         curves=curves(dynamics),
         run=tell_dynamics(dynamics),
-        table=_table(found, places, tokenizer),
+        table=_table(found, document["actions"], places, tokenizer),
         columns=_columns(found),
         forecast=_forecast(found),
         map=_map(found, places),
         closeups=[_closeup(i, c, places) for i, c in enumerate(closeups)],
-        objectives=_objectives(found),
-        correlations=[] if measured is None else _correlations(found, measured),
-        meanings=found.to_dict()["meaning"],
-        scores=_scores(found),
+        objectives=_objectives(found, document["objectives"]),
+        correlations=_correlations(found, measured, document["meaning"]),
+        validated=found.validated if measured is None else None,
+        meanings=document["meaning"],
+        scores=_scores(found, document["meaning"]),
         exact=found.stderr is None,
         facts={str(k): readable(str(v)) for k, v in (extra or {}).items()}
         | {"made with": versions()},
@@ -599,18 +610,19 @@ def write_diagnosis(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text)
-    found.save(path.parent, places)
+    tables: dict[str, Any] = {"diagnosis": document}
     if closeups:
-        tokens = [
+        tables["tokens"] = [
             {"pair": c.pair, "step": c.decomposition.summary(), "mass": c.flow.to_dict()}
             for c in closeups
         ]
-        text = json.dumps(plain(tokens), indent=1, allow_nan=False)
-        replace_file(path.parent / "tokens.json", text + "\n")
+    for name, content in tables.items():
+        text = json.dumps(plain(content), indent=1, allow_nan=False)
+        replace_file(path.parent / f"{name}.json", text + "\n")
     return path
 
 
-def _scores(found: Diagnosis) -> dict[str, Any]:
+def _scores(found: Diagnosis, meanings: Mapping[str, str]) -> dict[str, Any]:
     """All scores of the pairs in the table, four digits of each."""
     pairs = found.worst(_LISTED)
     return {
@@ -619,7 +631,7 @@ def _scores(found: Diagnosis) -> dict[str, Any]:
         "values": plain(
             [[float(f"{float(v[i]):.4g}") for v in found.scores.values()] for i in pairs]
         ),
-        "meanings": found.to_dict()["meaning"],
+        "meanings": dict(meanings),
     }
 
 
@@ -685,8 +697,11 @@ def _columns(found: Diagnosis) -> dict[str, tuple[str, str]]:
     return dict([first, *([("run_chosen", run)] if found.foretold else []), *rest])
 
 
-def _table(found: Diagnosis, places: Sequence[int] | None, tokenizer: Any) -> list[dict[str, Any]]:
-    """One row a pair, the most harmful first."""
+def _table(
+    found: Diagnosis, actions: Sequence[Mapping[str, Any]], places: Sequence[int] | None,
+    tokenizer: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One row a pair, the most harmful first, as `Diagnosis.actions` has them."""
     n, scale = len(found), unit(found)
     effects = _effects(found)[:n] * scale / n
     scores = dict(found.scores)
@@ -697,7 +712,8 @@ def _table(found: Diagnosis, places: Sequence[int] | None, tokenizer: Any) -> li
     among = effects.clone().fill_diagonal_(0.0)
     by, on = (x.topk(min(3, n), largest=False) for x in (among, among.T))
     rows = []
-    for rank, i in enumerate(found.worst(_LISTED)):
+    for rank, action in enumerate(actions[:_LISTED]):
+        i = action["pair"]
         chosen, rejected = found.pairs[i]
         per_lr = {"set_chosen": scale, "set_rejected": scale, "own_chosen": scale / n}
         values = {k: float(scores[k][i]) * per_lr.get(k, 1.0) for k in _columns(found)}
@@ -722,6 +738,9 @@ def _table(found: Diagnosis, places: Sequence[int] | None, tokenizer: Any) -> li
             "pair": i,
             "row": _row(i, places),
             "fate": [word(v) for v in changes],
+            "action": action["action"],
+            "share": f"{action['share']:.2f}",
+            "why": action["why"],
             "values": [
                 {"name": k, "value": v if math.isfinite(v) else 0.0, "text": signed(v, 2),
                  "sign": "" if k in ("cosine", "valley") else word(v)}
@@ -847,8 +866,7 @@ def _flow_bars(moved: Mapping[str, float]) -> list[dict[str, Any]]:
     ]
 
 
-def _objectives(found: Diagnosis) -> list[dict[str, Any]]:
-    rows = found.objectives()
+def _objectives(found: Diagnosis, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     largest = {k: max([abs(r[k]) for r in rows] + [1e-300]) for k in ("chosen", "rejected")}
     return [
         {**row, "mine": row["objective"] == found.objective, "bars": [
@@ -859,13 +877,23 @@ def _objectives(found: Diagnosis) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _correlations(found: Diagnosis, measured: Tensor) -> list[dict[str, Any]]:
+def _correlations(
+    found: Diagnosis, measured: Tensor | None, meanings: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Of scores with what training did, or else with what other pairs' real steps did."""
+    if measured is not None:
+        rows = found.correlations(measured)
+    elif found.validated is not None:
+        rows = [{"score": r["score"], **r["others"]} for r in found.validated["scores"]]
+        rows = sorted(rows, key=lambda row: -abs(row["rho"]))
+    else:
+        return []
+
     def shown(value: float) -> str:
         return f"{value:+.2f}".replace("-", "−")
 
-    meanings = found.to_dict()["meaning"]
     return [
         row | {"what": meanings[row["score"]], "value": shown(row["rho"]), "sign": word(row["rho"]),
                "ends": f"{shown(row['low'])} to {shown(row['high'])}"}
-        for row in found.correlations(measured)
+        for row in rows if row["low"] < row["high"]
     ]  # fmt: skip
