@@ -11,7 +11,7 @@ from lddyn.report.decomposition import (
 )
 from lddyn.report.diagnosis import CloseUp, look_closer, tell_diagnosis, warnings, write_diagnosis
 from lddyn.report.dynamics import read_dynamics, tell_dynamics, write_dynamics
-from lddyn.report.page import plain, readable, template
+from lddyn.report.page import plain, readable, render
 
 __all__ = [
     "CloseUp",
@@ -20,11 +20,11 @@ __all__ = [
     "read_dynamics",
     "read_run",
     "readable",
+    "render",
     "summarise",
     "tell",
     "tell_diagnosis",
     "tell_dynamics",
-    "template",
     "verification_from_dict",
     "verification_to_dict",
     "warnings",

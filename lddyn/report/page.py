@@ -18,7 +18,7 @@ from typing import Any
 
 from lddyn.figures import printable, signed
 
-__all__ = ["axis", "plain", "readable", "render", "template", "versions", "word"]
+__all__ = ["axis", "plain", "readable", "render", "versions", "word"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -103,13 +103,11 @@ def _environment() -> Any:
     )  # fmt: skip
 
 
-def template(text: str) -> Any:
-    """A page's template: what it is given is escaped, and a name that is not given is an error."""
-    return _environment().from_string(text)
-
-
 def render(name: str, **values: Any) -> str:
-    """A page of this package: a template of it, in the common frame with its style and script."""
+    """A page from a template of this package, in the common frame with its style and script.
+
+    What it is given is escaped, and a name that is not given is an error.
+    """
     from markupsafe import Markup
 
     style, script = ((_TEMPLATES / n).read_text("utf-8") for n in ("style.css", "page.js"))
