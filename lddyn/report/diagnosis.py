@@ -121,14 +121,7 @@ def look_closer(
         flow = massflow(model, rejected, update, lr=lr, dtype=dtype)
         if tokenizer is not None:  # running text, not a byte-level tokenizer's own spelling
             flow.text_of = lambda token: str(tokenizer.decode([token]))
-        closeups.append(
-            CloseUp(
-                pair,
-                victim,
-                decompose(model, observed, update, lr),
-                flow,
-            )
-        )
+        closeups.append(CloseUp(pair, victim, decompose(model, observed, update, lr), flow))
     return closeups
 
 
@@ -267,7 +260,8 @@ def tell_diagnosis(
         )
     else:
         text = "No pair pulls the chosen responses down on the whole."
-    said.append({"about": "the pairs", "text": text, **short})
+    foretold = {"kind": "estimate", "sure": "foretold"} if found.foretold else {}
+    said.append({"about": "the pairs", "text": text, **short, **foretold})
     return [*said, *_tell_tokens(found, places), *_tell_mass(found, closeups)]
 
 
