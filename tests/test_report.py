@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import os
 import re
 from pathlib import Path
@@ -437,8 +438,6 @@ def test_no_step_at_all():
 
 
 def test_diagnosis_report_reads_a_run(model, tmp_path):
-    import json
-
     (tmp_path / "run" / "lddyn").mkdir(parents=True)
     lines = [json.dumps(row) for row in some_rows()] + ['{"step": 12, "chan']
     file = tmp_path / "run" / "lddyn" / "dynamics.jsonl"
@@ -479,6 +478,43 @@ def test_a_run_ahead_is_drawn(model, tmp_path):
     order = [float(x) for x in re.findall(r'data-gives="([^"]*)"', text)]
     assert order == sorted(order)
     assert order == pytest.approx(sorted(found.foretold.gives.tolist()), rel=1e-4)
+
+
+def test_the_commands_write_pages(tmp_path):
+    from tokenizers import Tokenizer as Core
+    from tokenizers import models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from typer.testing import CliRunner
+
+    from lddyn.cli import app
+
+    def call(*arguments):
+        return CliRunner().invoke(app, list(map(str, arguments)))
+
+    core = Core(models.WordLevel({w: i for i, w in enumerate("._abcdefgh?")}, unk_token="."))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="_").save_pretrained(tmp_path / "m")
+    zoo.build("llama", eos_token_id=1, bos_token_id=None).save_pretrained(tmp_path / "m")
+    rows = [{"prompt": "a b ?", "chosen": f" {c} d", "rejected": f" {c} e f"} for c in "efgh"]
+    data, run = tmp_path / "pairs.jsonl", tmp_path / "run"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (run / "lddyn").mkdir(parents=True)
+    lines = "".join(json.dumps(row) + "\n" for row in some_rows())
+    (run / "lddyn" / "dynamics.jsonl").write_text(lines, encoding="utf-8")
+    told = call(
+        "diagnose", "--model", tmp_path / "m", "--data", data, "--out", tmp_path / "out",
+        "--watched", run, "--after", tmp_path / "m",
+    )  # fmt: skip
+    assert told.exit_code == 0, told.output
+    assert "open it in a browser" in told.output
+    text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "The watched run" in text and "row 3" in text and "Token by token" in text
+    assert (tmp_path / "out" / "diagnosis.json").exists()
+    told = call("diagnose", "--model", tmp_path / "m", "--data", data, "--after", tmp_path / "m")
+    assert told.exit_code == 2 and "give --out FOLDER" in told.output
+    told = call("report", run)
+    assert told.exit_code == 0 and "Over 11 steps" in told.output
+    assert "Log-probs over training" in (run / "lddyn" / "index.html").read_text("utf-8")
 
 
 def test_a_run_in_words():
