@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("pairs")
     parser.add_argument("--out", required=True)
     parser.add_argument("--second", action="store_true", help="pairs that nothing was tuned on")
+    parser.add_argument("--again", action="store_true", help="foretell anew, do not train")
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--drop", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=5)
@@ -123,13 +125,11 @@ def main() -> None:
             args.pairs, tokenizer, args.count, 144, but=read(args.pairs, tokenizer, 64, 128)
         )
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model).eval()
-    if not args.second:
+    if not args.second and not args.again:
         record(args.out, "one step", one_step(model, pairs, args.beta, 1e-3))
     finetune(model, pairs, args.sft_epochs, 1e-3, 0, 0.0)
     run = lddyn.Run(lr=args.lr, epochs=args.epochs, batch=8)
-    started = time.perf_counter()
     found = lddyn.diagnose(model, pairs, "dpo", beta=args.beta, run=run, memory="6GiB")
-    seconds = time.perf_counter() - started
     print("\n".join(found.tell()), flush=True)
     sides = [[p[side] for p in pairs] for side in (0, 1)]
     before = torch.stack([measure(model, x).log_prob for x in sides])
@@ -144,34 +144,52 @@ def main() -> None:
 
     everything, even = list(range(len(pairs))), torch.ones(len(pairs)).double()
     by_step = found.scores["gives"].argsort(stable=True)[: args.drop].tolist()
-    runs, moved, seconds_trained = [], torch.zeros(2, len(pairs)).double(), 0.0
-    for seed in range(args.seeds):
+    foretold = found.foretold
+    assert foretold is not None
+
+    def ways(seed: int) -> dict[str, tuple[list[int], Tensor]]:
+        """Name -> pairs left out, weights of all."""
         generator = torch.Generator().manual_seed(100 + seed)
         random = torch.randperm(len(pairs), generator=generator)[: args.drop].tolist()
-        ways = {
+        return {
             "none": ([], even), "random": (random, even), "worst by a step": (by_step, even),
             "worst by the run": (found.worst(args.drop), even), "reweighted": ([], found.shares()),
         }  # fmt: skip
+
+    def expected(gone: list[int], shares: Tensor) -> dict[str, float]:
+        """The mean Δ log π(y+) foretold, through the softmax and in a linear model."""
+        left = shares.clone()
+        left[gone] = 0.0
+        linear = found.simulate(leave_out=gone, shares=shares).change[0]
+        return {
+            "foretold": float(foretold.weighted(left).mean()), "linear": float(linear.mean()),
+        }  # fmt: skip
+
+    section = "dropped pairs" if args.second else "dropped pairs, tuned on"
+    if args.again:  # what is foretold anew, beside what was measured
+        result = json.loads(Path(args.out).read_text())[section]["result"]
+        for row in result["runs"]:
+            for name, way in ways(row["seed"]).items():
+                row[name] |= expected(*way)
+        record(args.out, section, result)
+        return
+    runs, moved = [], torch.zeros(2, len(pairs)).double()
+    for seed in range(args.seeds):
         row: dict[str, Any] = {"seed": seed}
-        for name, (gone, shares) in ways.items():
+        for name, (gone, shares) in ways(seed).items():
             kept = [i for i in everything if i not in gone]
-            started = time.perf_counter()
             change = measured(kept, shares, seed)
             if name == "none":
                 moved += change / args.seeds
-                seconds_trained += (time.perf_counter() - started) / args.seeds
-            foretold = found.simulate(leave_out=gone, shares=shares).change
             row[name] = {
                 "chosen": float(change[0].mean()), "rejected": float(change[1].mean()),
                 "fall": int((change[0] < 0).sum()),
                 "preferred": float((change[0] > change[1]).double().mean()),
-                "foretold": float(foretold[0].mean()),
-            }  # fmt: skip
+            } | expected(gone, shares)  # fmt: skip
             print(seed, name, row[name], flush=True)
         runs.append(row)
-        foretold = found.foretold
-        assert foretold is not None
-        record(args.out, "dropped pairs" if args.second else "dropped pairs, tuned on", {
+        mean = moved * args.seeds / len(runs)
+        record(args.out, section, {
             "pairs": len(pairs), "dropped": args.drop, "beta": args.beta, "told": found.tell(),
             "sft_epochs": args.sft_epochs, "epochs": args.epochs, "lr": args.lr,
             "log_prob_before": before.mean(1).tolist(),
@@ -179,12 +197,7 @@ def main() -> None:
             "shares": found.shares().tolist(), "runs": runs,
             "foretold": foretold.change.mean(1).tolist(),
             "linear": found.simulate().change.mean(1).tolist(),
-            "seconds": {"diagnosis": seconds, "run": seconds_trained * args.seeds / len(runs)},
-            "correlations": found.correlations(moved[0] * args.seeds / len(runs)),
-            "correlations_rejected": [
-                row for row in found.correlations(moved[1] * args.seeds / len(runs))
-                if row["score"] in ("run_rejected", "set_rejected", "own_rejected")
-            ],
+            "measured": mean.tolist(), "correlations": found.correlations(mean[0]),
         })  # fmt: skip
 
 

@@ -457,25 +457,49 @@ def one_step(section: dict) -> str:
     )
 
 
+LEFT_OUT = {
+    "none": "all pairs",
+    "random": "{} random left out",
+    "worst by a step": "{} worst of a step left out",
+    "worst by the run": "{} worst of the run left out",
+    "reweighted": "reweighted",
+}
+
+
 def dropped_pairs(section: dict) -> str:
     """What DPO did to the chosen responses, with and without the pairs a diagnosis names."""
-    r, header = section["result"], ["left out", "mean Δ log π(y+), nats", "lowest", "highest"]
+    r = section["result"]
+    header = ["trained on", "mean Δ log π(y+), nats", "lowest", "highest", "foretold",
+              "y+ that fall", "mean Δ log π(y−)", "y+ gains on y−"]  # fmt: skip
     rows = []
-    for name in ("none", "random", "worst", "best"):
-        values = [run[name]["chosen"] for run in r["runs"]]
-        mean = sum(values) / len(values)
-        label = name if name == "none" else f"{r['dropped']} {name}"
-        rows.append([label, *(f"{x:+.2f}" for x in (mean, min(values), max(values)))])
-    better = sum(run["worst"]["chosen"] > run["random"]["chosen"] for run in r["runs"])
-    before = r["log_prob_before"]
+    for name, label in LEFT_OUT.items():
+        runs = [run[name] for run in r["runs"]]
+        values = [run["chosen"] for run in runs]
+        mean = {key: sum(run[key] for run in runs) / len(runs) for key in runs[0]}
+        shown = (mean["chosen"], min(values), max(values))
+        rows.append([
+            label.format(r["dropped"]), *(f"{x:+.2f}" for x in shown),
+            f"{mean['foretold']:+.2f}",
+            f"{mean['fall'] / r['pairs']:.0%}", f"{mean['rejected']:+.1f}",
+            f"{mean['preferred']:.0%}",
+        ])  # fmt: skip
+    count, before = len(r["runs"]), r["log_prob_before"]
+    wins = [
+        f"{LEFT_OUT[name].format(r['dropped'])}: "
+        f"{sum(run[name]['chosen'] > run['random']['chosen'] for run in r['runs'])}"
+        for name in ("worst by a step", "worst by the run", "reweighted")
+    ]
+    everything = sum(run["none"]["chosen"] for run in r["runs"]) / count
     lines = [
         f"{r['pairs']} pairs, log π(y+) {before[0]:.1f} and log π(y−) {before[1]:.1f} after "
         f"{r['sft_epochs']} epochs of SFT; then {r['epochs']} epochs of DPO, β = {r['beta']:g}, "
-        f"AdamW, {len(r['runs'])} orders of the data:",
+        f"AdamW, lr {r['lr']:g}, {count} orders of the data, each with other random pairs:",
         table(header, rows),
-        f"Without the worst the chosen responses fall less than without random ones in {better} "
-        f"of {len(r['runs'])} runs.",
-        "Spearman's correlation with the measured change, scores taken before DPO:",
+        f"Runs of {count} in which the chosen responses end higher than without random pairs: "
+        f"{'; '.join(wins)}. Foretold for all pairs: {r['foretold'][0]:+.2f} nats through the "
+        f"softmax and {r['linear'][0]:+.2f} in a linear model; measured {everything:+.2f}.",
+        "Spearman's correlation with the measured change of log π(y+), mean over the orders; "
+        "scores taken before DPO, 95 % intervals by bootstrap over pairs:",
         correlations(r),
         f"<sub>{made_by(section)}</sub>",
     ]
@@ -494,9 +518,8 @@ def reported(section: dict) -> str:
         f"diagnosed at step {r['checkpoint']}. A small step was foretold to lower log π(y+) of "
         f"{r['chosen_falls']:.0%}; the rest of the run lowered it in {r['measured_falls']:.0%}, by "
         f"{-r['measured'][0]:.2f} nats on average. Spearman's correlation of scores with that: "
-        f"{best}. The page of {small} pairs with three close-ups has {sizes[small]} and took "
-        f"{duration(r['seconds']['report'])} ({duration(r['seconds']['diagnose'])} the diagnosis); "
-        f"that of {large} pairs without close-ups has {sizes[large]}.\n\n"
+        f"{best}. The page of {small} pairs with three close-ups has {sizes[small]}, that of {large} "
+        f"pairs without close-ups {sizes[large]}.\n\n"
         f"<sub>{made_by(section)}</sub>"
     )
 
@@ -537,6 +560,7 @@ SECTIONS = {
     "planner": planner,
     "one step": one_step,
     "dropped pairs": dropped_pairs,
+    "dropped pairs, tuned on": dropped_pairs,
     "reported": reported,
     "streaming": streaming,
     "store": store,

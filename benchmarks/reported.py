@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,17 +99,13 @@ def main() -> None:
     sides = [[pair[side] for pair in pairs] for side in (0, 1)]
     reference = torch.stack([measure(load(start), x).log_prob for x in sides])
     model = load(run / f"checkpoint-{args.checkpoint}")
-    began = time.perf_counter()
     found = lddyn.diagnose(model, pairs, "dpo", beta=args.beta, reference=reference)
-    diagnosed = time.perf_counter()
     end = load(run / f"checkpoint-{args.steps}")
     moved = [measure(end, x).log_prob - found.log_probs[k] for k, x in enumerate(sides)]
-    again = time.perf_counter()
     page = found.report(
         args.folder / "report" / "index.html", model, tokenizer, watched=run, measured=moved[0],
         extra={"model": f"{Path(args.model).name} after SFT and {args.checkpoint} steps of DPO"},
     )  # fmt: skip
-    written = time.perf_counter()
     large = report.write_diagnosis(
         many(replace(found, touched={}), 500), args.folder / "large" / "index.html"
     )
@@ -122,8 +117,6 @@ def main() -> None:
         "measured_falls": float((moved[0] < 0).double().mean()),
         "measured": [float(x.mean()) for x in moved],
         "correlations": found.correlations(moved[0]),
-        "seconds": {"diagnose": diagnosed - began, "report": written - again,
-                    "500 pairs": time.perf_counter() - written},
         "bytes": {str(len(found)): page.stat().st_size, "500": large.stat().st_size},
     })  # fmt: skip
 

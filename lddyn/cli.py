@@ -796,6 +796,7 @@ def diagnose(
     ] = None,
     epochs: Annotated[int, typer.Option(help="Of that run.")] = 1,
     batch: Annotated[int, typer.Option(help="Pairs in its batches.")] = 8,
+    schedule: Annotated[str, typer.Option(help="constant, or linear to 0.")] = "constant",
     validate: Annotated[
         int, typer.Option(help="Take so many real steps on a copy, and show what each score got.")
     ] = 0,
@@ -847,7 +848,7 @@ def diagnose(
         from lddyn.objectives import hyperparameters
         from lddyn.shards import replace_file
 
-        run = None if lr is None else lddyn.Run(lr=lr, epochs=epochs, batch=batch)
+        run = None if lr is None else lddyn.Run(lr, epochs, batch, schedule=schedule)
         given = {} if beta is None else {"beta": beta}
         hyperparameters(objective.lower(), given)
         _check_device(device)

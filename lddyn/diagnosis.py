@@ -15,7 +15,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -387,8 +387,9 @@ class Diagnosis:
             for i, fate in enumerate(self.fate)
         ]
 
-    def tell(self) -> list[str]:
-        """The diagnosis in sentences."""
+    def tell(self, places: Sequence[int] | None = None) -> list[str]:
+        """The diagnosis in sentences; pairs are named by their rows, if `places` has them."""
+        word, place = ("pair", range(len(self))) if places is None else ("row", places)
         n, up, fall = len(self), self.scores["set_chosen"], self.scores["set_rejected"]
         own = self.scores["own_chosen"]
         both = int(((up < 0) & (fall < 0)).sum())
@@ -423,12 +424,26 @@ class Diagnosis:
         if len(harmful):
             top = self.worst(max(1, n // 10))
             share = float(gives[top].clamp(max=0).sum() / harmful.sum())
-            named = ", ".join(map(str, top[:5]))
+            named = ", ".join(str(place[i]) for i in top[:5])
             lines.append(
                 f"{len(harmful)} pairs pull the chosen responses down on the whole; the worst "
-                f"{len(top)} do {share:.0%} of it (pairs {named}{' …' if len(top) > 5 else ''})."
+                f"{len(top)} do {share:.0%} of it ({word}s {named}{' …' if len(top) > 5 else ''})."
             )
-            lines += [self._tell_tokens(pair) for pair in top[:3] if pair in self.touched]
+            for pair in top[:3]:
+                if pair in self.touched:
+                    lines.append(f"In {word} {place[pair]} it is {self._tell_tokens(pair)}.")
+        deepest = self.falling(1)[0]
+        if float(up[deepest]) < 0 and deepest in self.touched:
+            does = {"chosen": "pulled up", "rejected": "pushed down"}
+            blamed = [
+                f"{r['text']!r} of {word} {place[r['pair']]}, {does[r['response']]}"
+                for r in self.culprit_tokens(deepest)[:3] if r["effect"] < 0
+            ]  # fmt: skip
+            if blamed:
+                lines.append(
+                    f"The chosen response of {word} {place[deepest]} falls most; tokens of others "
+                    f"that do it: {'; '.join(blamed)}."
+                )
         if self.unopened:
             lines.append(f"No gradients of tokens, and no LBK, of this model: {self.unopened}.")
         rows = self.objectives()
@@ -454,7 +469,7 @@ class Diagnosis:
             for side in ("rejected", "chosen") if any(r["response"] == side for r in worst)
         ]  # fmt: skip
         share = sum(r["gives"] for r in worst if r["gives"] < 0) / down if down else 0.0
-        return f"In pair {pair} it is {' and '.join(parts)}: {share:.0%} of what it takes."
+        return f"{' and '.join(parts)}: {share:.0%} of what it takes"
 
     def correlations(self, measured: Tensor, seed: int = 0) -> list[dict[str, Any]]:
         """Spearman's rank correlation of every score with a measured change of log π(y+).
@@ -542,6 +557,9 @@ class Diagnosis:
     ) -> dict[str, Any]:
         """Everything but the Gram, as JSON can hold it: `table`, `tell`, `objectives`, meanings.
 
+        "run" has the run's settings, the means that it is foretold to move ("chosen", "rejected")
+        and mean log π of the linear model after each step.
+
         Args:
             places: The row of the data that each pair comes from, for "row" in the table.
             faults: As in `actions`.
@@ -553,10 +571,19 @@ class Diagnosis:
         if error is not None:
             for row, chosen, rejected in zip(table, *error.tolist(), strict=True):
                 row |= {"set_chosen_stderr": chosen, "set_rejected_stderr": rejected}
+        run = None
+        if self.foretold is not None:
+            path = self.foretold.path.mean(2)
+            means = self.foretold.change.mean(1).tolist()
+            run = asdict(self.foretold.run) | {
+                "chosen": means[0], "rejected": means[1],
+                "path_chosen": path[:, 0].tolist(), "path_rejected": path[:, 1].tolist(),
+            }  # fmt: skip
         return {
+            "run": run,
             "objective": self.objective,
             "parameters": dict(self.parameters),
-            "told": self.tell(),
+            "told": self.tell(places),
             "objectives": _finite(self.objectives()),
             "worst": self.worst(),
             "shares": self.shares().tolist(),

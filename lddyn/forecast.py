@@ -103,6 +103,10 @@ class Forecast:
         """What each pair gives to the mean Δ log π(y+) of all pairs, (N,) nats."""
         return self.effects.mean(0)
 
+    def weighted(self, shares: Tensor) -> Tensor:
+        """Δ log π(y+) (N,) if pairs had these weights, 0 to leave one out; linear in them, nats."""
+        return self.effects @ shares.to(self.effects)
+
 
 def simulate(
     gram: Tensor, adam: tuple[Tensor, float] | None, log_probs: Tensor,
@@ -158,6 +162,8 @@ def projected(effects: Tensor) -> Tensor:
 
     scale = effects.abs().amax(1, keepdim=True).clamp(min=1e-300)
     faces = torch.cat([effects / scale, torch.eye(effects.shape[1]).to(effects)]).numpy()
-    multipliers, _ = nnls(faces.T, -torch.ones(effects.shape[1]).to(effects).numpy())
+    multipliers, _ = nnls(
+        faces.T, -torch.ones(effects.shape[1]).to(effects).numpy(), maxiter=30 * len(faces)
+    )
     found: Tensor = torch.from_numpy(1 + faces.T @ multipliers).clamp(min=0)
     return found.where(found > 1e-9, 0.0)

@@ -196,6 +196,15 @@ def test_nthr_is_as_published(model, found):
     assert not any(r["nthr_selects"] for r in rows if r["response"] == "chosen")
 
 
+def test_tokens_are_told(model):
+    found = lddyn.diagnose(model, some_pairs(4), "unlikelihood", tokens=1)
+    told, worst, deepest = " ".join(found.tell()), found.worst(1)[0], found.falling(1)[0]
+    assert f"In pair {worst} it is pushing down '" in told
+    assert float(found.scores["set_chosen"][deepest]) < 0
+    row = found.culprit_tokens(deepest)[0]
+    assert f"do it: {row['text']!r} of pair {row['pair']}, pushed down" in told
+
+
 def test_tokens_follow_the_objective(found):
     other, i = found.under("simpo"), found.named[0]
     total = sum(r["own_chosen"] for r in other.tokens(i))
@@ -429,6 +438,7 @@ def test_a_small_run_is_foretold(model, foretold, run):
     assert not linear.curved and float((linear.change - change).norm() / change.norm()) < 0.03
     assert torch.allclose(told.effects.sum(1), told.change[0], atol=1e-3 * float(change.norm()))
     assert torch.equal(foretold.scores["run_gives"], told.gives)
+    assert torch.allclose(told.weighted(torch.ones(5)), told.effects.sum(1))
     assert torch.equal(foretold.scores["run_chosen"], told.change[0])
     assert "run_gives" not in foretold.under("ipo").scores
 
@@ -649,7 +659,8 @@ def test_the_command_reweights(folder, tmp_path):
         command = ["diagnose", "--model", str(folder), "--data", str(data), *more]
         return CliRunner().invoke(app, command)
 
-    result = run("--lr", "1e-4", "--epochs", "2", "--batch", "2", "--reweight", "--write",
+    result = run("--lr", "1e-4", "--epochs", "2", "--batch", "2", "--schedule", "linear",
+                 "--reweight", "--write",
                  str(left), "--json", "--validate", "2")  # fmt: skip
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
@@ -657,6 +668,7 @@ def test_the_command_reweights(folder, tmp_path):
     weights = [row.pop("weight") for row in written]
     assert written == rows and weights[2] == 1.0  # row 2 is no pair
     assert [w for i, w in enumerate(weights) if i != 2] == pytest.approx(document["shares"])
+    assert document["run"]["schedule"] == "linear" and len(document["run"]["path_chosen"]) == 7
     assert document["audit"]["summary"]["duplicate"] == 1
     assert document["validated"]["steps"] == 2 and "foretold to move" in " ".join(document["told"])
     again = {document["pairs"][a["pair"]]["row"]: a for a in document["actions"]}
