@@ -512,14 +512,14 @@ def reported(section: dict) -> str:
     rows = r["correlations"][:6]
     best = ", ".join(f"`{c['score']}` {c['rho']:+.2f}" for c in rows)
     sizes = {count: f"{size / 1e6:.2g} MB" for count, size in r["bytes"].items()}
-    small, large = sizes
+    small, large = sorted(sizes, key=int)
     return (
         f"{r['pairs']} pairs, {r['steps']} steps of TRL's DPO after SFT, AdamW, β = {r['beta']:g}; "
         f"diagnosed at step {r['checkpoint']}. A small step was foretold to lower log π(y+) of "
         f"{r['chosen_falls']:.0%}; the rest of the run lowered it in {r['measured_falls']:.0%}, by "
         f"{-r['measured'][0]:.2f} nats on average. Spearman's correlation of scores with that: "
-        f"{best}. The page of {small} pairs with three close-ups has {sizes[small]}, that of {large} "
-        f"pairs without close-ups {sizes[large]}.\n\n"
+        f"{best}. The page of {small} pairs with three close-ups has {sizes[small]}, that of "
+        f"{large} pairs without close-ups {sizes[large]}.\n\n"
         f"<sub>{made_by(section)}</sub>"
     )
 
