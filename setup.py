@@ -72,7 +72,7 @@ class NinjaBuild(build_ext):
 setup(
     packages=[*find_packages(include=["lddyn", "lddyn.*"]), "lddyn.kernels"],
     package_dir={"lddyn.kernels": "kernels"},
-    package_data={"lddyn": ["py.typed"]},
+    package_data={"lddyn": ["py.typed"], "lddyn.report": ["templates/*"]},
     # Optional means "may be absent" (no compiler); an error of ninja is raised all the same.
     ext_modules=[Extension("lddyn._C", [], optional=True)],
     cmdclass={"build_ext": NinjaBuild},

@@ -26,6 +26,7 @@ PAGES = [
             "backend",
             "plan",
             "diagnose",
+            "report",
             "store",
             "streaming",
             "peers",
@@ -532,6 +533,24 @@ def kernel_methods(section: dict) -> str:
     )
 
 
+def reported(section: dict) -> str:
+    """A watched run, diagnosed on its way, against the rest of it."""
+    r = section["result"]
+    rows = r["correlations"][:6]
+    best = ", ".join(f"`{c['score']}` {c['rho']:+.2f}" for c in rows)
+    sizes = {count: f"{size / 1e6:.2g} MB" for count, size in r["bytes"].items()}
+    small, large = sorted(sizes, key=int)
+    return (
+        f"{r['pairs']} pairs, {r['steps']} steps of TRL's DPO after SFT, AdamW, β = {r['beta']:g}; "
+        f"diagnosed at step {r['checkpoint']}. A small step was foretold to lower log π(y+) of "
+        f"{r['chosen_falls']:.0%}; the rest of the run lowered it in {r['measured_falls']:.0%}, by "
+        f"{-r['measured'][0]:.2f} nats on average. Spearman's correlation of scores with that: "
+        f"{best}. The page of {small} pairs with three close-ups has {sizes[small]}, that of "
+        f"{large} pairs without close-ups {sizes[large]}.\n\n"
+        f"<sub>{made_by(section)}</sub>"
+    )
+
+
 def streaming(section: dict) -> str:
     """A model on disk against the same model in memory."""
     r = section["result"]
@@ -590,6 +609,7 @@ SECTIONS = {
     "dropped pairs": dropped_pairs,
     "kernel methods": kernel_methods,
     "dropped pairs, tuned on": dropped_pairs,
+    "reported": reported,
     "streaming": streaming,
     "store": store,
     "dialogue": dialogue,

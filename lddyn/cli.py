@@ -692,13 +692,29 @@ def demo(
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="What --out wrote.", show_default=False)],
+    run_dir: Annotated[
+        Path,
+        typer.Argument(
+            help="What --out wrote, or the folder of a watched run.", show_default=False
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
-    """Draw the pictures and write the page of a saved run again."""
+    """Write the page of a saved decomposition again, or that of a watched run."""
     with one_line_errors():
         from lddyn import report as reports
 
+        if not any(run_dir.glob("**/decomposition.json")):
+            with contextlib.suppress(FileNotFoundError):  # a watched run instead
+                rows = reports.read_dynamics(run_dir)
+                folder = run_dir if (run_dir / "dynamics.jsonl").is_file() else run_dir / "lddyn"
+                page = reports.write_dynamics(rows, folder / "index.html")
+                told = {"": reports.tell_dynamics(rows)}
+                if as_json:
+                    _print_json({"page": str(page), "told": told})
+                else:
+                    _say(*told[""], f"page: {page}")
+                return
         decs, verifications, summary = reports.read_run(run_dir)
         known = {"title", "opening", "extra", *decs}
         page = reports.write_run(
@@ -789,7 +805,16 @@ def diagnose(
     ] = 4,
     memory: Annotated[str, typer.Option(help="Workspace for gradients.")] = "auto",
     out: Annotated[
-        Path | None, typer.Option(help="Folder for diagnosis.json.", show_default=False)
+        Path | None,
+        typer.Option(help="Folder for the page, index.html, and its tables.", show_default=False),
+    ] = None,
+    watched: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a watched run: its curves for the page.", show_default=False),
+    ] = None,
+    after: Annotated[
+        str | None,
+        typer.Option(help="A later checkpoint, to check the page against.", show_default=False),
     ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -801,6 +826,8 @@ def diagnose(
         _check_dtype(dtype)
         if drop < 0:
             raise Problem(f"--drop must be 0 or more pairs, got {drop}")
+        if out is None and (watched is not None or after is not None):
+            raise Problem("--watched and --after are for the page: give --out FOLDER, too")
         if (drop or reweight) and write is None:
             raise Problem(
                 f"--{'drop' if drop else 'reweight'} needs --write FILE for the rows that are left"
@@ -857,8 +884,22 @@ def diagnose(
         faults = {finding.row: finding.problem for finding in checked if finding.problem in _FAULTS}
         faulty = {i: faults[place] for i, place in enumerate(places) if place in faults}
         document = found.to_dict(places, faulty) | {"audit": json.loads(checked.to_json())}
+        page = None
         if out is not None:
-            found.save(out, places, faulty)
+            _progress("writing the page …")
+            extra = {"model": model, "data": str(data), "rows left out": len(skipped)}
+            extra |= {} if reference is None else {"reference": reference}
+            measured = None
+            if after is not None:
+                from lddyn.probes import measure
+
+                later = _load_model(after, getattr(torch, dtype), trust_remote_code).to(device)
+                moved = measure(later, [chosen for chosen, _ in pairs]).log_prob.cpu()
+                measured, extra["after"] = moved - found.log_probs[0], after
+            page = found.report(
+                out / "index.html", lm, tokenizer, watched=watched, measured=measured,
+                places=places, faults=faulty, extra=extra,
+            )  # fmt: skip
         if write is not None:
             gone = {places[i] for i in found.worst(drop)}
             harmful = int((found.scores["gives"] < 0).sum())
@@ -904,14 +945,16 @@ def diagnose(
         ))  # fmt: skip
         for row in document["objectives"]:
             step = [row["chosen"], row["rejected"]]
-            after = [row["run_chosen"], row["run_rejected"]] if run else []
+            ahead = [row["run_chosen"], row["run_rejected"]] if run else []
             table.add_row(
                 row["objective"], *(f"{v:+.3g}" for v in step), f"{row['chosen_falls']:.0%}",
-                *(f"{v:+.3g}" for v in after), *([f"{row['run_chosen_falls']:.0%}"] if run else []),
+                *(f"{v:+.3g}" for v in ahead), *([f"{row['run_chosen_falls']:.0%}"] if run else []),
             )  # fmt: skip
         _print_table(table)
         if found.validated is not None:
             _show_validated(found.validated)
+        if page is not None:
+            _say(f"page: {page} (open it in a browser; its tables are beside it)")
 
 
 # ---------------------------------------------------------------------------------------------

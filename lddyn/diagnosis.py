@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lddyn.examples import Example
 from lddyn.forecast import Forecast, Run, projected, simulate
@@ -497,6 +497,48 @@ class Diagnosis:
             if bool(score.isfinite().all())
         ]
         return sorted(found, key=lambda row: -abs(row["rho"]))
+
+    def report(
+        self, path: str | Path, model: nn.Module | None = None, tokenizer: Any = None, *,
+        closeups: int = 3, watched: str | Path | None = None, measured: Tensor | None = None,
+        places: Sequence[int] | None = None, faults: Mapping[int, str] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Path:  # fmt: skip
+        """Writes one self-contained HTML page, and its tables as JSON beside it.
+
+        Args:
+            path: The file; diagnosis.json (`save`) goes beside it.
+            model: The diagnosed one: adds token × token influence and where the probability goes,
+                tokens.json beside the page. None: neither.
+            tokenizer: Makes running text of token ids. None: the examples' token texts.
+            closeups: So many of the most harmful pairs, with `model`.
+            watched: Folder of a watched run, for its curves.
+            measured: Δ log π(y+) that training did, (N,) nats, for `correlations`.
+            places: The row of the data that each pair comes from.
+            faults: Pair -> what an audit found, for `actions`.
+            extra: Facts for the page's last table.
+
+        Returns:
+            The path written.
+
+        Raises:
+            FileNotFoundError: If `watched` is no folder of a watched run.
+
+        Cost: seconds; a `decompose` and a `massflow` for each close-up.
+
+        Example:
+            >>> # lddyn.diagnose(model, pairs).report("diagnosis.html", model, tokenizer)
+        """
+        from lddyn import report
+
+        rows = [] if watched is None else report.read_dynamics(watched)
+        looked = []
+        if model is not None and not self.unopened:
+            looked = report.look_closer(self, model, tokenizer, self.worst(closeups))
+        return report.write_diagnosis(
+            self, path, closeups=looked, dynamics=rows, measured=measured, places=places,
+            faults=faults, tokenizer=tokenizer, extra=extra,
+        )  # fmt: skip
 
     def save(
         self, folder: str | Path, places: Sequence[int] | None = None,

@@ -158,6 +158,7 @@ def test_numbers_are_those_of_the_model(tmp_path, tokenizer):
         assert last[f"greedy/{name}"] >= last[f"log_prob/{name}"]
         before = callback.rows[-2][f"log_prob/{name}"]
         assert last[f"step/{name}"] == pytest.approx(last[f"log_prob/{name}"] - before, abs=1e-4)
+    assert "of the watched run" in (tmp_path / "lddyn" / "index.html").read_text("utf-8")
     lines = (tmp_path / "lddyn" / "dynamics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["each"] == pytest.approx(total, abs=1e-3)
 

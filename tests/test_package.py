@@ -30,9 +30,19 @@ LAYERS = [
     {"pullback", "pushforward", "norms", "projections"},
     {"lowrank", "sequences", "stream"},
     {"ntk", "proxies", "store", "query", "plan", "sketch", "features", "packing"},
-    {"dynamics", "probes", "massflow", "decompose", "forecast", "diagnosis", "diagnose", "figures"},
+    {"dynamics", "probes", "massflow", "decompose", "figures"},
     {"console"},
-    {"cli", "report", "lab", "integrations", "demo", "__main__"},
+    {
+        "cli",
+        "report",
+        "forecast",
+        "diagnosis",
+        "diagnose",
+        "lab",
+        "integrations",
+        "demo",
+        "__main__",
+    },
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 LEVEL["environment"] = LEVEL["ops"] + 1

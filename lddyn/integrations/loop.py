@@ -128,7 +128,7 @@ class Watch(Watcher):
             self._logger(values, step)
 
     def close(self) -> None:
-        """Makes a last pass if the budget has room for it, and leaves the optimizer alone."""
+        """Leaves the optimizer alone; makes a last pass within the budget, and draws the page."""
         if self._hooks:
             self._release()
             self.end(self.model, self.step)

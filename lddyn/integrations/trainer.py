@@ -30,7 +30,8 @@ class LearningDynamicsCallback(Watcher, TrainerCallback):  # type: ignore[misc]
 
     All rows, with every single example's log-prob, are appended to FOLDER/dynamics.jsonl; they are
     read again when training resumes from a checkpoint with the same probes. A file of an earlier
-    run, or of other probes, is renamed to dynamics-1.jsonl, -2, …
+    run, or of other probes, is renamed to dynamics-1.jsonl, -2, … The end of training draws the
+    rows as a page, FOLDER/index.html.
 
     Args:
         probes: A file or `ProbeSet` (encoded with the trainer's tokenizer at the start), an
@@ -94,11 +95,11 @@ class LearningDynamicsCallback(Watcher, TrainerCallback):  # type: ignore[misc]
         self.after_step(kwargs["model"], state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Makes a last pass if the budget has room for it."""
+        """Makes a last pass if the budget has room for it, and draws the rows as a page."""
         # The trainer may have put the best checkpoint back: those are not the last step's weights.
-        if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):
-            self._now = state, control
-            self.end(kwargs["model"], state.global_step)
+        restored = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        self._now = state, control
+        self.end(kwargs["model"], state.global_step, measured=restored)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Writes a row into the trainer's log and dashboard, or into its history alone."""

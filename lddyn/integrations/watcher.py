@@ -29,7 +29,7 @@ from lddyn.anatomy import Anatomy
 from lddyn.examples import Example
 from lddyn.probes import Encoded, ProbeSet, measure
 from lddyn.pushforward import AlongDirection, Direction, Pushforward, delta_log_probs
-from lddyn.report import plain
+from lddyn.report import plain, write_dynamics
 from lddyn.shards import replace_file
 
 __all__ = ["Probes", "Watcher"]
@@ -121,11 +121,20 @@ class Watcher:
         if self._before is not None or self._due(step):
             self._pass("step", _plain(model), step)
 
-    def end(self, model: nn.Module, step: int) -> None:
-        """Makes a last pass if the budget has room for it."""
-        done = bool(self.rows) and self.rows[-1]["step"] == step
+    def end(self, model: nn.Module, step: int, measured: bool = False) -> None:
+        """Makes a last pass if the budget has room for it, and draws the rows as a page.
+
+        Args:
+            model: After `step`.
+            step: The last one.
+            measured: These weights need no pass.
+        """
+        done = measured or (bool(self.rows) and self.rows[-1]["step"] == step)
         if self._agreed(not done and self._affordable()):
             self._pass("end", _plain(model), step)
+        if self._main and self.rows and self.folder is not None and not self._broken:
+            with self._safely("page"):
+                write_dynamics(self.rows, self.folder / "index.html")
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Hands a row to whoever shows it; names begin with ``lddyn/``."""

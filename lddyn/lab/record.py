@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from lddyn import __version__
-from lddyn.report import plain, template
+from lddyn.report import plain, render
 from lddyn.shards import digest_of, replace_file
 
 if TYPE_CHECKING:
@@ -283,7 +283,8 @@ class Lab:
             name: base64.b64encode(self.path("figures", f"{name}.png").read_bytes()).decode("ascii")
             for name in self.figures
         }
-        page = template(_PAGE).render(results=results, pictures=pictures)
+        title = f"lddyn lab {self.name}"
+        page = render("lab.html", title=title, results=results, pictures=pictures)
         replace_file(self.path("index.html"), page)
         return results  # type: ignore[no-any-return]
 
@@ -321,63 +322,3 @@ def _code() -> str:
 def write_json(path: Path, content: Any) -> None:
     """Replaces a file by this content, whole or not at all; NaN is refused."""
     replace_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>lddyn lab {{ results.experiment }}</title>
-<style>
-:root { color-scheme: light dark; --ink:#1d1d1f; --soft:#5f6368; --paper:#fff; --card:#f6f7f9;
-  --line:#dfe1e5 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink:#e8e8ea; --soft:#a3a7ad; --paper:#16181c; --card:#1f2227; --line:#343941 }
-  img { filter: brightness(.92) } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 64rem; padding: 1.2rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
-h1 { font-size: 1.7rem } h2 { margin-top: 2rem; font-size: 1.3rem }
-.lead { background: var(--card); border-radius: .6rem; padding: .6rem 1.2rem }
-.soft { color: var(--soft); font-size: .88rem } .scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: .88rem }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top } th { color: var(--soft); font-weight: 600 }
-figure { margin: 1.2rem 0 } figure img { max-width: 100%; height: auto; border-radius: .4rem }
-</style>
-</head>
-<body>
-<h1>lddyn lab {{ results.experiment }}</h1>
-<h2>What was expected</h2>
-<div class="lead">{% for s in results.expected %}<p>{{ s }}</p>{% endfor %}</div>
-<h2>What was seen</h2>
-<div class="lead">{% for s in results.seen %}<p>{{ s }}</p>{% endfor %}</div>
-{% if results.claims %}
-<h2>Do they agree?</h2>
-<div class="scroll"><table>
-<tr><th>claim</th><th>published</th><th>corrected</th><th>here</th><th>verdict</th></tr>
-{% for c in results.claims %}
-<tr><td><b>{{ c.name }}</b> {{ c.text }} <span class="soft">{{ c.source }}</span></td>
-<td>{{ c.published }}</td><td>{{ c.corrected }}</td>
-<td>{{ c.ours }}{% if c.interval %}
-<span class="soft">95 %: {{ "%.3g" % c.interval[0] }} to {{ "%.3g" % c.interval[1] }}</span>
-{% endif %}</td>
-<td><b>{{ c.verdict }}</b><br><span class="soft">{{ c.reason }}</span></td></tr>
-{% endfor %}
-</table></div>
-{% endif %}
-{% for name, caption in results.figures.items() %}
-<figure><img alt="{{ caption or name }}" src="data:image/png;base64,{{ pictures[name] }}">
-<figcaption class="soft">{{ caption }}</figcaption></figure>
-{% endfor %}
-<h2>How it was made</h2>
-<p class="soft">Seed {{ results.seed }};
-{% for k, v in results.options.items() %}{{ k }} {{ v }}; {% endfor %}
-{% for k, v in results.versions.items() %}{{ k }} {{ v }}{{ ", " if not loop.last }}{% endfor %}.
-Every number of the figures is in tables/.</p>
-</body>
-</html>
-"""

@@ -9,7 +9,6 @@ escapes everything, and the page's script writes them with textContent only.
 from __future__ import annotations
 
 import base64
-import importlib.metadata
 import io
 import json
 import math
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lddyn.figures import plot_decomposition, printable, signed, visible
+from lddyn.report.page import plain, render, versions, word
 from lddyn.shards import replace_file
 
 if TYPE_CHECKING:
@@ -242,17 +242,6 @@ def _per_response(dec: Decomposition, verification: Verification) -> dict[str, f
 # A run on disk
 
 
-def plain(value: Any) -> Any:
-    """The value as JSON can hold it: NaN and infinities become None, tuples lists."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return value
-
-
 def summarise(dec: Decomposition, verification: Verification | None = None) -> dict[str, Any]:
     """`dec.summary()` with the story and, in short, the verification; ready for JSON."""
     summary: dict[str, Any] = {**dec.summary(), "story": tell(dec, verification)}
@@ -425,25 +414,14 @@ def write_html(
         _section(number, name, one, of(verification, name), of(figures, name))
         for number, (name, one) in enumerate(several.items())
     ]
-    facts = {**(extra or {}), "made with": _versions()}
-    text = template(_PAGE).render(
-        title=title, story=list(story or []), sections=sections, facts=facts
+    facts = {**(extra or {}), "made with": versions()}
+    text = render(
+        "decomposition.html", title=title, story=list(story or []), sections=sections, facts=facts
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text)
     return path
-
-
-def _versions() -> str:
-    names = ("lddyn", "torch", "transformers")
-    found = []
-    for name in names:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ", ".join(found)
 
 
 def _section(
@@ -465,7 +443,7 @@ def _section(
                 "tokens": len(observed.token_ids),
                 "before": signed(float(observed.logp.sum()), 5),
                 "predicted": signed(float(observed.delta_logp.sum()), 5),
-                "sign": _sign(float(observed.delta_logp.sum())),
+                "sign": word(float(observed.delta_logp.sum())),
                 "measured": signed(measured[observed.name], 5) if measured else "",
                 "error": signed(float(observed.error_estimate.sum()), 2),
                 "parts": [signed(parts.get(k, 0.0)) for k in sources],
@@ -474,7 +452,7 @@ def _section(
                         "text": visible(t.text, 24),
                         "place": f"{t.sequence.replace('y-', 'y−')}[{t.index}]",
                         "nats": signed(v),
-                        "sign": _sign(v),
+                        "sign": word(v),
                         "share": 100 * abs(v) / largest,
                     }
                     for strongest in [dec.strongest(observed, 6)]
@@ -494,7 +472,8 @@ def _section(
         "sources": [k.replace("y-", "y−") for k in sources],
         "rows": rows,
         "measured": bool(measured),
-        "tokens": _token_data(dec),
+        "names": [row["name"] for row in rows],
+        "tokens": token_data(dec),
         "pictures": pictures,
         "verification": _verification_rows(verification),
         "settings": _settings(dec),
@@ -539,11 +518,7 @@ def _verification_rows(verification: Verification | None) -> dict[str, Any] | No
     }
 
 
-def _sign(value: float) -> str:
-    return "up" if value > 0 else "down" if value < 0 else "zero"
-
-
-def _token_data(dec: Decomposition) -> dict[str, Any]:
+def token_data(dec: Decomposition) -> dict[str, Any]:
     """Texts and influence tables for the page's script, with three significant digits."""
     responses = []
     for observed in dec:
@@ -580,248 +555,3 @@ def _png(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def template(text: str) -> Any:
-    """A page's template: what it is given is escaped, and a name that is not given is an error."""
-    from jinja2 import Environment, StrictUndefined
-
-    return Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(text)
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
-  script-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; --ink:#1d1d1f; --soft:#5f6368; --paper:#fff; --card:#f6f7f9;
-  --line:#dfe1e5; --up:#2166ac; --down:#b2182b; --up-rgb:33,102,172; --down-rgb:178,24,43 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink:#e8e8ea; --soft:#a3a7ad; --paper:#16181c; --card:#1f2227; --line:#343941;
-    --up:#78b1e6; --down:#f08a94; --up-rgb:67,147,225; --down-rgb:225,77,91 }
-  img { filter: brightness(.92) } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 76rem; padding: 1.2rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
-h1 { font-size: 1.7rem; line-height: 1.2 } h2 { margin-top: 2.4rem; font-size: 1.35rem }
-h3 { margin: 1.8rem 0 .4rem; font-size: 1.05rem }
-.lead { font-size: 1.08rem; background: var(--card); border-radius: .6rem; padding: .9rem 1.2rem }
-.lead p { margin: .45rem 0 } .soft { color: var(--soft); font-size: .88rem }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
-  white-space: nowrap; font-variant-numeric: tabular-nums }
-th:first-child, td:first-child { text-align: left } th { color: var(--soft); font-weight: 600 }
-.up { color: var(--up) } .down { color: var(--down) }
-.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)) }
-.card { background: var(--card); border-radius: .6rem; padding: .6rem .9rem; min-width: 0 }
-.card h4 { margin: 0 0 .3rem; font-size: .92rem; overflow-wrap: anywhere }
-.bar { display: grid; grid-template-columns: 7.5rem 1fr 4.2rem; gap: .5rem; font-size: .84rem;
-  align-items: center } .bar code { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
-.bar i { display: block; height: .6rem; border-radius: .2rem }
-.bar i.up { background: var(--up) } .bar i.down { background: var(--down) }
-.bar span { text-align: right; font-variant-numeric: tabular-nums }
-.text { background: var(--card); border-radius: .6rem; padding: .6rem .8rem; margin: .4rem 0;
-  line-height: 2.05; font: .85rem/2.05 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
-.text span { padding: .18rem .1rem; border-radius: .2rem; cursor: pointer; overflow-wrap: anywhere }
-.text span.on { outline: 2px solid var(--ink) }
-.says { min-height: 1.6rem; font-size: .9rem }
-figure { margin: 1rem 0 } figure img { max-width: 100%; height: auto; border-radius: .4rem }
-select { font: inherit; padding: .2rem .5rem; max-width: 100% }
-details { margin: .6rem 0 } summary { cursor: pointer; color: var(--soft) }
-.grid { max-height: 32rem; overflow: auto } .grid table { font-size: .7rem }
-.grid th, .grid td { padding: 0 .2rem; border: 0; min-width: 1rem; height: 1.1rem;
-  font-weight: 400; text-align: right } .grid thead th { writing-mode: vertical-rl;
-  text-align: right; vertical-align: bottom; padding: .2rem 0 }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{% if story %}
-<div class="lead">{% for sentence in story %}<p>{{ sentence }}</p>{% endfor %}</div>
-{% endif %}
-{% for section in sections %}
-<section>
-{% if section.name %}<h2>{{ section.name }}</h2>{% endif %}
-<div class="lead">{% for sentence in section.story %}<p>{{ sentence }}</p>{% endfor %}</div>
-
-<h3>Every response, in nats</h3>
-<div class="scroll"><table>
-<thead><tr><th>response</th><th>tokens</th><th>log π before</th><th>predicted Δ</th>
-{% if section.measured %}<th>measured Δ</th>{% endif %}<th>start − midpoint</th>
-{% for source in section.sources %}<th>from {{ source }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in section.rows %}
-<tr><td>{{ row.name }}</td><td>{{ row.tokens }}</td><td>{{ row.before }}</td>
-<td class="{{ row.sign }}"><b>{{ row.predicted }}</b></td>
-{% if section.measured %}<td>{{ row.measured }}</td>{% endif %}<td>{{ row.error }}</td>
-{% for part in row.parts %}<td>{{ part }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody></table></div>
-
-<h3>Which token did what</h3>
-<p class="soft">Blue was raised, red was lowered. Point at (or tap) a token of the response to see
-which tokens of the update moved it, or a token of the update to see what it moved.</p>
-<div class="who" data-section="{{ section.number }}">
-<p><select aria-label="response">
-{% for row in section.rows %}<option value="{{ loop.index0 }}">{{ row.name }}</option>{% endfor %}
-</select></p>
-<div class="observed"></div>
-<p class="says soft"></p>
-<div class="updated"></div>
-<details><summary>token × token table, nats</summary><div class="grid"></div></details>
-<noscript><p class="soft">This part needs scripts; the pictures below show the same.</p></noscript>
-</div>
-<script type="application/json"
-  id="tokens-{{ section.number }}">{{ section.tokens|tojson }}</script>
-
-<h3>Strongest tokens of the update</h3>
-<div class="cards">
-{% for row in section.rows %}
-<div class="card"><h4>on {{ row.name }}</h4>
-{% for t in row.strongest %}
-<div class="bar" title="{{ t.place }}"><code>{{ t.text }} <small>{{ t.place }}</small></code>
-<div><i class="{{ t.sign }}" style="width:{{ '%.1f' % t.share }}%"></i></div>
-<span>{{ t.nats }}</span></div>
-{% endfor %}</div>
-{% endfor %}
-</div>
-
-<h3>Pictures</h3>
-{% for picture in section.pictures %}
-<figure><img alt="{{ picture.name }}" src="data:image/png;base64,{{ picture.data }}"></figure>
-{% endfor %}
-
-{% if section.verification %}
-<h3>Checked against real steps</h3>
-<p>A real optimizer step was taken on a copy of the model ({{ section.verification.dtype }}) at each
-learning rate. ‖error‖ is the norm of measured − predicted over all observed tokens; its log-log
-slope is <b>{{ section.verification.slope }}</b>, expected {{ section.verification.expected }}.</p>
-<div class="scroll"><table><thead><tr><th>learning rate</th><th>measured Δ, nats</th>
-<th>predicted Δ, nats</th><th>‖error‖, nats</th></tr></thead><tbody>
-{% for row in section.verification.rows %}
-<tr><td>{{ row.lr }}</td><td>{{ row.measured }}</td><td>{{ row.predicted }}</td>
-<td>{{ row.error }}</td></tr>
-{% endfor %}
-</tbody></table></div>
-{% endif %}
-
-<details><summary>settings</summary><div class="scroll"><table>
-{% for key, value in section.settings.items() %}
-<tr><td>{{ key }}</td><td>{{ value }}</td></tr>
-{% endfor %}
-</table></div></details>
-</section>
-{% endfor %}
-
-<h2>Method</h2>
-<p>influence[m, l] = −η w<sub>l</sub> ⟨∇ log π(y<sub>m</sub> | χ<sub>o</sub>), P ∇ log
-π(y<sub>l</sub> | χ<sub>u</sub>)⟩ is what update token l did to observed token m: the decomposition
-Δ log π = −η A K G of Ren &amp; Sutherland, <i>Learning Dynamics of LLM Finetuning</i> (ICLR 2025),
-with the empirical NTK computed exactly, not bounded. Rows sum to the change of each token; the sum
-was computed a second time, by one push of the whole step, and both agree.</p>
-<div class="scroll"><table>
-{% for key, value in facts.items() %}
-<tr><td>{{ key }}</td><td>{{ value }}</td></tr>
-{% endfor %}
-</table></div>
-
-<script>
-"use strict";
-const nats = v => (v > 0 ? "+" : v < 0 ? "−" : "") + String(Math.abs(v)).replace("e-", "e−");
-const make = (tag, text, parent) => {
-  const e = document.createElement(tag);
-  if (text !== undefined) e.textContent = text;
-  if (parent) parent.append(e);
-  return e;
-};
-const tint = (v, largest) => {
-  const a = Math.asinh(20 * Math.abs(v) / largest) / Math.asinh(20) * .75;
-  return a < .01 ? "transparent" : `rgba(var(--${v > 0 ? "up" : "down"}-rgb),${a.toFixed(3)})`;
-};
-const size = list => list.reduce((a, v) => Math.max(a, Math.abs(v)), 1e-30);
-for (const who of document.querySelectorAll(".who")) {
-  const data = JSON.parse(document.getElementById("tokens-" + who.dataset.section).textContent);
-  const find = c => who.querySelector(c);
-  const select = find("select"), says = find(".says"), grid = find(".grid");
-  const show = () => {
-    const r = data.responses[Number(select.value)], all = data.sequences.flatMap(s => s.tokens);
-    find(".observed").replaceChildren(); find(".updated").replaceChildren();
-    const label = (box, text) => make("div", text, box).className = "soft";
-    const spans = (box, tokens) => {
-      const text = make("div", undefined, box); text.className = "text";
-      return tokens.map(t => {
-        const s = make("span", t, text);
-        text.append("\\u200b");
-        return s;
-      });
-    };
-    label(find(".observed"), r.name);
-    const top = spans(find(".observed"), r.tokens);
-    const low = data.sequences.flatMap(s => {
-      label(find(".updated"), "update: " + s.name); return spans(find(".updated"), s.tokens);
-    });
-    let held = null;
-    const entry = r.influence ? size(r.influence.map(size)) : 1;
-    const paint = (list, values, what, largest = size(values)) => {
-      list.forEach((s, i) => {
-        s.style.background = tint(values[i], largest);
-        s.title = what(i) + nats(values[i]) + " nats";
-      });
-    };
-    const rest = () => {
-      [...top, ...low].forEach(s => s.classList.remove("on"));
-      paint(top, r.delta, i => `Δ log π of ${r.tokens[i]}: `);
-      paint(low, r.columns, i => `${all[i]} on the whole response: `);
-      says.textContent = "";
-    };
-    const ask = (span, list, values, sentence) => {
-      rest();
-      span.classList.add("on");
-      paint(list, values, () => "", entry);
-      says.textContent = sentence;
-    };
-    const listen = (span, act) => {
-      span.addEventListener("mouseenter", () => held || act());
-      span.addEventListener("mouseleave", () => held || rest());
-      span.addEventListener("click", () => {
-        held = held === span ? null : span; rest(); if (held) act();
-      });
-    };
-    rest();
-    grid.replaceChildren();
-    if (!r.influence) { make("p", "too large for a table; see the pictures", grid); return; }
-    top.forEach((s, m) => listen(s, () => ask(s, low, r.influence[m],
-      `‘${r.tokens[m]}’ moved by ${nats(r.delta[m])} nats; below, what each token did to it`)));
-    low.forEach((s, l) => listen(s, () => ask(s, top, r.influence.map(row => row[l]),
-      `‘${all[l]}’ moved the response by ${nats(r.columns[l])} nats; above, each of its tokens`)));
-    const fill = () => {
-      if (grid.firstChild) return;
-      const table = make("table", undefined, grid), head = make("tr", undefined,
-        make("thead", undefined, table)), body = make("tbody", undefined, table);
-      make("th", "", head); all.forEach(t => make("th", t, head));
-      const largest = size(r.influence.map(size));
-      r.influence.forEach((row, m) => {
-        const line = make("tr", undefined, body); make("th", r.tokens[m], line);
-        row.forEach((v, l) => {
-          const cell = make("td", undefined, line); cell.style.background = tint(v, largest);
-          cell.title = `${r.tokens[m]} [${m}] by ${all[l]}: ${nats(v)} nats`;
-        });
-      });
-    };
-    find("details").ontoggle = fill;
-    if (find("details").open) fill();
-  };
-  select.addEventListener("change", show);
-  show();
-}
-</script>
-</body>
-</html>
-"""

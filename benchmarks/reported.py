@@ -1,0 +1,125 @@
+"""A DPO run whose chosen log-probs fall, watched, diagnosed on its way, and its report.
+
+python benchmarks/reported.py MODEL PAIRS.jsonl --folder FOLDER --out results/reported.json
+
+SFT on the chosen responses; DPO by TRL, watched; a diagnosis of its first checkpoint; the page,
+with what the rest of the run did to y+ beside what was foretold. FOLDER keeps models and page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from dropped_pairs import Pairs, finetune, read
+from record import record
+
+import lddyn
+from lddyn import report
+from lddyn.diagnosis import Diagnosis, assemble
+from lddyn.examples import rows
+from lddyn.integrations.trl import watch
+from lddyn.probes import measure
+
+
+def train(start: Path, folder: Path, data: list[dict[str, str]], steps: int, each: int) -> None:
+    """DPO of the model in `start`, with a checkpoint every `each` steps, watched."""
+    transformers.set_seed(0)
+    model, reference = (transformers.AutoModelForCausalLM.from_pretrained(start) for _ in range(2))
+    trainer = trl.DPOTrainer(
+        model, reference,
+        trl.DPOConfig(
+            str(folder), max_steps=steps, per_device_train_batch_size=8, learning_rate=1e-4,
+            lr_scheduler_type="constant", bf16=False, gradient_checkpointing=False,
+            report_to="none", save_steps=each, save_only_model=True, disable_tqdm=True,
+            use_cpu=True,
+        ),
+        train_dataset=Dataset.from_list(data),
+        processing_class=transformers.AutoTokenizer.from_pretrained(start),
+    )  # fmt: skip
+    watch(trainer, every=2, budget="300%", predict=4)  # a run of a minute has no time to spare
+    trainer.train()
+
+
+def many(found: Diagnosis, count: int) -> Diagnosis:
+    """A diagnosis of so many pairs, these again and again: for the size of its page."""
+    at = torch.arange(count) % len(found)
+    both = torch.cat([at, len(found) + at])
+    return assemble(
+        found.objective, found.parameters, [found.pairs[i] for i in at.tolist()],
+        found.gram[both][:, both], None, found.log_probs[:, at], found.reference[:, at],
+        {name: x[at] for name, x in found.scores.items()},
+        {name: [x[i] for i in at.tolist()] for name, x in found.marks.items()},
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("pairs")
+    parser.add_argument("--folder", required=True, type=Path)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--checkpoint", type=int, default=8)
+    parser.add_argument("--beta", type=float, default=0.1)
+    args = parser.parse_args()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    pairs: Pairs = read(args.pairs, tokenizer, args.count, 128)
+    kept = {pair[0].content_id for pair in pairs}
+    data = []
+    for row in rows(args.pairs):
+        pair = {k: row[k] for k in ("prompt", "chosen", "rejected")}
+        try:
+            if lddyn.encode_row(tokenizer, pair)["chosen"].content_id in kept:
+                data.append(pair)
+        except ValueError:  # an empty response
+            continue
+    start, run = args.folder / "sft", args.folder / "dpo"
+    if not (run / f"checkpoint-{args.steps}").exists():
+        model = transformers.AutoModelForCausalLM.from_pretrained(args.model).eval()
+        finetune(model, pairs, 3, 1e-3, 0, 0.0)
+        model.save_pretrained(start)
+        tokenizer.save_pretrained(start)
+        train(start, run, data, args.steps, args.checkpoint)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in data)
+    (args.folder / "pairs.jsonl").write_text(text, encoding="utf-8")
+
+    def load(folder: Path) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    sides = [[pair[side] for pair in pairs] for side in (0, 1)]
+    reference = torch.stack([measure(load(start), x).log_prob for x in sides])
+    model = load(run / f"checkpoint-{args.checkpoint}")
+    found = lddyn.diagnose(model, pairs, "dpo", beta=args.beta, reference=reference)
+    end = load(run / f"checkpoint-{args.steps}")
+    moved = [measure(end, x).log_prob - found.log_probs[k] for k, x in enumerate(sides)]
+    page = found.report(
+        args.folder / "report" / "index.html", model, tokenizer, watched=run, measured=moved[0],
+        extra={"model": f"{Path(args.model).name} after SFT and {args.checkpoint} steps of DPO"},
+    )  # fmt: skip
+    large = report.write_diagnosis(
+        many(replace(found, touched={}), 500), args.folder / "large" / "index.html"
+    )
+    record(args.out, "reported", {
+        "pairs": len(pairs), "beta": args.beta, "steps": args.steps,
+        "checkpoint": args.checkpoint, "told": report.tell_diagnosis(found, measured=moved[0]),
+        "run": report.tell_dynamics(report.read_dynamics(run)),
+        "chosen_falls": float((found.scores["set_chosen"] < 0).double().mean()),
+        "measured_falls": float((moved[0] < 0).double().mean()),
+        "measured": [float(x.mean()) for x in moved],
+        "correlations": found.correlations(moved[0]),
+        "bytes": {str(len(found)): page.stat().st_size, "500": large.stat().st_size},
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

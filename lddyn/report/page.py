@@ -1,0 +1,120 @@
+"""What all pages share: one template, one look, a policy that lets nothing in and nothing out.
+
+A page is one file that opens from file://. Everything it is given is untrusted: jinja escapes it,
+`readable` shows what would hide or reorder text, and the page's own policy forbids the network
+and every script but its own, which it names by hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.metadata
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lddyn.figures import printable, signed
+
+__all__ = ["axis", "plain", "readable", "render", "versions", "word"]
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: NaN and infinities become None, tuples lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+def readable(text: str, longest: int | None = None) -> str:
+    r"""Running text with its line breaks, and with escapes for what reorders, hides or controls.
+
+    Args:
+        text: Any text.
+        longest: Cut to this many characters, the last one being "…". None: never.
+
+    Example:
+        >>> from lddyn.report import readable
+        >>> readable("a\n\u202eb\0")
+        'a\n\\u202eb\\u0000'
+    """
+    shown = "\n".join(printable(line.replace("\t", "    ")) for line in text.split("\n"))
+    return shown if longest is None or len(shown) <= longest else shown[: longest - 1] + "…"
+
+
+def word(value: float) -> str:
+    """The class of a number in the page: which colour it has."""
+    return "up" if value > 0 else "down" if value < 0 else "zero"
+
+
+def axis(
+    values: Sequence[float], low: float, high: float, *, zero: bool = True
+) -> tuple[list[float], list[dict[str, Any]]]:
+    """Places of values on an axis of a drawing, and its round ticks ("at", "text").
+
+    Args:
+        values: Finite numbers.
+        low: Where the least of them is, or near it.
+        high: Where the largest is.
+        zero: Whether 0 must be on the axis.
+    """
+    ends = [0.0, *values] if zero or not values else list(values)
+    least, most = min(ends), max(ends)
+    room = 0.06 * (most - least) or 0.5
+    least, most = least - room, most + room
+
+    def place(v: float) -> float:
+        return round(low + (high - low) * (v - least) / (most - least), 1)
+
+    step = 10.0 ** math.floor(math.log10((most - least) / 3))
+    step *= max(k for k in (1, 2, 5) if k == 1 or k * step <= (most - least) / 3)
+    ticks = range(math.ceil(least / step), math.floor(most / step) + 1)
+    return [place(v) for v in values], [
+        {"at": place(i * step), "text": signed(float(f"{i * step:.9g}"), 3)} for i in ticks
+    ]
+
+
+def versions() -> str:
+    """Versions of what makes a page's numbers."""
+    found = []
+    for name in ("lddyn", "torch", "transformers"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(_TEMPLATES),
+    )  # fmt: skip
+
+
+def render(name: str, **values: Any) -> str:
+    """A page from a template of this package, in the common frame with its style and script.
+
+    What it is given is escaped, and a name that is not given is an error.
+    """
+    from markupsafe import Markup
+
+    style, script = ((_TEMPLATES / n).read_text("utf-8") for n in ("style.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text: str = (
+        _environment()
+        .get_template(name)
+        .render(style=Markup(style), script=Markup(script), digest=digest, **values)
+    )
+    return text
