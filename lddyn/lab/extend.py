@@ -242,11 +242,10 @@ def _draw_dpo(found: Mapping[str, Curves]) -> Any:
         axes.set_xlabel("updates", fontsize=8)
         axes.margins(y=0.1)
         tidy(axes)
-    for number, (name, colour) in enumerate(_COLOURS.items()):
-        grid[0].annotate(
-            f"SFT on {name}", (0.04, 0.06 + 0.075 * number), xycoords="axes fraction",
-            fontsize=8, color=colour, weight="bold",
-        )  # fmt: skip
+    figure.legend(
+        grid[0].lines[: len(found)], [f"SFT on {name}" for name in found], labelcolor="linecolor",
+        loc="outside upper left", ncols=len(found), frameon=False, fontsize=8,
+    )  # fmt: skip
     return figure
 
 
