@@ -590,7 +590,9 @@ def versions(section: dict) -> str:
     for name, row in section["rows"].items():
         packages = [row["packages"][p].replace("not installed", "–") for p in shown]
         lines.append([
-            name, row["python"], *packages, f"{row['passed']:,}", str(len(row["failed"])),
+            name, row["python"], *packages,
+            f"{row['passed']:,}" + ("" if row["whole"] else ", then stopped"),
+            str(len(row["failed"])),
             f"{row['skipped']:,}", "passed" if row["selftest"] else "FAILED", row["commit"],
             row["date"],
         ])  # fmt: skip

@@ -124,7 +124,7 @@ def run(name: str, keep: bool, tests: Sequence[str]) -> dict[str, Any]:
     files = [f"tests/test_{test}.py" for test in tests]
     report = folder / "tests.xml"
     with (folder / "log").open("w") as log:
-        subprocess.run(
+        done = subprocess.run(
             [programs / "pytest", "-v", "-k", f"not ({LEFT_OUT})", f"--junitxml={report}", *files],
             cwd=folder / "tree", env=environment, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -147,6 +147,7 @@ def run(name: str, keep: bool, tests: Sequence[str]) -> dict[str, Any]:
         "passed": counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"],
         "skipped": counts["skipped"],
         "failed": wrong,
+        "whole": done.returncode in (0, 1),  # not stopped halfway
         "selftest": not said.returncode,
         "seconds": round(time.monotonic() - began),
         "commit": commit,
@@ -185,7 +186,7 @@ def main() -> int:
             record(name, found)
         print(f"{name}: {found['passed']} passed, {len(found['failed'])} failed, "
               f"{found['skipped']} skipped", *found["failed"], sep="\n  ", flush=True)  # fmt: skip
-        failed += len(found["failed"]) + (not found["selftest"])
+        failed += len(found["failed"]) + (not found["selftest"]) + (not found["whole"])
     return failed > 0
 
 

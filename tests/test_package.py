@@ -255,10 +255,13 @@ def test_help_takes_less_than_a_second():
 # --------------------------------------------------------------------------- the distribution
 
 
-@pytest.mark.parametrize("module", GRAPH)
+@pytest.mark.parametrize(
+    "module",
+    [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in SOURCES],
+)
 def test_examples_in_docstrings_run(module, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    loaded = importlib.import_module(f"lddyn.{module}")
+    loaded = importlib.import_module(module.removesuffix(".__init__"))
     result = doctest.testmod(loaded, extraglobs={"lddyn": lddyn, "torch": torch})
     assert result.failed == 0
 
