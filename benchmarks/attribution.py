@@ -3,8 +3,8 @@
     python benchmarks/attribution.py MODEL PAIRS.jsonl --out benchmarks/results/NAME.json
 
 Needs `pip install dattri==0.3.0`. SFT on half of the training responses, many halves; the truth is
-log π of held-out responses after each. A score of (training, test) pairs is as good as its sums over
-each half order those: the linear datamodeling score, Spearman's ρ per test response, averaged.
+log π of held-out responses after each. A score of (training, test) pairs is as good as its sums
+over each half order those: the linear datamodeling score, Spearman's ρ per test response, averaged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lddyn.probes import measure
 
 
 class Lddyn(BaseInnerProductAttributor):
-    """dattri's attributor with features of lddyn for gradients; damped as influence is, or plain."""
+    """Its inner product, with lddyn's features for gradients; damped as influence is, or plain."""
 
     def __init__(self, task: AttributionTask, train: Tensor, test: Tensor, damping: float | None):
         super().__init__(task)
