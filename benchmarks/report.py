@@ -551,6 +551,20 @@ def reported(section: dict) -> str:
     )
 
 
+def attribution(section: dict) -> str:
+    """Linear datamodeling scores of lddyn's features and of a library's own, by that library."""
+    r = section["result"]
+    rows = [
+        [name, f"{c['lds']:.2f}", f"{c['low']:.2f} to {c['high']:.2f}"]
+        for name, c in sorted(r["ways"].items(), key=lambda item: -item[1]["lds"])
+    ]
+    return (
+        f"SFT on {r['halves']} random halves of {r['train']} responses; {r['test']} responses to "
+        "other prompts. Mean LDS, 95 % intervals by bootstrap over these:\n\n"
+        f"{table(['scores', 'LDS', '95 %'], rows)}\n\n<sub>{made_by(section)}</sub>"
+    )
+
+
 def streaming(section: dict) -> str:
     """A model on disk against the same model in memory."""
     r = section["result"]
@@ -609,6 +623,7 @@ SECTIONS = {
     "planner": planner,
     "one step": one_step,
     "dropped pairs": dropped_pairs,
+    "attribution": attribution,
     "kernel methods": kernel_methods,
     "dropped pairs, tuned on": dropped_pairs,
     "reported": reported,

@@ -70,8 +70,9 @@ def foreign() -> dict[str, Any]:
             try:
                 found[entry.name] = entry.load()
             except Exception as error:  # whatever a package does while it is imported
-                reason = f"{source} cannot be loaded ({type(error).__name__}: {error})"
-                found[entry.name] = reason
+                # Its text may hold a path, and `lddyn.env` is for bug reports.
+                kind = type(error).__name__
+                found[entry.name] = f"{source} cannot be loaded ({kind}; import it to see why)"
     return found
 
 
