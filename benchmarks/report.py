@@ -505,6 +505,26 @@ def dropped_pairs(section: dict) -> str:
     return "\n\n".join(lines)
 
 
+def objectives(section: dict) -> str:
+    """Runs on several losses, foretold and taken."""
+    r = section["result"]
+    rows = [
+        [
+            f"`{x['objective']}`", *(f"{v:+.1f}" for pair in zip(x["foretold"], x["measured"],
+            strict=True) for v in pair), f"{x['fall']:.0%}",
+            f"{x['rho']:+.2f} ({x['low']:+.2f} to {x['high']:+.2f})" if "rho" in x else "–",
+        ]
+        for x in r["rows"]
+    ]  # fmt: skip
+    header = ["loss", "y+ foretold", "y+ measured", "y− foretold", "y− measured", "y+ that fall",
+              "ρ over pairs, y+"]  # fmt: skip
+    return (
+        f"{r['pairs']} pairs as above, {r['epochs']} epochs, lr {r['lr']:g}, default parameters, "
+        f"means over pairs and {r['seeds']} orders, nats; `extend` is SFT on both responses for as "
+        f"long, then DPO:\n\n{table(header, rows)}\n\n<sub>{made_by(section)}</sub>"
+    )
+
+
 def streaming(section: dict) -> str:
     """A model on disk against the same model in memory."""
     r = section["result"]
@@ -540,6 +560,7 @@ SECTIONS = {
     "sketches": sketches,
     "planner": planner,
     "one step": one_step,
+    "objectives": objectives,
     "dropped pairs": dropped_pairs,
     "dropped pairs, tuned on": dropped_pairs,
     "streaming": streaming,
