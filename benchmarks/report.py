@@ -469,7 +469,7 @@ def dropped_pairs(section: dict) -> str:
     """What DPO did to the chosen responses, with and without the pairs a diagnosis names."""
     r = section["result"]
     header = ["trained on", "mean Δ log π(y+), nats", "lowest", "highest", "foretold",
-              "y+ that fall", "mean Δ log π(y−)", "y+ gains on y−"]  # fmt: skip
+              "y+ that fall", "mean Δ log π(y−)", "margins that grow"]  # fmt: skip
     rows = []
     for name, label in LEFT_OUT.items():
         runs = [run[name] for run in r["runs"]]
