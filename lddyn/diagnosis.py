@@ -429,6 +429,14 @@ class Diagnosis:
                 f"{len(harmful)} pairs pull the chosen responses down on the whole; the worst "
                 f"{len(top)} do {share:.0%} of it ({word}s {named}{' …' if len(top) > 5 else ''})."
             )
+            if self.foretold is not None:
+                left = torch.ones(n)
+                left[top] = 0.0
+                after = [float(self.foretold.weighted(x).mean()) for x in (left, self.shares())]
+                lines.append(
+                    f"Without these the run is foretold to move log π(y+) by {after[0]:+.3g} nats "
+                    f"in the mean, with the weights of `shares` by {after[1]:+.3g}."
+                )
             for pair in top[:3]:
                 if pair in self.touched:
                     lines.append(f"In {word} {place[pair]} it is {self._tell_tokens(pair)}.")
