@@ -468,15 +468,16 @@ class Diagnosis:
 
     def _tell_tokens(self, pair: int) -> str:
         """What in a harmful pair does it."""
-        rows = self.tokens(pair)
-        down = sum(r["gives"] for r in rows if r["gives"] < 0)
-        worst = sorted(rows, key=lambda r: float(r["gives"]))[:4]
+        harmful = [r for r in self.tokens(pair) if r["gives"] < 0]
+        worst = sorted(harmful, key=lambda r: float(r["gives"]))[:4]
         said = {"chosen": "pulling up", "rejected": "pushing down"}
         parts = [
             f"{said[side]} " + ", ".join(repr(r["text"]) for r in worst if r["response"] == side)
             for side in ("rejected", "chosen") if any(r["response"] == side for r in worst)
         ]  # fmt: skip
-        share = sum(r["gives"] for r in worst if r["gives"] < 0) / down if down else 0.0
+        if not worst:
+            return "none of its tokens in the first step"
+        share = sum(r["gives"] for r in worst) / sum(r["gives"] for r in harmful)
         return f"{' and '.join(parts)}: {share:.0%} of what it takes"
 
     def correlations(self, measured: Tensor, seed: int = 0) -> list[dict[str, Any]]:
