@@ -472,7 +472,7 @@ def dropped_pairs(section: dict) -> str:
     """What DPO did to the chosen responses, with and without the pairs a diagnosis names."""
     r = section["result"]
     header = ["trained on", "mean Δ log π(y+), nats", "lowest", "highest", "foretold",
-              "y+ that fall", "mean Δ log π(y−)", "y+ gains on y−"]  # fmt: skip
+              "y+ that fall", "mean Δ log π(y−)", "margins that grow"]  # fmt: skip
     rows = []
     for name, label in LEFT_OUT.items():
         runs = [run[name] for run in r["runs"]]
@@ -565,6 +565,27 @@ def attribution(section: dict) -> str:
     )
 
 
+def objectives(section: dict) -> str:
+    """Runs on several losses, foretold and taken."""
+    r = section["result"]
+    rows = [
+        [
+            f"`{x['objective']}`", *(f"{v:+.1f}" for pair in zip(x["foretold"], x["measured"],
+            strict=True) for v in pair), f"{x['fall']:.0%}",
+            f"{x['rho']:+.2f} ({x['low']:+.2f} to {x['high']:+.2f})" if "rho" in x else "–",
+        ]
+        for x in r["rows"]
+    ]  # fmt: skip
+    header = ["loss", "y+ foretold", "y+ measured", "y− foretold", "y− measured", "y+ that fall",
+              "ρ over pairs, y+"]  # fmt: skip
+    orders = "" if r["seeds"] == 1 else f" and {r['seeds']} orders of the data"
+    return (
+        f"{r['pairs']} pairs as above, {r['epochs']} epochs, lr {r['lr']:g}, default parameters, "
+        f"means over pairs{orders}, nats; `extend` is SFT on both responses for as long, then "
+        f"DPO:\n\n{table(header, rows)}\n\n<sub>{made_by(section)}</sub>"
+    )
+
+
 def streaming(section: dict) -> str:
     """A model on disk against the same model in memory."""
     r = section["result"]
@@ -622,6 +643,7 @@ SECTIONS = {
     "sketches": sketches,
     "planner": planner,
     "one step": one_step,
+    "objectives": objectives,
     "dropped pairs": dropped_pairs,
     "attribution": attribution,
     "kernel methods": kernel_methods,
