@@ -82,30 +82,32 @@ def undisturbed(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within; every module in its own mode again afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    """Evaluation mode within; every module in its own mode again afterwards. One thread a time."""
+    with _LOCK:
+        modes = [(m, m.training) for m in model.modules()]
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 @contextlib.contextmanager
 def attending(model: nn.Module, implementation: str) -> Iterator[None]:
     """Another attention of transformers' AttentionInterface within, by its registered name."""
-    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}.values()
     key = "_attn_implementation_internal"
-    saved = [(config, getattr(config, key)) for config in configs if hasattr(config, key)]
-    try:
-        for config, _ in saved:
-            setattr(config, key, implementation)
-        yield
-    finally:
-        for config, before in saved:
-            setattr(config, key, before)
+    with _LOCK:
+        found = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}.values()
+        saved = [(config, getattr(config, key)) for config in found if hasattr(config, key)]
+        try:
+            for config, _ in saved:
+                setattr(config, key, implementation)
+            yield
+        finally:
+            for config, before in saved:
+                setattr(config, key, before)
 
 
 class true_float64(TorchFunctionMode):

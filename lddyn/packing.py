@@ -8,9 +8,13 @@ without padding, and an attention of ours lets every response see its prompt and
 o and λ = logsumexp being those of the two parts. So prompts need no mask, and no key is copied.
 
 Cached: prompts of like length are read together into a key-value cache, and their responses,
-sorted by length, over copies of it. That is for models whose attention is not to be replaced
-(sliding windows shorter than the sequences, capped scores, sinks, ALiBi) or whose tokens meet
-elsewhere too (state spaces, convolutions). A trial tells, once per model.
+sorted by length, over copies of it. That is for models whose attention is not to be replaced:
+sliding windows shorter than the sequences, capped scores, sinks, ALiBi.
+
+Alone: one response at a time, as in training. That is for models whose tokens meet elsewhere too
+(state spaces, convolutions, chosen keys), or whose positions depend on the longest sequence.
+
+A trial tells, once per model, and again for sequences longer than any before.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +38,7 @@ from lddyn.examples import Example
 __all__ = ["response_logits"]
 
 _Part = tuple[Tensor, Tensor, Tensor]
+_Way = Callable[[nn.Module, Sequence[Example], int], Iterator[_Part]]
 
 
 def response_logits(
@@ -51,18 +56,79 @@ def response_logits(
         order.
 
     Cost: 2 N FLOPs per prompt token, once per distinct prompt (and again for so many responses
-    that they fill another forward), and per response token.
+    that they fill another forward), and per response token. The trial reads nine times the longest.
     """
     config: Any = model.config
     text = config.get_text_config()
     if tokens is None:
         tokens = max(256, min(4096, (1 << 26) // text.vocab_size))
     longest = max((example.length for example in examples), default=0)
-    window = min(
-        getattr(text, name, None) or longest for name in ("sliding_window", "attention_chunk_size")
-    )
-    packed = longest <= window and _can_be_packed(model)
-    return (_packed if packed else _cached)(model, examples, tokens)
+    return _way(model, longest)(model, examples, tokens)
+
+
+_ways: weakref.WeakKeyDictionary[nn.Module, tuple[int, _Way]] = weakref.WeakKeyDictionary()
+
+
+def _way(model: nn.Module, longest: int) -> _Way:
+    """The fastest way that gives a trial of sequences up to this length the model's own logits."""
+    tried, way = _ways.get(model, (0, _alone))
+    if longest > tried:
+        way = _trial(model, longest)
+        _ways[model] = longest, way
+    return way
+
+
+def _trial(model: nn.Module, longest: int) -> _Way:
+    config: Any = model.config
+    text = config.get_text_config()
+    size = text.vocab_size
+    longest = max(9, longest)
+    # Keys are chosen among padding, too: at random weights too little to tell it from rounding.
+    if (getattr(text, "index_topk", None) or longest) < longest:
+        return _alone
+    ids = tuple((3 + 7 * k) % size for k in range(longest))
+    start = longest - min(longest // 2, 32)
+    prompts = ids[:start], ids[4:6], ids[4 : 4 + start // 2]
+    first = Example(prompts[0], ids[start:])
+    examples = [first, *(Example(prompt, ids[1:4]) for prompt in prompts)]
+    # The first comes last where they are packed: what the others say must not matter to it.
+    reworded = [first, *(Example(prompt, ids[2:5]) for prompt in prompts)]
+    own = _in_order(_alone(model, examples, 0))
+    try:
+        if _attends(model, longest):
+            packed = _in_order(_packed(model, examples, 4 * longest))
+            again = _in_order(_packed(model, reworded, 4 * longest))
+            same = _agree(again[: len(first)], packed[: len(first)], exactly=True)
+            if same and _agree(packed, own):
+                return _packed
+    except Exception:  # whatever it was: if it is the model's own fault, the others meet it too
+        pass
+    try:
+        return _cached if _agree(_in_order(_cached(model, examples, 4 * longest)), own) else _alone
+    except Exception:
+        return _alone
+
+
+def _agree(found: Tensor, own: Tensor, exactly: bool = False) -> bool:
+    """Whether every row differs by rounding; exactly: not even by that of a 16-bit format."""
+    limit = 1e-5 if exactly else max(1e-5, 8 * torch.finfo(own.dtype).eps)
+    distance, size = (x.float().norm(dim=-1) for x in (found - own, own))
+    return bool((distance <= limit * size).all())
+
+
+def _in_order(parts: Iterator[_Part]) -> Tensor:
+    """All logits, by example."""
+    logits, _, owners = (torch.cat(x) for x in zip(*parts, strict=True))
+    return logits[owners.argsort(stable=True).to(logits.device)]
+
+
+def _alone(model: nn.Module, examples: Sequence[Example], tokens: int) -> Iterator[_Part]:
+    """Logits of one example at a time."""
+    device = next(model.parameters()).device
+    for i, example in enumerate(examples):
+        logits = model(input_ids=torch.tensor([example.ids], device=device), use_cache=False).logits
+        targets = torch.tensor(example.targets, device=logits.device)
+        yield logits[0, list(example.positions)], targets, torch.full_like(targets, i).cpu()
 
 
 def _by_prompt(examples: Sequence[Example]) -> dict[tuple[int, ...], list[int]]:
@@ -221,7 +287,8 @@ def _attend(
             *batched, 0.0, causal, scale=scale
         )
         return (out[0], total[0]) if flat else (out.transpose(0, 1), total.transpose(0, 1))
-    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scale
+    scores = torch.matmul(query, key.transpose(-1, -2))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
     if causal:
         ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(ahead, -torch.inf)
@@ -230,45 +297,23 @@ def _attend(
 
 
 _NAME = "lddyn-packed"
-_packable: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-def _can_be_packed(model: nn.Module) -> bool:
-    """If a packed sequence gives a small trial the logits that the cached way gives."""
-    if model not in _packable:
-        _packable[model] = _trial(model)
-    return _packable[model]
-
-
-def _trial(model: nn.Module) -> bool:
+def _attends(model: nn.Module, longest: int) -> bool:
+    """Whether all attention of a model can be replaced, and sees sequences of this length whole."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
+    config: Any = model.config
+    text = config.get_text_config()
+    names = ("sliding_window", "attention_chunk_size")
+    window = min(getattr(text, name, None) or longest for name in names)
     flags = [getattr(module, "_supports_attention_backend", None) for module in model.modules()]
-    if True not in flags or False in flags:
+    if longest > window or True not in flags or False in flags:
         return False
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
-    size = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    ids = tuple((3 + 7 * k) % size for k in range(9))
-    examples = [
-        Example(ids[:3], ids[3:7]), Example(ids[:3], ids[6:9]), Example(ids[4:6], ids[1:4]),
-    ]  # fmt: skip
-    try:
-        packed = _in_order(_packed(model, examples, 64))
-    except (
-        Exception
-    ):  # whatever it was: if it is the model's own fault, the cached way meets it too
-        return False
-    cached = _in_order(_cached(model, examples, 64))
-    # Another token's influence is no rounding.
-    return bool((packed - cached).norm() <= 16 * torch.finfo(packed.dtype).eps * cached.norm())
-
-
-def _in_order(parts: Iterator[_Part]) -> Tensor:
-    """All logits, by example."""
-    logits, _, owners = (torch.cat(x) for x in zip(*parts, strict=True))
-    return logits[owners.argsort(stable=True)]
+    return True
 
 
 # ---------------------------------------------------------------------------------------------

@@ -610,7 +610,7 @@ def measure(
     sees the response's positions only.
 
     Args:
-        model: A causal LM of transformers with a key-value cache; taken in evaluation mode.
+        model: A causal LM of transformers; taken in evaluation mode.
         probes: A probing set, encoded, or examples in any order.
         tokens: Most tokens in one forward. None: so many that logits stay below a quarter GiB.
 
@@ -621,16 +621,17 @@ def measure(
 
     Example:
         >>> import lddyn, transformers
+        >>> from lddyn.probes import measure
         >>> config = transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32,
         ...     num_hidden_layers=2, num_attention_heads=2, pad_token_id=None)
         >>> model = transformers.LlamaForCausalLM(config)
         >>> examples = [lddyn.Example([1, 2], y) for y in ([3, 4, 5], [3, 6])]
-        >>> lddyn.probes.measure(model, examples).tokens
+        >>> measure(model, examples).tokens
         tensor([3., 2.], dtype=torch.float64)
     """
     examples = probes.examples if isinstance(probes, Encoded) else list(probes)
     sums = torch.zeros(len(examples), len(_SUMS), dtype=torch.float64)
-    with evaluating(model):
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
         for logits, targets, owners in response_logits(model, examples, tokens=tokens):
             sums.index_add_(0, owners, _statistics(logits, targets).cpu())
     count = torch.tensor([float(len(e)) for e in examples], dtype=torch.float64)
