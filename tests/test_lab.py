@@ -10,7 +10,7 @@ import torch
 from lddyn.figures import blank_figure
 from lddyn.lab import EXPERIMENTS, record, scoreboard
 from lddyn.lab.commands import app
-from lddyn.lab.record import AGREES, DISAGREES, Claim, Lab
+from lddyn.lab.record import AGREES, DISAGREES, Claim, Lab, anew
 
 
 def claim(name="one", verdict=AGREES, **changes):
@@ -92,6 +92,37 @@ def test_a_fresh_start_deletes_only_what_an_experiment_wrote(tmp_path):
     Lab.clear(tmp_path, "x")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     Lab("x", tmp_path, seed=1)
+
+
+def test_a_fresh_start_that_is_refused_deletes_nothing(tmp_path):
+    from typer.testing import CliRunner
+
+    from lddyn.cli import app
+
+    def files():
+        return {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    for name, wrong in (
+        ("squeeze", ["--labels", "1"]), ("sft", ["--every", "0"]), ("dpo", ["--lengths", "a"]),
+        ("probes", ["--model", "m"]),  # without --data
+    ):  # fmt: skip
+        folder = tmp_path / name
+        Lab(name, folder, progress=False).once("step", lambda: 1)
+        before = files()
+        arguments = ["lab", name, "--out", str(folder), *wrong]
+        result = CliRunner().invoke(app, [*arguments, "--fresh"])
+        assert result.exit_code == 2 and wrong[0][2:] in result.stderr
+        assert files() == before
+
+
+def test_a_fresh_start_clears_before_the_first_step(tmp_path):
+    Lab("x", tmp_path, progress=False).once("step", lambda: 1)
+    with anew():
+        lab = Lab("x", tmp_path, seed=1, progress=False)
+        with pytest.raises(ValueError, match="holds experiment x, not y"):
+            Lab("y", tmp_path)
+    assert lab.once("step", lambda: 2) == 2
+    assert Lab("x", tmp_path, seed=1).once("step", lambda: 3) == 2
 
 
 @pytest.mark.parametrize("name", ["index.html", "identity.json", "results.json"])

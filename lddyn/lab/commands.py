@@ -40,13 +40,12 @@ def launch(
 ) -> dict[str, Any]:
     """Runs an experiment, prints its claims or its JSON; errors are one line."""
     with one_line_errors():
-        folder = out or Path("lab") / name
-        if fresh:
-            from lddyn.lab.record import Lab
+        from lddyn.lab.record import anew
 
-            Lab.clear(folder, name)
+        folder = out or Path("lab") / name
         experiment = importlib.import_module(f"lddyn.lab.{name}")
-        results: dict[str, Any] = experiment.run(folder, seed=seed, progress=True, **options)
+        with anew() if fresh else contextlib.nullcontext():
+            results: dict[str, Any] = experiment.run(folder, seed=seed, progress=True, **options)
         if as_json:
             typer.echo(json.dumps(results, indent=1))
         else:
@@ -149,7 +148,12 @@ def dpo(
 ) -> dict[str, Any]:
     """DPO: the two terms at every probe, and where the mass of y− went."""
     with one_line_errors():
-        several = tuple(int(text) for text in lengths.split(","))
+        try:
+            several = tuple(int(text) for text in lengths.split(","))
+        except ValueError:
+            raise ValueError(
+                f"lengths must be whole numbers separated by commas, got {lengths!r}"
+            ) from None
     return launch(
         "dpo", out, seed, fresh, as_json, model=model, data=data, rows=rows, prompts=prompts,
         lengths=several, updates=updates, every=every, sft_lr=sft_lr, lr=lr, explained=explained,

@@ -37,6 +37,7 @@ from lddyn.lab.setting import (
     checkpoint,
     finetune,
     load,
+    must_be_positive,
     one_thread,
 )
 from lddyn.lab.sft import bell
@@ -97,7 +98,13 @@ def run(
 
     Cost: the default about 3 minutes of one core.
     """
+    must_be_positive(
+        rows=rows, prompts=prompts, updates=updates, every=every, sft_lr=sft_lr, lr=lr,
+        new_tokens=new_tokens,
+    )  # fmt: skip
     lengths = tuple(sorted(set(lengths)))
+    if not lengths or lengths[0] < 0:
+        raise ValueError(f"lengths must be numbers of updates, got {lengths}")
     options = {
         "model": model, "data": data, "rows": rows, "prompts": prompts, "lengths": lengths,
         "updates": updates, "every": every, "sft_lr": sft_lr, "lr": lr, "explained": explained,

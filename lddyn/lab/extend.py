@@ -21,7 +21,16 @@ from lddyn.figures import INK
 from lddyn.lab.dpo import mass_of_run, shares_of_mass, unrelated
 from lddyn.lab.drawing import axes_grid, curves, tidy
 from lddyn.lab.record import Claim, Lab
-from lddyn.lab.setting import Curves, Recipe, Setting, checkpoint, finetune, load, one_thread
+from lddyn.lab.setting import (
+    Curves,
+    Recipe,
+    Setting,
+    checkpoint,
+    finetune,
+    load,
+    must_be_positive,
+    one_thread,
+)
 from lddyn.probes import measure, sample
 
 __all__ = ["degeneration", "run"]
@@ -76,6 +85,10 @@ def run(
 
     Cost: the default about 3 minutes of one core.
     """
+    must_be_positive(
+        rows=rows, prompts=prompts, sft_updates=sft_updates, updates=updates, every=every,
+        sft_lr=sft_lr, lr=lr, new_tokens=new_tokens,
+    )  # fmt: skip
     options = {
         "model": model, "data": data, "rows": rows, "prompts": prompts,
         "sft_updates": sft_updates, "updates": updates, "every": every, "sft_lr": sft_lr,

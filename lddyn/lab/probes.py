@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lddyn.examples import Example
 from lddyn.lab.drawing import GROUP_COLOURS, axes_grid, tidy
 from lddyn.lab.record import Claim, Lab
-from lddyn.lab.setting import Setting, load, one_thread
+from lddyn.lab.setting import Setting, load, must_be_positive, one_thread
 from lddyn.probes import TYPES, Encoded, Endpoint, Measured, measure, write
 
 __all__ = ["compare", "one_by_one", "run"]
@@ -55,6 +55,7 @@ def run(
 
     Cost: the default 40 seconds of one core.
     """
+    must_be_positive(rows=rows, prompts=prompts)
     options = {
         "model": model, "data": data, "rows": rows, "prompts": prompts, "endpoint": endpoint,
         "endpoint_model": endpoint_model,

@@ -11,12 +11,14 @@ lab.finish("what was expected", "what was seen")    # results.json, index.html
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -30,7 +32,7 @@ from lddyn.shards import digest_of, replace_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["AGREES", "DISAGREES", "UNTESTABLE", "Claim", "Lab", "write_json"]
+__all__ = ["AGREES", "DISAGREES", "UNTESTABLE", "Claim", "Lab", "anew", "write_json"]
 
 T = TypeVar("T")
 AGREES, DISAGREES, UNTESTABLE = "agrees", "disagrees", "not testable at this scale"
@@ -40,6 +42,17 @@ CONTENT = (
     "results.json", "index.html", "steps", "tables", "figures", "states", "checkpoints",
     "probes.jsonl", "written.jsonl", "identity.json",
 )  # fmt: skip
+_anew: ContextVar[bool] = ContextVar("anew", default=False)
+
+
+@contextlib.contextmanager
+def anew() -> Iterator[None]:
+    """Experiments within delete what their folder holds of them, once they are about to write."""
+    token = _anew.set(True)
+    try:
+        yield
+    finally:
+        _anew.reset(token)
 
 
 @dataclass(frozen=True)
@@ -127,10 +140,14 @@ class Lab:
                     f"{self.folder} holds {', '.join(foreign)} of no experiment of lddyn, which "
                     "would be overwritten: give another --out"
                 )
+        elif _anew.get():
+            _must_be(old, self.folder, self.name)
         else:
             self._must_equal({**old, "inputs": {}})
             self.identity["inputs"] = old.get("inputs", {})
-        write_json(self.folder / "identity.json", self.identity)
+        self._anew = _anew.get()
+        if not self._anew:
+            write_json(self.folder / "identity.json", self.identity)
 
     def reads(self, **inputs: Any) -> None:
         """Declares what the experiment was given, by content: digests, as of `store.identify`.
@@ -143,7 +160,15 @@ class Lab:
         before = self.identity["inputs"]
         self.identity["inputs"] = {**before, **plain(inputs)}
         self._must_equal({**self.identity, "inputs": {**self.identity["inputs"], **before}})
+        self._begin()
         write_json(self.folder / "identity.json", self.identity)
+
+    def _begin(self) -> None:
+        """Clears the folder if it is begun anew: what is refused before has deleted nothing."""
+        if self._anew:
+            self._anew = False
+            Lab.clear(self.folder, self.name)
+            write_json(self.folder / "identity.json", self.identity)
 
     def _must_equal(self, there: Mapping[str, Any]) -> None:
         """Refuses a folder with another identity."""
@@ -167,10 +192,7 @@ class Lab:
         old = _identity(folder)
         if old is None:
             return
-        if old["experiment"] != name:
-            raise ValueError(
-                f"{folder} holds experiment {old['experiment']}, not {name}: give another --out"
-            )
+        _must_be(old, folder, name)
         for part in CONTENT:  # the identity last: a folder half cleared is still known
             path = folder / part
             if path.is_dir() and not path.is_symlink():
@@ -220,6 +242,7 @@ class Lab:
 
     def path(self, *parts: str) -> Path:
         """A path in the folder, whose parent is there."""
+        self._begin()
         path = self.folder.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -298,6 +321,13 @@ def _identity(folder: Path) -> dict[str, Any] | None:
         return None
     ours = isinstance(found, dict) and found.keys() >= {"experiment", "seed", "options"}
     return found if ours else None
+
+
+def _must_be(identity: Mapping[str, Any], folder: Path, name: str) -> None:
+    if identity["experiment"] != name:
+        raise ValueError(
+            f"{folder} holds experiment {identity['experiment']}, not {name}: give another --out"
+        )
 
 
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,6 +86,13 @@ class Setting:
         return [pair for pair in found.values() if len(pair) == len(fields)]
 
 
+def must_be_positive(**options: float) -> None:
+    """Raises a ValueError for the first option that is not; called before anything is written."""
+    for name, value in options.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
 def load(
     lab: Lab, model: str | None, data: str | None, *, rows: int, prompts: int, held_out: float = 0.2
 ) -> Setting:

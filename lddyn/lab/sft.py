@@ -26,6 +26,7 @@ from lddyn.lab.setting import (
     batches,
     finetune,
     load,
+    must_be_positive,
     one_thread,
 )
 from lddyn.optimizers import make_optimizer
@@ -77,6 +78,7 @@ def run(
 
     Cost: the default about 3 minutes of one core, half of it for K.
     """
+    must_be_positive(rows=rows, prompts=prompts, updates=updates, every=every, lr=lr)
     options = {
         "model": model, "data": data, "rows": rows, "prompts": prompts, "updates": updates,
         "every": every, "lr": lr, "kernel_points": kernel_points,
