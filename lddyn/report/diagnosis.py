@@ -293,34 +293,34 @@ def _forecast(found: Diagnosis) -> list[dict[str, Any]]:
 
 def _answer(found: Diagnosis, parts: Mapping[str, Tensor]) -> str:
     """The first sentence: do they fall, and why."""
-    falls = int((found.scores["set_chosen"] < 0).sum())
-    mean = {k: float(v.mean()) for k, v in parts.items()}
+    up = found.scores["set_chosen"]
+    falls = up < 0
+    if not falls.any():
+        return "At this point they do not fall: a small step raises log π(y+) of every pair."
+    lot = f"{int(falls.sum())} of {_count(len(found))}"
+    on_average = bool(up.mean() < 0)
+    why = (
+        "Because" if on_average else f"On average they do not fall, but those of {lot} do, because"
+    )
+    mean = {k: float((v if on_average else v[falls]).mean()) for k, v in parts.items()}
     raised = mean["own chosen"] + mean["other chosen"]
     taken = mean["own rejected"] + mean["other rejected"]
-    other = mean["other rejected"]
+    end = f" The chosen log-prob of {lot} falls." if on_average else ""
+    if taken >= 0:  # rare: it is the chosen responses themselves that are at odds
+        return (
+            f"{why} pulling other chosen responses up takes {_size(mean['other chosen'])} from log "
+            f"π(y+) for each nat of margin.{end}"
+        )
     share = ""
-    if taken < 0 and other < 0:
-        share = f", {_percent(min(other / taken, 1.0))} of it through the y− of other pairs"
-    lot = f"{falls} of {_count(len(found))}"
-    if not falls:
-        return "At this point they do not fall: a small step raises log π(y+) of every pair."
-    if raised + taken < 0 and taken < 0:
-        than = "pulling chosen ones up gives nothing"
-        if raised > 0:
-            than = f"more than the {_size(raised)} that pulling chosen ones up gives"
-        return (
-            f"Because pushing rejected responses down takes {_size(taken)} from log π(y+) for each "
-            f"nat of margin{share}: {than}. The chosen log-prob of {lot} falls."
-        )
-    if taken < 0:
-        return (
-            f"On average they do not fall yet, but those of {lot} do: for each nat of margin "
-            f"pushing rejected responses down takes {_size(taken)} from log π(y+){share}, and "
-            f"pulling chosen ones up gives {_size(raised)}, not enough everywhere."
-        )
+    if mean["other rejected"] < 0:
+        part = _percent(min(mean["other rejected"] / taken, 1.0))
+        share = f", {part} of it through the y− of other pairs"
+    than = "and pulling chosen ones up gives nothing"
+    if raised > 0:
+        than = f"more than the {_size(raised)} that pulling chosen ones up gives"
     return (
-        f"The chosen log-prob of {lot} falls, and not because of the rejected responses together: "
-        f"pushing those down gives log π(y+) {_size(taken)} for each nat of margin."
+        f"{why} pushing rejected responses down takes {_size(taken)} from log π(y+) for each nat "
+        f"of margin{share}: {than}.{end}"
     )
 
 
@@ -480,6 +480,7 @@ def warnings(
         f"{'its' if len(entangled) == 1 else 'their'} own y+ even alone"
         + (": y+ and y− are too alike" if entangled else ""),
         f"Rewrite one response, or leave out {_named(entangled, places)}." if entangled else "",
+        "exact, first order",
     )
     same = [i for i in range(n) if float(scores["edit_distance"][i]) < 0.1]
     if same:
