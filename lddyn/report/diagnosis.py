@@ -280,17 +280,6 @@ def _tell_forecast(found: Diagnosis) -> list[dict[str, str]]:
     return [{"about": "the run ahead", "text": text, "kind": "estimate", "sure": sure}]
 
 
-def _forecast(found: Diagnosis) -> list[dict[str, Any]]:
-    """Charts of the run that is planned, by a model that is linear in log π."""
-    if found.foretold is None:
-        return []
-    moved = (found.foretold.path - found.foretold.path[0]).mean(2)
-    return curves([
-        {"step": step, "change/chosen": up, "change/rejected": down}
-        for step, (up, down) in enumerate(moved.tolist())
-    ])  # fmt: skip
-
-
 def _answer(found: Diagnosis, parts: Mapping[str, Tensor]) -> str:
     """The first sentence: do they fall, and why."""
     up = found.scores["set_chosen"]
@@ -470,6 +459,7 @@ def warnings(
             "harm to all chosen responses",
             f"Read them ({_named(top, places)}). To leave out: lddyn diagnose … --drop {len(top)} "
             "--write kept.jsonl",
+            "foretold" if found.foretold else sure,
         )  # fmt: skip
     else:
         add("fine", "no pair harms the chosen responses on the whole", "")
@@ -575,6 +565,7 @@ def write_diagnosis(
     if not dynamics and bool((found.scores["set_chosen"] >= 0).all()):
         title = "Do the chosen log-probs fall?"
     document = found.to_dict(places, faults)
+    step = torch.stack([found.scores["set_chosen"], found.scores["set_rejected"]]) * unit(found)
     text = render(
         "diagnosis.html",
         title=title,
@@ -584,13 +575,13 @@ def write_diagnosis(
         warnings=warnings(found, closeups, measured=measured, places=places),
         lr=f"{unit(found):.3g}",
         noun="pair" if places is None else "row",
-        fates=_fates(found, places),
+        fates=_fates(found, step, places),
         sources=_bars(found),
         curves=curves(dynamics),
         run=tell_dynamics(dynamics),
         table=_table(found, document["actions"], places, tokenizer),
         columns=_columns(found),
-        forecast=_forecast(found),
+        ahead=None if found.foretold is None else _fates(found, found.foretold.change, places),
         map=_map(found, places),
         closeups=[_closeup(i, c, places) for i, c in enumerate(closeups)],
         objectives=_objectives(found, document["objectives"]),
@@ -634,11 +625,9 @@ def _row(pair: int, places: Sequence[int] | None) -> int:
     return pair if places is None else places[pair]
 
 
-def _fates(found: Diagnosis, places: Sequence[int] | None) -> dict[str, Any]:
-    """Each pair as a point: Δ log π(y−) across, Δ log π(y+) up."""
-    scale = unit(found)
-    up = [float(v) * scale for v in found.scores["set_chosen"]]
-    down = [float(v) * scale for v in found.scores["set_rejected"]]
+def _fates(found: Diagnosis, change: Tensor, places: Sequence[int] | None) -> dict[str, Any]:
+    """Each pair as a point: of its change (2, N) that of y− across, that of y+ up; the means."""
+    up, down = change.tolist()
     shown = [i for i in range(len(up)) if math.isfinite(up[i]) and math.isfinite(down[i])]
     x, across = axis([down[i] for i in shown], 44, 392)
     y, upwards = axis([up[i] for i in shown], 262, 8)
@@ -650,7 +639,7 @@ def _fates(found: Diagnosis, places: Sequence[int] | None) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "points": points, "x": across, "y": upwards, "zero": zero,
-        "counts": dict(sorted(Counter(found.fate).items(), key=lambda item: -item[1])),
+        "falls": sum(v < 0 for v in up),
         "means": [
             {"name": name, "before": signed(float(found.log_probs[k].mean()), 4),
              "after": signed(float(found.log_probs[k].mean()) + sum(v) / len(v), 4),
