@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,14 @@ from record import record
 from torch import Tensor
 
 import lddyn
+from lddyn.diagnosis import spearman
 from lddyn.examples import encode_row, rows
+from lddyn.objectives import PREFERENCES, Pair
 from lddyn.probes import measure
 
 Pairs = list[tuple[lddyn.Example, lddyn.Example]]
+Loss = Callable[[Pair], Tensor]
+COMPARED = ("dpo", "ipo", "simpo", "dpop", "dpo+nll", "extend")
 
 
 def read(path: str, tokenizer: Any, count: int, longest: int, but: Pairs | None = None) -> Pairs:
@@ -58,26 +64,27 @@ def log_probs(model: Any, examples: list[lddyn.Example]) -> Tensor:
 
 
 def finetune(
-    model: Any, pairs: Pairs, epochs: int, rate: float, seed: int, beta: float,
+    model: Any, pairs: Pairs, epochs: int, rate: float, seed: int, loss: Loss | None = None,
     shares: Tensor | None = None, reference: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """DPO against reference log-probs (2, N); SFT on the chosen responses if beta is 0."""
+    """AdamW on a loss of pairs, against reference log-probs (2, N); None: SFT on y+, by tokens."""
     shares = torch.ones(len(pairs)) if shares is None else shares
+    reference = torch.zeros(2, len(pairs)) if reference is None else reference
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     chosen, rejected = ([p[side] for p in pairs] for side in (0, 1))
+    lengths = torch.tensor([[len(e) for e in side] for side in (chosen, rejected)])
     for _ in range(epochs):
         for part in torch.randperm(len(pairs), generator=generator).split(8):
             up = log_probs(model, [chosen[i] for i in part])
-            if beta == 0:
-                loss = -up.sum() / sum(len(chosen[i]) for i in part)
+            if loss is None:
+                total = -up.sum() / lengths[0, part].sum()
             else:
-                down = log_probs(model, [rejected[i] for i in part])
-                assert reference is not None
-                margin = (up - reference[0][part]) - (down - reference[1][part])
-                loss = -(shares[part] * torch.nn.functional.logsigmoid(beta * margin)).mean()
+                both = torch.stack([up, log_probs(model, [rejected[i] for i in part])])
+                pair = Pair(*both, *(both - reference[:, part]), *lengths[:, part])
+                total = (shares[part] * loss(pair)).mean()
             optimizer.zero_grad()
-            loss.backward()
+            total.backward()
             optimizer.step()
 
 
@@ -102,6 +109,38 @@ def one_step(model: Any, pairs: Pairs, beta: float, rate: float) -> dict[str, An
     }  # fmt: skip
 
 
+def objectives(
+    model: Any, pairs: Pairs, found: lddyn.Diagnosis, run: lddyn.Run, seeds: int
+) -> dict[str, Any]:
+    """What `objectives` says of runs on other losses against such runs."""
+    sides = [[p[side] for p in pairs] for side in (0, 1)]
+    before = torch.stack([measure(model, x).log_prob for x in sides])
+    told = {row["objective"]: row for row in found.objectives()}
+    rows = []
+    for name in COMPARED:
+        change = torch.zeros_like(before)
+        for seed in range(seeds):
+            trained, reference = copy.deepcopy(model), before
+            settings = (run.epochs, run.lr, seed)
+            if name == "extend":
+                finetune(trained, pairs, *settings, lambda p: -p.chosen - p.rejected)
+                reference = torch.stack([measure(trained, x).log_prob for x in sides])
+            loss = PREFERENCES["dpo" if name == "extend" else name]
+            finetune(trained, pairs, *settings, loss, None, reference)
+            after = torch.stack([measure(trained, x).log_prob for x in sides])
+            change += (after - before) / seeds
+        row = {
+            "objective": name, "measured": change.mean(1).tolist(),
+            "foretold": [told[name]["run_chosen"], told[name]["run_rejected"]],
+            "fall": float((change[0] < 0).double().mean()),
+        }  # fmt: skip
+        if name != "extend":
+            row |= spearman(found.under(name).simulate(run).change[0], change[0])
+        rows.append(row)
+        print(row, flush=True)
+    return {"pairs": len(pairs), "epochs": run.epochs, "lr": run.lr, "seeds": seeds, "rows": rows}
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -109,6 +148,7 @@ def main() -> None:
     parser.add_argument("pairs")
     parser.add_argument("--out", required=True)
     parser.add_argument("--second", action="store_true", help="pairs that nothing was tuned on")
+    parser.add_argument("--objectives", action="store_true", help="train on several losses")
     parser.add_argument("--again", action="store_true", help="foretell anew, do not train")
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--drop", type=int, default=12)
@@ -125,23 +165,26 @@ def main() -> None:
             args.pairs, tokenizer, args.count, 144, but=read(args.pairs, tokenizer, 64, 128)
         )
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model).eval()
-    if not args.second and not args.again:
+    if not (args.second or args.again or args.objectives):
         record(args.out, "one step", one_step(model, pairs, args.beta, 1e-3))
-    finetune(model, pairs, args.sft_epochs, 1e-3, 0, 0.0)
+    finetune(model, pairs, args.sft_epochs, 1e-3, 0)
     run = lddyn.Run(lr=args.lr, epochs=args.epochs, batch=8)
     found = lddyn.diagnose(model, pairs, "dpo", beta=args.beta, run=run, memory="6GiB")
     print("\n".join(found.tell()), flush=True)
     sides = [[p[side] for p in pairs] for side in (0, 1)]
     before = torch.stack([measure(model, x).log_prob for x in sides])
 
+    dpo = partial(PREFERENCES["dpo"], beta=args.beta)
+
     def measured(kept: list[int], shares: Tensor, seed: int) -> Tensor:
         trained = copy.deepcopy(model)
         part = [pairs[i] for i in kept]
-        finetune(
-            trained, part, args.epochs, args.lr, seed, args.beta, shares[kept], before[:, kept]
-        )
+        finetune(trained, part, args.epochs, args.lr, seed, dpo, shares[kept], before[:, kept])
         return torch.stack([measure(trained, x).log_prob for x in sides]) - before
 
+    if args.objectives:
+        record(args.out, "objectives", objectives(model, pairs, found, run, args.seeds))
+        return
     everything, even = list(range(len(pairs))), torch.ones(len(pairs)).double()
     by_step = found.scores["gives"].argsort(stable=True)[: args.drop].tolist()
     foretold = found.foretold

@@ -506,6 +506,23 @@ def dropped_pairs(section: dict) -> str:
     return "\n\n".join(lines)
 
 
+def objectives(section: dict) -> str:
+    """Runs on several losses, foretold and taken."""
+    r = section["result"]
+    rows = [
+        [
+            f"`{x['objective']}`", *(f"{v:+.1f}" for pair in zip(x["foretold"], x["measured"],
+            strict=True) for v in pair), f"{x['fall']:.0%}",
+            f"{x['rho']:+.2f} ({x['low']:+.2f} to {x['high']:+.2f})" if "rho" in x else "–",
+        ]
+        for x in r["rows"]
+    ]  # fmt: skip
+    header = ["loss", "y+ foretold", "y+ measured", "y− foretold", "y− measured", "y+ that fall",
+              "ρ over pairs, y+"]  # fmt: skip
+    return (
+        f"{r['pairs']} pairs as above, {r['epochs']} epochs, lr {r['lr']:g}, default parameters, "
+        f"means over pairs and {r['seeds']} orders, nats; `extend` is SFT on both responses for as "
+        f"long, then DPO:\n\n{table(header, rows)}\n\n<sub>{made_by(section)}</sub>"
 def reported(section: dict) -> str:
     """A watched run, diagnosed on its way, against the rest of it."""
     r = section["result"]
@@ -559,6 +576,7 @@ SECTIONS = {
     "sketches": sketches,
     "planner": planner,
     "one step": one_step,
+    "objectives": objectives,
     "dropped pairs": dropped_pairs,
     "dropped pairs, tuned on": dropped_pairs,
     "reported": reported,
