@@ -523,6 +523,9 @@ def objectives(section: dict) -> str:
         f"{r['pairs']} pairs as above, {r['epochs']} epochs, lr {r['lr']:g}, default parameters, "
         f"means over pairs and {r['seeds']} orders, nats; `extend` is SFT on both responses for as "
         f"long, then DPO:\n\n{table(header, rows)}\n\n<sub>{made_by(section)}</sub>"
+    )
+
+
 def reported(section: dict) -> str:
     """A watched run, diagnosed on its way, against the rest of it."""
     r = section["result"]
