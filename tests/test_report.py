@@ -406,7 +406,8 @@ def test_where_nothing_falls_it_says_so():
     assert bool((found.scores["set_chosen"] > 0).all())
     said = report.tell_diagnosis(found)
     assert said[0]["text"].startswith("At this point they do not fall")
-    assert "<title>Do the chosen" in page_of(found)
+    text = page_of(found)
+    assert "<title>Do the chosen" in text and f"torch {torch.__version__}" in text
 
 
 def page_of(found, **given):

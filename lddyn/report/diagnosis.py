@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lddyn.figures import signed, visible
 from lddyn.report.decomposition import token_data
 from lddyn.report.dynamics import curves, tell_dynamics
-from lddyn.report.page import axis, plain, readable, render, versions, word
+from lddyn.report.page import axis, installation, plain, readable, render, versions, word
 from lddyn.shards import replace_file
 
 if TYPE_CHECKING:
@@ -592,6 +592,7 @@ def write_diagnosis(
         exact=found.stderr is None,
         facts={str(k): readable(str(v)) for k, v in (extra or {}).items()}
         | {"made with": versions()},
+        installation=installation(),
         signed=signed,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
