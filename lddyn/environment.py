@@ -162,7 +162,7 @@ def _traps(found: dict[str, Any]) -> list[dict[str, str]]:
                 trap(name, versions[name], f"{low} to {high}, which are tested", do)
     _unmet(trap)
     if found["compiled"]["cpu"] != "built":
-        trap("lddyn._C", found["compiled"]["cpu"], "built (plain torch does its work, slowly)",
+        trap("compiled module", found["compiled"]["cpu"], "built (plain torch does its work, slowly)",
              "install a C++ compiler, then reinstall lddyn with pip --no-cache-dir")  # fmt: skip
     if system["threads"] > system["cores"]:
         trap("threads", system["threads"], f"at most the {system['cores']} cores of this process",
