@@ -93,7 +93,11 @@ def _version(package: str) -> str:
 
 
 def _python() -> dict[str, str]:
-    return {"python": platform.python_version(), "cuda": torch.version.cuda or "none (CPU torch)"}
+    return {
+        "torch": str(torch.__version__),  # names the build, which its wheel may not
+        "cuda": torch.version.cuda or "none (CPU torch)",
+        "python": platform.python_version(),
+    }
 
 
 def _system() -> dict[str, Any]:
