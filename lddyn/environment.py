@@ -166,7 +166,7 @@ def _traps(found: dict[str, Any]) -> list[dict[str, str]]:
                 trap(name, versions[name], f"{low} to {high}, which are tested", do)
     _unmet(trap)
     if found["compiled"]["cpu"] != "built":
-        trap("compiled module", found["compiled"]["cpu"], "built (plain torch does its work, slowly)",
+        trap("compiled module", found["compiled"]["cpu"], "built: plain torch is slow at its work",
              "install a C++ compiler, then reinstall lddyn with pip --no-cache-dir")  # fmt: skip
     if system["threads"] > system["cores"]:
         trap("threads", system["threads"], f"at most the {system['cores']} cores of this process",
