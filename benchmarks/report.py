@@ -517,7 +517,8 @@ def attribution(section: dict) -> str:
     return (
         f"SFT on {r['halves']} random halves of {r['train']} responses; {r['test']} responses to "
         f"other prompts. {r['numbers']['lddyn']:,} numbers a row of lddyn's, "
-        f"{r['numbers']['LoGra']:,} of LoGra's. Mean LDS, 95 % intervals by bootstrap over the responses:\n\n"
+        f"{r['numbers']['LoGra']:,} of LoGra's. Mean LDS, 95 % intervals by bootstrap over "
+        "the responses:\n\n"
         f"{table(['scores', 'LDS', '95 %'], rows)}\n\n<sub>{made_by(section)}</sub>"
     )
 
