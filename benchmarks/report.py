@@ -560,7 +560,9 @@ def attribution(section: dict) -> str:
     ]
     return (
         f"SFT on {r['halves']} random halves of {r['train']} responses; {r['test']} responses to "
-        "other prompts. Mean LDS, 95 % intervals by bootstrap over these:\n\n"
+        f"other prompts. {r['numbers']['lddyn']:,} numbers a row of lddyn's, "
+        f"{r['numbers']['LoGra']:,} of LoGra's. Mean LDS, 95 % intervals by bootstrap over "
+        "the responses:\n\n"
         f"{table(['scores', 'LDS', '95 %'], rows)}\n\n<sub>{made_by(section)}</sub>"
     )
 
