@@ -470,7 +470,7 @@ def dropped_pairs(section: dict) -> str:
     """What DPO did to the chosen responses, with and without the pairs a diagnosis names."""
     r = section["result"]
     header = ["trained on", "mean Δ log π(y+), nats", "lowest", "highest", "foretold",
-              "y+ that fall", "mean Δ log π(y−)", "y+ gains on y−"]  # fmt: skip
+              "y+ that fall", "mean Δ log π(y−)", "margins that grow"]  # fmt: skip
     rows = []
     for name, label in LEFT_OUT.items():
         runs = [run[name] for run in r["runs"]]
@@ -519,10 +519,11 @@ def objectives(section: dict) -> str:
     ]  # fmt: skip
     header = ["loss", "y+ foretold", "y+ measured", "y− foretold", "y− measured", "y+ that fall",
               "ρ over pairs, y+"]  # fmt: skip
+    orders = "" if r["seeds"] == 1 else f" and {r['seeds']} orders of the data"
     return (
         f"{r['pairs']} pairs as above, {r['epochs']} epochs, lr {r['lr']:g}, default parameters, "
-        f"means over pairs and {r['seeds']} orders, nats; `extend` is SFT on both responses for as "
-        f"long, then DPO:\n\n{table(header, rows)}\n\n<sub>{made_by(section)}</sub>"
+        f"means over pairs{orders}, nats; `extend` is SFT on both responses for as long, then "
+        f"DPO:\n\n{table(header, rows)}\n\n<sub>{made_by(section)}</sub>"
     )
 
 

@@ -734,7 +734,7 @@ def report(
 
 
 # What of an audit makes a pair one to fix.
-_FAULTS = ("identical_pair", "duplicate", "blank_response", "truncated_response", "eos_lost")
+_FAULTS = ("identical_pair", "duplicate", "blank_response")
 
 
 def _show_validated(found: Mapping[str, Any]) -> None:

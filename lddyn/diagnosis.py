@@ -429,6 +429,14 @@ class Diagnosis:
                 f"{len(harmful)} pairs pull the chosen responses down on the whole; the worst "
                 f"{len(top)} do {share:.0%} of it ({word}s {named}{' …' if len(top) > 5 else ''})."
             )
+            if self.foretold is not None:
+                left = torch.ones(n)
+                left[top] = 0.0
+                after = [float(self.foretold.weighted(x).mean()) for x in (left, self.shares())]
+                lines.append(
+                    f"Without these the run is foretold to move log π(y+) by {after[0]:+.3g} nats "
+                    f"in the mean, with the weights of `shares` by {after[1]:+.3g}."
+                )
             for pair in top[:3]:
                 if pair in self.touched:
                     lines.append(f"In {word} {place[pair]} it is {self._tell_tokens(pair)}.")
@@ -460,15 +468,16 @@ class Diagnosis:
 
     def _tell_tokens(self, pair: int) -> str:
         """What in a harmful pair does it."""
-        rows = self.tokens(pair)
-        down = sum(r["gives"] for r in rows if r["gives"] < 0)
-        worst = sorted(rows, key=lambda r: float(r["gives"]))[:4]
+        harmful = [r for r in self.tokens(pair) if r["gives"] < 0]
+        worst = sorted(harmful, key=lambda r: float(r["gives"]))[:4]
         said = {"chosen": "pulling up", "rejected": "pushing down"}
         parts = [
             f"{said[side]} " + ", ".join(repr(r["text"]) for r in worst if r["response"] == side)
             for side in ("rejected", "chosen") if any(r["response"] == side for r in worst)
         ]  # fmt: skip
-        share = sum(r["gives"] for r in worst if r["gives"] < 0) / down if down else 0.0
+        if not worst:
+            return "none of its tokens in the first step"
+        share = sum(r["gives"] for r in worst) / sum(r["gives"] for r in harmful)
         return f"{' and '.join(parts)}: {share:.0%} of what it takes"
 
     def correlations(self, measured: Tensor, seed: int = 0) -> list[dict[str, Any]]:

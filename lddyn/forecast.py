@@ -104,8 +104,11 @@ class Forecast:
         return self.effects.mean(0)
 
     def weighted(self, shares: Tensor) -> Tensor:
-        """Δ log π(y+) (N,) if pairs had these weights, 0 to leave one out; linear in them, nats."""
-        return self.effects @ shares.to(self.effects)
+        """Δ log π(y+) (N,) if pairs had these weights, 0 to leave one out, nats.
+
+        Linear in the weights, but no log π ends above 0.
+        """
+        return (self.effects @ shares.to(self.effects)).minimum(-self.path[0, 0])
 
 
 def simulate(

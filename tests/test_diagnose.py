@@ -67,7 +67,7 @@ def test_the_gram_is_that_of_the_gradients(model, found):
 def test_a_real_step_does_what_is_foretold(model, objective):
     pairs, rate = some_pairs(), 1e-5
     reference = torch.randn(2, len(pairs), generator=torch.Generator().manual_seed(0)) - 20
-    found = lddyn.diagnose(model, pairs, objective, reference=reference)
+    found = lddyn.diagnose(model, pairs, objective, reference=reference, tokens=0)
     moved = copy.deepcopy(model).double()
     with lddyn.true_float64():
         before = torch.stack([log_probs(moved, e) for p in zip(*pairs, strict=True) for e in p])
@@ -106,7 +106,7 @@ def test_dpo_begins_with_half_of_beta(found):
 
 def test_a_sketched_gram_is_within_its_errors(model, found):
     sketch = lddyn.Sketch(k=2048, repeats=8, seed=1)
-    other = lddyn.diagnose(model, some_pairs(), beta=0.3, sketch=sketch)
+    other = lddyn.diagnose(model, some_pairs(), beta=0.3, sketch=sketch, tokens=0)
     n = len(found)
     for i in range(n):  # a pair's own three scalars stay exact
         for a in (i, n + i):
@@ -119,7 +119,7 @@ def test_a_sketched_gram_is_within_its_errors(model, found):
 
 
 def test_little_memory_is_sketched(model, found):
-    other = lddyn.diagnose(model, some_pairs(), beta=0.3, memory="400KB", sketch=None)
+    other = lddyn.diagnose(model, some_pairs(), beta=0.3, memory="400KB", sketch=None, tokens=0)
     assert other.stderr is not None and found.stderr is None
 
 
@@ -333,19 +333,19 @@ def test_logits_are_not_kept(model, monkeypatch):
         return look(*arguments)
 
     monkeypatch.setattr(module, "_sequence", counted)
-    lddyn.diagnose(model, some_pairs(8))
+    lddyn.diagnose(model, some_pairs(8), tokens=0)
     assert max(alive[8:]) <= max(alive[2:4])
 
 
 def test_callers_in_inference_mode_are_served(model, found):
     with torch.inference_mode():
-        other = lddyn.diagnose(model, some_pairs(), beta=0.3)
+        other = lddyn.diagnose(model, some_pairs(), beta=0.3, tokens=1)
     assert torch.equal(other.gram, found.gram)
 
 
 def test_its_own_objective_is_compared_with_its_own_parameters(model):
     reference = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)) - 20
-    found = lddyn.diagnose(model, some_pairs(), "ipo", beta=0.7, reference=reference)
+    found = lddyn.diagnose(model, some_pairs(), "ipo", beta=0.7, reference=reference, tokens=0)
     row = next(r for r in found.objectives() if r["objective"] == "ipo")
     assert row["chosen_falls"] == float((found.scores["set_chosen"] < 0).double().mean())
     w = found._weights().flatten() / 5
@@ -358,7 +358,7 @@ def test_errors_of_a_sketched_step_are_those_seen(model, found):
     wrong = []
     for seed in range(6):
         sketch = lddyn.Sketch(k=512, repeats=4, seed=seed)
-        other = lddyn.diagnose(model, some_pairs(), beta=0.3, sketch=sketch)
+        other = lddyn.diagnose(model, some_pairs(), beta=0.3, sketch=sketch, tokens=0)
         for name, error in zip(("set_chosen", "set_rejected"), other.set_stderr(), strict=True):
             wrong.append((other.scores[name] - found.scores[name]) / error)
     assert 0.6 < float(torch.cat(wrong).square().mean().sqrt()) < 1.6
