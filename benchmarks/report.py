@@ -19,6 +19,7 @@ PAGES = [
     *(
         ROOT / "docs" / f"{name}.md"
         for name in (
+            "concepts",
             "performance",
             "kernels",
             "operator",
@@ -508,6 +509,29 @@ def dropped_pairs(section: dict) -> str:
     return "\n\n".join(lines)
 
 
+def dropped_pairs_in_short(section: dict) -> str:
+    """The same for the README."""
+    r = section["result"]
+    rows = []
+    for name, label in LEFT_OUT.items():
+        values = [run[name]["chosen"] for run in r["runs"]]
+        mean = sum(values) / len(values)
+        rows.append([
+            label.format(r["dropped"]), f"{mean:+.2f} ({min(values):+.2f} to {max(values):+.2f})"
+        ])  # fmt: skip
+    found = {row["score"]: row for row in r["correlations"]}
+    first, ches = found["run_chosen"], found["ches"]
+    header = ["DPO on", f"mean Δ log π(y+), nats ({len(r['runs'])} orders of the data)"]
+    return (
+        f"{table(header, rows)}\n\n"
+        f"Rank correlation of what was foretold for each of {r['pairs']} pairs with what "
+        f"{r['epochs']} epochs of AdamW did: **{first['rho']:.2f}** ({first['low']:.2f} to "
+        f"{first['high']:.2f}); CHES, the best of the literature's scores here, "
+        f"{-ches['rho']:.2f}.\n\n"
+        f"<sub>{made_by(section)}</sub>"
+    )
+
+
 def kernel_methods(section: dict) -> str:
     """What features foretell of responses that were not trained on."""
     r = section["result"]
@@ -560,7 +584,9 @@ def attribution(section: dict) -> str:
     ]
     return (
         f"SFT on {r['halves']} random halves of {r['train']} responses; {r['test']} responses to "
-        "other prompts. Mean LDS, 95 % intervals by bootstrap over these:\n\n"
+        f"other prompts. {r['numbers']['lddyn']:,} numbers a row of lddyn's, "
+        f"{r['numbers']['LoGra']:,} of LoGra's. Mean LDS, 95 % intervals by bootstrap over "
+        "the responses:\n\n"
         f"{table(['scores', 'LDS', '95 %'], rows)}\n\n<sub>{made_by(section)}</sub>"
     )
 
@@ -668,6 +694,9 @@ SECTIONS = {
 def renderer(name: str):
     """The function that renders a section, or None."""
     return influence if name.startswith("influence-") else SECTIONS.get(name)
+
+
+IN_README = {"dropped pairs": dropped_pairs_in_short}
 
 
 def plot_scaling(section: dict, path: Path) -> None:
@@ -788,8 +817,10 @@ def main() -> int:
     original = dict(pages)
     for path in sorted(RESULTS.glob("*.json")):
         for name, section in json.loads(path.read_text()).items():
-            start, end, render = f"<!-- {name}:begin -->", f"<!-- {name}:end -->", renderer(name)
+            start, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
             for page, text in pages.items():
+                short = IN_README.get(name) if page.name == "README.md" else None
+                render = short or renderer(name)
                 if render and start in text:
                     before, rest = text.split(start, 1)
                     after = rest.split(end, 1)[1]

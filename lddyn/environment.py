@@ -95,7 +95,11 @@ def _version(package: str) -> str:
 
 
 def _python() -> dict[str, str]:
-    return {"python": platform.python_version(), "cuda": torch.version.cuda or "none (CPU torch)"}
+    return {
+        "torch": str(torch.__version__),  # names the build, which its wheel may not
+        "cuda": torch.version.cuda or "none (CPU torch)",
+        "python": platform.python_version(),
+    }
 
 
 def _system() -> dict[str, Any]:
@@ -164,7 +168,7 @@ def _traps(found: dict[str, Any]) -> list[dict[str, str]]:
                 trap(name, versions[name], f"{low} to {high}, which are tested", do)
     _unmet(trap)
     if found["compiled"]["cpu"] != "built":
-        trap("compiled parts", found["compiled"]["cpu"], "built (plain torch does its work, slowly)",
+        trap("compiled module", found["compiled"]["cpu"], "built: plain torch is slow at its work",
              "install a C++ compiler, then reinstall lddyn with pip --no-cache-dir")  # fmt: skip
     if system["threads"] > system["cores"]:
         trap("threads", system["threads"], f"at most the {system['cores']} cores of this process",

@@ -20,7 +20,6 @@ A trial tells, once per model, and again for sequences longer than any before.
 from __future__ import annotations
 
 import copy
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -158,21 +157,19 @@ def _chunks(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 @dataclass(frozen=True)
-class _Tree:
-    """Where a prompt and its responses lie in the packed sequence.
+class _Forest:
+    """Where prompts and responses lie in the packed sequence.
 
     Attributes:
-        start: Of the prompt.
-        stop: Of the prompt, where its responses begin.
-        runs: (number, length) of responses of equal length, one after the other.
+        parts: Places of prompts and responses of equal length, and that length.
+        trees: Places of a prompt, and of all of its responses.
     """
 
-    start: int
-    stop: int
-    runs: tuple[tuple[int, int], ...]
+    parts: Sequence[tuple[slice | Tensor, int]]
+    trees: Sequence[tuple[slice, slice]]
 
 
-_trees: ContextVar[Sequence[_Tree]] = ContextVar("trees")
+_forest: ContextVar[_Forest] = ContextVar("forest")
 
 
 class _UnpackableError(Exception):
@@ -190,41 +187,52 @@ def _packed(model: nn.Module, examples: Sequence[Example], tokens: int) -> Itera
             trees.append((prompt, [owners[k] for k in part]))
     sizes = [len(p) + sum(len(examples[i].response_ids) - 1 for i in own) for p, own in trees]
     for part in _chunks(sizes, tokens):
-        yield _forest(model, examples, [trees[k] for k in part])
+        yield _one_forward(model, examples, [trees[k] for k in part])
 
 
-def _forest(
+def _one_forward(
     model: nn.Module,
     examples: Sequence[Example],
     trees: Sequence[tuple[tuple[int, ...], list[int]]],
 ) -> _Part:
+    """Logits of one packed sequence: prompts, each with the examples that follow it."""
+    device = next(model.parameters()).device
     ids: list[int] = []
     positions: list[int] = []
     places: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
-    layout: list[_Tree] = []
+    layout: list[tuple[slice, slice]] = []
+    starts: dict[int, list[int]] = {}
     for prompt, mine in trees:
         start = len(ids)
         ids += prompt
         positions += range(len(prompt))
         stop = len(ids)
+        starts.setdefault(len(prompt), []).append(start)
         for i in mine:
             example, first = examples[i], len(ids)
             ids += example.response_ids[:-1]
             positions += range(len(prompt), example.length - 1)
+            starts.setdefault(len(example.response_ids) - 1, []).append(first)
             # Token 0 is told by the prompt's last position.
             places += [first + k - 1 if k else stop - 1 for k in example._counted]
             targets += example.targets
             owners += [i] * len(example)
-        widths = [len(examples[i].response_ids) - 1 for i in mine]
-        runs = tuple((len(list(run)), width) for width, run in itertools.groupby(widths) if width)
-        layout.append(_Tree(start, stop, runs))
+        if len(ids) > stop:
+            layout.append((slice(start, stop), slice(stop, len(ids))))
+    parts: list[tuple[slice | Tensor, int]] = []
+    starts.pop(0, None)  # of responses that the prompt's last position tells alone
+    for width, where in starts.items():
+        if len(where) == 1:
+            parts.append((slice(where[0], where[0] + width), width))
+        else:
+            at = torch.tensor(where)[:, None] + torch.arange(width)
+            parts.append((at.flatten().to(device), width))
     if len(ids) > _BLOCK:
         padding = [0] * (-len(ids) % _BLOCK)
         ids, positions = ids + padding, positions + padding
-    device = next(model.parameters()).device
-    token = _trees.set(layout)
+    token = _forest.set(_Forest(parts, layout))
     try:
         with attending(model, _NAME), _Products():
             logits = model(
@@ -234,7 +242,7 @@ def _forest(
                 logits_to_keep=torch.tensor(places, device=device),
             ).logits[0]
     finally:
-        _trees.reset(token)
+        _forest.reset(token)
     return logits, torch.tensor(targets, device=device), torch.tensor(owners)
 
 
@@ -247,46 +255,43 @@ def _attention(
     if attention_mask is not None or dropout or softcap or s_aux is not None:
         raise _UnpackableError
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch._C.DisableTorchFunction():  # many short calls, none a linear layer
+        return _mix(query, key, value, scale), None
+
+
+def _mix(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    forest = _forest.get()
     heads, groups = query.shape[1], key.shape[1]
-    repeats = heads // groups
     query, key, value = query[0], key[0], value[0]
-    keys, values = (x.repeat_interleave(repeats, 0) if repeats > 1 else x for x in (key, value))
+    keys, values = (x.repeat_interleave(heads // groups, 0) for x in (key, value))
     out = query.new_zeros(*query.shape[:2], value.shape[-1])
-    for tree in _trees.get():
-        prompt = slice(tree.start, tree.stop)
-        out[:, prompt] = _attend(query[:, prompt], keys[:, prompt], values[:, prompt], scale)[0]
-        stop = tree.stop + sum(number * width for number, width in tree.runs)
-        if stop == tree.stop:
-            continue
-        rows = slice(tree.stop, stop)
+    total = query.new_zeros(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+    for at, width in forest.parts:
+        q, k, v = (
+            x[:, at].unflatten(1, (-1, width)).transpose(0, 1) for x in (query, keys, values)
+        )
+        own, weight = _attend(q, k, v, scale)
+        out[:, at] = own.transpose(0, 1).flatten(1, 2)
+        total[:, at] = weight.transpose(0, 1).flatten(1)
+    for prompt, rows in forest.trees:
         # Without a mask, heads that share keys are rows of one product.
-        folded = query[:, rows].reshape(groups, -1, query.shape[-1])
-        of_prompt, weight = _attend(folded, key[:, prompt], value[:, prompt], scale, causal=False)
-        of_prompt = of_prompt.reshape(heads, stop - tree.stop, -1)
-        weight = weight.reshape(heads, -1)
-        first = tree.stop
-        for number, width in tree.runs:
-            last = first + number * width
-            run, own = slice(first, last), slice(first - tree.stop, last - tree.stop)
-            q, k, v = (x[:, run].unflatten(1, (number, width)) for x in (query, keys, values))
-            of_own, weight_own = _attend(q, k, v, scale)
-            share = torch.sigmoid(weight[:, own] - weight_own.flatten(1)).to(out.dtype)
-            out[:, run] = torch.lerp(of_own.flatten(1, 2), of_prompt[:, own], share[..., None])
-            first = last
-    return out.transpose(0, 1)[None], None
+        q = query[:, rows].reshape(1, groups, -1, query.shape[-1])
+        k, v = key[None, :, prompt], value[None, :, prompt]
+        read, weight = _attend(q, k, v, scale, causal=False)
+        share = torch.sigmoid(weight.reshape(heads, -1) - total[:, rows])[..., None].to(out.dtype)
+        out[:, rows] = torch.lerp(out[:, rows], read.reshape(out[:, rows].shape), share)
+    return out.transpose(0, 1)[None]
 
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale Q Kᵀ) V and the logsumexp of the scores; (H, …, T, d) -> and (H, …, T)."""
+    """softmax(scale Q Kᵀ) V and the logsumexp of scores; (B, H, T, d) -> and (B, H, T)."""
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
-        flat = query.dim() == 3
-        batched = (x[None] if flat else x.transpose(0, 1) for x in (query, key, value))
         out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *batched, 0.0, causal, scale=scale
+            query, key, value, 0.0, causal, scale=scale
         )
-        return (out[0], total[0]) if flat else (out.transpose(0, 1), total.transpose(0, 1))
+        return out, total
     scores = torch.matmul(query, key.transpose(-1, -2))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
     if causal:

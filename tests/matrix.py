@@ -64,7 +64,8 @@ TOOLS = "pytest pytest-timeout hypothesis pybind11"
 # other versions can break. Not the laboratory, nor what tests C++ alone.
 TESTS = (
     *("integrations", "ops", "elementwise_ops", "precondition_ops", "product", "sketch_ops"),
-    *("attention_ops", "layers", "anatomy", "decompose", "diagnose", "environment", "package"),
+    *("attention_ops", "layers", "anatomy", "decompose", "packing", "diagnose", "environment"),
+    "package",
 )
 # Long, and of no other code; and the test that reads what this script writes.
 LEFT_OUT = (

@@ -242,7 +242,7 @@ def test_attention_never_reads_closed_tiles(device):
     """NaN in keys that a whole tile of queries cannot see (the kernel's tiles are 16, 16 here)."""
     if device != "cpu":
         pytest.skip("the tiles of a GPU are others")
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.7")  # 3.6's interpreter fails under numpy 2.5
     t = 64
     opened = torch.zeros(t, t, dtype=torch.bool)
     opened[:32, :16] = opened[32:, 48:] = True  # keys 16 to 48 are closed to all

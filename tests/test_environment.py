@@ -75,7 +75,7 @@ H100 = {"name": "H100", "capability": "sm_90", "multiprocessors": 132, "memory":
         ({"versions": {"torch": "2.99.0"}}, "torch", "2.99.0", "selftest"),
         ({"versions": {"transformers": "4.30.1"}}, "transformers", "4.30.1", "upgrade"),
         ({"versions": {"trl": "0.9"}}, "trl", "0.9", "upgrade"),
-        ({"compiled": {"cpu": "cannot be imported"}}, "compiled parts", "cannot", "C++ compiler"),
+        ({"compiled": {"cpu": "cannot be imported"}}, "compiled module", "cannot", "C++ compiler"),
         ({"system": {"threads": 64, "cores": 2}}, "threads", "64", "OMP_NUM_THREADS=2"),
         ({"system": {"memory_available": 100 << 20}}, "memory", "100 MiB", "memory="),
         ({"precision": {"float32_matmul": "high"}}, "float32 products", "high", "highest"),

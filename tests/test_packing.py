@@ -69,7 +69,7 @@ def test_both_ways_in_half_precision_and_with_lora(way):
 
 def test_without_cpu_flash_attention(monkeypatch):
     """The plain form, which other devices take, is the same function."""
-    query, key, value = (torch.randn(2, 3, 5, 4) for _ in range(3))
+    query, key, value = (torch.randn(2, 3, 5, 4) for _ in range(3))  # (B, H, T, d)
     for causal in (True, False):
         fast = packing._attend(query, key, value, 0.7, causal)
         wide = torch.cat([value, value], -1)  # of another width than the keys

@@ -393,12 +393,21 @@ def test_the_answer_names_the_mechanism():
     assert states[0] == "act" and states == sorted(states, key=["act", "note", "fine"].index)
 
 
+def test_where_some_fall_it_speaks_of_those():
+    found = synthetic(30)
+    falls = found.scores["set_chosen"] < 0
+    assert 0 < int(falls.sum()) < 15 and float(found.scores["set_chosen"].mean()) > 0
+    said = report.tell_diagnosis(found)[0]["text"]
+    assert said.startswith(f"On average they do not fall, but those of {int(falls.sum())} of 30")
+
+
 def test_where_nothing_falls_it_says_so():
     found = synthetic(6, objective="sft")
     assert bool((found.scores["set_chosen"] > 0).all())
     said = report.tell_diagnosis(found)
     assert said[0]["text"].startswith("At this point they do not fall")
-    assert "<title>Do the chosen" in page_of(found)
+    text = page_of(found)
+    assert "<title>Do the chosen" in text and f"torch {torch.__version__}" in text
 
 
 def page_of(found, **given):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lddyn.figures import signed, visible
 from lddyn.report.decomposition import token_data
 from lddyn.report.dynamics import curves, tell_dynamics
-from lddyn.report.page import axis, plain, readable, render, versions, word
+from lddyn.report.page import axis, installation, plain, readable, render, versions, word
 from lddyn.shards import replace_file
 
 if TYPE_CHECKING:
@@ -280,47 +280,36 @@ def _tell_forecast(found: Diagnosis) -> list[dict[str, str]]:
     return [{"about": "the run ahead", "text": text, "kind": "estimate", "sure": sure}]
 
 
-def _forecast(found: Diagnosis) -> list[dict[str, Any]]:
-    """Charts of the run that is planned, by a model that is linear in log π."""
-    if found.foretold is None:
-        return []
-    moved = (found.foretold.path - found.foretold.path[0]).mean(2)
-    return curves([
-        {"step": step, "change/chosen": up, "change/rejected": down}
-        for step, (up, down) in enumerate(moved.tolist())
-    ])  # fmt: skip
-
-
 def _answer(found: Diagnosis, parts: Mapping[str, Tensor]) -> str:
     """The first sentence: do they fall, and why."""
-    falls = int((found.scores["set_chosen"] < 0).sum())
-    mean = {k: float(v.mean()) for k, v in parts.items()}
+    up = found.scores["set_chosen"]
+    falls = up < 0
+    if not falls.any():
+        return "At this point they do not fall: a small step raises log π(y+) of every pair."
+    lot = f"{int(falls.sum())} of {_count(len(found))}"
+    on_average = bool(up.mean() < 0)
+    why = (
+        "Because" if on_average else f"On average they do not fall, but those of {lot} do, because"
+    )
+    mean = {k: float((v if on_average else v[falls]).mean()) for k, v in parts.items()}
     raised = mean["own chosen"] + mean["other chosen"]
     taken = mean["own rejected"] + mean["other rejected"]
-    other = mean["other rejected"]
+    end = f" The chosen log-prob of {lot} falls." if on_average else ""
+    if taken >= 0:  # rare: it is the chosen responses themselves that are at odds
+        return (
+            f"{why} pulling other chosen responses up takes {_size(mean['other chosen'])} from log "
+            f"π(y+) for each nat of margin.{end}"
+        )
     share = ""
-    if taken < 0 and other < 0:
-        share = f", {_percent(min(other / taken, 1.0))} of it through the y− of other pairs"
-    lot = f"{falls} of {_count(len(found))}"
-    if not falls:
-        return "At this point they do not fall: a small step raises log π(y+) of every pair."
-    if raised + taken < 0 and taken < 0:
-        than = "pulling chosen ones up gives nothing"
-        if raised > 0:
-            than = f"more than the {_size(raised)} that pulling chosen ones up gives"
-        return (
-            f"Because pushing rejected responses down takes {_size(taken)} from log π(y+) for each "
-            f"nat of margin{share}: {than}. The chosen log-prob of {lot} falls."
-        )
-    if taken < 0:
-        return (
-            f"On average they do not fall yet, but those of {lot} do: for each nat of margin "
-            f"pushing rejected responses down takes {_size(taken)} from log π(y+){share}, and "
-            f"pulling chosen ones up gives {_size(raised)}, not enough everywhere."
-        )
+    if mean["other rejected"] < 0:
+        part = _percent(min(mean["other rejected"] / taken, 1.0))
+        share = f", {part} of it through the y− of other pairs"
+    than = "and pulling chosen ones up gives nothing"
+    if raised > 0:
+        than = f"more than the {_size(raised)} that pulling chosen ones up gives"
     return (
-        f"The chosen log-prob of {lot} falls, and not because of the rejected responses together: "
-        f"pushing those down gives log π(y+) {_size(taken)} for each nat of margin."
+        f"{why} pushing rejected responses down takes {_size(taken)} from log π(y+) for each nat "
+        f"of margin{share}: {than}.{end}"
     )
 
 
@@ -470,6 +459,7 @@ def warnings(
             "harm to all chosen responses",
             f"Read them ({_named(top, places)}). To leave out: lddyn diagnose … --drop {len(top)} "
             "--write kept.jsonl",
+            "foretold" if found.foretold else sure,
         )  # fmt: skip
     else:
         add("fine", "no pair harms the chosen responses on the whole", "")
@@ -480,6 +470,7 @@ def warnings(
         f"{'its' if len(entangled) == 1 else 'their'} own y+ even alone"
         + (": y+ and y− are too alike" if entangled else ""),
         f"Rewrite one response, or leave out {_named(entangled, places)}." if entangled else "",
+        "exact, first order",
     )
     same = [i for i in range(n) if float(scores["edit_distance"][i]) < 0.1]
     if same:
@@ -574,6 +565,7 @@ def write_diagnosis(
     if not dynamics and bool((found.scores["set_chosen"] >= 0).all()):
         title = "Do the chosen log-probs fall?"
     document = found.to_dict(places, faults)
+    step = torch.stack([found.scores["set_chosen"], found.scores["set_rejected"]]) * unit(found)
     text = render(
         "diagnosis.html",
         title=title,
@@ -583,13 +575,13 @@ def write_diagnosis(
         warnings=warnings(found, closeups, measured=measured, places=places),
         lr=f"{unit(found):.3g}",
         noun="pair" if places is None else "row",
-        fates=_fates(found, places),
+        fates=_fates(found, step, places),
         sources=_bars(found),
         curves=curves(dynamics),
         run=tell_dynamics(dynamics),
         table=_table(found, document["actions"], places, tokenizer),
         columns=_columns(found),
-        forecast=_forecast(found),
+        ahead=None if found.foretold is None else _fates(found, found.foretold.change, places),
         map=_map(found, places),
         closeups=[_closeup(i, c, places) for i, c in enumerate(closeups)],
         objectives=_objectives(found, document["objectives"]),
@@ -600,6 +592,7 @@ def write_diagnosis(
         exact=found.stderr is None,
         facts={str(k): readable(str(v)) for k, v in (extra or {}).items()}
         | {"made with": versions()},
+        installation=installation(),
         signed=signed,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -633,11 +626,9 @@ def _row(pair: int, places: Sequence[int] | None) -> int:
     return pair if places is None else places[pair]
 
 
-def _fates(found: Diagnosis, places: Sequence[int] | None) -> dict[str, Any]:
-    """Each pair as a point: Δ log π(y−) across, Δ log π(y+) up."""
-    scale = unit(found)
-    up = [float(v) * scale for v in found.scores["set_chosen"]]
-    down = [float(v) * scale for v in found.scores["set_rejected"]]
+def _fates(found: Diagnosis, change: Tensor, places: Sequence[int] | None) -> dict[str, Any]:
+    """Each pair as a point: of its change (2, N) that of y− across, that of y+ up; the means."""
+    up, down = change.tolist()
     shown = [i for i in range(len(up)) if math.isfinite(up[i]) and math.isfinite(down[i])]
     x, across = axis([down[i] for i in shown], 44, 392)
     y, upwards = axis([up[i] for i in shown], 262, 8)
@@ -649,7 +640,7 @@ def _fates(found: Diagnosis, places: Sequence[int] | None) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "points": points, "x": across, "y": upwards, "zero": zero,
-        "counts": dict(sorted(Counter(found.fate).items(), key=lambda item: -item[1])),
+        "falls": sum(v < 0 for v in up),
         "means": [
             {"name": name, "before": signed(float(found.log_probs[k].mean()), 4),
              "after": signed(float(found.log_probs[k].mean()) + sum(v) / len(v), 4),

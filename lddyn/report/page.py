@@ -18,7 +18,7 @@ from typing import Any
 
 from lddyn.figures import printable, signed
 
-__all__ = ["axis", "plain", "readable", "render", "versions", "word"]
+__all__ = ["axis", "installation", "plain", "readable", "render", "versions", "word"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -91,6 +91,20 @@ def versions() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return ", ".join(found)
+
+
+def installation() -> dict[str, str]:
+    """What `lddyn env` tells, a line each."""
+    from lddyn.environment import env
+
+    def told(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{k} {told(v)}" for k, v in value.items())
+        return "; ".join(map(told, value)) if isinstance(value, list) else str(value)
+
+    found = env()
+    kept = ("versions", "system", "devices", "precision", "variables")
+    return {name: told(found[name]) for name in kept if found[name]}
 
 
 @cache
