@@ -292,15 +292,21 @@ def _attend(
             query, key, value, 0.0, causal, scale=scale
         )
         return out, total
-    scores = torch.matmul(query, key.transpose(-1, -2))
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-    if causal:
-        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(ahead, -torch.inf)
-    total = scores.logsumexp(-1)
-    return torch.matmul((scores - total[..., None]).exp().to(value.dtype), value), total
+    rows = max(1, _SCORES // (key.shape[-2] * query.shape[:2].numel()))
+    place = torch.arange(key.shape[-2], device=query.device)
+    outs, totals = [], []
+    for first, some in zip(range(0, query.shape[-2], rows), query.split(rows, -2), strict=True):
+        scores = torch.matmul(some, key.transpose(-1, -2))
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+        if causal:
+            ahead = place > place[first : first + some.shape[-2], None]
+            scores = scores.masked_fill(ahead, -torch.inf)
+        totals.append(scores.logsumexp(-1))
+        outs.append(torch.matmul((scores - totals[-1][..., None]).exp().to(value.dtype), value))
+    return torch.cat(outs, -2), torch.cat(totals, -1)
 
 
+_SCORES = 1 << 26  # of attention at once, where they are held
 _NAME = "lddyn-packed"
 
 

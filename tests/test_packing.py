@@ -67,8 +67,10 @@ def test_both_ways_in_half_precision_and_with_lora(way):
         assert (logits - truth).norm() <= error * truth.norm()
 
 
-def test_without_cpu_flash_attention(monkeypatch):
+@pytest.mark.parametrize("scores", [1 << 26, 60])  # all at once, two rows at a time
+def test_without_cpu_flash_attention(monkeypatch, scores):
     """The plain form, which other devices take, is the same function."""
+    monkeypatch.setattr(packing, "_SCORES", scores)
     query, key, value = (torch.randn(2, 3, 5, 4) for _ in range(3))  # (B, H, T, d)
     for causal in (True, False):
         fast = packing._attend(query, key, value, 0.7, causal)
