@@ -465,6 +465,7 @@ LEFT_OUT = {
     "worst by a step": "{} worst of a step left out",
     "worst by the run": "{} worst of the run left out",
     "reweighted": "reweighted",
+    "reweighted at random": "the same weights on other pairs",
 }
 
 
