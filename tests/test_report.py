@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import browser as chromium
@@ -408,6 +409,28 @@ def test_where_nothing_falls_it_says_so():
     assert said[0]["text"].startswith("At this point they do not fall")
     text = page_of(found)
     assert "<title>Do the chosen" in text and f"torch {torch.__version__}" in text
+
+
+def test_the_first_sentence_owns_up_to_what_a_run_does():
+    found = synthetic(6, objective="sft")
+    fell = torch.full((6,), -1.5).double()
+    answer = report.tell_diagnosis(found, measured=fell)[0]["text"]
+    assert "do not fall: a small step lowers log π(y+) of no pair. But the training" in answer
+    assert answer.endswith("was measured to lower them by 1.5 nats on average.")
+    assert "But" not in report.tell_diagnosis(found, measured=-fell)[0]["text"]
+    run = lddyn.Run(lr=0.1, optimizer="sgd")
+    ahead = replace(found.simulate(run), change=torch.stack([fell, fell]))
+    answer = report.tell_diagnosis(replace(found, foretold=ahead))[0]["text"]
+    assert "But the run ahead is foretold to lower them by 1.5 nats" in answer
+    rises = synthetic(40, fall=3.0)
+    answer = report.tell_diagnosis(rises, measured=torch.ones(40))[0]["text"]
+    assert answer.startswith("Because") and "measured to raise them by 1 nat on average" in answer
+
+
+def test_no_pair_is_called_harmful_that_is_not():
+    helpful = page_of(synthetic(6, objective="sft"))
+    assert "what helps least first" in helpful and "most harmful" not in helpful
+    assert "The pairs, the most harmful first" in page_of(synthetic(40, fall=3.0))
 
 
 def page_of(found, **given):
