@@ -839,6 +839,8 @@ def diagnose(
                 folder.mkdir(parents=True, exist_ok=True)
                 if not os.access(folder, os.W_OK):
                     raise Problem(f"{folder}: no right to write there")
+        if write is not None and write.is_dir():
+            raise Problem(f"--write must be a file, got the folder {write}")
         if watched is not None:
             from lddyn.report import read_dynamics
 

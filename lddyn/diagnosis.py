@@ -422,12 +422,13 @@ class Diagnosis:
             )
         harmful = gives[gives < 0]
         if len(harmful):
-            top = self.worst(max(1, n // 10))
-            share = float(gives[top].clamp(max=0).sum() / harmful.sum())
+            top = self.worst(min(max(1, n // 10), len(harmful)))
+            share = float(gives[top].sum() / harmful.sum())
             named = ", ".join(str(place[i]) for i in top[:5])
             lines.append(
                 f"{len(harmful)} pairs pull the chosen responses down on the whole; the worst "
-                f"{len(top)} do {share:.0%} of it ({word}s {named}{' …' if len(top) > 5 else ''})."
+                f"{len(top)} do {share:.0%} of it "
+                f"({word}{'s' if len(top) > 1 else ''} {named}{' …' if len(top) > 5 else ''})."
             )
             if self.foretold is not None:
                 left = torch.ones(n)
@@ -478,7 +479,8 @@ class Diagnosis:
         if not worst:
             return "none of its tokens in the first step"
         share = sum(r["gives"] for r in worst) / sum(r["gives"] for r in harmful)
-        return f"{' and '.join(parts)}: {share:.0%} of what it takes"
+        when = "" if self.foretold is None else " in the first step"
+        return f"{' and '.join(parts)}: {share:.0%} of what it takes{when}"
 
     def correlations(self, measured: Tensor, seed: int = 0) -> list[dict[str, Any]]:
         """Spearman's rank correlation of every score with a measured change of log π(y+).

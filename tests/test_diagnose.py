@@ -199,7 +199,9 @@ def test_nthr_is_as_published(model, found):
 def test_tokens_are_told(model):
     found = lddyn.diagnose(model, some_pairs(4), "unlikelihood", tokens=1)
     told, worst, deepest = " ".join(found.tell()), found.worst(1)[0], found.falling(1)[0]
-    assert f"In pair {worst} it is pushing down '" in told
+    assert f"In pair {worst} it is pushing down '" in told and "it takes." in told
+    ahead = replace(found, foretold=found.simulate(lddyn.Run(lr=0.1, optimizer="sgd")))
+    assert "of what it takes in the first step." in " ".join(ahead.tell())
     assert float(found.scores["set_chosen"][deepest]) < 0
     row = found.culprit_tokens(deepest)[0]
     assert f"do it: {row['text']!r} of pair {row['pair']}, pushed down" in told
@@ -732,6 +734,7 @@ def test_what_cannot_end_well_is_said_before_the_work(folder, tmp_path, monkeypa
     for more, message in (
         (("--out", str(blocked)), "File exists"),
         (("--drop", "1", "--write", str(blocked / "left.jsonl")), "File exists"),
+        (("--write", str(tmp_path)), "--write must be a file, got the folder"),
         (("--out", str(tmp_path / "o"), "--watched", str(tmp_path)), "no dynamics.jsonl"),
         (("--out", str(tmp_path / "o"), "--after", str(tmp_path / "none")), "none"),
     ):
