@@ -960,7 +960,7 @@ def diagnose(
                 )  # fmt: skip
         _print_table(table)
         table = Table("loss", "y+ per unit", "y− per unit", "y+ falls", *(
-            ["run: y+", "run: y−", "y+ falls"] if run else []
+            ["linear run: y+", "linear run: y−", "y+ falls"] if run else []
         ))  # fmt: skip
         for row in document["objectives"]:
             step = [row["chosen"], row["rejected"]]

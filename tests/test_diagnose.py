@@ -11,6 +11,7 @@ import zoo
 from typer.testing import CliRunner
 
 import lddyn
+from lddyn import report
 from lddyn.cli import app
 from lddyn.diagnose import edit_distance
 from lddyn.forecast import projected
@@ -390,6 +391,22 @@ def test_equal_responses_move_nothing_by_rounding(model, memory, tmp_path):
     mixed = lddyn.diagnose(model, [*pairs[:2], some_pairs()[2]], memory=memory, tokens=0)
     assert mixed.scores["gives"][:2].tolist() == [0, 0] and float(mixed.scores["gives"][2]) != 0
     assert (mixed.stderr is None) == (memory == "1GiB")
+
+
+def test_a_loss_past_its_target_is_not_entanglement(model):
+    pairs = some_pairs()
+    reference = lddyn.diagnose(model, pairs, "ipo", tokens=0).log_probs.clone()
+    reference[0, :3] -= 40  # these have a margin of 80, and IPO wants 5
+    reference[1, :3] += 40
+    found = lddyn.diagnose(model, pairs, "ipo", reference=reference, tokens=0)
+    assert bool((found.scores["weight_chosen"][:3] < 0).all())
+    assert bool((found.scores["own_chosen"][:3] < 0).all()) and found.entangled == []
+    told = " ".join(found.tell())
+    assert "ipo itself pulls the chosen response of 3 down" in told and "exceeds" not in told
+    assert not any("too like" in row["why"] for row in found.actions())
+    said = {row["about"]: row["text"] for row in report.tell_diagnosis(found)}
+    assert "ipo itself pulls chosen responses down" in said["the answer"]
+    assert "which the loss itself pulls down" in said["the mechanism"]
 
 
 def test_measured_must_fit(found):

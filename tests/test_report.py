@@ -476,11 +476,14 @@ def test_diagnosis_report_reads_a_run(model, tmp_path):
     file.write_text("\n".join(lines), encoding="utf-8")
     found = lddyn.diagnose(model, some_pairs(["a", "b", "c"] * 8, 3), tokens=0)
     path = found.report(
-        tmp_path / "out" / "index.html", model, closeups=1, watched=tmp_path / "run"
-    )
+        tmp_path / "out" / "index.html", model, closeups=1, watched=tmp_path / "run",
+        measured=torch.arange(3).double(),
+    )  # fmt: skip
     text = path.read_text(encoding="utf-8")
     assert "The watched run" in text and "Over 11 steps" in text and "Where the probability" in text
     tokens = json.loads((tmp_path / "out" / "tokens.json").read_text(encoding="utf-8"))
+    numbers = json.loads((tmp_path / "out" / "diagnosis.json").read_text(encoding="utf-8"))
+    assert numbers["measured"] == [0, 1, 2] and {"score", "rho"} < set(numbers["correlations"][0])
     assert [t["pair"] for t in tokens] == found.worst(1) and tokens[0]["mass"]["by_position"]
     with pytest.raises(FileNotFoundError, match=r"no dynamics\.jsonl"):
         found.report(tmp_path / "x.html", watched=tmp_path)

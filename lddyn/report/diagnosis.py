@@ -296,6 +296,11 @@ def _answer(found: Diagnosis, parts: Mapping[str, Tensor]) -> str:
     raised = mean["own chosen"] + mean["other chosen"]
     taken = mean["own rejected"] + mean["other rejected"]
     end = f" The chosen log-prob of {lot} falls." if on_average else ""
+    if mean["own chosen"] < 0:  # squares past their target
+        return (
+            f"{why} {found.objective} itself pulls chosen responses down: the margins are past its "
+            f"target, and w+ is negative.{end}"
+        )
     if taken >= 0:  # rare: it is the chosen responses themselves that are at odds
         return (
             f"{why} pulling other chosen responses up takes {_size(mean['other chosen'])} from log "
@@ -349,7 +354,11 @@ def _mechanism(parts: Mapping[str, Tensor], falls: Tensor) -> str:
         text += (
             f" Where y+ falls, the strongest pull down is in "
             f"{'all' if times == len(cause) else f'{times} of'} {_count(len(cause))} "
-            f"{_SOURCES[name]}: they share directions in the weights with it."
+            + (
+                "their own chosen response, which the loss itself pulls down."
+                if name == "own chosen"
+                else f"{_SOURCES[name]}: they share directions in the weights with it."
+            )
         )
     return text
 
@@ -479,7 +488,7 @@ def warnings(
         )  # fmt: skip
     else:
         add("fine", "no pair harms the chosen responses on the whole", "")
-    entangled = [i for i in range(n) if float(scores["own_chosen"][i]) < 0]
+    entangled = found.entangled
     add(
         ("act" if len(entangled) > 0.2 * n else "note") if entangled else "fine",
         f"{_count(len(entangled))} would lower "
@@ -581,6 +590,10 @@ def write_diagnosis(
     if not dynamics and bool((found.scores["set_chosen"] >= 0).all()):
         title = "Do the chosen log-probs fall?"
     document = found.to_dict(places, faults)
+    if measured is not None:
+        document |= {
+            "measured": measured.tolist(), "correlations": found.correlations(measured),
+        }  # fmt: skip
     step = torch.stack([found.scores["set_chosen"], found.scores["set_rejected"]]) * unit(found)
     text = render(
         "diagnosis.html",
