@@ -857,6 +857,7 @@ def diagnose(
 
         import lddyn
         from lddyn.objectives import hyperparameters
+        from lddyn.pullback import parse_memory
         from lddyn.shards import replace_file
 
         run = None if lr is None else lddyn.Run(lr, epochs, batch, schedule=schedule)
@@ -886,6 +887,12 @@ def diagnose(
         if drop > len(pairs) or (drop and drop == len(content)):
             raise Problem(
                 f"--drop must leave a row, and be at most the {len(pairs)} pairs, got {drop}"
+            )
+        size = 8 * len(pairs) * sum(p.numel() for p in lm.parameters() if p.requires_grad)
+        if run is None and size > parse_memory(memory):
+            _warn(
+                f"the gradients of {len(pairs)} pairs take {size / 2**30:.3g} GiB, more than "
+                "--memory: inner products between pairs are estimated"
             )
         moved = None
         if after is not None:

@@ -768,4 +768,7 @@ def test_a_row_that_is_too_long_does_not_stop_the_others(folder, tmp_path):
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert "row 6 is not diagnosed: chosen: length must be <=" in result.stderr
+    assert "are estimated" not in result.stderr
+    small = CliRunner().invoke(app, [*command, "--memory", "400KB"])
+    assert "the gradients of 5 pairs take" in small.stderr, small.output
     assert "\\u000a" not in result.stdout
