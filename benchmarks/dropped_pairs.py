@@ -3,9 +3,10 @@
     python benchmarks/dropped_pairs.py MODEL PAIRS.jsonl --out benchmarks/results/dropped-pairs.json
 
 SFT on the chosen responses, so that their log-probs are high; a diagnosis there, of the run that
-follows; then DPO, in several orders of the data: with all pairs, without the worst, reweighted,
-without as many drawn at random. Measured is the mean change of log π(y+) over all pairs, trained on
-or not. With --second on other pairs of the file, which nothing in lddyn was tuned on.
+follows; then DPO, in several orders of the data: with all pairs, without the worst, without as many
+drawn at random, reweighted, with the same weights on other pairs. Measured is the mean change of
+log π(y+) over all pairs, trained on or not. With --second on other pairs of the file, which nothing
+in lddyn was tuned on.
 """
 
 from __future__ import annotations
@@ -149,7 +150,9 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--second", action="store_true", help="pairs that nothing was tuned on")
     parser.add_argument("--objectives", action="store_true", help="train on several losses")
-    parser.add_argument("--again", action="store_true", help="foretell anew, do not train")
+    parser.add_argument(
+        "--again", action="store_true", help="foretell anew; train only in ways that FILE lacks"
+    )
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--drop", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=5)
@@ -176,8 +179,9 @@ def main() -> None:
 
     dpo = partial(PREFERENCES["dpo"], beta=args.beta)
 
-    def measured(kept: list[int], shares: Tensor, seed: int) -> Tensor:
-        trained = copy.deepcopy(model)
+    def trained_on(gone: list[int], shares: Tensor, seed: int) -> Tensor:
+        """What DPO without some pairs does to all of them, (2, N) nats."""
+        trained, kept = copy.deepcopy(model), [i for i in range(len(pairs)) if i not in gone]
         part = [pairs[i] for i in kept]
         finetune(trained, part, args.epochs, args.lr, seed, dpo, shares[kept], before[:, kept])
         return torch.stack([measure(trained, x).log_prob for x in sides]) - before
@@ -185,7 +189,7 @@ def main() -> None:
     if args.objectives:
         record(args.out, "objectives", objectives(model, pairs, found, run, args.seeds))
         return
-    everything, even = list(range(len(pairs))), torch.ones(len(pairs)).double()
+    even = torch.ones(len(pairs)).double()
     by_step = found.scores["gives"].argsort(stable=True)[: args.drop].tolist()
     foretold = found.foretold
     assert foretold is not None
@@ -194,9 +198,11 @@ def main() -> None:
         """Name -> pairs left out, weights of all."""
         generator = torch.Generator().manual_seed(100 + seed)
         random = torch.randperm(len(pairs), generator=generator)[: args.drop].tolist()
+        others = found.shares()[torch.randperm(len(pairs), generator=generator)]
         return {
             "none": ([], even), "random": (random, even), "worst by a step": (by_step, even),
             "worst by the run": (found.worst(args.drop), even), "reweighted": ([], found.shares()),
+            "reweighted at random": ([], others),
         }  # fmt: skip
 
     def expected(gone: list[int], shares: Tensor) -> dict[str, float]:
@@ -208,27 +214,34 @@ def main() -> None:
             "foretold": float(foretold.weighted(left).mean()), "linear": float(linear.mean()),
         }  # fmt: skip
 
+    def told(change: Tensor) -> dict[str, Any]:
+        return {
+            "chosen": float(change[0].mean()), "rejected": float(change[1].mean()),
+            "fall": int((change[0] < 0).sum()),
+            "preferred": float((change[0] > change[1]).double().mean()),
+        }  # fmt: skip
+
     section = "dropped pairs" if args.second else "dropped pairs, tuned on"
     if args.again:  # what is foretold anew, beside what was measured
         result = json.loads(Path(args.out).read_text())[section]["result"]
+        if found.worst(args.drop) != result["worst"]:
+            raise SystemExit(f"{args.out} is of another diagnosis: leave out --again")
         for row in result["runs"]:
             for name, way in ways(row["seed"]).items():
+                if name not in row:
+                    row[name] = told(trained_on(*way, row["seed"]))
                 row[name] |= expected(*way)
+                print(row["seed"], name, row[name], flush=True)
         record(args.out, section, result)
         return
     runs, moved = [], torch.zeros(2, len(pairs)).double()
     for seed in range(args.seeds):
         row: dict[str, Any] = {"seed": seed}
         for name, (gone, shares) in ways(seed).items():
-            kept = [i for i in everything if i not in gone]
-            change = measured(kept, shares, seed)
+            change = trained_on(gone, shares, seed)
             if name == "none":
                 moved += change / args.seeds
-            row[name] = {
-                "chosen": float(change[0].mean()), "rejected": float(change[1].mean()),
-                "fall": int((change[0] < 0).sum()),
-                "preferred": float((change[0] > change[1]).double().mean()),
-            } | expected(gone, shares)  # fmt: skip
+            row[name] = told(change) | expected(gone, shares)
             print(seed, name, row[name], flush=True)
         runs.append(row)
         mean = moved * args.seeds / len(runs)

@@ -466,6 +466,7 @@ LEFT_OUT = {
     "worst by a step": "{} worst of a step left out",
     "worst by the run": "{} worst of the run left out",
     "reweighted": "reweighted",
+    "reweighted at random": "the same weights on other pairs",
 }
 
 
@@ -487,10 +488,14 @@ def dropped_pairs(section: dict) -> str:
             f"{mean['preferred']:.0%}",
         ])  # fmt: skip
     count, before = len(r["runs"]), r["log_prob_before"]
+    controls = {
+        "worst by a step": "random", "worst by the run": "random",
+        "reweighted": "reweighted at random",
+    }  # fmt: skip
     wins = [
         f"{LEFT_OUT[name].format(r['dropped'])}: "
-        f"{sum(run[name]['chosen'] > run['random']['chosen'] for run in r['runs'])}"
-        for name in ("worst by a step", "worst by the run", "reweighted")
+        f"{sum(run[name]['chosen'] > run[control]['chosen'] for run in r['runs'])}"
+        for name, control in controls.items()
     ]
     everything = sum(run["none"]["chosen"] for run in r["runs"]) / count
     lines = [
@@ -498,9 +503,10 @@ def dropped_pairs(section: dict) -> str:
         f"{r['sft_epochs']} epochs of SFT; then {r['epochs']} epochs of DPO, β = {r['beta']:g}, "
         f"AdamW, lr {r['lr']:g}, {count} orders of the data, each with other random pairs:",
         table(header, rows),
-        f"Runs of {count} in which the chosen responses end higher than without random pairs: "
-        f"{'; '.join(wins)}. Foretold for all pairs: {r['foretold'][0]:+.2f} nats through the "
-        f"softmax and {r['linear'][0]:+.2f} in a linear model; measured {everything:+.2f}.",
+        f"Runs of {count} in which the chosen responses end higher than with the same done to "
+        f"random pairs: {'; '.join(wins)}. Foretold for all pairs: {r['foretold'][0]:+.2f} nats "
+        f"through the softmax and {r['linear'][0]:+.2f} in a linear model; measured "
+        f"{everything:+.2f}.",
         "Spearman's correlation with the measured change of log π(y+), mean over the orders; "
         "scores taken before DPO, 95 % intervals by bootstrap over pairs:",
         correlations(r),

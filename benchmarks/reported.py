@@ -86,7 +86,7 @@ def main() -> None:
     start, run = args.folder / "sft", args.folder / "dpo"
     if not (run / f"checkpoint-{args.steps}").exists():
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model).eval()
-        finetune(model, pairs, 3, 1e-3, 0, 0.0)
+        finetune(model, pairs, 3, 1e-3, 0)
         model.save_pretrained(start)
         tokenizer.save_pretrained(start)
         train(start, run, data, args.steps, args.checkpoint)

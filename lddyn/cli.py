@@ -834,6 +834,17 @@ def diagnose(
             )
         if write is not None and write.resolve() == data.resolve():
             raise Problem("--write is the file of --data: give another, the rows are not kept")
+        for folder in [out, *([] if write is None else [write.parent])]:
+            if folder is not None:  # what cannot be written is said before the work
+                folder.mkdir(parents=True, exist_ok=True)
+                if not os.access(folder, os.W_OK):
+                    raise Problem(f"{folder}: no right to write there")
+        if write is not None and write.is_dir():
+            raise Problem(f"--write must be a file, got the folder {write}")
+        if watched is not None:
+            from lddyn.report import read_dynamics
+
+            read_dynamics(watched)
         from lddyn.examples import audit, encode_row
         from lddyn.examples import rows as read_rows
 
@@ -846,6 +857,7 @@ def diagnose(
 
         import lddyn
         from lddyn.objectives import hyperparameters
+        from lddyn.pullback import parse_memory
         from lddyn.shards import replace_file
 
         run = None if lr is None else lddyn.Run(lr, epochs, batch, schedule=schedule)
@@ -859,6 +871,8 @@ def diagnose(
                 encoded = encode_row(
                     tokenizer, row, max_length=max_length, max_prompt_length=max_prompt_length
                 )
+                for side in ("chosen", "rejected"):
+                    _check_limits(encoded[side], side, lm.config)
                 pairs.append((encoded["chosen"], encoded["rejected"]))
                 places.append(place)
             except (ValueError, KeyError) as error:
@@ -870,6 +884,23 @@ def diagnose(
             _warn(f"row {place} is not diagnosed: {why}")
         if len(skipped) > 3:
             _warn(f"{len(skipped)} rows in all are not diagnosed")
+        if drop > len(pairs) or (drop and drop == len(content)):
+            raise Problem(
+                f"--drop must leave a row, and be at most the {len(pairs)} pairs, got {drop}"
+            )
+        size = 8 * len(pairs) * sum(p.numel() for p in lm.parameters() if p.requires_grad)
+        if run is None and size > parse_memory(memory):
+            _warn(
+                f"the gradients of {len(pairs)} pairs take {size / 2**30:.3g} GiB, more than "
+                "--memory: inner products between pairs are estimated"
+            )
+        moved = None
+        if after is not None:
+            from lddyn.probes import measure
+
+            later = _load_model(after, getattr(torch, dtype), trust_remote_code).to(device)
+            moved = measure(later, [chosen for chosen, _ in pairs]).log_prob.cpu()
+            del later
         other = None
         if reference is not None:
             other = _load_model(reference, getattr(torch, dtype), trust_remote_code).to(device)
@@ -889,20 +920,15 @@ def diagnose(
             _progress("writing the page …")
             extra = {"model": model, "data": str(data), "rows left out": len(skipped)}
             extra |= {} if reference is None else {"reference": reference}
-            measured = None
-            if after is not None:
-                from lddyn.probes import measure
-
-                later = _load_model(after, getattr(torch, dtype), trust_remote_code).to(device)
-                moved = measure(later, [chosen for chosen, _ in pairs]).log_prob.cpu()
-                measured, extra["after"] = moved - found.log_probs[0], after
+            extra |= {} if after is None else {"after": after}
+            measured = None if moved is None else moved - found.log_probs[0]
             page = found.report(
                 out / "index.html", lm, tokenizer, watched=watched, measured=measured,
                 places=places, faults=faulty, extra=extra,
             )  # fmt: skip
         if write is not None:
             gone = {places[i] for i in found.worst(drop)}
-            harmful = int((found.scores["gives"] < 0).sum())
+            harmful = int((found.gives < 0).sum())
             if drop > harmful:
                 _warn(f"only {harmful} of the {drop} dropped pairs pull chosen responses down")
             shares = dict(zip(places, found.shares().tolist(), strict=True)) if reweight else {}
@@ -917,7 +943,7 @@ def diagnose(
         if as_json:
             _print_json(document)
             return
-        _say(str(checked), *document["told"])
+        _say(*str(checked).splitlines(), *document["told"])
         from rich.table import Table
 
         table = Table("row", "do", "weight", "gives", "own chosen", "log π(y+)", "log π(y−)", "")
@@ -941,7 +967,7 @@ def diagnose(
                 )  # fmt: skip
         _print_table(table)
         table = Table("loss", "y+ per unit", "y− per unit", "y+ falls", *(
-            ["run: y+", "run: y−", "y+ falls"] if run else []
+            ["linear run: y+", "linear run: y−", "y+ falls"] if run else []
         ))  # fmt: skip
         for row in document["objectives"]:
             step = [row["chosen"], row["rejected"]]

@@ -123,7 +123,7 @@ def diagnose(
             f"{bytes_needed} bytes, got {memory!r}, and no sketch"
         )
     look = _Look(model, parts, pairs)
-    gram, stderr = look.all(exact, progress), None
+    gram, stderr, same = look.all(exact, progress), None, look.same()
     if not exact:
         estimate = features(
             model, examples, sketch or Sketch(), by="sequence", memory=memory, progress=progress
@@ -131,6 +131,8 @@ def diagnose(
         value, stderr = estimate.value.double().cpu(), estimate.stderr.double().cpu()
         known = gram != 0  # what was computed exactly stays exact
         gram, stderr = torch.where(known, gram, value), stderr.masked_fill(known, 0.0)
+        stderr = stderr[same][:, same]
+    gram = gram[same][:, same]
     kept = look.log_probs
     if isinstance(reference, nn.Module):
         with evaluating(reference), torch.no_grad():
@@ -242,6 +244,17 @@ class _Look:
         self.facts = {name: torch.tensor(x, dtype=torch.float64) for name, x in facts.items()}
         return gram if rows is None else _gram(rows)
 
+    def same(self) -> Tensor:
+        """The row of the Gram to read for each of its rows: equal responses are one, (2N,).
+
+        Their gradients cancel in a step. What rounding leaves of it would be read as an effect.
+        """
+        n, rows = len(self.pairs), torch.arange(2 * len(self.pairs))
+        for i, (chosen, rejected) in enumerate(self.pairs):
+            if chosen.content_id == rejected.content_id:
+                rows[n + i] = i
+        return rows
+
     def precondition(self, found: Diagnosis, batch: int) -> tuple[Tensor, float]:
         """J P Jᵀ for Adam's P of the start, 1/(√v + ε), and Σ v; see `lddyn.forecast`."""
         assert self.rows is not None
@@ -350,7 +363,8 @@ def _validate(
     w = torch.stack([found.scores["weight_chosen"], found.scores["weight_rejected"]])
     effects = found.gram[:n, :n] * w[0] + found.gram[:n, n:] * w[1]
     foretold = torch.stack([effects[:, at].mean(1) for at in batches])
-    rate = 0.1 / max(float(foretold.abs().max()), 1e-300)
+    largest = float(foretold.abs().max())
+    rate = 0.1 / largest if largest else 0.0
     measured, inside = torch.empty_like(foretold), torch.zeros_like(foretold, dtype=torch.bool)
     moved = copy.deepcopy(model)
     pairs = zip(moved.parameters(), model.parameters(), strict=True)
@@ -376,7 +390,8 @@ def _validate(
     means = {}
     for name, where in (("own", inside), ("others", ~inside)):
         told, seen = rate * foretold[where], measured[where]
-        out[name] = {"error": float((told - seen).norm() / seen.norm()), **spearman(told, seen)}
+        error = (told - seen).norm() / seen.norm().clamp(min=1e-300)
+        out[name] = {"error": float(error), **spearman(told, seen)}
         known = where.any(0)
         means[name] = known, (measured * where).sum(0)[known] / where.sum(0)[known]
     out["scores"] = [

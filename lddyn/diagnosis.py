@@ -169,6 +169,12 @@ class Diagnosis:
         return self.scores["set_chosen"].argsort(stable=True)[:count].tolist()
 
     @property
+    def entangled(self) -> list[int]:
+        """Pairs whose own step lowers their chosen response, though the loss pulls it up."""
+        lowers = self.scores["own_chosen"] < 0
+        return torch.nonzero(lowers & (self.scores["weight_chosen"] >= 0)).flatten().tolist()
+
+    @property
     def named(self) -> list[int]:
         """Pairs whose tokens were looked at: `tokens` and `culprit_tokens` answer for them."""
         return list(self.touched)
@@ -347,7 +353,7 @@ class Diagnosis:
 
         | action | when |
         |---|---|
-        | fix | `faults` names it, its responses are the same, or its own step lowers its y+ |
+        | fix | `faults` names it, its responses are the same, or it is `entangled` |
         | drop | its weight of `shares` is below 0.05 |
         | reweight | that weight is below 1/2 or above 2 |
         | keep | otherwise |
@@ -359,6 +365,7 @@ class Diagnosis:
             Rows "pair", "action", "share" (its weight), "gives", "why".
         """
         shares, given, rows = self.shares().tolist(), dict(faults or {}), []
+        entangled = set(self.entangled)
         for pair in self.worst():
             share, gives = shares[pair], float(self.gives[pair])
             chosen, rejected = self.pairs[pair]
@@ -367,7 +374,7 @@ class Diagnosis:
                 action, why = "fix", given[pair]
             elif chosen.content_id == rejected.content_id:
                 action, why = "fix", "chosen and rejected are the same"
-            elif float(self.scores["own_chosen"][pair]) < 0:
+            elif pair in entangled:
                 action, why = "fix", "y− is too like y+: its own step lowers its y+"
             elif share < 0.05:
                 action = "drop"
@@ -391,7 +398,8 @@ class Diagnosis:
         """The diagnosis in sentences; pairs are named by their rows, if `places` has them."""
         word, place = ("pair", range(len(self))) if places is None else ("row", places)
         n, up, fall = len(self), self.scores["set_chosen"], self.scores["set_rejected"]
-        own = self.scores["own_chosen"]
+        own, entangled = self.scores["own_chosen"], self.entangled
+        past = int((self.scores["weight_chosen"] < 0).sum())
         both = int(((up < 0) & (fall < 0)).sum())
         lines = [
             f"A small {self.objective} step on all {n} pairs lowers log π(y+) of "
@@ -399,7 +407,10 @@ class Diagnosis:
             f"By its own step alone, {int((own < 0).sum())} pairs would lower their own chosen "
             "response" + (
                 ": −w− ⟨g+, g−⟩ exceeds w+ ‖g+‖² there, what is pushed down is too like what is "
-                "pulled up." if bool((own < 0).any()) else "."
+                "pulled up." if entangled else "."
+            ) + (
+                f" {self.objective} itself pulls the chosen response of {past} down: they are past "
+                "its target." if past else ""
             ),
         ]  # fmt: skip
         error = self.set_stderr()
@@ -422,12 +433,13 @@ class Diagnosis:
             )
         harmful = gives[gives < 0]
         if len(harmful):
-            top = self.worst(max(1, n // 10))
-            share = float(gives[top].clamp(max=0).sum() / harmful.sum())
+            top = self.worst(min(max(1, n // 10), len(harmful)))
+            share = float(gives[top].sum() / harmful.sum())
             named = ", ".join(str(place[i]) for i in top[:5])
             lines.append(
                 f"{len(harmful)} pairs pull the chosen responses down on the whole; the worst "
-                f"{len(top)} do {share:.0%} of it ({word}s {named}{' …' if len(top) > 5 else ''})."
+                f"{len(top)} do {share:.0%} of it "
+                f"({word}{'s' if len(top) > 1 else ''} {named}{' …' if len(top) > 5 else ''})."
             )
             if self.foretold is not None:
                 left = torch.ones(n)
@@ -478,7 +490,8 @@ class Diagnosis:
         if not worst:
             return "none of its tokens in the first step"
         share = sum(r["gives"] for r in worst) / sum(r["gives"] for r in harmful)
-        return f"{' and '.join(parts)}: {share:.0%} of what it takes"
+        when = "" if self.foretold is None else " in the first step"
+        return f"{' and '.join(parts)}: {share:.0%} of what it takes{when}"
 
     def correlations(self, measured: Tensor, seed: int = 0) -> list[dict[str, Any]]:
         """Spearman's rank correlation of every score with a measured change of log π(y+).

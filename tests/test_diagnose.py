@@ -11,6 +11,7 @@ import zoo
 from typer.testing import CliRunner
 
 import lddyn
+from lddyn import report
 from lddyn.cli import app
 from lddyn.diagnose import edit_distance
 from lddyn.forecast import projected
@@ -199,7 +200,9 @@ def test_nthr_is_as_published(model, found):
 def test_tokens_are_told(model):
     found = lddyn.diagnose(model, some_pairs(4), "unlikelihood", tokens=1)
     told, worst, deepest = " ".join(found.tell()), found.worst(1)[0], found.falling(1)[0]
-    assert f"In pair {worst} it is pushing down '" in told
+    assert f"In pair {worst} it is pushing down '" in told and "it takes." in told
+    ahead = replace(found, foretold=found.simulate(lddyn.Run(lr=0.1, optimizer="sgd")))
+    assert "of what it takes in the first step." in " ".join(ahead.tell())
     assert float(found.scores["set_chosen"][deepest]) < 0
     row = found.culprit_tokens(deepest)[0]
     assert f"do it: {row['text']!r} of pair {row['pair']}, pushed down" in told
@@ -374,6 +377,36 @@ def test_a_pair_of_equal_responses(model, tmp_path):
     found.scores["tau"][0] = float("nan")
     text = found.save(tmp_path, [7]).read_text()
     assert json.loads(text)["pairs"][0]["row"] == 7 and "NaN" not in text
+
+
+@pytest.mark.parametrize("memory", ["1GiB", "400KB"])
+def test_equal_responses_move_nothing_by_rounding(model, memory, tmp_path):
+    pairs = [(chosen, chosen) for chosen, _ in some_pairs()]
+    found = lddyn.diagnose(model, pairs, memory=memory, validate=2, tokens=0)
+    for name in ("set_chosen", "own_chosen", "set_rejected", "gives"):
+        assert not bool(found.scores[name].any()), name
+    assert found.validated["own"]["error"] == 0 and found.validated["others"]["error"] == 0
+    assert {row["action"] for row in found.actions()} == {"fix"}
+    found.save(tmp_path)
+    mixed = lddyn.diagnose(model, [*pairs[:2], some_pairs()[2]], memory=memory, tokens=0)
+    assert mixed.scores["gives"][:2].tolist() == [0, 0] and float(mixed.scores["gives"][2]) != 0
+    assert (mixed.stderr is None) == (memory == "1GiB")
+
+
+def test_a_loss_past_its_target_is_not_entanglement(model):
+    pairs = some_pairs()
+    reference = lddyn.diagnose(model, pairs, "ipo", tokens=0).log_probs.clone()
+    reference[0, :3] -= 40  # these have a margin of 80, and IPO wants 5
+    reference[1, :3] += 40
+    found = lddyn.diagnose(model, pairs, "ipo", reference=reference, tokens=0)
+    assert bool((found.scores["weight_chosen"][:3] < 0).all())
+    assert bool((found.scores["own_chosen"][:3] < 0).all()) and found.entangled == []
+    told = " ".join(found.tell())
+    assert "ipo itself pulls the chosen response of 3 down" in told and "exceeds" not in told
+    assert not any("too like" in row["why"] for row in found.actions())
+    said = {row["about"]: row["text"] for row in report.tell_diagnosis(found)}
+    assert "ipo itself pulls chosen responses down" in said["the answer"]
+    assert "which the loss itself pulls down" in said["the mechanism"]
 
 
 def test_measured_must_fit(found):
@@ -702,7 +735,40 @@ def test_rows_are_not_lost(folder, tmp_path):
         0, 1,
     ]  # fmt: skip
     assert "of the 2 dropped pairs pull chosen responses down" in result.stderr
+    all_of_them = run("--drop", "6", "--write", str(left))
+    assert all_of_them.exit_code == 2 and "the 5 pairs, got 6" in all_of_them.stderr
+    assert len(left.read_text().splitlines()) == 4
     wrong = run("--drop", "-1", "--write", str(left))
     assert wrong.exit_code == 2 and "--drop must be 0 or more pairs, got -1" in wrong.stderr
     unknown = run("--objective", "sft", "--beta", "0.1")
     assert unknown.exit_code == 2 and "sft has the parameters [], got 'beta'" in unknown.stderr
+
+
+def test_what_cannot_end_well_is_said_before_the_work(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(lddyn, "diagnose", lambda *_, **__: pytest.fail("it went to work"))
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    for more, message in (
+        (("--out", str(blocked)), "File exists"),
+        (("--drop", "1", "--write", str(blocked / "left.jsonl")), "File exists"),
+        (("--write", str(tmp_path)), "--write must be a file, got the folder"),
+        (("--out", str(tmp_path / "o"), "--watched", str(tmp_path)), "no dynamics.jsonl"),
+        (("--out", str(tmp_path / "o"), "--after", str(tmp_path / "none")), "none"),
+    ):
+        command = ["diagnose", "--model", str(folder), "--data", str(folder / "pairs.jsonl")]
+        result = CliRunner().invoke(app, [*command, *more])
+        assert result.exit_code == 2 and message in result.stderr, result.output
+
+
+def test_a_row_that_is_too_long_does_not_stop_the_others(folder, tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    long = {"prompt": "a " * 600, "chosen": " c", "rejected": " d"}
+    data.write_text((folder / "pairs.jsonl").read_text() + json.dumps(long) + "\n")
+    command = ["diagnose", "--model", str(folder), "--data", str(data), "--tokens", "0"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "row 6 is not diagnosed: chosen: length must be <=" in result.stderr
+    assert "are estimated" not in result.stderr
+    small = CliRunner().invoke(app, [*command, "--memory", "400KB"])
+    assert "the gradients of 5 pairs take" in small.stderr, small.output
+    assert "\\u000a" not in result.stdout

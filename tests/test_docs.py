@@ -60,13 +60,18 @@ def folder(world, tmp_path_factory):
 
 
 @pytest.fixture
-def workplace(world, tmp_path, monkeypatch):
-    """An empty folder with the data files that pages name."""
+def workplace(world, folder, tmp_path, monkeypatch):
+    """A folder with the data files, models and watched run that pages name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LDDYN_CACHE_DIR", str(world.path.parent))
-    rows = "".join(json.dumps(row) + "\n" for row in world.preference_pairs[:3])
+    rows = "".join(json.dumps(row) + "\n" for row in world.preference_pairs[:4])
     for name in ("pairs.jsonl", "probes.jsonl", "formal_prob_train.jsonl"):
         Path(name).write_text(rows)
+    Path("RUN", "lddyn").mkdir(parents=True)
+    passes = [{"step": step, "change/chosen": -0.5 * step} for step in range(3)]
+    Path("RUN", "lddyn", "dynamics.jsonl").write_text("\n".join(map(json.dumps, passes)))
+    for name in ("SFT", "RUN/checkpoint-8", "RUN/checkpoint-32"):
+        Path(name).symlink_to(folder)
     return tmp_path
 
 
@@ -171,6 +176,7 @@ def test_python_blocks_run(page, given, folder, service):
     for block in blocks(PAGES[page], "python"):
         code = block.replace("path/or/name", folder)
         code = code.replace("http://localhost:8000/v1", service)
+        code = code.replace("worst(20)", "worst(2)")  # of four pairs
         exec(compile(code, page, "exec"), names)
 
 
@@ -261,6 +267,7 @@ SHELLS = {
 @pytest.mark.parametrize("page", SHELLS)
 def test_commands_of_blocks_run(page, folder, workplace):
     for line in SHELLS[page]:
+        line = line.replace("--drop 20", "--drop 2")  # of four rows
         words = shlex.split(re.sub(r"\[.*?\]", "", line), comments=True)[1:]
         places = {"PATH_OR_NAME", "MODEL", "PATH"}
         result = CliRunner().invoke(app, [folder if word in places else word for word in words])

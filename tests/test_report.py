@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import browser as chromium
@@ -410,6 +411,28 @@ def test_where_nothing_falls_it_says_so():
     assert "<title>Do the chosen" in text and f"torch {torch.__version__}" in text
 
 
+def test_the_first_sentence_owns_up_to_what_a_run_does():
+    found = synthetic(6, objective="sft")
+    fell = torch.full((6,), -1.5).double()
+    answer = report.tell_diagnosis(found, measured=fell)[0]["text"]
+    assert "do not fall: a small step lowers log π(y+) of no pair. But the training" in answer
+    assert answer.endswith("was measured to lower them by 1.5 nats on average.")
+    assert "But" not in report.tell_diagnosis(found, measured=-fell)[0]["text"]
+    run = lddyn.Run(lr=0.1, optimizer="sgd")
+    ahead = replace(found.simulate(run), change=torch.stack([fell, fell]))
+    answer = report.tell_diagnosis(replace(found, foretold=ahead))[0]["text"]
+    assert "But the run ahead is foretold to lower them by 1.5 nats" in answer
+    rises = synthetic(40, fall=3.0)
+    answer = report.tell_diagnosis(rises, measured=torch.ones(40))[0]["text"]
+    assert answer.startswith("Because") and "measured to raise them by 1 nat on average" in answer
+
+
+def test_no_pair_is_called_harmful_that_is_not():
+    helpful = page_of(synthetic(6, objective="sft"))
+    assert "what helps least first" in helpful and "most harmful" not in helpful
+    assert "The pairs, the most harmful first" in page_of(synthetic(40, fall=3.0))
+
+
 def page_of(found, **given):
     import tempfile
 
@@ -453,11 +476,14 @@ def test_diagnosis_report_reads_a_run(model, tmp_path):
     file.write_text("\n".join(lines), encoding="utf-8")
     found = lddyn.diagnose(model, some_pairs(["a", "b", "c"] * 8, 3), tokens=0)
     path = found.report(
-        tmp_path / "out" / "index.html", model, closeups=1, watched=tmp_path / "run"
-    )
+        tmp_path / "out" / "index.html", model, closeups=1, watched=tmp_path / "run",
+        measured=torch.arange(3).double(),
+    )  # fmt: skip
     text = path.read_text(encoding="utf-8")
     assert "The watched run" in text and "Over 11 steps" in text and "Where the probability" in text
     tokens = json.loads((tmp_path / "out" / "tokens.json").read_text(encoding="utf-8"))
+    numbers = json.loads((tmp_path / "out" / "diagnosis.json").read_text(encoding="utf-8"))
+    assert numbers["measured"] == [0, 1, 2] and {"score", "rho"} < set(numbers["correlations"][0])
     assert [t["pair"] for t in tokens] == found.worst(1) and tokens[0]["mass"]["by_position"]
     with pytest.raises(FileNotFoundError, match=r"no dynamics\.jsonl"):
         found.report(tmp_path / "x.html", watched=tmp_path)

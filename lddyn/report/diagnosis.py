@@ -235,6 +235,7 @@ def tell_diagnosis(
     up, down = (found.scores[k] for k in ("set_chosen", "set_rejected"))
     parts = {k: v[:n] for k, v in _sources(found).items()}
     answer = {"about": "the answer", "text": _answer(found, parts), **sure}
+    answer["text"] += _otherwise(found, measured)
     if measured is not None:
         row = _ranking(found, measured)
         answer["sure"] += (
@@ -285,7 +286,7 @@ def _answer(found: Diagnosis, parts: Mapping[str, Tensor]) -> str:
     up = found.scores["set_chosen"]
     falls = up < 0
     if not falls.any():
-        return "At this point they do not fall: a small step raises log π(y+) of every pair."
+        return "At this point they do not fall: a small step lowers log π(y+) of no pair."
     lot = f"{int(falls.sum())} of {_count(len(found))}"
     on_average = bool(up.mean() < 0)
     why = (
@@ -295,6 +296,11 @@ def _answer(found: Diagnosis, parts: Mapping[str, Tensor]) -> str:
     raised = mean["own chosen"] + mean["other chosen"]
     taken = mean["own rejected"] + mean["other rejected"]
     end = f" The chosen log-prob of {lot} falls." if on_average else ""
+    if mean["own chosen"] < 0:  # squares past their target
+        return (
+            f"{why} {found.objective} itself pulls chosen responses down: the margins are past its "
+            f"target, and w+ is negative.{end}"
+        )
     if taken >= 0:  # rare: it is the chosen responses themselves that are at odds
         return (
             f"{why} pulling other chosen responses up takes {_size(mean['other chosen'])} from log "
@@ -305,12 +311,25 @@ def _answer(found: Diagnosis, parts: Mapping[str, Tensor]) -> str:
         part = _percent(min(mean["other rejected"] / taken, 1.0))
         share = f", {part} of it through the y− of other pairs"
     than = "and pulling chosen ones up gives nothing"
-    if raised > 0:
+    if raised < 0:
+        than = f"and pulling chosen ones up takes another {_size(raised)}"
+    elif raised > 0:
         than = f"more than the {_size(raised)} that pulling chosen ones up gives"
     return (
         f"{why} pushing rejected responses down takes {_size(taken)} from log π(y+) for each nat "
         f"of margin{share}: {than}.{end}"
     )
+
+
+def _otherwise(found: Diagnosis, measured: Tensor | None) -> str:
+    """What a run does to y+, where a small step says the opposite."""
+    told, name = measured, "But the training that followed was measured"
+    if told is None and found.foretold is not None:
+        told, name = found.foretold.change[0], "But the run ahead is foretold"
+    mean = 0.0 if told is None else float(told.mean())
+    if mean * float(found.scores["set_chosen"].mean()) >= 0:
+        return ""
+    return f" {name} to {'raise' if mean > 0 else 'lower'} them by {_size(mean)} on average."
 
 
 def _step(found: Diagnosis, up: Tensor, down: Tensor) -> str:
@@ -335,7 +354,11 @@ def _mechanism(parts: Mapping[str, Tensor], falls: Tensor) -> str:
         text += (
             f" Where y+ falls, the strongest pull down is in "
             f"{'all' if times == len(cause) else f'{times} of'} {_count(len(cause))} "
-            f"{_SOURCES[name]}: they share directions in the weights with it."
+            + (
+                "their own chosen response, which the loss itself pulls down."
+                if name == "own chosen"
+                else f"{_SOURCES[name]}: they share directions in the weights with it."
+            )
         )
     return text
 
@@ -387,10 +410,12 @@ def _tell_mass(found: Diagnosis, closeups: Sequence[CloseUp]) -> list[dict[str, 
     )
     often = ", ".join(f"‘{t}’" for t, _ in receivers.most_common(3))
     star = shares["argmax"]
-    if star > 1:
+    if min(shares.values()) < 0:
+        got = {k: f"{100 * v:+.0f}".replace("-", "−") for k, v in shares.items()}
         text = (
-            f"For 100 units of probability that rejected tokens lose, the one likeliest other "
-            f"token of each position gains {100 * star:.0f}: it takes from all others as well"
+            "For 100 units of probability that rejected tokens lose, the one likeliest other token "
+            f"of each position gets {got['argmax']}, the next nine {got['top']}, all the rest "
+            f"{got['rest']}"
         )
     else:
         text = (
@@ -463,7 +488,7 @@ def warnings(
         )  # fmt: skip
     else:
         add("fine", "no pair harms the chosen responses on the whole", "")
-    entangled = [i for i in range(n) if float(scores["own_chosen"][i]) < 0]
+    entangled = found.entangled
     add(
         ("act" if len(entangled) > 0.2 * n else "note") if entangled else "fine",
         f"{_count(len(entangled))} would lower "
@@ -488,8 +513,8 @@ def warnings(
     mass = _mass(closeups)
     if mass is not None:
         star = mass["argmax"]
-        add(
-            "act" if star >= 0.7 else "note" if star >= 0.4 else "fine",
+        add(  # squeezed mass alone harms no y+
+            "act" if star >= 0.7 and falls > 0.05 else "note" if star >= 0.4 else "fine",
             f"the likeliest other token gains {_percent(star)} of what rejected tokens lose",
             "Watch the confidence curve of the run; stop early, lower β or the learning rate."
             if star >= 0.4 else "",
@@ -565,6 +590,10 @@ def write_diagnosis(
     if not dynamics and bool((found.scores["set_chosen"] >= 0).all()):
         title = "Do the chosen log-probs fall?"
     document = found.to_dict(places, faults)
+    if measured is not None:
+        document |= {
+            "measured": measured.tolist(), "correlations": found.correlations(measured),
+        }  # fmt: skip
     step = torch.stack([found.scores["set_chosen"], found.scores["set_rejected"]]) * unit(found)
     text = render(
         "diagnosis.html",
@@ -582,6 +611,7 @@ def write_diagnosis(
         table=_table(found, document["actions"], places, tokenizer),
         columns=_columns(found),
         ahead=None if found.foretold is None else _fates(found, found.foretold.change, places),
+        harm=bool((_gives(found) < 0).any()),
         map=_map(found, places),
         closeups=[_closeup(i, c, places) for i, c in enumerate(closeups)],
         objectives=_objectives(found, document["objectives"]),
