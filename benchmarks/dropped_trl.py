@@ -1,0 +1,154 @@
+"""A user's way: TRL's DPO on their pairs, watched; `lddyn diagnose`; DPO on the pairs it keeps.
+
+    python benchmarks/dropped_trl.py MODEL PAIRS.jsonl --folder FOLDER --out FILE.json
+
+SFT by TRL's SFTTrainer, the command `lddyn diagnose … --drop N --write kept.jsonl`, then DPOTrainer
+at its defaults with all pairs, with the kept ones, and with as many less at random, in several
+orders. Measured by `watch(trainer, …)` on all pairs, trained on or not; the rows from --skip on are
+taken, which no other benchmark reads. FOLDER keeps models, rows, report and runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from record import record
+
+import lddyn
+from lddyn.examples import rows
+from lddyn.integrations.trl import watch
+
+DEFAULTS = {
+    "per_device_train_batch_size": 8, "bf16": False, "gradient_checkpointing": False,
+    "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no",
+}  # fmt: skip
+
+
+def taken(path: str, tokenizer: Any, skip: int, count: int, longest: int) -> list[dict[str, str]]:
+    """Rows with two responses, both short enough."""
+    found: list[dict[str, str]] = []
+    for row in list(rows(path))[skip:]:
+        pair = {k: row[k] for k in ("prompt", "chosen", "rejected")}
+        try:
+            encoded = lddyn.encode_row(tokenizer, pair)
+        except ValueError:  # an empty response
+            continue
+        if len(found) < count and max(e.length for e in encoded.values()) <= longest:
+            found.append(pair)
+    return found
+
+
+def supervised(model: str, folder: Path, data: list[dict[str, str]], epochs: int) -> None:
+    """SFT on the chosen responses."""
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(
+            str(folder),
+            num_train_epochs=epochs,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            **DEFAULTS,
+        ),
+        train_dataset=Dataset.from_list(
+            [{"prompt": row["prompt"], "completion": row["chosen"]} for row in data]
+        ),
+        processing_class=transformers.AutoTokenizer.from_pretrained(model),
+    )
+    trainer.train()
+    trainer.save_model(str(folder))
+
+
+def preferred(
+    start: Path, folder: Path, data: list[dict[str, str]], probes: dict[str, list[lddyn.Example]],
+    seed: int, args: argparse.Namespace,
+) -> dict[str, float]:  # fmt: skip
+    """DPO, watched; what it did to the probes, mean nats, and to how many of them."""
+    transformers.set_seed(seed)
+    model, reference = (transformers.AutoModelForCausalLM.from_pretrained(start) for _ in range(2))
+    config = trl.DPOConfig(
+        str(folder), num_train_epochs=args.epochs, learning_rate=args.lr, beta=args.beta, seed=seed,
+        data_seed=seed, **DEFAULTS,
+    )  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(start)
+    trainer = trl.DPOTrainer(
+        model, reference, config, train_dataset=Dataset.from_list(data), processing_class=tokenizer
+    )
+    # The last pass must be made: a run of seconds has no time to spare.
+    watched = watch(trainer, probes, every=10**6, budget="10000%")
+    trainer.train()
+    row = watched.rows[-1]
+    assert row["step"] == trainer.state.global_step
+    lines = (folder / "lddyn" / "dynamics.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = [json.loads(line)["each"] for line in lines]
+    moved = torch.tensor(kept[-1]).double() - torch.tensor(kept[0]).double()
+    return {
+        "chosen": row["change/chosen"], "rejected": row["change/rejected"],
+        "fall": int((moved[: len(probes["chosen"])] < 0).sum()),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("pairs")
+    parser.add_argument("--folder", required=True, type=Path)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--skip", type=int, default=250)
+    parser.add_argument("--count", type=int, default=48)
+    parser.add_argument("--drop", type=int, default=12)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=2e-4, help="at its start; falls to 0")
+    parser.add_argument("--beta", type=float, default=0.1)
+    args = parser.parse_args()
+    start, kept_file = args.folder / "sft", args.folder / "kept.jsonl"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    data = taken(args.pairs, tokenizer, args.skip, args.count, 144)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    file = args.folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in data), encoding="utf-8")
+    if not start.exists():
+        transformers.set_seed(0)
+        supervised(args.model, start, data, 3)
+    command = [
+        "diagnose", "--model", start, "--data", file, "--beta", args.beta, "--lr", args.lr,
+        "--epochs", args.epochs, "--schedule", "linear", "--drop", args.drop, "--write", kept_file,
+        "--out", args.folder / "report", "--memory", "6GiB", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "lddyn", *map(str, command)], check=True, stdout=subprocess.PIPE
+    )
+    told = json.loads(done.stdout)
+    print("\n".join(told["told"]), flush=True)
+    kept = list(rows(kept_file))
+    encoded = [lddyn.encode_row(tokenizer, row) for row in data]
+    probes = {side: [pair[side] for pair in encoded] for side in ("chosen", "rejected")}
+    runs: list[dict[str, Any]] = []
+    for seed in range(args.seeds):
+        some = random.Random(seed).sample(range(len(data)), len(kept))
+        ways = {"none": data, "random": [data[i] for i in sorted(some)], "named": kept}
+        runs.append({"seed": seed})
+        for name, part in ways.items():
+            folder = args.folder / f"{name}-{seed}"
+            runs[-1][name] = preferred(start, folder, part, probes, seed, args)
+            print(seed, name, runs[-1][name], flush=True)
+        record(args.out, "dropped pairs, TRL", {
+            "pairs": len(data), "dropped": len(data) - len(kept), "epochs": args.epochs,
+            "lr": args.lr, "beta": args.beta, "trl": trl.__version__, "told": told["told"],
+            "runs": runs,
+        })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
