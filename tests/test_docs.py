@@ -189,6 +189,15 @@ def test_names_in_code_exist(page):
             found = getattr(found, part)
 
 
+def test_every_page_is_in_a_table_of_contents():
+    listed = {"docs/index.md"}
+    for page, text in PAGES.items():
+        for tree in re.findall(r"^```{toctree}\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            for entry in re.findall(r"^(?!:)(?:.* <)?([\w/-]+)>?$", tree, re.MULTILINE):
+                listed.add(os.path.normpath(f"{os.path.dirname(page)}/{entry}.md"))
+    assert {page for page in PAGES if page.startswith("docs/")} <= listed
+
+
 def test_every_public_name_is_in_the_api():
     text = "\n".join(text for page, text in PAGES.items() if page.startswith("docs/api/"))
     documented = set(re.findall(r"auto\w+:: lddyn\.(\S+)", text))
