@@ -27,7 +27,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 PAGES = {str(p.relative_to(ROOT)): p.read_text() for p in PAGES if "_build" not in p.parts}
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
-pytestmark = pytest.mark.xdist_group("docs")
+pytestmark = [
+    pytest.mark.xdist_group("docs"),
+    pytest.mark.filterwarnings("error:lddyn stopped"),  # an example that watches nothing
+]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,27 @@ def workplace(world, tmp_path, monkeypatch):
     for name in ("pairs.jsonl", "probes.jsonl", "formal_prob_train.jsonl"):
         Path(name).write_text(rows)
     return tmp_path
+
+
+@pytest.fixture
+def trained(folder, workplace):
+    """RUN, watched and with two checkpoints, that began as SFT."""
+    import transformers
+
+    from lddyn.integrations.loop import Watch
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for name in ("SFT", "RUN/checkpoint-8", "RUN/checkpoint-32"):
+        shutil.copytree(folder, name)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Watch(
+        model, optimizer, "probes.jsonl", tokenizer=tokenizer, folder="RUN/lddyn", budget=1e4
+    ):
+        ids = torch.tensor([[1, 2, 3, 4]])
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.save_pretrained("RUN/checkpoint-32")
 
 
 # --------------------------------------------------------------------------- Python
@@ -151,7 +175,17 @@ def of_watch(given):
             given["model"], args=config, train_dataset=data, processing_class=given["tokenizer"]
         )
 
-    return {"DPOTrainer": build}
+    import accelerate
+
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()  # of trainers before
+    ids = torch.tensor([given["chosen"].ids])
+    return {
+        "DPOTrainer": build,
+        "accelerator": accelerate.Accelerator(cpu=True),
+        "optimizer": torch.optim.AdamW(given["model"].parameters()),
+        "batches": torch.utils.data.DataLoader([{"input_ids": ids[0], "labels": ids[0]}] * 2),
+    }
 
 
 MORE = {
@@ -259,7 +293,7 @@ def test_commands_exist(page):
         check(line)
 
 
-RUN = ("decompose", "audit", "diagnose", "plan", "features", "env")
+RUN = ("decompose", "audit", "diagnose", "plan", "features", "env", "report")
 SHELLS = {
     page: found
     for page, text in PAGES.items()
@@ -268,7 +302,7 @@ SHELLS = {
 
 
 @pytest.mark.parametrize("page", SHELLS)
-def test_commands_of_blocks_run(page, folder, workplace):
+def test_commands_of_blocks_run(page, folder, trained):
     for line in SHELLS[page]:
         words = shlex.split(re.sub(r"\[.*?\]", "", line), comments=True)[1:]
         places = {"PATH_OR_NAME", "MODEL", "PATH"}
