@@ -63,35 +63,19 @@ def folder(world, tmp_path_factory):
 
 
 @pytest.fixture
-def workplace(world, tmp_path, monkeypatch):
-    """An empty folder with the data files that pages name."""
+def workplace(world, folder, tmp_path, monkeypatch):
+    """A folder with the data files, models and watched run that pages name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LDDYN_CACHE_DIR", str(world.path.parent))
-    rows = "".join(json.dumps(row) + "\n" for row in world.preference_pairs[:3])
+    rows = "".join(json.dumps(row) + "\n" for row in world.preference_pairs[:4])
     for name in ("pairs.jsonl", "probes.jsonl", "formal_prob_train.jsonl"):
         Path(name).write_text(rows)
-    return tmp_path
-
-
-@pytest.fixture
-def trained(folder, workplace):
-    """RUN, watched and with two checkpoints, that began as SFT."""
-    import transformers
-
-    from lddyn.integrations.loop import Watch
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    Path("RUN", "lddyn").mkdir(parents=True)
+    passes = [{"step": step, "change/chosen": -0.5 * step} for step in range(3)]
+    Path("RUN", "lddyn", "dynamics.jsonl").write_text("\n".join(map(json.dumps, passes)))
     for name in ("SFT", "RUN/checkpoint-8", "RUN/checkpoint-32"):
-        shutil.copytree(folder, name)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Watch(
-        model, optimizer, "probes.jsonl", tokenizer=tokenizer, folder="RUN/lddyn", budget=1e4
-    ):
-        ids = torch.tensor([[1, 2, 3, 4]])
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-    model.save_pretrained("RUN/checkpoint-32")
+        Path(name).symlink_to(folder)
+    return tmp_path
 
 
 # --------------------------------------------------------------------------- Python
@@ -302,7 +286,7 @@ SHELLS = {
 
 
 @pytest.mark.parametrize("page", SHELLS)
-def test_commands_of_blocks_run(page, folder, trained):
+def test_commands_of_blocks_run(page, folder, workplace):
     for line in SHELLS[page]:
         words = shlex.split(re.sub(r"\[.*?\]", "", line), comments=True)[1:]
         places = {"PATH_OR_NAME", "MODEL", "PATH"}
