@@ -24,8 +24,8 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 # Names of other packages (nothing is fetched while building) and of lddyn's insides, in signatures.
-INSIDES = "anatomy.(Batch|Replay|Trace) lowrank.Ends objectives.Preference projections.Term "
-INSIDES += "query.Layout shards.Lock"
+INSIDES = "anatomy.(Batch|Replay|Trace) diagnosis.Touched lowrank.Ends objectives.Preference "
+INSIDES += "projections.Term query.Layout shards.Lock"
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!lddyn\.).*"),
     *((r"py:.*", f"lddyn.{name}") for name in INSIDES.split()),
