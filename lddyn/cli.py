@@ -917,7 +917,7 @@ def diagnose(
         if as_json:
             _print_json(document)
             return
-        _say(str(checked), *document["told"])
+        _say(*str(checked).splitlines(), *document["told"])
         from rich.table import Table
 
         table = Table("row", "do", "weight", "gives", "own chosen", "log π(y+)", "log π(y−)", "")

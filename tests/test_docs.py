@@ -292,6 +292,7 @@ def test_commands_of_blocks_run(page, folder, workplace):
         places = {"PATH_OR_NAME", "MODEL", "PATH"}
         result = CliRunner().invoke(app, [folder if word in places else word for word in words])
         assert result.exit_code == 0, f"{line}\n{result.output}{result.exception}"
+        assert "\\u000a" not in result.output  # lines said as one
 
 
 def test_the_page_of_commands_has_them_all():
