@@ -254,10 +254,6 @@ def selftest() -> list[dict[str, Any]]:
     ]
 
 
-def _double(x: Any) -> Any:
-    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
-
 def _case(op: str, device: str, backend: str, dtype: torch.dtype) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 

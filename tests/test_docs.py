@@ -27,7 +27,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 PAGES = {str(p.relative_to(ROOT)): p.read_text() for p in PAGES if "_build" not in p.parts}
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
-pytestmark = pytest.mark.xdist_group("docs")
+pytestmark = [
+    pytest.mark.xdist_group("docs"),
+    pytest.mark.filterwarnings("error:lddyn stopped"),  # an example that watches nothing
+]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +159,17 @@ def of_watch(given):
             given["model"], args=config, train_dataset=data, processing_class=given["tokenizer"]
         )
 
-    return {"DPOTrainer": build}
+    import accelerate
+
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()  # of trainers before
+    ids = torch.tensor([given["chosen"].ids])
+    return {
+        "DPOTrainer": build,
+        "accelerator": accelerate.Accelerator(cpu=True),
+        "optimizer": torch.optim.AdamW(given["model"].parameters()),
+        "batches": torch.utils.data.DataLoader([{"input_ids": ids[0], "labels": ids[0]}] * 2),
+    }
 
 
 MORE = {
@@ -193,6 +206,15 @@ def test_names_in_code_exist(page):
         for part in parts[cut:]:
             assert hasattr(found, part), f"{page} speaks of {name}, which is not there"
             found = getattr(found, part)
+
+
+def test_every_page_is_in_a_table_of_contents():
+    listed = {"docs/index.md"}
+    for page, text in PAGES.items():
+        for tree in re.findall(r"^```{toctree}\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            for entry in re.findall(r"^(?!:)(?:.* <)?([\w/-]+)>?$", tree, re.MULTILINE):
+                listed.add(os.path.normpath(f"{os.path.dirname(page)}/{entry}.md"))
+    assert {page for page in PAGES if page.startswith("docs/")} <= listed
 
 
 def test_every_public_name_is_in_the_api():
@@ -256,7 +278,7 @@ def test_commands_exist(page):
         check(line)
 
 
-RUN = ("decompose", "audit", "diagnose", "plan", "features", "env")
+RUN = ("decompose", "audit", "diagnose", "plan", "features", "env", "report")
 SHELLS = {
     page: found
     for page, text in PAGES.items()
@@ -272,6 +294,7 @@ def test_commands_of_blocks_run(page, folder, workplace):
         places = {"PATH_OR_NAME", "MODEL", "PATH"}
         result = CliRunner().invoke(app, [folder if word in places else word for word in words])
         assert result.exit_code == 0, f"{line}\n{result.output}{result.exception}"
+        assert "\\u000a" not in result.output  # lines said as one
 
 
 def test_the_page_of_commands_has_them_all():

@@ -344,6 +344,28 @@ def test_a_second_run_begins_anew(tmp_path, tokenizer):
     assert len(old) == 4  # of the first run
 
 
+def test_a_callback_follows_its_trainer(tmp_path, tokenizer):
+    _, callback = train(tmp_path / "a", tokenizer, {}, max_steps=1)
+    train(tmp_path / "b", tokenizer, also=[callback], max_steps=1)
+    for name in ("a", "b"):
+        assert len((tmp_path / name / "lddyn" / "dynamics.jsonl").read_text().splitlines()) == 2
+
+
+def test_watched_again_is_watched_once(tmp_path, tokenizer):
+    from lddyn.integrations.trl import watch
+
+    trainer, _ = train(tmp_path, tokenizer, max_steps=1)
+    probes = {"greeting": [lddyn.Example([3, 4], [5, 6])]}
+    watch(trainer, probes)
+    last = watch(trainer, probes)
+    aside = watch(trainer, probes, folder=tmp_path / "aside")
+    trainer.train()
+    found = [c for c in trainer.callback_handler.callbacks if hasattr(c, "rows")]
+    assert found == [last, aside]
+    assert len((tmp_path / "lddyn" / "dynamics.jsonl").read_text().splitlines()) == len(last.rows)
+    assert last.rows and aside.rows
+
+
 def test_a_resumed_run_does_not_mix_probes(tmp_path, tokenizer):
     options = {"save_strategy": "steps", "save_steps": 4}
     train(tmp_path, tokenizer, {"every": 2}, **options)

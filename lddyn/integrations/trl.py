@@ -80,7 +80,7 @@ def pairs(
 def watch(
     trainer: Any, probes: Probes | None = None, *, prompts: int = 64, **options: Any
 ) -> LearningDynamicsCallback:
-    """Adds a `LearningDynamicsCallback` to a trainer.
+    """Adds a `LearningDynamicsCallback` to a trainer, in the place of one for the same folder.
 
     Args:
         trainer: TRL's DPOTrainer, SFTTrainer, or transformers' Trainer.
@@ -101,5 +101,8 @@ def watch(
             truncation_mode=getattr(trainer.args, "truncation_mode", "keep_start"),
         )  # fmt: skip
     callback = LearningDynamicsCallback(probes, prompts=prompts, trainer=trainer, **options)
+    for other in list(trainer.callback_handler.callbacks):
+        if isinstance(other, LearningDynamicsCallback) and other.given == callback.given:
+            trainer.remove_callback(other)  # a notebook's cell run again: two would mix their rows
     trainer.add_callback(callback)
     return callback

@@ -45,6 +45,7 @@ class Watcher:
         budget: As a share of the time of training.
         rows: What was logged, one dict a pass, with "step".
         folder: Where dynamics.jsonl is.
+        given: The folder that was asked for. None: that of each run.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Watcher:
             raise ValueError(f"predict must be 0 or more prompts, got {predict}")
         self.budget = _share(budget)
         self.probes, self.every, self.predict, self.prompts = probes, every, predict, prompts
-        self.folder = None if folder is None else Path(folder)
+        self.folder = self.given = None if folder is None else Path(folder)
         self.rows: list[dict[str, Any]] = []
         self._set: Encoded | None = None
         self._start: Tensor | None = None  # log-probs of the first pass
@@ -93,7 +94,7 @@ class Watcher:
             self._set = self._encoded(tokenizer)
             self.rows = []
             if self._main:
-                self.folder = self.folder or Path(folder)
+                self.folder = self.given or Path(folder)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._resume(step)
             if self._sharded and self.predict:
