@@ -960,7 +960,7 @@ class Store:
         try:
             import faiss  # type: ignore[import-not-found,import-untyped,unused-ignore]
         except ImportError:
-            raise ImportError("to_faiss needs faiss: pip install lddyn[faiss]") from None
+            raise ImportError("to_faiss needs faiss: pip install faiss-cpu") from None
         if self.layout_json is not None and not getattr(self.layout, "linear", False):
             raise ValueError(
                 f"the layout of {self.path} must be linear for faiss, and be given when the store "

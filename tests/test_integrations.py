@@ -422,7 +422,7 @@ def test_the_cost_before_a_step_counts(tmp_path, tokenizer, monkeypatch):
 
     monkeypatch.setattr(module, "measure", slow)
     _, callback = train(tmp_path, tokenizer, {"predict": 1}, max_steps=2)
-    assert callback._last > 0.14  # before the step, after it, and the pass itself
+    assert callback._costs[-1] > 0.14  # before the step, after it, and the pass itself
 
 
 def test_modes_and_flags_stay(tmp_path, tokenizer):

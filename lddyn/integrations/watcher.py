@@ -17,6 +17,7 @@ import logging
 import math
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +70,8 @@ class Watcher:
         self._set: Encoded | None = None
         self._start: Tensor | None = None  # log-probs of the first pass
         self._before: tuple[Direction, Tensor] | None = None  # weights, log-probs before a step
-        self._began = self._spent = self._last = 0.0
+        self._began = self._spent = 0.0
+        self._costs: deque[float] = deque(maxlen=3)  # seconds of the latest passes
         self._step_cost = 0.0  # of what precedes the latest pass, before its step
         self._broken = self._ended = False  # an error here; an end that all processes know of
         self._main, self._sharded = True, False
@@ -80,7 +82,8 @@ class Watcher:
         """Encodes the probes, and makes the first pass or reads those of before."""
         # Another run, or this one again with another batch size, begins anew.
         self._start = self._before = None
-        self._spent = self._last = self._step_cost = 0.0
+        self._spent = self._step_cost = 0.0
+        self._costs.clear()
         self._broken = self._ended = False
         together = distributed.is_available() and distributed.is_initialized()
         self._main = not together or distributed.get_rank() == 0
@@ -131,7 +134,7 @@ class Watcher:
             measured: These weights need no pass.
         """
         done = measured or (bool(self.rows) and self.rows[-1]["step"] == step)
-        if self._agreed(not done and self._affordable()):
+        if self._agreed(not done and self._affordable(1)):
             self._pass("end", _plain(model), step)
         if self._main and self.rows and self.folder is not None and not self._broken:
             with self._safely("page"):
@@ -149,14 +152,15 @@ class Watcher:
         training = time.monotonic() - self._began - self._spent
         return self._spent / training if training > 0 else math.inf
 
-    def _affordable(self) -> bool:
+    def _affordable(self, passes: int) -> bool:
         training = time.monotonic() - self._began - self._spent
-        return self._spent + self._last <= self.budget * training
+        cost = max(self._costs, default=0.0)  # as long as the longest of the latest
+        return self._spent + passes * cost <= self.budget * training
 
     def _due(self, step: int) -> bool:
         if self.every is not None and step % self.every:
             return False
-        return self._agreed(self._affordable())
+        return self._agreed(self._affordable(2))  # with room for the last one
 
     def _agreed(self, wish: bool) -> bool:
         """Whether the first process wishes it and none has failed."""
@@ -185,7 +189,7 @@ class Watcher:
             with self._paid(), _own_forward(model):
                 values = self._values(model)
                 _reshard(model)
-            self._last = self._spent - before + self._step_cost
+            self._costs.append(self._spent - before + self._step_cost)
             self._step_cost = 0.0
             row = {"step": step, "overhead": self.overhead if self.rows else 0.0}
             row |= {k: v for k, v in values.items() if k != "each"}
