@@ -418,6 +418,9 @@ def test_the_first_sentence_owns_up_to_what_a_run_does():
     assert "do not fall: a small step lowers log π(y+) of no pair. But the training" in answer
     assert answer.endswith("was measured to lower them by 1.5 nats on average.")
     assert "But" not in report.tell_diagnosis(found, measured=-fell)[0]["text"]
+    watched = [{"step": 0, "change/chosen": 0.0}, {"step": 9, "change/chosen": -0.93}]
+    answer = report.tell_diagnosis(found, dynamics=watched)[0]["text"]
+    assert "But the watched run was measured to lower them by 0.93 nats" in answer
     run = lddyn.Run(lr=0.1, optimizer="sgd")
     ahead = replace(found.simulate(run), change=torch.stack([fell, fell]))
     answer = report.tell_diagnosis(replace(found, foretold=ahead))[0]["text"]

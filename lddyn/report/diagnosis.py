@@ -235,7 +235,7 @@ def tell_diagnosis(
     up, down = (found.scores[k] for k in ("set_chosen", "set_rejected"))
     parts = {k: v[:n] for k, v in _sources(found).items()}
     answer = {"about": "the answer", "text": _answer(found, parts), **sure}
-    answer["text"] += _otherwise(found, measured)
+    answer["text"] += _otherwise(found, measured, dynamics)
     if measured is not None:
         row = _ranking(found, measured)
         answer["sure"] += (
@@ -321,12 +321,18 @@ def _answer(found: Diagnosis, parts: Mapping[str, Tensor]) -> str:
     )
 
 
-def _otherwise(found: Diagnosis, measured: Tensor | None) -> str:
+def _otherwise(
+    found: Diagnosis, measured: Tensor | None, dynamics: Sequence[Mapping[str, Any]]
+) -> str:
     """What a run does to y+, where a small step says the opposite."""
-    told, name = measured, "But the training that followed was measured"
-    if told is None and found.foretold is not None:
-        told, name = found.foretold.change[0], "But the run ahead is foretold"
-    mean = 0.0 if told is None else float(told.mean())
+    watched = dynamics[-1].get("change/chosen") if dynamics else None
+    mean, name = 0.0, ""
+    if measured is not None:
+        mean, name = float(measured.mean()), "But the training that followed was measured"
+    elif watched is not None:
+        mean, name = float(watched), "But the watched run was measured"
+    elif found.foretold is not None:
+        mean, name = float(found.foretold.change[0].mean()), "But the run ahead is foretold"
     if mean * float(found.scores["set_chosen"].mean()) >= 0:
         return ""
     return f" {name} to {'raise' if mean > 0 else 'lower'} them by {_size(mean)} on average."
