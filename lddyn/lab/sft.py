@@ -60,8 +60,8 @@ def run(
     updates: int = 400,
     every: int = 20,
     lr: float = 5e-5,
-    kernel_points: int = 4,
-    kernel_prompts: int = 2,
+    kernel_points: int = 3,
+    kernel_prompts: int = 4,
     explained: int = 8,
     accuracy_steps: int = 3,
 ) -> dict[str, Any]:
@@ -79,14 +79,14 @@ def run(
         every: Updates between probe passes.
         lr: Its rate.
         kernel_points: How often K is measured.
-        kernel_prompts: For how many prompts.
+        kernel_prompts: For how many prompts; four or more give intervals.
         explained: How many updates are predicted to first order.
         accuracy_steps: Updates of each run that tests the first order at other rates; 0: none.
 
     Returns:
         What results.json holds.
 
-    Cost: the default about 3 minutes of one core, half of it for K.
+    Cost: the default about 3 minutes of one core, two thirds of it for K.
     """
     must_be_positive(rows=rows, prompts=prompts, updates=updates, every=every, lr=lr)
     options = {
