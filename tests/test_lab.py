@@ -65,6 +65,15 @@ def test_everything_is_on_the_page(tmp_path):
     assert rows == json.loads((tmp_path / "tables" / "numbers.json").read_text())
 
 
+def test_results_say_what_made_them(tmp_path, monkeypatch):
+    made = Lab("x", tmp_path).finish([], [])["made by"]
+    assert made["processor"] and made["cores"] >= 1 and made["date"].count("-") == 2
+    assert made["processor"] in (tmp_path / "index.html").read_text()
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))  # in no checkout
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert record._made_by() == {**made, "commit": None}
+
+
 def test_scoreboard(tmp_path):
     results = []
     for name, verdict in (("a", AGREES), ("b", DISAGREES)):

@@ -192,6 +192,35 @@ def test_bell_and_share_and_degeneration():
     assert found["repeated"] == pytest.approx(0.125) and found["distinct 1"] == pytest.approx(4 / 7)
 
 
+def test_whole_prompts_are_resampled():
+    """States of a prompt are no further evidence: copies of them leave the interval as it is."""
+    ranks = np.random.default_rng(0).normal(0.7, 0.1, (6, 1))
+
+    def over(values, threshold=0.5):
+        generator = torch.Generator().manual_seed(0)
+        return sft.over_prompts(values, lambda x: float(x.mean()), threshold, generator)
+
+    once, often = over(ranks), over(ranks.repeat(9, axis=1))
+    assert often[0] == pytest.approx(once[0]) and often[1] == pytest.approx(once[1])
+    assert once[1][0] < once[0] < once[1][1] and once[2] == "agrees"
+    undecided = "not testable at this scale"
+    assert over(ranks, once[0])[2] == undecided and over(ranks, 0.9)[2] == "disagrees"
+    low, high = sorted(ranks[:2, 0])
+    _, interval, verdict, words = over(ranks[:2], (low + high) / 2)
+    assert interval is None and verdict == undecided and "2 prompts, too few" in words
+    assert over(ranks[:2], low - 0.01)[2] == "agrees"
+    assert over(ranks[:1])[1:3] == (None, undecided)
+
+
+def test_a_kernel_that_was_not_measured_is_not_a_number():
+    rows = [
+        {"update": update, "prompt": 3, "observed": name, "norm": float(update)}
+        for update, name in ((0, "chosen"), (0, "rejected"), (7, "chosen"))
+    ]
+    grid = sft.kernel_grid(rows, "norm")
+    assert grid.shape == (1, 2, 2) and grid[0, 1, 0] == 7 and np.isnan(grid[0, 1, 1])
+
+
 # --------------------------------------------------------------------------- experiments
 
 

@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import datetime
 import hashlib
 import json
 import math
+import os
+import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -299,6 +303,7 @@ class Lab:
                 "tables": self.tables,
                 "seconds": {"this run": time.perf_counter() - self._began, "steps": took},
                 "versions": environment.env()["versions"],
+                "made by": _made_by(),
             }
         )
         write_json(self.path("results.json"), results)
@@ -341,6 +346,37 @@ def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found |= {f"{name} {inner}": v for inner, v in _flat(value).items()}
     return found
+
+
+def _made_by() -> dict[str, Any]:
+    """Machine, date and commit of this run, without a user's name or path.
+
+    There is a commit only if git knows the package's files: an installed package may lie in the
+    checkout of something else. "-dirty" marks files that differ from it.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+
+    def git(*command: str) -> str:
+        try:
+            return subprocess.run(
+                ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True,
+                check=True,
+            ).stdout.strip()  # fmt: skip
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+    commit = git("ls-files", Path(__file__).name) and git(
+        "describe", "--always", "--dirty", "--exclude=*"
+    )
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "date": datetime.date.today().isoformat(),
+        "commit": commit or None,
+    }
 
 
 def _code() -> str:
