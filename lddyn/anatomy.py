@@ -21,7 +21,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -94,20 +94,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
+_ATTENTION, _EXPERTS = "_attn_implementation_internal", "_experts_implementation_internal"
+
+
+@contextlib.contextmanager
+def _implemented(model: nn.Module, names: Mapping[str, str]) -> Iterator[None]:
+    """Other implementations within, by the configs' key and their registered name."""
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}.values()
+    saved = [(c, key, getattr(c, key)) for c in configs for key in names if hasattr(c, key)]
+    try:
+        for config, key, _ in saved:
+            setattr(config, key, names[key])
+        yield
+    finally:
+        for config, key, before in saved:
+            setattr(config, key, before)
+
+
 @contextlib.contextmanager
 def attending(model: nn.Module, implementation: str) -> Iterator[None]:
     """Another attention of transformers' AttentionInterface within, by its registered name."""
-    key = "_attn_implementation_internal"
-    with _LOCK:
-        found = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}.values()
-        saved = [(config, getattr(config, key)) for config in found if hasattr(config, key)]
-        try:
-            for config, _ in saved:
-                setattr(config, key, implementation)
-            yield
-        finally:
-            for config, before in saved:
-                setattr(config, key, before)
+    with _LOCK, _implemented(model, {_ATTENTION: implementation}):
+        yield
 
 
 class true_float64(TorchFunctionMode):
@@ -357,17 +365,6 @@ class Anatomy:
     def _analysis(self, own_attention: bool) -> Iterator[None]:
         _register_attention()
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
-        configs = {
-            id(c): c
-            for c in (getattr(m, "config", None) for m in self.model.modules())
-            if c is not None and hasattr(c, "_attn_implementation_internal")
-        }
-        saved = [
-            (c, key, getattr(c, key))
-            for c in configs.values()
-            for key in ("_attn_implementation_internal", "_experts_implementation_internal")
-            if hasattr(c, key)
-        ]
         # Some rotary embeddings rewrite their (small) buffers as sequences grow.
         buffers = [
             (m, n, b, b.clone())
@@ -378,13 +375,12 @@ class Anatomy:
         own = self.attention
         if own == "lddyn" and not getattr(self.base, "_supports_attention_backend", False):
             own = "eager"
+        names = {_EXPERTS: "eager"} | ({_ATTENTION: own} if own_attention else {})
         try:
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
-            for config, key, _ in saved:
-                if own_attention or not key.startswith("_attn"):
-                    setattr(config, key, own if key.startswith("_attn") else "eager")
             with (
+                _implemented(self.model, names),
                 evaluating(self.model),
                 torch.inference_mode(False),
                 torch.enable_grad(),
@@ -399,8 +395,6 @@ class Anatomy:
                     buffer.copy_(values)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-            for config, key, value in saved:
-                setattr(config, key, value)
 
     # ----- the skeleton: the model's own forward with blocks and head replaced
 
