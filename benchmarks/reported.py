@@ -9,7 +9,11 @@ with what the rest of the run did to y+ beside what was foretold. FOLDER keeps m
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +64,44 @@ def many(found: Diagnosis, count: int) -> Diagnosis:
     )  # fmt: skip
 
 
+# The first pair opened, eight in the table, and the map of effects.
+_OPENED = """
+document.querySelector('.pairs .open').click();
+[...document.querySelectorAll('.pairs tbody')].slice(8).forEach(row => row.hidden = true);
+const map = document.querySelector('.map select');
+map.value = 1; map.dispatchEvent(new Event('change')); document.activeElement.blur()
+"""
+
+
+def pictures(page: Path, folder: Path) -> None:
+    """The pictures of docs/report.md and the README, by the browser that the tests use."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+    from browser import Browser
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as profile:
+        tab = Browser(Path(profile) / "profile")
+
+        def top(name: str) -> float:
+            at: float = tab.js(f"document.querySelector('#{name}').getBoundingClientRect().top")
+            return at + float(tab.js("scrollY"))
+
+        def take(name: str, start: float, height: float, width: int) -> None:
+            clip = {"x": 0, "y": start, "width": width, "height": height, "scale": 1}
+            shot = tab.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
+            image = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
+            image.quantize(220, dither=Image.Dither.NONE).save(folder / name, optimize=True)
+
+        tab.open(page)
+        take("report.png", 0, top("step") - 15, 1200)
+        tab.open(page, dark=True)
+        tab.js(_OPENED)
+        take("report-dark.png", top("pairs") - 15, top("tokens") - top("pairs"), 1200)
+        tab.open(page, width=390, height=844)
+        take("report-phone.png", 0, 1500, 390)
+        tab.close()
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -67,6 +109,7 @@ def main() -> None:
     parser.add_argument("pairs")
     parser.add_argument("--folder", required=True, type=Path)
     parser.add_argument("--out", required=True)
+    parser.add_argument("--pictures", type=Path, help="folder for those of docs/report.md")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--checkpoint", type=int, default=8)
@@ -106,6 +149,8 @@ def main() -> None:
         args.folder / "report" / "index.html", model, tokenizer, watched=run, measured=moved[0],
         extra={"model": f"{Path(args.model).name} after SFT and {args.checkpoint} steps of DPO"},
     )  # fmt: skip
+    if args.pictures:
+        pictures(page, args.pictures)
     large = report.write_diagnosis(
         many(replace(found, touched={}), 500), args.folder / "large" / "index.html"
     )
