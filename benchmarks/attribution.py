@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lddyn
-from lddyn.probes import measure
+from lddyn.probes.measure import measure
 
 
 class Inner(BaseInnerProductAttributor):
@@ -89,8 +89,9 @@ def main() -> None:
 
     task = AttributionTask(
         lambda model, batch, device: losses(model, batch["input_ids"], batch["labels"]).sum(),
-        model, checkpoints=model.state_dict(),
-    )  # fmt: skip
+        model,
+        checkpoints=model.state_dict(),
+    )
     sides = [[p[0] for p in side] for side in (train, test)]
     places = [
         DataLoader(TensorDataset(torch.arange(len(side))), batch_size=len(side)) for side in sides
@@ -117,10 +118,17 @@ def main() -> None:
         low, high = rho[picks].mean(1).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
         result[name] = {"lds": float(rho.mean()), "low": low, "high": high}
         print(name, result[name], flush=True)
-    record(args.out, "attribution", {
-        "train": len(train), "test": len(test), "halves": len(halves), "ways": result,
-        "numbers": {"lddyn": feats.shape[1], "LoGra": sum(x.shape[1] for x in joined(parts))},
-    })  # fmt: skip
+    record(
+        args.out,
+        "attribution",
+        {
+            "train": len(train),
+            "test": len(test),
+            "halves": len(halves),
+            "ways": result,
+            "numbers": {"lddyn": feats.shape[1], "LoGra": sum(x.shape[1] for x in joined(parts))},
+        },
+    )
 
 
 if __name__ == "__main__":

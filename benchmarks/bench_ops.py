@@ -160,8 +160,10 @@ def looped_sdpa(query, key, value, mask, grads, scale):
 
 def expanded_sdpa(query, key, value, mask, grads, scale):
     """The same attention once per cotangent in a batch, and one backward pass."""
-    leaves = [x.detach().expand(len(grads), -1, -1, -1).contiguous().requires_grad_()
-              for x in (query, key, value)]  # fmt: skip
+    leaves = [
+        x.detach().expand(len(grads), -1, -1, -1).contiguous().requires_grad_()
+        for x in (query, key, value)
+    ]
     out = torch.nn.functional.scaled_dot_product_attention(
         *leaves, is_causal=True, scale=scale, enable_gqa=len(key) != len(query)
     )
@@ -253,8 +255,10 @@ def bench_sketch(benchmark, run, device, small, size, way):
         if 4 * k * k * d_in * d_out > 1 << 30:
             pytest.skip("the dense matrix of signs is beyond 1 GiB")
         # The same signs as one matrix, made beforehand: what TRAK's projectors multiply by.
-        left, right = (reference.signs(7, side, 1, k, d)[0].float() / k**0.5
-                       for side, d in ((1, d_out), (0, d_in)))  # fmt: skip
+        left, right = (
+            reference.signs(7, side, 1, k, d)[0].float() / k**0.5
+            for side, d in ((1, d_out), (0, d_in))
+        )
         dense = torch.einsum("aj,bi->abji", left, right).view(k * k, -1).to(device)
 
     def projected_gradients(a, g, *_):

@@ -11,7 +11,8 @@ import torch
 
 from lddyn.lab.probes import compare, one_by_one
 from lddyn.lab.setting import embedded, one_thread
-from lddyn.probes import ProbeSet, measure
+from lddyn.probes.measure import measure
+from lddyn.probes.probe_set import ProbeSet
 
 
 @pytest.fixture(scope="module")

@@ -82,8 +82,10 @@ def run(benchmark, device, small, ceiling):
         def error(out):
             """Of the worst output; outputs that truth does not have are left out."""
             outs, truths = (x if isinstance(x, tuple) else (x,) for x in (out, truth))
-            return max(float((x.double() - y).norm() / y.norm())
-                       for x, y in zip(outs, truths, strict=False))  # fmt: skip
+            return max(
+                float((x.double() - y).norm() / y.norm())
+                for x, y in zip(outs, truths, strict=False)
+            )
 
         # Warm rounds also bring the allocator's pages, which are dear on a virtual machine.
         out = benchmark.pedantic(timed, rounds=1 if small else 15, warmup_rounds=0 if small else 4)

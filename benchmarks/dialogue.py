@@ -46,19 +46,26 @@ def main() -> None:
         measured = [float(part.sum()) for part in check.measured[0].split(sizes)]
         result["steps"].append(
             {
-                "optimizer": optimizer, "rule": rule, "lr": lr, "seconds": seconds,
-                "slope": check.slope, "expected": check.expected,
+                "optimizer": optimizer,
+                "rule": rule,
+                "lr": lr,
+                "seconds": seconds,
+                "slope": check.slope,
+                "expected": check.expected,
                 "relative_error": check.relative_error,
                 "responses": [
                     {
-                        "name": o.name, "tokens": size, "logp": float(o.logp.sum()),
-                        "predicted": float(o.delta_logp.sum()), "measured": value,
+                        "name": o.name,
+                        "tokens": size,
+                        "logp": float(o.logp.sum()),
+                        "predicted": float(o.delta_logp.sum()),
+                        "measured": value,
                         **{k: float(v.sum()) for k, v in o.by_sequence().items()},
                     }
                     for o, size, value in zip(dec, sizes, measured, strict=True)
                 ],
             }
-        )  # fmt: skip
+        )
         print(dec, check, f"{seconds:.1f} s", sep="\n")
     record(args.out, "dialogue", result)
 

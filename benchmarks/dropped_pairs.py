@@ -25,10 +25,11 @@ from record import record
 from torch import Tensor
 
 import lddyn
-from lddyn.diagnosis import spearman
-from lddyn.examples import encode_row, rows
+from lddyn.data.read import rows
+from lddyn.data.rows import encode_row
 from lddyn.objectives import PREFERENCES, Pair
-from lddyn.probes import measure
+from lddyn.probes.measure import measure
+from lddyn.stats import spearman
 
 Pairs = list[tuple[lddyn.Example, lddyn.Example]]
 Loss = Callable[[Pair], Tensor]
@@ -65,9 +66,15 @@ def log_probs(model: Any, examples: list[lddyn.Example]) -> Tensor:
 
 
 def finetune(
-    model: Any, pairs: Pairs, epochs: int, rate: float, seed: int, loss: Loss | None = None,
-    shares: Tensor | None = None, reference: Tensor | None = None,
-) -> None:  # fmt: skip
+    model: Any,
+    pairs: Pairs,
+    epochs: int,
+    rate: float,
+    seed: int,
+    loss: Loss | None = None,
+    shares: Tensor | None = None,
+    reference: Tensor | None = None,
+) -> None:
     """AdamW on a loss of pairs, against reference log-probs (2, N); None: SFT on y+, by tokens."""
     shares = torch.ones(len(pairs)) if shares is None else shares
     reference = torch.zeros(2, len(pairs)) if reference is None else reference
@@ -104,10 +111,14 @@ def one_step(model: Any, pairs: Pairs, beta: float, rate: float) -> dict[str, An
     foretold = [rate * found.scores[name] for name in ("set_chosen", "set_rejected")]
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(foretold, change, strict=True)]
     return {
-        "pairs": len(pairs), "beta": beta, "lr": rate, "error_chosen": errors[0],
-        "error_rejected": errors[1], "chosen_rise": int((change[0] > 0).sum()),
+        "pairs": len(pairs),
+        "beta": beta,
+        "lr": rate,
+        "error_chosen": errors[0],
+        "error_rejected": errors[1],
+        "chosen_rise": int((change[0] > 0).sum()),
         "correlations": found.correlations(change[0]),
-    }  # fmt: skip
+    }
 
 
 def objectives(
@@ -131,10 +142,11 @@ def objectives(
             after = torch.stack([measure(trained, x).log_prob for x in sides])
             change += (after - before) / seeds
         row = {
-            "objective": name, "measured": change.mean(1).tolist(),
+            "objective": name,
+            "measured": change.mean(1).tolist(),
             "foretold": [told[name]["run_chosen"], told[name]["run_rejected"]],
             "fall": float((change[0] < 0).double().mean()),
-        }  # fmt: skip
+        }
         if name != "extend":
             row |= spearman(found.under(name).simulate(run).change[0], change[0])
         rows.append(row)
@@ -200,10 +212,13 @@ def main() -> None:
         random = torch.randperm(len(pairs), generator=generator)[: args.drop].tolist()
         others = found.shares()[torch.randperm(len(pairs), generator=generator)]
         return {
-            "none": ([], even), "random": (random, even), "worst by a step": (by_step, even),
-            "worst by the run": (found.worst(args.drop), even), "reweighted": ([], found.shares()),
+            "none": ([], even),
+            "random": (random, even),
+            "worst by a step": (by_step, even),
+            "worst by the run": (found.worst(args.drop), even),
+            "reweighted": ([], found.shares()),
             "reweighted at random": ([], others),
-        }  # fmt: skip
+        }
 
     def expected(gone: list[int], shares: Tensor) -> dict[str, float]:
         """The mean Δ log π(y+) foretold, through the softmax and in a linear model."""
@@ -211,15 +226,17 @@ def main() -> None:
         left[gone] = 0.0
         linear = found.simulate(leave_out=gone, shares=shares).change[0]
         return {
-            "foretold": float(foretold.weighted(left).mean()), "linear": float(linear.mean()),
-        }  # fmt: skip
+            "foretold": float(foretold.weighted(left).mean()),
+            "linear": float(linear.mean()),
+        }
 
     def told(change: Tensor) -> dict[str, Any]:
         return {
-            "chosen": float(change[0].mean()), "rejected": float(change[1].mean()),
+            "chosen": float(change[0].mean()),
+            "rejected": float(change[1].mean()),
             "fall": int((change[0] < 0).sum()),
             "preferred": float((change[0] > change[1]).double().mean()),
-        }  # fmt: skip
+        }
 
     section = "dropped pairs" if args.second else "dropped pairs, tuned on"
     if args.again:  # what is foretold anew, beside what was measured
@@ -245,16 +262,28 @@ def main() -> None:
             print(seed, name, row[name], flush=True)
         runs.append(row)
         mean = moved * args.seeds / len(runs)
-        record(args.out, section, {
-            "pairs": len(pairs), "dropped": args.drop, "beta": args.beta, "told": found.tell(),
-            "sft_epochs": args.sft_epochs, "epochs": args.epochs, "lr": args.lr,
-            "log_prob_before": before.mean(1).tolist(),
-            "worst": found.worst(args.drop), "worst_by_step": by_step,
-            "shares": found.shares().tolist(), "runs": runs,
-            "foretold": foretold.change.mean(1).tolist(),
-            "linear": found.simulate().change.mean(1).tolist(),
-            "measured": mean.tolist(), "correlations": found.correlations(mean[0]),
-        })  # fmt: skip
+        record(
+            args.out,
+            section,
+            {
+                "pairs": len(pairs),
+                "dropped": args.drop,
+                "beta": args.beta,
+                "told": found.tell(),
+                "sft_epochs": args.sft_epochs,
+                "epochs": args.epochs,
+                "lr": args.lr,
+                "log_prob_before": before.mean(1).tolist(),
+                "worst": found.worst(args.drop),
+                "worst_by_step": by_step,
+                "shares": found.shares().tolist(),
+                "runs": runs,
+                "foretold": foretold.change.mean(1).tolist(),
+                "linear": found.simulate().change.mean(1).tolist(),
+                "measured": mean.tolist(),
+                "correlations": found.correlations(mean[0]),
+            },
+        )
 
 
 if __name__ == "__main__":

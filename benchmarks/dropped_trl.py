@@ -25,13 +25,18 @@ from datasets import Dataset
 from record import record
 
 import lddyn
-from lddyn.examples import rows
+from lddyn.data.read import rows
 from lddyn.integrations.trl import watch
 
 DEFAULTS = {
-    "per_device_train_batch_size": 8, "bf16": False, "gradient_checkpointing": False,
-    "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no",
-}  # fmt: skip
+    "per_device_train_batch_size": 8,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "save_strategy": "no",
+}
 
 
 def taken(path: str, tokenizer: Any, skip: int, count: int, longest: int) -> list[dict[str, str]]:
@@ -69,16 +74,25 @@ def supervised(model: str, folder: Path, data: list[dict[str, str]], epochs: int
 
 
 def preferred(
-    start: Path, folder: Path, data: list[dict[str, str]], probes: dict[str, list[lddyn.Example]],
-    seed: int, args: argparse.Namespace,
-) -> dict[str, float]:  # fmt: skip
+    start: Path,
+    folder: Path,
+    data: list[dict[str, str]],
+    probes: dict[str, list[lddyn.Example]],
+    seed: int,
+    args: argparse.Namespace,
+) -> dict[str, float]:
     """DPO, watched; what it did to the probes, mean nats, and to how many of them."""
     transformers.set_seed(seed)
     model, reference = (transformers.AutoModelForCausalLM.from_pretrained(start) for _ in range(2))
     config = trl.DPOConfig(
-        str(folder), num_train_epochs=args.epochs, learning_rate=args.lr, beta=args.beta, seed=seed,
-        data_seed=seed, **DEFAULTS,
-    )  # fmt: skip
+        str(folder),
+        num_train_epochs=args.epochs,
+        learning_rate=args.lr,
+        beta=args.beta,
+        seed=seed,
+        data_seed=seed,
+        **DEFAULTS,
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(start)
     trainer = trl.DPOTrainer(
         model, reference, config, train_dataset=Dataset.from_list(data), processing_class=tokenizer
@@ -92,9 +106,10 @@ def preferred(
     kept = [json.loads(line)["each"] for line in lines]
     moved = torch.tensor(kept[-1]).double() - torch.tensor(kept[0]).double()
     return {
-        "chosen": row["change/chosen"], "rejected": row["change/rejected"],
+        "chosen": row["change/chosen"],
+        "rejected": row["change/rejected"],
         "fall": int((moved[: len(probes["chosen"])] < 0).sum()),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -122,10 +137,29 @@ def main() -> None:
         transformers.set_seed(0)
         supervised(args.model, start, data, 3)
     command = [
-        "diagnose", "--model", start, "--data", file, "--beta", args.beta, "--lr", args.lr,
-        "--epochs", args.epochs, "--schedule", "linear", "--drop", args.drop, "--write", kept_file,
-        "--out", args.folder / "report", "--memory", "6GiB", "--json",
-    ]  # fmt: skip
+        "diagnose",
+        "--model",
+        start,
+        "--data",
+        file,
+        "--beta",
+        args.beta,
+        "--lr",
+        args.lr,
+        "--epochs",
+        args.epochs,
+        "--schedule",
+        "linear",
+        "--drop",
+        args.drop,
+        "--write",
+        kept_file,
+        "--out",
+        args.folder / "report",
+        "--memory",
+        "6GiB",
+        "--json",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "lddyn", *map(str, command)], check=True, stdout=subprocess.PIPE
     )
@@ -143,11 +177,20 @@ def main() -> None:
             folder = args.folder / f"{name}-{seed}"
             runs[-1][name] = preferred(start, folder, part, probes, seed, args)
             print(seed, name, runs[-1][name], flush=True)
-        record(args.out, "dropped pairs, TRL", {
-            "pairs": len(data), "dropped": len(data) - len(kept), "epochs": args.epochs,
-            "lr": args.lr, "beta": args.beta, "trl": trl.__version__, "told": told["told"],
-            "runs": runs,
-        })  # fmt: skip
+        record(
+            args.out,
+            "dropped pairs, TRL",
+            {
+                "pairs": len(data),
+                "dropped": len(data) - len(kept),
+                "epochs": args.epochs,
+                "lr": args.lr,
+                "beta": args.beta,
+                "trl": trl.__version__,
+                "told": told["told"],
+                "runs": runs,
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -339,15 +339,21 @@ def measure_engine(watch: Stopwatch, name: str) -> dict[str, Any]:
     import transformers
 
     import lddyn
-    from lddyn.ntk import Side
-    from lddyn.plan import gram_cost
+    from lddyn.engine.gram import Side
+    from lddyn.sketches.costs import gram_cost
 
     hidden, layers, intermediate, heads, groups, vocabulary, tied = ENGINES[name]
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups,
-        max_position_embeddings=1024, tie_word_embeddings=tied, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        max_position_embeddings=1024,
+        tie_word_embeddings=tied,
+        pad_token_id=None,
+    )
     torch.manual_seed(0)
     with torch.device(watch.device):
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
@@ -368,10 +374,15 @@ def measure_engine(watch: Stopwatch, name: str) -> dict[str, Any]:
     assert finite, "the table has a NaN or an infinity"
     found = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "M": response, "L": response, "T": length, "dtype": "bfloat16",
-        "seconds": min(seconds[1:]), "seconds_of_the_first": seconds[0], "flops": cost.flops,
+        "M": response,
+        "L": response,
+        "T": length,
+        "dtype": "bfloat16",
+        "seconds": min(seconds[1:]),
+        "seconds_of_the_first": seconds[0],
+        "flops": cost.flops,
         "percent_of_flops_ceiling": round(100 * cost.flops / min(seconds[1:]) / watch.flops, 1),
-    }  # fmt: skip
+    }
     if watch.device == "cuda":
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
     return found
@@ -436,8 +447,11 @@ def measure_exactness(names: list[str], device: str) -> dict[str, Any]:
         streamed = lddyn.stream(folder, "1GiB", device=device)
         equal = bool((lddyn.ntk(streamed, *pair).gram() == resident).all())
         found["stream"] = {"equal_to_the_bit": equal}
-    found["failed"] = [name for name in found if "float32" in found[name]
-                       and not max(found[name]["float32"].values()) <= 1e-5]  # fmt: skip
+    found["failed"] = [
+        name
+        for name in found
+        if "float32" in found[name] and not max(found[name]["float32"].values()) <= 1e-5
+    ]
     found["failed"] += [] if equal else ["stream"]
     return found
 
@@ -529,8 +543,10 @@ def main() -> int:
     if args.only:
         unknown = set(args.only) - {step.name for step in steps}
         if unknown:
-            parser.error(f"no such step: {', '.join(sorted(unknown))}; there are: "
-                         f"{', '.join(step.name for step in steps)}")  # fmt: skip
+            parser.error(
+                f"no such step: {', '.join(sorted(unknown))}; there are: "
+                f"{', '.join(step.name for step in steps)}"
+            )
         steps = [step for step in steps if step.name in ("build", *args.only)]
     if args.dry_run:
         for step in steps:

@@ -36,8 +36,15 @@ PRESETS = {  # sizes, and seconds an opponent may take
     "d768": ((768, 6, 256, 128, 32768), 150),
     "t512": ((256, 4, 512, 32, 8192), 120),
 }
-ALL = (("toy", False), ("small", False), ("small", True), ("t512", False), ("d512", False),
-       ("d512", True), ("d768", False))  # fmt: skip
+ALL = (
+    ("toy", False),
+    ("small", False),
+    ("small", True),
+    ("t512", False),
+    ("d512", False),
+    ("d512", True),
+    ("d768", False),
+)
 OWN = {
     "lddyn": "factors of both sides, paired block by block",
     "lddyn, pushed": "factored NTK-vector product: also gives every vocabulary token",
@@ -59,11 +66,15 @@ def build(sizes: dict, attention: str = "eager"):
     torch.manual_seed(0)
     hidden = sizes["hidden"]
     config = transformers.LlamaConfig(
-        vocab_size=sizes["vocabulary"], hidden_size=hidden, num_hidden_layers=sizes["layers"],
-        intermediate_size=intermediate(hidden), num_attention_heads=max(1, hidden // 64),
-        max_position_embeddings=max(256, sizes["length"]), pad_token_id=None,
+        vocab_size=sizes["vocabulary"],
+        hidden_size=hidden,
+        num_hidden_layers=sizes["layers"],
+        intermediate_size=intermediate(hidden),
+        num_attention_heads=max(1, hidden // 64),
+        max_position_embeddings=max(256, sizes["length"]),
+        pad_token_id=None,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     config._attn_implementation = attention
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(1)
@@ -107,8 +118,8 @@ def resident(key: str) -> int:
 def lddyn_run(model, pair: list[Tokens], method: str):
     """lddyn's table as a function of nothing, and the FLOPs of its plan."""
     import lddyn
-    from lddyn.ntk import Side
-    from lddyn.plan import gram_cost
+    from lddyn.engine.gram import Side
+    from lddyn.sketches.costs import gram_cost
 
     made = {id(x): lddyn.Example(prompt_ids=x.prompt, response_ids=x.response) for x in pair}
     one, other = (made[id(x)] for x in pair)
@@ -171,17 +182,34 @@ def worker(method: str, sizes: dict, own: bool, threads: int, repeats: int, path
 
 
 def measure(
-    method: str, sizes: dict, *, own: bool, threads: int, repeats: int, timeout: float,
+    method: str,
+    sizes: dict,
+    *,
+    own: bool,
+    threads: int,
+    repeats: int,
+    timeout: float,
     python: str = sys.executable,
-) -> dict:  # fmt: skip
+) -> dict:
     """Runs a worker process; returns its figures, or the error it died of."""
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/result.json"
-        command = [python, __file__, "--worker", method, "--threads", str(threads),
-                   "--repeats", str(repeats), "--worker-out", path, *(["--self"] if own else []),
-                   *[str(x) for k, v in sizes.items() for x in (f"--{k}", v)]]  # fmt: skip
+        command = [
+            python,
+            __file__,
+            "--worker",
+            method,
+            "--threads",
+            str(threads),
+            "--repeats",
+            str(repeats),
+            "--worker-out",
+            path,
+            *(["--self"] if own else []),
+            *[str(x) for k, v in sizes.items() for x in (f"--{k}", v)],
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         try:
             done = subprocess.run(
@@ -217,10 +245,14 @@ def compare(
             continue
         long = not opponent or method.startswith("hand-written")
         rows[method] = measure(
-            method, sizes, own=own, threads=threads, repeats=repeats,
+            method,
+            sizes,
+            own=own,
+            threads=threads,
+            repeats=repeats,
             timeout=OWN_TIMEOUT if long else timeout,
             python=peers if opponent and opponent.needs else sys.executable,
-        )  # fmt: skip
+        )
         shown = {k: v for k, v in rows[method].items() if k != "table"}
         print(f"{method:28s} {shown}", flush=True)
     best = rows["lddyn"]
@@ -240,11 +272,16 @@ def compare(
             row["memory_over_lddyn"] = row["peak_bytes"] / best["peak_bytes"]
     planned = best["planned_flops"] / best["gemm_flops_per_second"]
     return {
-        "sizes": sizes, "self": own, "threads": threads, "methods": rows, "truth": TRUTH,
-        "planned_seconds": planned, "over_plan": best["seconds"] / planned,
+        "sizes": sizes,
+        "self": own,
+        "threads": threads,
+        "methods": rows,
+        "truth": TRUTH,
+        "planned_seconds": planned,
+        "over_plan": best["seconds"] / planned,
         "least_bytes": least_bytes(sizes, own),
         "over_least_bytes": best["peak_bytes"] / least_bytes(sizes, own),
-    }  # fmt: skip
+    }
 
 
 def scaling(threads: int, timeout: float) -> list[dict]:
@@ -287,9 +324,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--timeout", type=float, help="seconds an opponent may take")
     parser.add_argument(
-        "--peers", default=os.environ.get("LDDYN_PEERS", sys.executable), metavar="PYTHON",
+        "--peers",
+        default=os.environ.get("LDDYN_PEERS", sys.executable),
+        metavar="PYTHON",
         help="interpreter that has torchjd, opacus and dattri-llm (default: this one)",
-    )  # fmt: skip
+    )
     parser.add_argument("--out", default="")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     parser.add_argument("--worker-out", default="", help=argparse.SUPPRESS)
@@ -318,10 +357,14 @@ def main() -> None:
         for preset, both in ALL if args.all else ((args.preset, own),):
             print(f"-- {section(preset, both)}", flush=True)
             result = compare(
-                sizes_of(preset), own=both, threads=args.threads, peers=args.peers,
-                repeats=args.repeats, timeout=args.timeout or PRESETS[preset][1],
+                sizes_of(preset),
+                own=both,
+                threads=args.threads,
+                peers=args.peers,
+                repeats=args.repeats,
+                timeout=args.timeout or PRESETS[preset][1],
                 methods=args.methods,
-            )  # fmt: skip
+            )
             save(section(preset, both), result)
             print(f"   {time.perf_counter() - start:.0f} s", flush=True)
 

@@ -26,7 +26,7 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.model_selection import GridSearchCV, GroupKFold
 
 import lddyn
-from lddyn.probes import measure
+from lddyn.probes.measure import measure
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -123,13 +123,23 @@ def main() -> None:
             predicted = by_ridge(rows, measured, prompts)
             found[f"ridge on {name}"] = correlation(predicted, measured, prompts)
         ways[kind] = found
-    record(args.out, "kernel methods", {
-        "learned": len(learned), "responses": len(others), "seeds": args.seeds,
-        "epochs": args.epochs, "mean": float(target.mean()), "sd": float(target.std()),
-        "between_orders": float(np.corrcoef(moved)[0, 1:].mean()),
-        "ways": ways,
-        "points": [[round(float(v), 3) for v in row] for row in zip(first, target, strict=True)],
-    })  # fmt: skip
+    record(
+        args.out,
+        "kernel methods",
+        {
+            "learned": len(learned),
+            "responses": len(others),
+            "seeds": args.seeds,
+            "epochs": args.epochs,
+            "mean": float(target.mean()),
+            "sd": float(target.std()),
+            "between_orders": float(np.corrcoef(moved)[0, 1:].mean()),
+            "ways": ways,
+            "points": [
+                [round(float(v), 3) for v in row] for row in zip(first, target, strict=True)
+            ],
+        },
+    )
 
 
 if __name__ == "__main__":

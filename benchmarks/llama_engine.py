@@ -82,17 +82,19 @@ class Engine:
                 Block(
                     norm1=layer.input_layernorm.weight.detach(),
                     norm2=layer.post_attention_layernorm.weight.detach(),
-                    qkv=torch.cat([
-                        self._adjacent(attention.q_proj.weight.detach()),
-                        self._adjacent(attention.k_proj.weight.detach()),
-                        attention.v_proj.weight.detach(),
-                    ]),
+                    qkv=torch.cat(
+                        [
+                            self._adjacent(attention.q_proj.weight.detach()),
+                            self._adjacent(attention.k_proj.weight.detach()),
+                            attention.v_proj.weight.detach(),
+                        ]
+                    ),
                     o=attention.o_proj.weight.detach(),
                     gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach(),
                     down=mlp.down_proj.weight.detach(),
                     onednn=onednn,
                 )
-            )  # fmt: skip
+            )
 
     def _adjacent(self, weight: Tensor) -> Tensor:
         """Rows of a query or key weight with the two of a rotated pair next to each other."""
@@ -209,8 +211,26 @@ class Sequence:
             x = x + act @ block.down.T
             slope = up * (s + silu * (1 - s))
             # Scores take query · key · scale²: a gradient passes the scale on with each factor.
-            self.kept.append(Kept(normed1, unit1, rate1, pull1, q * scale, k * scale, v, p, mixed,
-                                  normed2, unit2, rate2, pull2, act, slope, silu))  # fmt: skip
+            self.kept.append(
+                Kept(
+                    normed1,
+                    unit1,
+                    rate1,
+                    pull1,
+                    q * scale,
+                    k * scale,
+                    v,
+                    p,
+                    mixed,
+                    normed2,
+                    unit2,
+                    rate2,
+                    pull2,
+                    act,
+                    slope,
+                    silu,
+                )
+            )
         normed, unit, rate, pull = (t[positions] for t in self._norm(x, engine.final_norm))
         self.hidden = normed
         logits = normed @ engine.head.T
@@ -278,8 +298,15 @@ class Sequence:
             width = pulled.shape[1]
             torch.mul(pulled, kept.gate_slope[:reach], out=out[:, :width])
             torch.mul(pulled, kept.up_slope[:reach], out=out[:, width:])
-            self._norm_pull(state, block.pull_gate_up(out), block.norm2, kept.unit2, kept.rate2,
-                            kept.pull2, self.gain2[i])  # fmt: skip
+            self._norm_pull(
+                state,
+                block.pull_gate_up(out),
+                block.norm2,
+                kept.unit2,
+                kept.rate2,
+                kept.pull2,
+                self.gain2[i],
+            )
             return
         if layer == len(self.kept) - 1:
             pulled = self._pull_top_attention(i, out)
@@ -287,11 +314,20 @@ class Sequence:
         else:
             self._attention_pull(block.pull_o(state), kept, out)
             pulled = block.pull_qkv(out)
-        self._norm_pull(state, pulled, block.norm1, kept.unit1, kept.rate1, kept.pull1,
-                        self.gain1[i])  # fmt: skip
+        self._norm_pull(
+            state, pulled, block.norm1, kept.unit1, kept.rate1, kept.pull1, self.gain1[i]
+        )
 
-    def _norm_pull(self, state: Tensor, pulled: Tensor, gain: Tensor, unit: Tensor, rate: Tensor,
-                   pull: Tensor, gain_gradient: Tensor) -> None:  # fmt: skip
+    def _norm_pull(
+        self,
+        state: Tensor,
+        pulled: Tensor,
+        gain: Tensor,
+        unit: Tensor,
+        rate: Tensor,
+        pull: Tensor,
+        gain_gradient: Tensor,
+    ) -> None:
         """Adds a norm's VJP to the state, and writes its gain's gradient."""
         reach = len(state)
         weighted = torch.mul(pulled, unit[:reach], out=self.buffer[:reach])

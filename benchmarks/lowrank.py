@@ -23,9 +23,9 @@ import torch
 from record import record
 
 import lddyn
-from lddyn.factors import BodyRows
-from lddyn.norms import Sampling, block_squares, root
-from lddyn.pushforward import delta_log_probs
+from lddyn.engine.factors import BodyRows
+from lddyn.engine.pushforward import delta_log_probs
+from lddyn.entk.norms import Sampling, block_squares, root
 
 RANKS = [1, 2, 4, 8, 16, 32, 64, 128]
 LEVELS = [0.1, 0.05, 0.01]
@@ -104,10 +104,13 @@ def prediction(dense: Dense) -> dict:
             for r in RANKS
         ]
     needed = {
-        name: [next((r for r, e in zip(RANKS, row, strict=True) if e <= level), None)
-               for level in LEVELS]
-        for name, row in errors.items() if len(row) == len(RANKS)
-    }  # fmt: skip
+        name: [
+            next((r for r, e in zip(RANKS, row, strict=True) if e <= level), None)
+            for level in LEVELS
+        ]
+        for name, row in errors.items()
+        if len(row) == len(RANKS)
+    }
     return {"errors": errors, "levels": LEVELS, "needed": needed}
 
 
@@ -129,13 +132,17 @@ def coverage(dense: Dense, seeds: int) -> list[dict]:
             held.append((low <= truth[few, few]) & (truth[few, few] <= high))
             errors.append(norm.value / truth[few, few] - 1)
             said.append(norm.stderr / norm.value)
-        rows.append({
-            "directions": r, "probes": q, "seeds": seeds,
-            "coverage": float(torch.stack(held).double().mean()),
-            "error": float(torch.stack(errors).pow(2).mean().sqrt()),
-            "stated": float(torch.stack(said).pow(2).mean().sqrt()),
-            "bias": float(torch.stack(errors).mean()),
-        })  # fmt: skip
+        rows.append(
+            {
+                "directions": r,
+                "probes": q,
+                "seeds": seeds,
+                "coverage": float(torch.stack(held).double().mean()),
+                "error": float(torch.stack(errors).pow(2).mean().sqrt()),
+                "stated": float(torch.stack(said).pow(2).mean().sqrt()),
+                "bias": float(torch.stack(errors).mean()),
+            }
+        )
     return rows
 
 
@@ -163,9 +170,12 @@ def step(kernel: lddyn.NTK, model, observed: lddyn.Example, updated: lddyn.Examp
     bound = float(lddyn.lbk(change, kernel.observed.logits, g))
     norm = kernel.frobenius(0.02, reduce="all")
     return {
-        "lr": lr, "norm": float(norm.value), "norm_stderr": float(norm.stderr),
-        "lower_bound": bound**0.5 / lr, "sign_delta": float(lddyn.sign_delta(change)),
-    }  # fmt: skip
+        "lr": lr,
+        "norm": float(norm.value),
+        "norm_stderr": float(norm.stderr),
+        "lower_bound": bound**0.5 / lr,
+        "sign_delta": float(lddyn.sign_delta(change)),
+    }
 
 
 def large(vocabulary: int, hidden: int, tokens: int, prompt: int) -> dict:
@@ -174,9 +184,14 @@ def large(vocabulary: int, hidden: int, tokens: int, prompt: int) -> dict:
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden,
-        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=None,
+    )
     model = transformers.LlamaForCausalLM(config)
     examples = [
         lddyn.Example(
@@ -199,13 +214,20 @@ def large(vocabulary: int, hidden: int, tokens: int, prompt: int) -> dict:
     status = Path("/proc/self/status").read_text()
     high = int(status.split("VmHWM:")[1].split()[0]) * 1024
     return {
-        "vocabulary": vocabulary, "hidden": hidden, "layers": 4, "tokens": tokens,
-        "length": prompt + tokens, "memory": "1GiB", "seconds": seconds,
+        "vocabulary": vocabulary,
+        "hidden": hidden,
+        "layers": 4,
+        "tokens": tokens,
+        "length": prompt + tokens,
+        "memory": "1GiB",
+        "seconds": seconds,
         "peak_bytes": max(high - before, 0),
-        "weight_bytes": 4 * vocabulary * hidden, "process_bytes": high,
+        "weight_bytes": 4 * vocabulary * hidden,
+        "process_bytes": high,
         "dense_bytes": 4 * vocabulary**2 * tokens**2,
-        "error": float((norms.stderr / norms.value).max()), "samples": norms.samples,
-    }  # fmt: skip
+        "error": float((norms.stderr / norms.value).max()),
+        "samples": norms.samples,
+    }
 
 
 def main() -> None:
@@ -240,10 +262,12 @@ def main() -> None:
     encoded = (lddyn.encode_row(tokenizer, r, fields) for r in lddyn.rows(args.data, limit=40))
     short = [e for e in encoded if len(e["chosen"].prompt_ids) <= LONGEST]
     one, other = (
-        {n: lddyn.Example(prompt_ids=e.prompt_ids, response_ids=e.response_ids[:TOKENS])
-         for n, e in row.items()}
+        {
+            n: lddyn.Example(prompt_ids=e.prompt_ids, response_ids=e.response_ids[:TOKENS])
+            for n, e in row.items()
+        }
         for row in short[:2]
-    )  # fmt: skip
+    )
     pairs = {
         "itself": (one["chosen"], one["chosen"]),
         "its rejected response": (one["chosen"], one["rejected"]),

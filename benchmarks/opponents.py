@@ -206,8 +206,9 @@ def contract(one, other) -> Tensor:
         elif isinstance(module, nn.Embedding):
             pushed = torch.matmul((x_u[:, None] == x_o).to(g_o.dtype), g_o)
         else:  # a gain: Σ_t δ_t ∘ x̂_t, broadcast
-            gains = [torch.einsum("mtd,td->md", g, unit(module, x))
-                     for g, x in ((g_o, x_o), (g_u, x_u))]  # fmt: skip
+            gains = [
+                torch.einsum("mtd,td->md", g, unit(module, x)) for g, x in ((g_o, x_o), (g_u, x_u))
+            ]
             total += gains[0] @ gains[1].T
             continue
         total += pushed.flatten(1) @ g_u.flatten(1).T

@@ -155,9 +155,11 @@ def lddyn_sketch(k: int, **settings) -> Callable:
             lddyn.Example(prompt_ids=ids[:first], response_ids=ids[first:]) for ids, first in used
         ]
         found = lddyn.features(
-            model, examples, lddyn.Sketch(k=k, seed=0, **settings),
+            model,
+            examples,
+            lddyn.Sketch(k=k, seed=0, **settings),
             by="token" if tokens else "sequence",
-        )  # fmt: skip
+        )
         return Answer(found.gram().value, nbytes([found.rows]), everything(model))
 
     return run
@@ -263,11 +265,14 @@ def dattri_llm(mode: str = "", rank: int = 0) -> Callable:
                 "hook_types": dict.fromkeys(norms, "linear_io"),
                 "layer_types": dict.fromkeys(norms, "nn.RMSNorm"),
                 "module_kwargs": {
-                    n: {"has_bias": False, "normalized_shape": tuple(m.weight.shape),
-                        "eps": m.variance_epsilon}
+                    n: {
+                        "has_bias": False,
+                        "normalized_shape": tuple(m.weight.shape),
+                        "eps": m.variance_epsilon,
+                    }
                     for n, m in norms.items()
                 },
-            }  # fmt: skip
+            }
         config = HookManagerConfig(linear_io=REGISTER_ALL, **settings)
         manager, parts = HookManager(model, config, [keep]), []
         with manager.collect(deregister_on_exit=True):
@@ -310,22 +315,34 @@ def kronfluence(rank: int | None) -> Callable:
 
         with tempfile.TemporaryDirectory() as folder:
             analyzer = Analyzer(
-                "peers", ready, task, cpu=True, output_dir=folder, disable_tqdm=True,
+                "peers",
+                ready,
+                task,
+                cpu=True,
+                output_dir=folder,
+                disable_tqdm=True,
                 log_level=40,
-            )  # fmt: skip
+            )
             analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=collate))
             analyzer.fit_all_factors(
-                "identity", rows, per_device_batch_size=BATCH,
+                "identity",
+                rows,
+                per_device_batch_size=BATCH,
                 factor_args=FactorArguments(strategy="identity"),
-            )  # fmt: skip
+            )
             analyzer.compute_pairwise_scores(
-                "scores", "identity", rows, rows,
-                per_device_query_batch_size=len(rows), per_device_train_batch_size=BATCH,
+                "scores",
+                "identity",
+                rows,
+                rows,
+                per_device_query_batch_size=len(rows),
+                per_device_train_batch_size=BATCH,
                 score_args=ScoreArguments(
-                    query_gradient_low_rank=rank, damping_factor=0.0,
+                    query_gradient_low_rank=rank,
+                    damping_factor=0.0,
                     query_gradient_accumulation_steps=1,
                 ),
-            )  # fmt: skip
+            )
             gram = analyzer.load_pairwise_scores("scores")["all_modules"]
         weights = [m for m in model.modules() if isinstance(m, nn.Linear)]
         per_row = sum(rank * sum(m.weight.shape) if rank else m.weight.numel() for m in weights)
@@ -350,9 +367,11 @@ def bergson(projection: int, target: str = "per_module", tokens: bool = False) -
         used = [the_sequence(rows)] if tokens else rows
         with tempfile.TemporaryDirectory() as folder:
             config = IndexConfig(
-                run_path=f"{folder}/run", attribute_tokens=tokens, projection_dim=projection,
+                run_path=f"{folder}/run",
+                attribute_tokens=tokens,
+                projection_dim=projection,
                 projection_target=target,
-            )  # fmt: skip
+            )
             Path(config.partial_run_path).mkdir()
             data = Dataset.from_dict(
                 {
@@ -436,9 +455,13 @@ def tensor_sketch(size: int) -> Callable:
 
         kinds = (nn.Linear, nn.Embedding)
         estimator = ProjectedTracInSDI(
-            model=model, target_modules=[m for m in model.modules() if isinstance(m, kinds)],
-            projection_size=size, seed=0, loss_reduction="sum", expected_steps=1,
-        )  # fmt: skip
+            model=model,
+            target_modules=[m for m in model.modules() if isinstance(m, kinds)],
+            projection_size=size,
+            seed=0,
+            loss_reduction="sum",
+            expected_steps=1,
+        )
         found = estimator.featurize_loader(loader=batches(rows), loss_fn=loss_of_batch)
         estimator.close()
         return of_features(list(found.phi.values()), names_of(model, kinds))
@@ -471,9 +494,15 @@ def trak(size: int) -> Callable:
 
         with tempfile.TemporaryDirectory() as folder:
             traker = TRAKer(
-                model, LogProb(), len(rows), save_dir=folder, device="cpu", proj_dim=size,
-                use_half_precision=False, logging_level=40,
-            )  # fmt: skip
+                model,
+                LogProb(),
+                len(rows),
+                save_dir=folder,
+                device="cpu",
+                proj_dim=size,
+                use_half_precision=False,
+                logging_level=40,
+            )
             traker.load_checkpoint(model.state_dict(), model_id=0)
             # One batch: its projector is the cost, and is made again for every batch.
             for batch in batches(rows, len(rows)):

@@ -39,17 +39,30 @@ CASES = ("tokens", "sequences")
 POSITIONS = "bergson, its own per-token"  # a method for section (c) alone
 CANNOT = {
     "tokens": {
-        "kronfluence, dattri, LogIX, TRAK, opacus, bergson, TensorSketch from one forward pass":
-            "a gradient belongs to a row of the batch: loss tokens need replicas or prefixes",
+        "kronfluence, dattri, LogIX, TRAK, opacus, bergson, TensorSketch from one forward pass": (
+            "a gradient belongs to a row of the batch: loss tokens need replicas or prefixes"
+        ),
         "TensorSketch, norms": "opacus has no grad sampler for the RMSNorm of transformers",
         "TRAK, CudaProjector": "fast_jl needs a GPU",
     },
     "sequences": {
         "TRAK, CudaProjector": "fast_jl needs a GPU",
     },
-}  # fmt: skip
-PACKAGES = ("opacus", "torchjd", "dattri", "dattri-llm", "kronfluence", "bergson", "logix-ai",
-            "step-decomposed-influence", "traker", "torch", "transformers", "lddyn")  # fmt: skip
+}
+PACKAGES = (
+    "opacus",
+    "torchjd",
+    "dattri",
+    "dattri-llm",
+    "kronfluence",
+    "bergson",
+    "logix-ai",
+    "step-decomposed-influence",
+    "traker",
+    "torch",
+    "transformers",
+    "lddyn",
+)
 
 
 # --------------------------------------------------------------------------- the problem
@@ -62,11 +75,15 @@ def write_problem(folder: Path, sizes: dict) -> None:
     torch.manual_seed(0)
     hidden, length, count = sizes["hidden"], sizes["length"], sizes["count"]
     config = transformers.LlamaConfig(
-        vocab_size=sizes["vocabulary"], hidden_size=hidden, num_hidden_layers=sizes["layers"],
+        vocab_size=sizes["vocabulary"],
+        hidden_size=hidden,
+        num_hidden_layers=sizes["layers"],
         intermediate_size=-(-intermediate(hidden) // 64) * 64,
-        num_attention_heads=max(1, hidden // 64), max_position_embeddings=256,
-        pad_token_id=None, tie_word_embeddings=False,
-    )  # fmt: skip
+        num_attention_heads=max(1, hidden // 64),
+        max_position_embeddings=256,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
     draw = random.Random(1)
     ids = [[draw.randrange(sizes["vocabulary"]) for _ in range(length + 1)] for _ in range(count)]
@@ -159,10 +176,14 @@ def worker(name: str, case: str, folder: Path, repeats: int, out: str) -> None:
     assert answer is not None
     save_file({"gram": answer.gram.detach().float().contiguous()}, out + ".safetensors")
     figures = {
-        "seconds": min(seconds), "runs": len(seconds), "peak_bytes": resident("VmHWM") - before,
-        "stored_bytes": answer.stored, "covers": answer.covers,
-        "gemm_flops_per_second": max(rates), "versions": versions(),
-    }  # fmt: skip
+        "seconds": min(seconds),
+        "runs": len(seconds),
+        "peak_bytes": resident("VmHWM") - before,
+        "stored_bytes": answer.stored,
+        "covers": answer.covers,
+        "gemm_flops_per_second": max(rates),
+        "versions": versions(),
+    }
     Path(out).write_text(json.dumps(figures))
 
 
@@ -172,15 +193,35 @@ def measure(name: str, case: str, folder: Path, python: str, repeats: int, timeo
 
     with tempfile.TemporaryDirectory() as scratch:
         out = f"{scratch}/result.json"
-        command = [python, str(Path(__file__).resolve()), "--worker", name, "--case", case,
-                   "--folder", str(folder), "--repeats", str(repeats), "--out", out]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-                       "TQDM_DISABLE": "1"}  # fmt: skip
+        command = [
+            python,
+            str(Path(__file__).resolve()),
+            "--worker",
+            name,
+            "--case",
+            case,
+            "--folder",
+            str(folder),
+            "--repeats",
+            str(repeats),
+            "--out",
+            out,
+        ]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "TQDM_DISABLE": "1",
+        }
         try:  # in a folder of its own: some libraries write where they stand
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=timeout, env=environment,
+                command,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                env=environment,
                 cwd=scratch,
-            )  # fmt: skip
+            )
         except subprocess.TimeoutExpired:
             return {"error": f"no result within {timeout:.0f} s"}
         if done.returncode or not Path(out).exists():
@@ -288,10 +329,11 @@ def errors(gram: Tensor, truth: Truth, covers: list[str]) -> dict[str, float]:
     full, cover = truth.sum("grams"), truth.sum("grams", covers)
     rest = ~torch.eye(len(full), dtype=torch.bool)
     return {
-        "full": relative(gram, full), "cover": relative(gram, cover),
+        "full": relative(gram, full),
+        "cover": relative(gram, cover),
         "cover_scaled": relative(gram * (gram * cover).sum() / gram.norm() ** 2, cover),
         "cover_off_diagonal": relative(gram[rest], cover[rest]),
-    }  # fmt: skip
+    }
 
 
 def position_section(truth: Truth) -> dict:
@@ -306,18 +348,20 @@ def position_section(truth: Truth) -> dict:
         "gram_error_scaled": relative(positions * scale, tokens),
         "off_diagonal_correlation": float(torch.corrcoef(stacked)[0, 1]),
         "cosine_of_same_token": {
-            "least": float(cosines.min()), "median": float(cosines.median()),
+            "least": float(cosines.min()),
+            "median": float(cosines.median()),
             "largest": float(cosines.max()),
         },
         "squared_norm_over_tokens": float(positions.trace() / tokens.trace()),
-    }  # fmt: skip
+    }
 
 
 # --------------------------------------------------------------------------- all
 
 
-def run_all(folder: Path, pythons: dict[str, str], repeats: int, timeout: float,
-            methods: list[str]) -> dict:  # fmt: skip
+def run_all(
+    folder: Path, pythons: dict[str, str], repeats: int, timeout: float, methods: list[str]
+) -> dict:
     """Every method on both cases, and section (c)."""
     result: dict = {"cases": {}, "versions": {}}
     for case in CASES:
@@ -376,8 +420,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for key, value in SIZES.items():
         parser.add_argument(f"--{key}", type=int, default=value)
-    parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH",
-                        help="interpreter of an environment: peers, bergson or logix")  # fmt: skip
+    parser.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="interpreter of an environment: peers, bergson or logix",
+    )
     parser.add_argument("--model", default="", help="a trained model instead of a random one")
     parser.add_argument("--data", default="", help="its dialogues, JSONL with prompt and chosen")
     parser.add_argument("--methods", nargs="*", default=[], help="only these")
@@ -406,10 +455,12 @@ def main() -> None:
             write_problem(folder, sizes)
         model = load_model(folder)
         result = {
-            "sizes": sizes, "trained": bool(args.model),
-            "parameters": model.num_parameters(), "parameter_bytes": nbytes(model.parameters()),
+            "sizes": sizes,
+            "trained": bool(args.model),
+            "parameters": model.num_parameters(),
+            "parameter_bytes": nbytes(model.parameters()),
             **run_all(folder, pythons, args.repeats, args.timeout, args.methods),
-        }  # fmt: skip
+        }
     if args.out:
         from record import record
 

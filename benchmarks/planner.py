@@ -16,8 +16,8 @@ import torch
 from record import record
 
 import lddyn
-from lddyn.anatomy import Anatomy
-from lddyn.sketch import Layout
+from lddyn.engine.anatomy import Anatomy
+from lddyn.sketches.layout import Layout
 
 SEEDS = 3
 
@@ -56,11 +56,15 @@ def main() -> None:
                 candidate = next(c for c in way.candidates if c.method == "features")
                 assert candidate.layout is not None
                 row = {
-                    "sequences": count, "tokens": len(exact), "kind": kind, "rtol": rtol,
-                    "k": candidate.layout.sketch.k, "width": candidate.layout.width,
+                    "sequences": count,
+                    "tokens": len(exact),
+                    "kind": kind,
+                    "rtol": rtol,
+                    "k": candidate.layout.sketch.k,
+                    "width": candidate.layout.width,
                     "expected": candidate.error,
                     "measured": measured(anatomy, some, candidate.layout, exact),
-                }  # fmt: skip
+                }
                 found.append(row)
                 print(json.dumps(row), flush=True)
     record(args.out, "planner", found)

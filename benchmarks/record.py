@@ -25,16 +25,22 @@ def provenance() -> dict[str, Any]:
     import lddyn
 
     processor = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-         if line.startswith("model name")),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
         platform.processor(),
-    )  # fmt: skip
+    )
     commit = os.environ.get("LDDYN_COMMIT", "")  # for a copy without a repository
     if not commit and shutil.which("git"):
         commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
             cwd=Path(__file__).parent,  # wherever it was called from
-        ).stdout.strip()  # fmt: skip
+        ).stdout.strip()
     return {
         "processor": processor,
         "cores": os.cpu_count(),
@@ -65,12 +71,19 @@ def ops_section(run: dict[str, Any]) -> dict[str, Any]:
     for entry in run["benchmarks"]:
         info = entry["extra_info"]
         op = entry["name"].split("[")[0].removeprefix("bench_")
-        cases.append({
-            "op": op, "case": entry["group"].removeprefix(f"{op} "), "way": entry["params"]["way"],
-            "seconds": entry["stats"]["median"], "match": info["match"], "error": info["error"],
-            "bound": info["bound"], "device": info["device"],
-            "percent_of_ceiling": info[f"percent_of_{info['bound']}_ceiling"],
-        })  # fmt: skip
+        cases.append(
+            {
+                "op": op,
+                "case": entry["group"].removeprefix(f"{op} "),
+                "way": entry["params"]["way"],
+                "seconds": entry["stats"]["median"],
+                "match": info["match"],
+                "error": info["error"],
+                "bound": info["bound"],
+                "device": info["device"],
+                "percent_of_ceiling": info[f"percent_of_{info['bound']}_ceiling"],
+            }
+        )
     reference = {(c["op"], c["case"]): c["seconds"] for c in cases if c["way"] == "reference"}
     for case in cases:
         case["times_reference"] = case["seconds"] / reference[case["op"], case["case"]]

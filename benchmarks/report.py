@@ -74,11 +74,16 @@ def influence(section: dict) -> str:
             rows.append([name, "–", "–", "–", "–", row["error"].replace("|", "/")[:80]])
             continue
         covers = row.get("covers", "all")
-        rows.append([
-            name, duration(row["seconds"]), f"{row['times_lddyn']:.1f}×",
-            megabytes(row["peak_bytes"]), f"{row['memory_over_lddyn']:.1f}×",
-            f"{row['relative_difference']:.0e}" + ("" if covers == "all" else f" ({covers})"),
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                duration(row["seconds"]),
+                f"{row['times_lddyn']:.1f}×",
+                megabytes(row["peak_bytes"]),
+                f"{row['memory_over_lddyn']:.1f}×",
+                f"{row['relative_difference']:.0e}" + ("" if covers == "all" else f" ({covers})"),
+            ]
+        )
     best = result["methods"]["lddyn"]
     memory = (
         f" Its peak memory is **{result['over_least_bytes']:.2f}×** the "
@@ -118,12 +123,16 @@ def ops(section: dict) -> str:
         ways = {c["way"]: c for c in some if c["case"] == largest}
         others = [c for way, c in ways.items() if way not in backends]
         best = min(others, key=lambda c: c["seconds"], default=None)
-        rows.append([
-            f"`{op}`", about.replace("|", "/"), largest.replace("torch.", ""),
-            ways["reference"]["bound"],
-            *(closeness(ways.get(way)) for way in backends),
-            f"{best['way']}: {closeness(best)}" if best else "–",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"`{op}`",
+                about.replace("|", "/"),
+                largest.replace("torch.", ""),
+                ways["reference"]["bound"],
+                *(closeness(ways.get(way)) for way in backends),
+                f"{best['way']}: {closeness(best)}" if best else "–",
+            ]
+        )
     header = ["op", "what it does", "case", "bound", *backends, "best opponent"]
     return (
         "The slowest case of each op: median time, and the share of the ceiling (FLOP/s of a "
@@ -157,15 +166,28 @@ def peers(section: dict) -> str:
                 rows.append([name, *["–"] * 6, row["error"].replace("|", "/")[:80]])
                 continue
             e = row["errors"]
-            rows.append([
-                name, duration(row["seconds"]), f"{row.get('times_base', 0):.1f}×",
-                megabytes(row["peak_bytes"]), small_bytes(row["stored_bytes"] / sizes["count"]),
-                *(f"{e[k]:.2g}" if e[k] > 1e-4 else "exact" for k in ("full", "cover_scaled")),
-                row["covers"],
-            ])  # fmt: skip
+            rows.append(
+                [
+                    name,
+                    duration(row["seconds"]),
+                    f"{row.get('times_base', 0):.1f}×",
+                    megabytes(row["peak_bytes"]),
+                    small_bytes(row["stored_bytes"] / sizes["count"]),
+                    *(f"{e[k]:.2g}" if e[k] > 1e-4 else "exact" for k in ("full", "cover_scaled")),
+                    row["covers"],
+                ]
+            )
         base = "lddyn" if case == "tokens" else "torch"
-        header = ["method", "CPU time", f"/ {base}", "peak", "kept a row", "error",
-                  "of its share, rescaled", "parameters"]  # fmt: skip
+        header = [
+            "method",
+            "CPU time",
+            f"/ {base}",
+            "peak",
+            "kept a row",
+            "error",
+            "of its share, rescaled",
+            "parameters",
+        ]
         cannot = "; ".join(f"{k}: {v}" for k, v in content["cannot"].items())
         parts.append(f"**{titles[case]}**\n\n{table(header, rows)}\n\nNot here: {cannot}.")
     for letter, case in zip("ab", titles, strict=True):
@@ -223,11 +245,14 @@ def scaling(section: dict) -> str:
     rows = []
     for key, title in names.items():
         some = [p for p in points if p["varied"] == key and "seconds" in p]
-        rows.append([
-            title, " / ".join(f"{p['value']:,}" for p in some),
-            " / ".join(f"{p['seconds']:.2g}" for p in some) + " s",
-            " / ".join(f"{p['peak_bytes'] / 1e6:.0f}" for p in some) + " MB",
-        ])  # fmt: skip
+        rows.append(
+            [
+                title,
+                " / ".join(f"{p['value']:,}" for p in some),
+                " / ".join(f"{p['seconds']:.2g}" for p in some) + " s",
+                " / ".join(f"{p['peak_bytes'] / 1e6:.0f}" for p in some) + " MB",
+            ]
+        )
     text = table(["varied", "values", "time", "peak memory"], rows)
     return (
         "Base: d = 256, 4 layers, T = 128, M = L = 32, V = 8,192, one thread. Plot: "
@@ -246,13 +271,26 @@ def exactness(section: dict) -> str:
         def worst(key: str, some=some) -> str:
             return f"{max(p[key] for p in some):.1e}"
 
-        rows.append([
-            name, worst("influence"), worst("pushed"), worst("delta_log_probs"),
-            worst("bfloat16"), worst("bfloat16, plain torch"),
-            f"{100 * min(p['covered'] for p in some):.0f} %",
-        ])  # fmt: skip
-    header = ["architecture", "influence", "pushed Gram", "delta_log_probs", "bfloat16",
-              "bfloat16, plain torch", "ledger"]  # fmt: skip
+        rows.append(
+            [
+                name,
+                worst("influence"),
+                worst("pushed"),
+                worst("delta_log_probs"),
+                worst("bfloat16"),
+                worst("bfloat16, plain torch"),
+                f"{100 * min(p['covered'] for p in some):.0f} %",
+            ]
+        )
+    header = [
+        "architecture",
+        "influence",
+        "pushed Gram",
+        "delta_log_probs",
+        "bfloat16",
+        "bfloat16, plain torch",
+        "ledger",
+    ]
     return (
         "Largest error over tied and untied, lddyn's and eager attention, with and without LoRA, "
         "against an explicit Jacobian in true float64, normalised by ‖a_m‖‖b_l‖ "
@@ -282,10 +320,17 @@ def dialogue(section: dict) -> str:
     result = section["result"]
     step = next(s for s in result["steps"] if s["rule"] == "midpoint" and s["optimizer"] == "sgd")
     rows = [
-        [f"`{r['name']}`", str(r["tokens"]), f"{r['logp']:.2f}", f"{r['y+']:+.4f}",
-         f"{r['y-']:+.4f}", f"{r['predicted']:+.5f}", f"{r['measured']:+.5f}"]
+        [
+            f"`{r['name']}`",
+            str(r["tokens"]),
+            f"{r['logp']:.2f}",
+            f"{r['y+']:+.4f}",
+            f"{r['y-']:+.4f}",
+            f"{r['predicted']:+.5f}",
+            f"{r['measured']:+.5f}",
+        ]
         for r in step["responses"]
-    ]  # fmt: skip
+    ]
     checks = "; ".join(
         f"{s['optimizer']} by {s['rule']} at lr {s['lr']:g}: relative error "
         f"{s['relative_error']:.0e}, slope {s['slope']:.2f} (expected {s['expected']})"
@@ -306,17 +351,24 @@ def store(section: dict) -> str:
     killed, damaged, speed = result["killed"], result["damaged"], result["speed"]
     files = "bit-identical" if killed["bit_identical"] else "**different**"
     rows = [
-        [f"{killed['tokens']:,} tokens, writer killed {killed['kills']} times and resumed",
-         f"{killed['lost']} lost, {killed['duplicated']} duplicated; {killed['shards']} shards, "
-         f"journal and manifest {files} to those of an uninterrupted run"],
-        [f"{damaged['files']:,} stores damaged in {len(damaged['kinds'])} ways, opened and read",
-         f"{damaged['silently_wrong']} silently wrong, {damaged['crashes']} crashes; "
-         f"{damaged['refused']:,} refused, {damaged['right']:,} read in full all the same"],
+        [
+            f"{killed['tokens']:,} tokens, writer killed {killed['kills']} times and resumed",
+            f"{killed['lost']} lost, {killed['duplicated']} duplicated; {killed['shards']} shards, "
+            f"journal and manifest {files} to those of an uninterrupted run",
+        ],
+        [
+            f"{damaged['files']:,} stores damaged in {len(damaged['kinds'])} ways, opened and read",
+            f"{damaged['silently_wrong']} silently wrong, {damaged['crashes']} crashes; "
+            f"{damaged['refused']:,} refused, {damaged['right']:,} read in full all the same",
+        ],
         ["append, flush (synced to disk)", f"{speed['write_gib_per_second']:.2f} GiB/s"],
         ["verify every byte", f"{speed['verify_gib_per_second']:.1f} GiB/s"],
-        [f"{speed['queries']} tokens against {killed['tokens']:,} of width {result['width']}, "
-         f"top {speed['k']}", duration(speed["query_seconds"])],
-    ]  # fmt: skip
+        [
+            f"{speed['queries']} tokens against {killed['tokens']:,} of width {result['width']}, "
+            f"top {speed['k']}",
+            duration(speed["query_seconds"]),
+        ],
+    ]
     return table(["what", "measured"], rows) + f"\n\n<sub>{made_by(section)}</sub>"
 
 
@@ -337,16 +389,26 @@ def lowrank(section: dict) -> str:
         if len(row) == len(ranks)
     ]
     cover = [
-        [name, str(c["directions"]), str(c["probes"]), f"{100 * c['error']:.1f} %",
-         f"{100 * c['stated']:.1f} %", f"{100 * c['coverage']:.1f} %"]
+        [
+            name,
+            str(c["directions"]),
+            str(c["probes"]),
+            f"{100 * c['error']:.1f} %",
+            f"{100 * c['stated']:.1f} %",
+            f"{100 * c['coverage']:.1f} %",
+        ]
         for name, pair in pairs.items()
         for c in pair["coverage"]
-    ]  # fmt: skip
+    ]
     steps = [
-        [name, f"{p['step']['norm']:.2e} ± {p['step']['norm_stderr']:.0e}",
-         f"{p['step']['lower_bound']:.0f}", f"{p['step']['sign_delta']:+.4f}"]
+        [
+            name,
+            f"{p['step']['norm']:.2e} ± {p['step']['norm_stderr']:.0e}",
+            f"{p['step']['lower_bound']:.0f}",
+            f"{p['step']['sign_delta']:+.4f}",
+        ]
         for name, p in pairs.items()
-    ]  # fmt: skip
+    ]
     seeds = next(iter(pairs.values()))["coverage"][0]["seeds"]
     return (
         f"A trained Llama of {result['parameters'] / 1e6:.1f} M parameters (d = 192, V = 2,048), "
@@ -392,12 +454,26 @@ def sketches(section: dict) -> str:
                     cells.append(f"{100 * r['held']:.0f} %")
                 rows.append(cells)
         cut = [
-            [str(r["rank"]), f"{r['numbers']:,}",
-             *(f"{100 * r[g]:.2g} %" for g in ("other sequence", "itself"))]
+            [
+                str(r["rank"]),
+                f"{r['numbers']:,}",
+                *(f"{100 * r[g]:.2g} %" for g in ("other sequence", "itself")),
+            ]
             for r in found["truncated"]
-        ]  # fmt: skip
-        header = ["kind", "k", "numbers a token", "error", "stated", "theory", "held", "itself",
-                  "stated", "theory", "held"]  # fmt: skip
+        ]
+        header = [
+            "kind",
+            "k",
+            "numbers a token",
+            "error",
+            "stated",
+            "theory",
+            "held",
+            "itself",
+            "stated",
+            "theory",
+            "held",
+        ]
         text.append(
             f"**{MODELS[name]}**, {found['parameters']:,} parameters, {found['tokens']} tokens. "
             f"Two tokens of different sequences: rms cosine {found['rms_cosine']:.3f}. One token's "
@@ -431,11 +507,18 @@ def sketches(section: dict) -> str:
 def planner(section: dict) -> str:
     """Errors that the planner expects of the sketches it proposes, and the measured ones."""
     rows = [
-        [str(r["sequences"]), f"{r['tokens']:,}", r["kind"], f"{100 * r['rtol']:.0f} %",
-         f"{r['k']:,}", f"{100 * r['expected']:.1f} %", f"{100 * r['measured']:.1f} %",
-         f"{r['measured'] / r['expected']:.2f}"]
+        [
+            str(r["sequences"]),
+            f"{r['tokens']:,}",
+            r["kind"],
+            f"{100 * r['rtol']:.0f} %",
+            f"{r['k']:,}",
+            f"{100 * r['expected']:.1f} %",
+            f"{100 * r['measured']:.1f} %",
+            f"{r['measured'] / r['expected']:.2f}",
+        ]
         for r in section["result"]
-    ]  # fmt: skip
+    ]
     header = ["sequences", "tokens", "kind", "wanted", "k", "expected", "measured", "ratio"]
     return table(header, rows) + f"\n\n<sub>{made_by(section)}</sub>"
 
@@ -444,8 +527,9 @@ def correlations(result: dict) -> str:
     """Scores that vary, with their rank correlations."""
     rows = [
         [f"`{c['score']}`", f"{c['rho']:+.2f}", f"{c['low']:+.2f} to {c['high']:+.2f}"]
-        for c in result["correlations"] if not math.isnan(c["rho"]) and c["low"] < c["high"]
-    ]  # fmt: skip
+        for c in result["correlations"]
+        if not math.isnan(c["rho"]) and c["low"] < c["high"]
+    ]
     return table(["score", "ρ", "95 %"], rows)
 
 
@@ -473,25 +557,38 @@ LEFT_OUT = {
 def dropped_pairs(section: dict) -> str:
     """What DPO did to the chosen responses, with and without the pairs a diagnosis names."""
     r = section["result"]
-    header = ["trained on", "mean Δ log π(y+), nats", "lowest", "highest", "foretold",
-              "y+ that fall", "mean Δ log π(y−)", "margins that grow"]  # fmt: skip
+    header = [
+        "trained on",
+        "mean Δ log π(y+), nats",
+        "lowest",
+        "highest",
+        "foretold",
+        "y+ that fall",
+        "mean Δ log π(y−)",
+        "margins that grow",
+    ]
     rows = []
     for name, label in LEFT_OUT.items():
         runs = [run[name] for run in r["runs"]]
         values = [run["chosen"] for run in runs]
         mean = {key: sum(run[key] for run in runs) / len(runs) for key in runs[0]}
         shown = (mean["chosen"], min(values), max(values))
-        rows.append([
-            label.format(r["dropped"]), *(f"{x:+.2f}" for x in shown),
-            f"{mean['foretold']:+.2f}",
-            f"{mean['fall'] / r['pairs']:.0%}", f"{mean['rejected']:+.1f}",
-            f"{mean['preferred']:.0%}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                label.format(r["dropped"]),
+                *(f"{x:+.2f}" for x in shown),
+                f"{mean['foretold']:+.2f}",
+                f"{mean['fall'] / r['pairs']:.0%}",
+                f"{mean['rejected']:+.1f}",
+                f"{mean['preferred']:.0%}",
+            ]
+        )
     count, before = len(r["runs"]), r["log_prob_before"]
     controls = {
-        "worst by a step": "random", "worst by the run": "random",
+        "worst by a step": "random",
+        "worst by the run": "random",
         "reweighted": "reweighted at random",
-    }  # fmt: skip
+    }
     wins = [
         f"{LEFT_OUT[name].format(r['dropped'])}: "
         f"{sum(run[name]['chosen'] > run[control]['chosen'] for run in r['runs'])}"
@@ -523,12 +620,14 @@ def dropped_trl(section: dict) -> str:
     for name, label in labels.items():
         runs = [run[name] for run in r["runs"]]
         chosen = [run["chosen"] for run in runs]
-        rows.append([
-            label.format(r["dropped"]),
-            f"{sum(chosen) / len(runs):+.2f} ({min(chosen):+.2f} to {max(chosen):+.2f})",
-            f"{sum(run['fall'] for run in runs) / len(runs) / r['pairs']:.0%}",
-            f"{sum(run['rejected'] for run in runs) / len(runs):+.1f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                label.format(r["dropped"]),
+                f"{sum(chosen) / len(runs):+.2f} ({min(chosen):+.2f} to {max(chosen):+.2f})",
+                f"{sum(run['fall'] for run in runs) / len(runs) / r['pairs']:.0%}",
+                f"{sum(run['rejected'] for run in runs) / len(runs):+.1f}",
+            ]
+        )
     wins = sum(run["named"]["chosen"] > run["random"]["chosen"] for run in r["runs"])
     header = ["DPOTrainer on", "mean Δ log π(y+), nats", "y+ that fall", "mean Δ log π(y−)"]
     return (
@@ -547,9 +646,9 @@ def dropped_pairs_in_short(section: dict) -> str:
     for name, label in LEFT_OUT.items():
         values = [run[name]["chosen"] for run in r["runs"]]
         mean = sum(values) / len(values)
-        rows.append([
-            label.format(r["dropped"]), f"{mean:+.2f} ({min(values):+.2f} to {max(values):+.2f})"
-        ])  # fmt: skip
+        rows.append(
+            [label.format(r["dropped"]), f"{mean:+.2f} ({min(values):+.2f} to {max(values):+.2f})"]
+        )
     found = {row["score"]: row for row in r["correlations"]}
     first, ches = found["run_chosen"], found["ches"]
     header = ["DPO on", f"mean Δ log π(y+), nats ({len(r['runs'])} orders of the data)"]
@@ -627,14 +726,22 @@ def objectives(section: dict) -> str:
     r = section["result"]
     rows = [
         [
-            f"`{x['objective']}`", *(f"{v:+.1f}" for pair in zip(x["foretold"], x["measured"],
-            strict=True) for v in pair), f"{x['fall']:.0%}",
+            f"`{x['objective']}`",
+            *(f"{v:+.1f}" for pair in zip(x["foretold"], x["measured"], strict=True) for v in pair),
+            f"{x['fall']:.0%}",
             f"{x['rho']:+.2f} ({x['low']:+.2f} to {x['high']:+.2f})" if "rho" in x else "–",
         ]
         for x in r["rows"]
-    ]  # fmt: skip
-    header = ["loss", "y+ foretold", "y+ measured", "y− foretold", "y− measured", "y+ that fall",
-              "ρ over pairs, y+"]  # fmt: skip
+    ]
+    header = [
+        "loss",
+        "y+ foretold",
+        "y+ measured",
+        "y− foretold",
+        "y− measured",
+        "y+ that fall",
+        "ρ over pairs, y+",
+    ]
     orders = "" if r["seeds"] == 1 else f" and {r['seeds']} orders of the data"
     return (
         f"{r['pairs']} pairs as above, {r['epochs']} epochs, lr {r['lr']:g}, default parameters, "
@@ -649,17 +756,33 @@ def streaming(section: dict) -> str:
     sizes = r["sizes"]
     rows = []
     for name, row in r["ways"].items():
-        rows.append([
-            name, duration(row["seconds"]), f"{row['seconds_over_in_memory']:.2f}×",
-            f"{row['processor_seconds_over_in_memory']:.2f}×",
-            megabytes(row["weights_resident_bytes"]), megabytes(row["peak_bytes"]),
-            f"{row['bytes_read'] / 1e9:.1f} GB" if "bytes_read" in row else "–",
-            "–" if name == "in memory" else "to the bit" if row["equal"]
-            else f"{row['largest_difference']:.0e}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                duration(row["seconds"]),
+                f"{row['seconds_over_in_memory']:.2f}×",
+                f"{row['processor_seconds_over_in_memory']:.2f}×",
+                megabytes(row["weights_resident_bytes"]),
+                megabytes(row["peak_bytes"]),
+                f"{row['bytes_read'] / 1e9:.1f} GB" if "bytes_read" in row else "–",
+                "–"
+                if name == "in memory"
+                else "to the bit"
+                if row["equal"]
+                else f"{row['largest_difference']:.0e}",
+            ]
+        )
     some = r["ways"]["streamed"]
-    header = ["way", "time", "/ in memory", "processor time", "weights held", "peak", "read",
-              "table equal"]  # fmt: skip
+    header = [
+        "way",
+        "time",
+        "/ in memory",
+        "processor time",
+        "weights held",
+        "peak",
+        "read",
+        "table equal",
+    ]
     threads = "one thread" if r["threads"] == 1 else f"{r['threads']} threads"
     return (
         f"Random Llama, d = {sizes['hidden']}, {sizes['layers']} layers, V = "
@@ -681,13 +804,19 @@ def versions(section: dict) -> str:
     lines, wrong = [], []
     for name, row in section["rows"].items():
         packages = [row["packages"][p].replace("not installed", "–") for p in shown]
-        lines.append([
-            name, row["python"], *packages,
-            f"{row['passed']:,}" + ("" if row["whole"] else ", then stopped"),
-            str(len(row["failed"])),
-            f"{row['skipped']:,}", "passed" if row["selftest"] else "FAILED", row["commit"],
-            row["date"],
-        ])  # fmt: skip
+        lines.append(
+            [
+                name,
+                row["python"],
+                *packages,
+                f"{row['passed']:,}" + ("" if row["whole"] else ", then stopped"),
+                str(len(row["failed"])),
+                f"{row['skipped']:,}",
+                "passed" if row["selftest"] else "FAILED",
+                row["commit"],
+                row["date"],
+            ]
+        )
         wrong += [f"- {name}: `{test}`" for test in row["failed"]]
     header = ["row", "Python", *shown, "passed", "failed", "skipped", "self-test", "commit", "date"]
     files = ", ".join(section["tests"])
@@ -738,16 +867,22 @@ def plot_scaling(section: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    titles = {"response": "response tokens M = L", "length": "sequence length T",
-              "vocabulary": "vocabulary V", "layers": "layers"}  # fmt: skip
+    titles = {
+        "response": "response tokens M = L",
+        "length": "sequence length T",
+        "vocabulary": "vocabulary V",
+        "layers": "layers",
+    }
     figure, axes = plt.subplots(2, 4, figsize=(13, 5.6), layout="constrained", sharey="row")
     for column, (key, title) in enumerate(titles.items()):
         some = [p for p in section["result"] if p["varied"] == key and "seconds" in p]
         x = [p["value"] for p in some]
         for row, (label, values) in enumerate(
-            (("seconds", [p["seconds"] for p in some]),
-             ("peak memory, MB", [p["peak_bytes"] / 1e6 for p in some]))
-        ):  # fmt: skip
+            (
+                ("seconds", [p["seconds"] for p in some]),
+                ("peak memory, MB", [p["peak_bytes"] / 1e6 for p in some]),
+            )
+        ):
             axis = axes[row, column]
             axis.loglog(x, values, "o-", color="#0b6e99", lw=2)
             guide = [values[0] * v / x[0] for v in x]
@@ -794,8 +929,13 @@ def plot_sketches(section: dict, path: Path) -> None:
             axis.loglog(guide, [n**-0.5 for n in guide], ":", color="0.7", label="1/√numbers")
             if group == "other sequence":
                 axis.axhline(found["rms_cosine"], color="0.2", lw=0.8, ls="--")
-                axis.annotate("rms of the truth", (guide[1], found["rms_cosine"]), fontsize=8,
-                              ha="right", va="bottom")  # fmt: skip
+                axis.annotate(
+                    "rms of the truth",
+                    (guide[1], found["rms_cosine"]),
+                    fontsize=8,
+                    ha="right",
+                    va="bottom",
+                )
             axis.set_title(f"{MODELS[model]}: {title}", fontsize=10)
             axis.set_xlabel("numbers a token")
             axis.grid(alpha=0.25)
@@ -866,8 +1006,10 @@ def main() -> int:
     stale = [page for page in PAGES if pages[page] != original[page]]
     for page in stale:
         if args.check:
-            print(f"{page.relative_to(ROOT)} is not what benchmarks/results says: "
-                  "run benchmarks/report.py")  # fmt: skip
+            print(
+                f"{page.relative_to(ROOT)} is not what benchmarks/results says: "
+                "run benchmarks/report.py"
+            )
         else:
             page.write_text(pages[page], encoding="utf-8")
     return int(args.check and bool(stale))

@@ -27,10 +27,10 @@ from record import record
 
 import lddyn
 from lddyn import report
-from lddyn.diagnosis import Diagnosis, assemble
-from lddyn.examples import rows
+from lddyn.data.read import rows
 from lddyn.integrations.trl import watch
-from lddyn.probes import measure
+from lddyn.probes.measure import measure
+from lddyn.sets.diagnosis import Diagnosis, assemble
 
 
 def train(start: Path, folder: Path, data: list[dict[str, str]], steps: int, each: int) -> None:
@@ -38,16 +38,25 @@ def train(start: Path, folder: Path, data: list[dict[str, str]], steps: int, eac
     transformers.set_seed(0)
     model, reference = (transformers.AutoModelForCausalLM.from_pretrained(start) for _ in range(2))
     trainer = trl.DPOTrainer(
-        model, reference,
+        model,
+        reference,
         trl.DPOConfig(
-            str(folder), max_steps=steps, per_device_train_batch_size=8, learning_rate=1e-4,
-            lr_scheduler_type="constant", bf16=False, gradient_checkpointing=False,
-            report_to="none", save_steps=each, save_only_model=True, disable_tqdm=True,
+            str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=8,
+            learning_rate=1e-4,
+            lr_scheduler_type="constant",
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_steps=each,
+            save_only_model=True,
+            disable_tqdm=True,
             use_cpu=True,
         ),
         train_dataset=Dataset.from_list(data),
         processing_class=transformers.AutoTokenizer.from_pretrained(start),
-    )  # fmt: skip
+    )
     watch(trainer, every=2, budget="300%", predict=4)  # a run of a minute has no time to spare
     trainer.train()
 
@@ -57,11 +66,16 @@ def many(found: Diagnosis, count: int) -> Diagnosis:
     at = torch.arange(count) % len(found)
     both = torch.cat([at, len(found) + at])
     return assemble(
-        found.objective, found.parameters, [found.pairs[i] for i in at.tolist()],
-        found.gram[both][:, both], None, found.log_probs[:, at], found.reference[:, at],
+        found.objective,
+        found.parameters,
+        [found.pairs[i] for i in at.tolist()],
+        found.gram[both][:, both],
+        None,
+        found.log_probs[:, at],
+        found.reference[:, at],
         {name: x[at] for name, x in found.scores.items()},
         {name: [x[i] for i in at.tolist()] for name, x in found.marks.items()},
-    )  # fmt: skip
+    )
 
 
 # The first pair opened, eight in the table, and the map of effects.
@@ -75,7 +89,7 @@ map.value = 1; map.dispatchEvent(new Event('change')); document.activeElement.bl
 
 def pictures(page: Path, folder: Path) -> None:
     """The pictures of docs/report.md and the README, by the browser that the tests use."""
-    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "report"))
     from browser import Browser
     from PIL import Image
 
@@ -146,24 +160,35 @@ def main() -> None:
     end = load(run / f"checkpoint-{args.steps}")
     moved = [measure(end, x).log_prob - found.log_probs[k] for k, x in enumerate(sides)]
     page = found.report(
-        args.folder / "report" / "index.html", model, tokenizer, watched=run, measured=moved[0],
+        args.folder / "report" / "index.html",
+        model,
+        tokenizer,
+        watched=run,
+        measured=moved[0],
         extra={"model": f"{Path(args.model).name} after SFT and {args.checkpoint} steps of DPO"},
-    )  # fmt: skip
+    )
     if args.pictures:
         pictures(page, args.pictures)
     large = report.write_diagnosis(
         many(replace(found, touched={}), 500), args.folder / "large" / "index.html"
     )
-    record(args.out, "reported", {
-        "pairs": len(pairs), "beta": args.beta, "steps": args.steps,
-        "checkpoint": args.checkpoint, "told": report.tell_diagnosis(found, measured=moved[0]),
-        "run": report.tell_dynamics(report.read_dynamics(run)),
-        "chosen_falls": float((found.scores["set_chosen"] < 0).double().mean()),
-        "measured_falls": float((moved[0] < 0).double().mean()),
-        "measured": [float(x.mean()) for x in moved],
-        "correlations": found.correlations(moved[0]),
-        "bytes": {str(len(found)): page.stat().st_size, "500": large.stat().st_size},
-    })  # fmt: skip
+    record(
+        args.out,
+        "reported",
+        {
+            "pairs": len(pairs),
+            "beta": args.beta,
+            "steps": args.steps,
+            "checkpoint": args.checkpoint,
+            "told": report.tell_diagnosis(found, measured=moved[0]),
+            "run": report.tell_dynamics(report.read_dynamics(run)),
+            "chosen_falls": float((found.scores["set_chosen"] < 0).double().mean()),
+            "measured_falls": float((moved[0] < 0).double().mean()),
+            "measured": [float(x.mean()) for x in moved],
+            "correlations": found.correlations(moved[0]),
+            "bytes": {str(len(found)): page.stat().st_size, "500": large.stat().st_size},
+        },
+    )
 
 
 if __name__ == "__main__":

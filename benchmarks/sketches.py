@@ -19,11 +19,11 @@ import torch
 from record import record
 
 import lddyn
-from lddyn.anatomy import Anatomy
-from lddyn.features import plan_layout
-from lddyn.projections import Stream, Term, contractions, low_rank
-from lddyn.pullback import Pullback, segments_down
-from lddyn.sketch import Layout
+from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.pullback import Pullback, segments_down
+from lddyn.sketches.divide import plan_layout
+from lddyn.sketches.layout import Layout
+from lddyn.sketches.projections import Stream, Term, contractions, low_rank
 
 REPEATS, SEEDS = 8, 12
 SIZES = {
@@ -50,10 +50,12 @@ def token_gradients(model, examples) -> list[dict[str, torch.Tensor]]:
         values = logits[list(example.positions), list(example.targets)]
         for value in values:
             gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
-            found.append({
-                n: g if g.dim() == 2 else g[:, None]
-                for n, g in zip(names, gradients, strict=True)
-            })  # fmt: skip
+            found.append(
+                {
+                    n: g if g.dim() == 2 else g[:, None]
+                    for n, g in zip(names, gradients, strict=True)
+                }
+            )
     return found
 
 
@@ -78,8 +80,10 @@ class Theory:
             whole = self.gradients[token][name]
             u, v = low_rank(
                 Stream(sketch.seed, name, sketch.repeats),
-                [Term(torch.eye(len(whole)), whole[None])], tuple(whole.shape), sketch.rank,
-            )  # fmt: skip
+                [Term(torch.eye(len(whole)), whole[None])],
+                tuple(whole.shape),
+                sketch.rank,
+            )
             self.kept[key] = (sketch.rank, token, u[0].T @ v[0])
         return self.kept[key]
 
@@ -126,8 +130,11 @@ def truncated(gradients, gram, norms, groups) -> list[dict]:
     Embedding and head are exact here; their numbers (a row of the embedding, h and v) are not
     counted.
     """
-    names = [n for n, m in gradients[0].items() if m.shape[1] > 1 and "embed" not in n
-             and "lm_head" not in n]  # fmt: skip
+    names = [
+        n
+        for n, m in gradients[0].items()
+        if m.shape[1] > 1 and "embed" not in n and "lm_head" not in n
+    ]
     forms = {}
     for name in names:
         u, s, v = torch.linalg.svd(torch.stack([g[name] for g in gradients]), full_matrices=False)
@@ -197,19 +204,22 @@ def measure(model, examples) -> dict:
     }
     cosine = gram / norms[:, None] / norms[None]
     ranks = [
-        (m.square().sum() ** 2 / (m.T @ m).square().sum(), (torch.linalg.svdvals(m)[0] ** 2)
-         / m.square().sum())
+        (
+            m.square().sum() ** 2 / (m.T @ m).square().sum(),
+            (torch.linalg.svdvals(m)[0] ** 2) / m.square().sum(),
+        )
         for g in gradients[:: len(gradients) // 8]
-        for n, m in g.items() if m.shape[1] > 1 and "embed" not in n and "lm_head" not in n
-        and bool(m.any())
-    ]  # fmt: skip
+        for n, m in g.items()
+        if m.shape[1] > 1 and "embed" not in n and "lm_head" not in n and bool(m.any())
+    ]
     result: dict = {
-        "parameters": model.num_parameters(), "tokens": len(flat),
+        "parameters": model.num_parameters(),
+        "tokens": len(flat),
         "rms_cosine": float(cosine[tuple(zip(*every, strict=True))].square().mean().sqrt()),
         "effective_rank": float(torch.stack([r for r, _ in ranks]).median()),
         "share_of_rank_one": float(torch.stack([s for _, s in ranks]).median()),
         "kinds": {},
-    }  # fmt: skip
+    }
     result["truncated"] = truncated(gradients, gram, norms, groups)
     print(json.dumps(result), flush=True)
     theory = Theory(gradients)
@@ -239,7 +249,7 @@ def measure(model, examples) -> dict:
                     "stated": float(said.square().mean().sqrt()),
                     "theory": float((predicted / scale.square()).mean().sqrt()),
                     "held": float(held[:, i, j].double().mean()),
-                }  # fmt: skip
+                }
             row["seconds"] = time.perf_counter() - start
             rows.append(row)
             print(label, json.dumps(row), flush=True)
@@ -269,7 +279,7 @@ def main() -> None:
         result["models"]["dialogue"] = measure(model, short[:SEQUENCES])
     else:
         print("SKIPPED: the trained model or its data is not here; give --model and --data")
-    from lddyn.demo import build_world
+    from lddyn.demo.world import build_world
 
     world = build_world(progress=False)
     pairs = world.preference_pairs[: 2 * SEQUENCES : 2]

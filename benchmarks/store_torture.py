@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 import lddyn
-from lddyn.store import Store, StoreError
+from lddyn.errors import StoreError
+from lddyn.store.store import Store
 
 IDENTITY = {"model": "torture", "seed": 0}
 
@@ -135,11 +136,28 @@ def mutate(
 ) -> tuple[str, Any]:
     """A kind of damage and the files after it (None: deleted)."""
     shards = [n for n in files if n.startswith("shard")]
-    kind = rng.choice([
-        "bit", "bit", "byte", "truncate", "insert", "zero", "delete", "empty", "append",
-        "swap shards", "foreign", "header", "cut line", "swap lines", "repeat line", "drop line",
-        "split", "rename",
-    ])  # fmt: skip
+    kind = rng.choice(
+        [
+            "bit",
+            "bit",
+            "byte",
+            "truncate",
+            "insert",
+            "zero",
+            "delete",
+            "empty",
+            "append",
+            "swap shards",
+            "foreign",
+            "header",
+            "cut line",
+            "swap lines",
+            "repeat line",
+            "drop line",
+            "split",
+            "rename",
+        ]
+    )
     name = rng.choice(["manifest.json", "journal.jsonl", rng.choice(shards)])
     data = bytearray(files[name])
     at = rng.randrange(len(data))

@@ -39,7 +39,7 @@ def make(folder: str, sizes: dict, shard: str) -> dict:
 
 def empty_page_cache() -> None:
     """From now on, what is read comes from the disk."""
-    from lddyn.stream import Piece
+    from lddyn.engine.stream.pieces import Piece
 
     fill = Piece.fill
 
@@ -86,15 +86,17 @@ def worker(way: str, folder: str, sizes: dict, memory: str, threads: int) -> dic
     start, used = time.perf_counter(), time.process_time()
     table = lddyn.ntk(model, *examples).gram()
     figures |= {
-        "seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - used,
+        "seconds": time.perf_counter() - start,
+        "processor_seconds": time.process_time() - used,
         "peak_bytes": resident("VmHWM") - base,
-    }  # fmt: skip
+    }
     if weights:
         figures |= {
-            "slots": weights.slots, "slot_bytes": weights.slot_bytes,
+            "slots": weights.slots,
+            "slot_bytes": weights.slot_bytes,
             "outside_blocks_bytes": weights.resident_bytes,
             "bytes_read": (weights.reads - before) * weights.slot_bytes,
-        }  # fmt: skip
+        }
     save_file({"table": table.contiguous()}, f"{folder}/{way}.table")
     return figures
 
@@ -123,13 +125,20 @@ def main() -> None:
 
     from safetensors.torch import load_file
 
-    from lddyn.pullback import parse_memory
+    from lddyn.memory import parse_memory
 
     with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
 
         def run(what: str) -> dict:
-            command = [sys.executable, __file__, "--worker", what, *sys.argv[1:], "--folder",
-                       folder]  # fmt: skip
+            command = [
+                sys.executable,
+                __file__,
+                "--worker",
+                what,
+                *sys.argv[1:],
+                "--folder",
+                folder,
+            ]
             environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
             if done.returncode:
@@ -156,9 +165,14 @@ def main() -> None:
         figures["equal"] = torch.equal(tables[way], own)
     budget = parse_memory(args.memory)
     result = {
-        "sizes": sizes, "threads": args.threads, "rounds": args.rounds, "budget_bytes": budget,
-        "weights_over_budget": made["weight_bytes"] / budget, **made, "ways": ways,
-    }  # fmt: skip
+        "sizes": sizes,
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "budget_bytes": budget,
+        "weights_over_budget": made["weight_bytes"] / budget,
+        **made,
+        "ways": ways,
+    }
     if args.out:
         from record import record
 

@@ -16,7 +16,7 @@ from record import record
 from torch import Tensor
 
 import lddyn
-from lddyn.ntk import Side, factored_gram, token_gram
+from lddyn.engine.gram import Side, factored_gram, token_gram
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import zoo
@@ -53,8 +53,10 @@ def errors(model, attention: str) -> dict[str, float]:
     def worst(table: Tensor) -> float:
         return float(((table.double() - exact) / norms).abs().max())
 
-    found = {"paired": worst(token_gram([one], [other])),
-             "pushed": worst(factored_gram([one], [other]))}  # fmt: skip
+    found = {
+        "paired": worst(token_gram([one], [other])),
+        "pushed": worst(factored_gram([one], [other])),
+    }
     dec = lddyn.decompose(model, observed, lddyn.SFT(updated), lr=1.0, attention=attention)
     found["influence"] = worst(dec[0].influence)
     step = {n: g for n, g in zip(names(model), split(model, rows[1].sum(0)), strict=True)}
@@ -121,8 +123,13 @@ def exactness() -> list[dict]:
                 for lora in (False, True):
                     model = zoo.build(name, tie_word_embeddings=tied).eval()
                     model = add_lora(model) if lora else model
-                    row = {"model": name, "tied": tied, "attention": attention, "lora": lora,
-                           **errors(model, attention)}  # fmt: skip
+                    row = {
+                        "model": name,
+                        "tied": tied,
+                        "attention": attention,
+                        "lora": lora,
+                        **errors(model, attention),
+                    }
                     low = zoo.build(name, tie_word_embeddings=tied).eval()
                     low = (add_lora(low) if lora else low).to(torch.bfloat16)
                     row["bfloat16"] = errors(low, attention)["influence"]
@@ -152,14 +159,19 @@ def orders() -> list[dict]:
             model = zoo.build("llama").double()
             optimizer = kind(model.parameters(), lr=1e-5, **options)
 
-            def decompose(rate: float, rule: str, model=model, optimizer=optimizer, clip=clip,
-                          update=update):  # fmt: skip
+            def decompose(
+                rate: float, rule: str, model=model, optimizer=optimizer, clip=clip, update=update
+            ):
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 return lddyn.decompose(
-                    model, [observed, updated], update, optimizer=optimizer,
-                    max_grad_norm=clip, rule=rule,
-                )  # fmt: skip
+                    model,
+                    [observed, updated],
+                    update,
+                    optimizer=optimizer,
+                    max_grad_norm=clip,
+                    rule=rule,
+                )
 
             with lddyn.true_float64():
                 for _ in range(2):  # a state with a history
@@ -174,11 +186,22 @@ def orders() -> list[dict]:
                 rate = 1e-5 * shares[rule] / relative
                 with lddyn.true_float64():
                     check = decompose(rate, rule).verify([rate * 0.6**k for k in range(6)])
-                rows.append({"optimizer": title, "objective": update.title, "rule": rule,
-                             "expected": expected, "slope": check.slope, "lrs": check.lrs,
-                             "errors": check.errors})  # fmt: skip
-                print({k: rows[-1][k] for k in ("optimizer", "objective", "rule", "slope")},
-                      [f"{e:.1e}" for e in check.errors], flush=True)  # fmt: skip
+                rows.append(
+                    {
+                        "optimizer": title,
+                        "objective": update.title,
+                        "rule": rule,
+                        "expected": expected,
+                        "slope": check.slope,
+                        "lrs": check.lrs,
+                        "errors": check.errors,
+                    }
+                )
+                print(
+                    {k: rows[-1][k] for k in ("optimizer", "objective", "rule", "slope")},
+                    [f"{e:.1e}" for e in check.errors],
+                    flush=True,
+                )
     return rows
 
 

@@ -16,7 +16,8 @@ import trl
 from datasets import Dataset
 from record import record
 
-from lddyn.examples import encode_row, rows
+from lddyn.data.read import rows
+from lddyn.data.rows import encode_row
 from lddyn.integrations.trl import watch
 
 
@@ -26,14 +27,23 @@ def train(name: str, data: list[dict[str, str]], tokenizer: Any, steps: int, wat
     model, reference = (transformers.AutoModelForCausalLM.from_pretrained(name) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl.DPOTrainer(
-            model, reference,
+            model,
+            reference,
             trl.DPOConfig(
-                folder, max_steps=steps, per_device_train_batch_size=8, learning_rate=1e-4,
-                bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
-                disable_tqdm=True, use_cpu=True,
+                folder,
+                max_steps=steps,
+                per_device_train_batch_size=8,
+                learning_rate=1e-4,
+                bf16=False,
+                gradient_checkpointing=False,
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+                use_cpu=True,
             ),
-            train_dataset=Dataset.from_list(data), processing_class=tokenizer,
-        )  # fmt: skip
+            train_dataset=Dataset.from_list(data),
+            processing_class=tokenizer,
+        )
         callback = watch(trainer) if watched else None
         start = time.perf_counter()
         trainer.train()
@@ -72,12 +82,21 @@ def main() -> None:
     equal = all(
         torch.equal(a, b) for other in kept[1:] for a, b in zip(kept[0], other, strict=True)
     )
-    record(args.out, "watched", {
-        "steps": args.steps, "pairs": len(data), "alone_seconds": runs[False],
-        "watched_seconds": runs[True], "ratio": min(runs[True]) / min(runs[False]),
-        "passes": len(callback.rows), "budget": callback.budget, "reported": callback.overhead,
-        "weights_equal_to_the_bit": equal,
-    })  # fmt: skip
+    record(
+        args.out,
+        "watched",
+        {
+            "steps": args.steps,
+            "pairs": len(data),
+            "alone_seconds": runs[False],
+            "watched_seconds": runs[True],
+            "ratio": min(runs[True]) / min(runs[False]),
+            "passes": len(callback.rows),
+            "budget": callback.budget,
+            "reported": callback.overhead,
+            "weights_equal_to_the_bit": equal,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lddyn
-from lddyn.demo import build_world
+from lddyn.demo.world import build_world
 
 
 def loss(log_probs: list[Tensor], floor: float) -> Tensor:

@@ -4,7 +4,7 @@ python examples/decompose_step.py
 """
 
 import lddyn
-from lddyn.demo import build_world, falling_pair
+from lddyn.demo.world import build_world, falling_pair
 
 world = build_world()  # trains a small Llama the first time, half a minute; then from the cache
 row = world.preference_pairs[falling_pair(world, candidates=16)]

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import lddyn
-from lddyn.demo import build_world
+from lddyn.demo.world import build_world
 
 world = build_world()
 folder = Path(tempfile.mkdtemp())

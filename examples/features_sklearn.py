@@ -11,7 +11,7 @@ from sklearn.cluster import SpectralClustering
 from sklearn.metrics import adjusted_rand_score
 
 import lddyn
-from lddyn.demo import build_world
+from lddyn.demo.world import build_world
 
 world = build_world()
 rows = world.preference_pairs[:64]

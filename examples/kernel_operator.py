@@ -6,7 +6,7 @@ python examples/kernel_operator.py
 import torch
 
 import lddyn
-from lddyn.demo import build_world
+from lddyn.demo.world import build_world
 
 world = build_world()
 row = world.preference_pairs[0]

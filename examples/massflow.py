@@ -4,7 +4,7 @@ python examples/massflow.py
 """
 
 import lddyn
-from lddyn.demo import build_world, falling_pair
+from lddyn.demo.world import build_world, falling_pair
 
 world = build_world()
 row = world.preference_pairs[falling_pair(world, candidates=16)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from lddyn.demo import build_world
+from lddyn.demo.world import build_world
 from lddyn.integrations.trl import watch
 
 world = build_world()
@@ -19,13 +19,23 @@ folder = tempfile.mkdtemp()
 start = str(Path(folder) / "start")  # TRL reads the reference model from where the policy is
 world.model.save_pretrained(start)
 config = DPOConfig(
-    folder, max_steps=8, learning_rate=3e-4, per_device_train_batch_size=4, logging_steps=2,
-    bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
-)  # fmt: skip
+    folder,
+    max_steps=8,
+    learning_rate=3e-4,
+    per_device_train_batch_size=4,
+    logging_steps=2,
+    bf16=False,
+    use_cpu=True,
+    report_to="none",
+    save_strategy="no",
+    disable_tqdm=True,
+)
 trainer = DPOTrainer(
-    start, args=config, train_dataset=Dataset.from_list(rows),
+    start,
+    args=config,
+    train_dataset=Dataset.from_list(rows),
     processing_class=world.tokenizer,
-)  # fmt: skip
+)
 # The one line. By default passes take 5 % of the time; eight steps are too few for that.
 watch(trainer, every=4, budget="1000%")
 trainer.train()

@@ -126,9 +126,19 @@ def _forward_kernel(
         k = _rows(k_ptr, (group * S + offs_s) * E, offs_s < S, E, BLOCK_E).to(DOT_DTYPE)
         v = _rows(v_ptr, (group * S + offs_s) * F, offs_s < S, F, BLOCK_F).to(DOT_DTYPE)
         scores, _ = _scores(
-            q, k, mask_ptr, offs_t, offs_s, T, S, stride_mt,
-            scale, softcap, CAPPED, PRECISION,
-        )  # fmt: skip
+            q,
+            k,
+            mask_ptr,
+            offs_t,
+            offs_s,
+            T,
+            S,
+            stride_mt,
+            scale,
+            softcap,
+            CAPPED,
+            PRECISION,
+        )
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         safe = tl.where(new_peak == -float("inf"), 0.0, new_peak)
         shrink = tl.exp(peak - safe)
@@ -214,9 +224,19 @@ def _pullback_query_kernel(
         k = _rows(k_ptr, (group * S + offs_s) * E, offs_s < S, E, BLOCK_E).to(DOT_DTYPE)
         v = _rows(v_ptr, (group * S + offs_s) * F, offs_s < S, F, BLOCK_F).to(DOT_DTYPE)
         scores, slope = _scores(
-            q, k, mask_ptr, offs_t, offs_s, T, S, stride_mt,
-            scale, softcap, CAPPED, PRECISION,
-        )  # fmt: skip
+            q,
+            k,
+            mask_ptr,
+            offs_t,
+            offs_s,
+            T,
+            S,
+            stride_mt,
+            scale,
+            softcap,
+            CAPPED,
+            PRECISION,
+        )
         weight = tl.exp(scores - lse[:, None]) * slope
         moved = tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]
         moved = tl.reshape(moved, (BLOCK_T, BLOCK_C, BLOCK_S)) * weight[:, None, :]
@@ -288,9 +308,19 @@ def _pullback_key_kernel(
             g = _rows(grads_ptr, offs_g, valid, F, BLOCK_F).to(DOT_DTYPE)
             delta = tl.load(delta_ptr + (row_c * H + head) * T + row_t, mask=valid, other=0.0)
             scores, slope = _scores(
-                q, k, mask_ptr + head * stride_mh, offs_t, offs_s, T, S, stride_mt,
-                scale, softcap, CAPPED, PRECISION,
-            )  # fmt: skip
+                q,
+                k,
+                mask_ptr + head * stride_mh,
+                offs_t,
+                offs_s,
+                T,
+                S,
+                stride_mt,
+                scale,
+                softcap,
+                CAPPED,
+                PRECISION,
+            )
             p = tl.exp(scores - lse[:, None])
             moved = tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]
             moved = tl.reshape(moved, (BLOCK_T, BLOCK_C, BLOCK_S)) * (p * slope)[:, None, :]
@@ -396,9 +426,19 @@ def _pushforward_kernel(
         k = _rows(k_ptr, (group * S + offs_s) * E, offs_s < S, E, BLOCK_E).to(DOT_DTYPE)
         v = _rows(v_ptr, (group * S + offs_s) * F, offs_s < S, F, BLOCK_F).to(SPREAD_DTYPE)
         scores, slope = _scores(
-            q, k, mask_ptr, offs_t, offs_s, T, S, stride_mt,
-            scale, softcap, CAPPED, PRECISION,
-        )  # fmt: skip
+            q,
+            k,
+            mask_ptr,
+            offs_t,
+            offs_s,
+            T,
+            S,
+            stride_mt,
+            scale,
+            softcap,
+            CAPPED,
+            PRECISION,
+        )
         p = tl.exp(scores - lse[:, None])
 
         col_s = (start + col % BLOCK_S).to(tl.int64)

@@ -10,90 +10,75 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lddyn.lazy import attributes
 
 if TYPE_CHECKING:
+    import types
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
-# Public name → the module that defines it. A name may equal its module's (lddyn.ntk): see _Package.
+# Public name → the module that defines it.
 _PUBLIC = {
-    "Anatomy": "anatomy",
+    "Anatomy": "engine.anatomy",
     "DPO": "objectives",
-    "Decomposition": "decompose",
-    "Diagnosis": "diagnose",
+    "Decomposition": "steps.decomposition",
+    "Diagnosis": "sets.diagnosis",
+    "DisagreementError": "errors",
+    "EmptyResponseError": "errors",
     "Estimate": "estimate",
-    "Example": "examples",
-    "Features": "features",
-    "Forecast": "forecast",
-    "LowRank": "lowrank",
-    "MassFlow": "massflow",
-    "NTK": "ntk",
+    "Example": "data.example",
+    "ExampleError": "errors",
+    "Features": "sketches.features",
+    "Forecast": "sets.forecast",
+    "LowRank": "entk.lowrank",
+    "MassFlow": "steps.massflow",
+    "NTK": "entk.operator",
+    "NonFiniteError": "errors",
     "Objective": "objectives",
-    "Plan": "plan",
-    "Run": "forecast",
+    "Observed": "steps.decomposition",
+    "Plan": "sketches.plan",
+    "Run": "sets.forecast",
     "SFT": "objectives",
-    "Sketch": "sketch",
-    "Store": "store",
-    "audit": "examples",
+    "Sketch": "sketches.sketch",
+    "Store": "store.store",
+    "StoreCorruptError": "errors",
+    "StoreError": "errors",
+    "StoreIdentityError": "errors",
+    "StoreLockedError": "errors",
+    "UnsupportedModelError": "errors",
+    "Verification": "steps.verify",
+    "audit": "data.audit",
     "backend": "ops",
     "backends": "ops",
-    "decompose": "decompose",
-    "diagnose": "diagnose",
-    "encode": "examples",
-    "encode_row": "examples",
+    "decompose": "steps.decompose",
+    "diagnose": "sets.diagnose",
+    "encode": "data.encode",
+    "encode_row": "data.rows",
     "env": "environment",
-    "features": "features",
+    "features": "sketches.rows",
     "gram": "ops",
-    "lbk": "proxies",
-    "massflow": "massflow",
-    "ntk": "ntk",
-    "plan": "plan",
+    "lbk": "entk.proxies",
+    "massflow": "steps.massflow",
+    "ntk": "entk.operator",
+    "plan": "sketches.plan",
     "preference": "objectives",
     "residual": "ops",
-    "rows": "examples",
+    "rows": "data.read",
     "selftest": "environment",
-    "sign_delta": "proxies",
-    "stream": "stream",
-    "token_factors": "pullback",
-    "token_log_probs": "decompose",
-    "true_float64": "anatomy",
+    "sign_delta": "entk.proxies",
+    "stream": "engine.stream.model",
+    "token_factors": "engine.token_factors",
+    "token_log_probs": "engine.logits",
+    "true_float64": "engine.guard",
 }
 
 __all__ = ["__version__", *_PUBLIC]
 
-
-# Modules that are part of the public surface, named by errors and docstrings.
-_MODULES = ("ops", "reference")
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"lddyn.{name}")
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'lddyn' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"lddyn.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC, *_MODULES})
-
-
-class _Package(types.ModuleType):
-    """Keeps ``lddyn.ntk`` the function: importing a submodule must not shadow a public name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if _PUBLIC.get(name) == name and isinstance(value, types.ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+__getattr__, __dir__ = attributes(__name__, _PUBLIC)
 
 
 class _AfterTorch:

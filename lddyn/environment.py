@@ -168,37 +168,69 @@ def _traps(found: dict[str, Any]) -> list[dict[str, str]]:
                 trap(name, versions[name], f"{low} to {high}, which are tested", do)
     _unmet(trap)
     if found["compiled"]["cpu"] != "built":
-        trap("compiled module", found["compiled"]["cpu"], "built: plain torch is slow at its work",
-             "install a C++ compiler, then reinstall lddyn with pip --no-cache-dir")  # fmt: skip
+        trap(
+            "compiled module",
+            found["compiled"]["cpu"],
+            "built: plain torch is slow at its work",
+            "install a C++ compiler, then reinstall lddyn with pip --no-cache-dir",
+        )
     if system["threads"] > system["cores"]:
-        trap("threads", system["threads"], f"at most the {system['cores']} cores of this process",
-             f"set OMP_NUM_THREADS={system['cores']}")  # fmt: skip
+        trap(
+            "threads",
+            system["threads"],
+            f"at most the {system['cores']} cores of this process",
+            f"set OMP_NUM_THREADS={system['cores']}",
+        )
     if 0 < system["memory_available"] < 1 << 30:
-        trap("memory", f"{system['memory_available'] >> 20} MiB available", "1 GiB or more",
-             'give lddyn less: memory="512MiB"')  # fmt: skip
+        trap(
+            "memory",
+            f"{system['memory_available'] >> 20} MiB available",
+            "1 GiB or more",
+            'give lddyn less: memory="512MiB"',
+        )
     if found["precision"]["float32_matmul"] != "highest":
-        trap("float32 products", found["precision"]["float32_matmul"], "highest: others round to "
-             "TF32 or bfloat16", 'torch.set_float32_matmul_precision("highest")')  # fmt: skip
+        trap(
+            "float32 products",
+            found["precision"]["float32_matmul"],
+            "highest: others round to TF32 or bfloat16",
+            'torch.set_float32_matmul_precision("highest")',
+        )
     if backend := os.environ.get("LDDYN_BACKEND"):
-        trap("LDDYN_BACKEND", backend, "unset: the fastest backend that can run each call",
-             "unset it, unless you compare backends")  # fmt: skip
+        trap(
+            "LDDYN_BACKEND",
+            backend,
+            "unset: the fastest backend that can run each call",
+            "unset it, unless you compare backends",
+        )
     if os.environ.get("TRITON_INTERPRET") == "1":
         trap("TRITON_INTERPRET", "1", "unset: the interpreter is for tests, and slow", "unset it")
     if not gpu and torch.version.cuda:
         driver = shutil.which("nvidia-smi") is not None
-        trap("GPU", f"none, and torch {versions['torch']} built for CUDA {torch.version.cuda}",
-             "a GPU, or a torch without CUDA (5 GB smaller)",
-             "run nvidia-smi: is the driver as new as that CUDA?" if driver else
-             "nothing, if this machine has no GPU")  # fmt: skip
+        trap(
+            "GPU",
+            f"none, and torch {versions['torch']} built for CUDA {torch.version.cuda}",
+            "a GPU, or a torch without CUDA (5 GB smaller)",
+            "run nvidia-smi: is the driver as new as that CUDA?"
+            if driver
+            else "nothing, if this machine has no GPU",
+        )
     for device in gpu:
         if int(device["capability"][3:]) < 80:
-            trap(device["name"], device["capability"], "sm_80 or newer for lddyn's kernels",
-                 "nothing: plain torch does their work")  # fmt: skip
+            trap(
+                device["name"],
+                device["capability"],
+                "sm_80 or newer for lddyn's kernels",
+                "nothing: plain torch does their work",
+            )
     if gpu and versions["triton"] == "not installed":
         trap("triton", "not installed", "installed, for lddyn's kernels", "pip install triton")
     if gpu and found["compiled"]["cpu"] == "built" and "sm_" not in found["compiled"]["cuda"]:
-        trap("CUDA kernels", found["compiled"]["cuda"], "built for this GPU",
-             "put nvcc on PATH, or set CUDA_HOME, and reinstall with LDDYN_CUDA=1")  # fmt: skip
+        trap(
+            "CUDA kernels",
+            found["compiled"]["cuda"],
+            "built for this GPU",
+            "put nvcc on PATH, or set CUDA_HOME, and reinstall with LDDYN_CUDA=1",
+        )
     return traps
 
 
@@ -225,8 +257,12 @@ def _unmet(trap: Callable[[str, Any, str, str], None]) -> None:
             have = _version(need.name)
             if have != "not installed" and not need.specifier.contains(have, prereleases=True):
                 wanted = f"{need.name}{need.specifier}"
-                trap(f"{package} {_version(package)}", f"{need.name} {have}", wanted,
-                     f"pip install --upgrade {package} '{wanted}'")  # fmt: skip
+                trap(
+                    f"{package} {_version(package)}",
+                    f"{need.name} {have}",
+                    wanted,
+                    f"pip install --upgrade {package} '{wanted}'",
+                )
 
 
 def selftest() -> list[dict[str, Any]]:

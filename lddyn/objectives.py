@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lddyn.examples import Example
+from lddyn.data.example import Example
 
 if TYPE_CHECKING:
     from torch import nn
@@ -305,9 +305,12 @@ def _sppo(p: Pair, eta: float = 1.0) -> Tensor:
 
 
 def _kto(
-    p: Pair, beta: float = 0.1, baseline: float = 0.0, desirable: float = 1.0,
+    p: Pair,
+    beta: float = 0.1,
+    baseline: float = 0.0,
+    desirable: float = 1.0,
     undesirable: float = 1.0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     good = torch.sigmoid(beta * (p.gain_chosen - baseline))
     bad = torch.sigmoid(beta * (baseline - p.gain_rejected))
     return desirable * (1 - good) + undesirable * (1 - bad)
@@ -355,9 +358,13 @@ class Preference(_Pairwise):
     """A loss of `PREFERENCES` on one pair; made by `preference`."""
 
     def __init__(
-        self, name: str, chosen: Example, rejected: Example, reference: Any,
+        self,
+        name: str,
+        chosen: Example,
+        rejected: Example,
+        reference: Any,
         parameters: dict[str, float],
-    ):  # fmt: skip
+    ):
         self.name, self.parameters = name, parameters
         self.title = name
         self.needs_reference = name not in _WITHOUT_REFERENCE
@@ -368,9 +375,13 @@ class Preference(_Pairwise):
         chosen, rejected = (lp.sum() for lp in log_probs)
         reference = self._reference() if self.needs_reference else (0.0, 0.0)
         pair = Pair(
-            chosen, rejected, chosen - reference[0], rejected - reference[1],
-            log_probs[0].numel(), log_probs[1].numel(),
-        )  # fmt: skip
+            chosen,
+            rejected,
+            chosen - reference[0],
+            rejected - reference[1],
+            log_probs[0].numel(),
+            log_probs[1].numel(),
+        )
         return PREFERENCES[self.name](pair, **self.parameters)
 
     def describe(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 import lddyn
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can `import zoo`
+sys.path.insert(0, str(Path(__file__).parent / "report"))  # and `import browser`
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {

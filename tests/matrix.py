@@ -49,7 +49,8 @@ ROWS = {
         "datasets==4.8.4",
     ),
     "first-5": (
-        "3.12", "torch==2.12.1 transformers==5.0.0 trl==1.0.0 peft==0.18.1 accelerate==1.12.0",
+        "3.12",
+        "torch==2.12.1 transformers==5.0.0 trl==1.0.0 peft==0.18.1 accelerate==1.12.0",
     ),
     "image": ("3.12", "torch==2.11.0 transformers==5.17.0 peft==0.21.2 accelerate==1.15.0"),
     "pinned": (
@@ -58,13 +59,13 @@ ROWS = {
         "datasets==5.2.0",
     ),
     "newest": ("3.13", "torch==2.15.0 transformers>=5.24 trl peft accelerate datasets"),
-}  # fmt: skip
+}
 TOOLS = "pytest pytest-timeout hypothesis pybind11"
 # Ops, opened models and their ledger, exact answers, the integrations, what an import costs: what
 # other versions can break. Not the laboratory, nor what tests C++ alone.
 TESTS = (
     *("integrations", "ops", "elementwise_ops", "precondition_ops", "product", "sketch_ops"),
-    *("attention_ops", "layers", "anatomy", "decompose", "packing", "diagnose", "environment"),
+    *("attention_ops", "layers", "anatomy", "decompose", "logits", "diagnose", "environment"),
     "package",
 )
 # Long, and of no other code; and the test that reads what this script writes.
@@ -122,13 +123,16 @@ def run(name: str, keep: bool, tests: Sequence[str]) -> dict[str, Any]:
     began = time.monotonic()
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    files = [f"tests/test_{test}.py" for test in tests]
+    files = [next((folder / "tree").glob(f"tests/**/test_{test}.py")) for test in tests]
     report = folder / "tests.xml"
     with (folder / "log").open("w") as log:
         done = subprocess.run(
             [programs / "pytest", "-v", "-k", f"not ({LEFT_OUT})", f"--junitxml={report}", *files],
-            cwd=folder / "tree", env=environment, stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            cwd=folder / "tree",
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
     if not report.exists():
         raise SystemExit(f"{name}: pytest did not start, see {folder / 'log'}")
     suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -185,8 +189,13 @@ def main() -> int:
         found = run(name, args.keep, args.tests.split(",") if args.tests else TESTS)
         if not args.tests:
             record(name, found)
-        print(f"{name}: {found['passed']} passed, {len(found['failed'])} failed, "
-              f"{found['skipped']} skipped", *found["failed"], sep="\n  ", flush=True)  # fmt: skip
+        print(
+            f"{name}: {found['passed']} passed, {len(found['failed'])} failed, "
+            f"{found['skipped']} skipped",
+            *found["failed"],
+            sep="\n  ",
+            flush=True,
+        )
         failed += len(found["failed"]) + (not found["selftest"]) + (not found["whole"])
     return failed > 0
 

@@ -19,8 +19,8 @@ import typer
 from typer.testing import CliRunner
 
 import lddyn
-from lddyn import demo
-from lddyn.cli import app
+from lddyn.cli.app import app
+from lddyn.demo import world as demo
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -53,9 +53,14 @@ def folder(world, tmp_path_factory):
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(world.tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, pad_token_id=None, eos_token_id=world.tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(world.tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=None,
+        eos_token_id=world.tokenizer.eos_token_id,
+    )
     path = tmp_path_factory.mktemp("model")
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     world.tokenizer.save_pretrained(path)
@@ -151,9 +156,15 @@ def of_watch(given):
     def build(_):
         rows = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in given["rows"]]
         config = DPOConfig(
-            "run", max_steps=2, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
-            save_strategy="no", per_device_train_batch_size=2,
-        )  # fmt: skip
+            "run",
+            max_steps=2,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            save_strategy="no",
+            per_device_train_batch_size=2,
+        )
         data = datasets.Dataset.from_list(rows)
         return Trainer(
             given["model"], args=config, train_dataset=data, processing_class=given["tokenizer"]
@@ -335,9 +346,13 @@ def outcomes(world, tmp_path_factory):
     about = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     about["LDDYN_CACHE_DIR"] = str(world.path.parent)
     done = subprocess.run(
-        [sys.executable, "-c", RUN_ALL, *map(str, EXAMPLES)], capture_output=True, text=True,
-        cwd=tmp_path_factory.mktemp("examples"), env=os.environ | about, timeout=250,
-    )  # fmt: skip
+        [sys.executable, "-c", RUN_ALL, *map(str, EXAMPLES)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path_factory.mktemp("examples"),
+        env=os.environ | about,
+        timeout=250,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

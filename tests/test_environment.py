@@ -81,16 +81,25 @@ H100 = {"name": "H100", "capability": "sm_90", "multiprocessors": 132, "memory":
         ({"precision": {"float32_matmul": "high"}}, "float32 products", "high", "highest"),
         ({"devices": [H100 | {"name": "T4", "capability": "sm_75"}]}, "T4", "sm_75", "plain torch"),
         ({"devices": [H100], "versions": {"triton": "not installed"}}, "triton", "not", "pip"),
-        ({"devices": [H100], "compiled": {"cpu": "built", "cuda": "no nvcc"}}, "CUDA kernels",
-         "no nvcc", "LDDYN_CUDA=1"),
+        (
+            {"devices": [H100], "compiled": {"cpu": "built", "cuda": "no nvcc"}},
+            "CUDA kernels",
+            "no nvcc",
+            "LDDYN_CUDA=1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_traps_say_what_to_do(changes, name, got, do):
     found = traps(**changes)[name]
     assert set(found) == {"name", "got", "expected", "do"}
     assert got in found["got"] and do in found["do"] and found["expected"]
-    assert name not in traps(devices=[H100 | {"name": "H100"}], compiled={"cuda": "sm_90"},
-                             system={"threads": 1}) or name == "triton"  # fmt: skip
+    assert (
+        name
+        not in traps(
+            devices=[H100 | {"name": "H100"}], compiled={"cuda": "sm_90"}, system={"threads": 1}
+        )
+        or name == "triton"
+    )
 
 
 def test_a_driver_that_is_too_old_is_told_from_no_gpu(monkeypatch):

@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lddyn.anatomy import true_float64
-from lddyn.examples import Example
+from lddyn.data.example import Example
+from lddyn.engine.guard import true_float64
 
 VOCABULARY = 89
 
@@ -29,14 +29,26 @@ _COMMON = {
 _GEMMA = {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _GPT2 = {
-    "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _OPT = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 40, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 24,
-    "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "ffn_dim": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "word_embed_proj_dim": 24,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+}
 
 ARCHITECTURES: dict[str, dict] = {
     "gpt2": _GPT2,
@@ -51,11 +63,16 @@ ARCHITECTURES: dict[str, dict] = {
     "opt": _OPT,
     "olmo2": _COMMON,
     "falcon": {
-        **{k: v for k, v in _COMMON.items() if k != "intermediate_size"}, "multi_query": True,
-        "bias": True, "new_decoder_architecture": False,
+        **{k: v for k, v in _COMMON.items() if k != "intermediate_size"},
+        "multi_query": True,
+        "bias": True,
+        "new_decoder_architecture": False,
     },
     "granite": {
-        **_COMMON, "logits_scaling": 2.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0,
+        **_COMMON,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 3.0,
         "attention_multiplier": 0.3,
     },
     "mixtral": {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -65,12 +82,22 @@ ARCHITECTURES: dict[str, dict] = {
     "stablelm": _COMMON,
     "cohere": _COMMON,
     "bloom": {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
     },
-    "gpt_oss": {**_COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
-                "sliding_window": 6},
-}  # fmt: skip
+    "gpt_oss": {
+        **_COMMON,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+    },
+}
 
 
 def build(name: str, seed: int = 0, **changes) -> nn.Module:

@@ -10,7 +10,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from lddyn.examples import Example
+from lddyn.data.example import Example
 from lddyn.integrations.trainer import LearningDynamicsCallback
 from lddyn.integrations.watcher import Probes
 
@@ -24,9 +24,13 @@ _COLUMNS = (
 
 
 def pairs(
-    dataset: Any, limit: int = 64, seed: int = 0, *, max_length: int | None = None,
+    dataset: Any,
+    limit: int = 64,
+    seed: int = 0,
+    *,
+    max_length: int | None = None,
     truncation_mode: str = "keep_start",
-) -> dict[str, list[Example]]:  # fmt: skip
+) -> dict[str, list[Example]]:
     """Probes from the rows of a prepared preference set, tokens as the trainer has them.
 
     Args:
@@ -96,10 +100,12 @@ def watch(
     """
     if probes is None:
         probes = pairs(
-            trainer.train_dataset, prompts, trainer.args.seed,
+            trainer.train_dataset,
+            prompts,
+            trainer.args.seed,
             max_length=getattr(trainer.args, "max_length", None),
             truncation_mode=getattr(trainer.args, "truncation_mode", "keep_start"),
-        )  # fmt: skip
+        )
     callback = LearningDynamicsCallback(probes, prompts=prompts, trainer=trainer, **options)
     for other in list(trainer.callback_handler.callbacks):
         if isinstance(other, LearningDynamicsCallback) and other.given == callback.given:

@@ -26,12 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from lddyn.anatomy import Anatomy
-from lddyn.examples import Example
-from lddyn.probes import Encoded, ProbeSet, measure
-from lddyn.pushforward import AlongDirection, Direction, Pushforward, delta_log_probs
-from lddyn.report import plain, write_dynamics
-from lddyn.shards import replace_file
+from lddyn.data.example import Example
+from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.pushforward import AlongDirection, Direction, Pushforward, delta_log_probs
+from lddyn.files import plain, replace_file
+from lddyn.probes.measure import measure
+from lddyn.probes.probe_set import Encoded, ProbeSet
+from lddyn.report import write_dynamics
 
 __all__ = ["Probes", "Watcher"]
 

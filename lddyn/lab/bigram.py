@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lddyn.figures import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.shares import Share, verdict
-from lddyn.massflow import Flow, leading
+from lddyn.report.figures import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
+from lddyn.steps.massflow import Flow, leading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -254,8 +254,10 @@ def measure(
         before = final().log_softmax(-1).detach()
         _, after = push_down(final, *shown, strength)
         result["shown"][kind] = {
-            "kernel": blocks.tolist(), "before": before.tolist(), "delta": (after - before).tolist()
-        }  # fmt: skip
+            "kernel": blocks.tolist(),
+            "before": before.tolist(),
+            "delta": (after - before).tolist(),
+        }
         for step in lab.bar(checkpoints, f"{kind}: pushes"):
             start = kept[step]
             before = start().log_softmax(-1).detach()
@@ -310,10 +312,15 @@ def draw_leak(found: dict[str, Any]) -> Figure:
     deltas = torch.tensor([found["shown"][k]["delta"] for k in KINDS], dtype=torch.float64)
     context, label = found["context"], found["label"]
     star = [
-        int(leading(torch.tensor(found["shown"][k]["before"], dtype=torch.float64)[context][None],
-                    torch.tensor([label]), 1))
+        int(
+            leading(
+                torch.tensor(found["shown"][k]["before"], dtype=torch.float64)[context][None],
+                torch.tensor([label]),
+                1,
+            )
+        )
         for k in KINDS
-    ]  # fmt: skip
+    ]
     starts = [i for i in range(size) if i == 0 or kinds[i] != kinds[i - 1]]
     middles = [(a + b) / 2 for a, b in zip(starts, [*starts[1:], size], strict=True)]
     names = [kinds[i] + ("s" if kinds[i] != "end" else "") for i in starts]
@@ -330,8 +337,9 @@ def draw_leak(found: dict[str, Any]) -> Figure:
         )
         top.set_facecolor("white")
         axes = figure.add_axes((left, 0.09, 0.26, 0.49))
-        mesh = axes.imshow(deltas[i].numpy(), cmap="RdBu", norm=norm, interpolation="nearest",
-                           aspect="auto")  # fmt: skip
+        mesh = axes.imshow(
+            deltas[i].numpy(), cmap="RdBu", norm=norm, interpolation="nearest", aspect="auto"
+        )
         for place in (top, axes):
             tidy(place, keep=())
             place.set_xticks([])
@@ -345,27 +353,55 @@ def draw_leak(found: dict[str, Any]) -> Figure:
             axes.set_yticks([m - 0.5 for m in middles], [f"after {n}" for n in names], fontsize=7.5)
         if i == len(KINDS) - 1:
             axes.annotate(
-                f"after\n“{words[context]}”", (size - 0.5, context), xytext=(4, 0),
-                textcoords="offset points", fontsize=8, va="center", color=INK, weight="bold",
+                f"after\n“{words[context]}”",
+                (size - 0.5, context),
+                xytext=(4, 0),
+                textcoords="offset points",
+                fontsize=8,
+                va="center",
+                color=INK,
+                weight="bold",
                 annotation_clip=False,
-            )  # fmt: skip
+            )
         for column, text, colour in (
-            (label, f"↓ {words[label]}", LOWERED), (star[i], f"y* {words[star[i]]}", RAISED),
-        ):  # fmt: skip
+            (label, f"↓ {words[label]}", LOWERED),
+            (star[i], f"y* {words[star[i]]}", RAISED),
+        ):
             axes.annotate(
-                text, (column, -0.5), xytext=(0, 2), textcoords="offset points", fontsize=8,
-                ha="center", va="bottom", color=colour, weight="bold", annotation_clip=False,
-            )  # fmt: skip
+                text,
+                (column, -0.5),
+                xytext=(0, 2),
+                textcoords="offset points",
+                fontsize=8,
+                ha="center",
+                va="bottom",
+                color=colour,
+                weight="bold",
+                annotation_clip=False,
+            )
         row = next(r for r in found["kernels"] if r["model"] == kind)
         figure.text(left, 0.928, kind, fontsize=11, weight="bold", color=COLOURS[kind])
         share = row["nonzero"] / row["entries between contexts"]
         note = "exactly 0" if row["nonzero"] == 0 else f"{100 * share:.0f} % not 0"
-        figure.text(left + 0.16, 0.855, f"between\ncontexts\n{note}", fontsize=8.5, color=INK,
-                    va="top")  # fmt: skip
-    figure.text(0.012, 0.975, "The same push: what the models share, and what it does to every "
-                "context", fontsize=13, weight="bold", color=INK)  # fmt: skip
-    figure.text(0.085, 0.632, "Δ log π of the next word (column) in every context (row)",
-                fontsize=9.5, color=INK, weight="bold")  # fmt: skip
+        figure.text(
+            left + 0.16, 0.855, f"between\ncontexts\n{note}", fontsize=8.5, color=INK, va="top"
+        )
+    figure.text(
+        0.012,
+        0.975,
+        "The same push: what the models share, and what it does to every context",
+        fontsize=13,
+        weight="bold",
+        color=INK,
+    )
+    figure.text(
+        0.085,
+        0.632,
+        "Δ log π of the next word (column) in every context (row)",
+        fontsize=9.5,
+        color=INK,
+        weight="bold",
+    )
     figure.text(0.012, 0.77, "‖K‖ of\ncontext ×\ncontext", fontsize=8.5, color=INK)
     bar = figure.add_axes((0.66, 0.633, 0.2, 0.012))
     scale = figure.colorbar(mesh, cax=bar, orientation="horizontal")
@@ -380,15 +416,25 @@ def draw_longer(found: dict[str, Any]) -> Figure:
     """The squeeze by steps of training before the push, and by pushes."""
     figure = blank_figure(11.0, 6.0, "longer")
     panels = (
-        ("longer", "steps", "others fall", "share of other words that fall", "Train longer: "
-         "more others fall"),
+        (
+            "longer",
+            "steps",
+            "others fall",
+            "share of other words that fall",
+            "Train longer: more others fall",
+        ),
         ("longer", "steps", "others lose", "probability the others lose", "… and lose more"),
         ("longer", "steps", "moved elsewhere", "moved in other contexts together", "… and leak"),
         ("repeated", "pushes", "argmax", "probability of y*", "Push again: y* takes all"),
         ("repeated", "pushes", "entropy", "entropy in the context, nats", "… entropy goes"),
-        ("repeated", "pushes", "moved elsewhere", "moved in other contexts together",
-         "… and leaks on"),
-    )  # fmt: skip
+        (
+            "repeated",
+            "pushes",
+            "moved elsewhere",
+            "moved in other contexts together",
+            "… and leaks on",
+        ),
+    )
     for place, (table, across, key, text, title) in enumerate(panels):
         line, column = divmod(place, 3)
         axes = figure.add_axes((0.06 + 0.305 * column, 0.585 - 0.485 * line, 0.235, 0.33))
@@ -399,15 +445,24 @@ def draw_longer(found: dict[str, Any]) -> Figure:
             spread = [r[f"{key} ±"] for r in rows]
             axes.plot(x, y, "-", color=COLOURS[kind], linewidth=1.8)
             axes.fill_between(
-                x, [a - b for a, b in zip(y, spread, strict=True)],
-                [a + b for a, b in zip(y, spread, strict=True)], color=COLOURS[kind], alpha=0.16,
+                x,
+                [a - b for a, b in zip(y, spread, strict=True)],
+                [a + b for a, b in zip(y, spread, strict=True)],
+                color=COLOURS[kind],
+                alpha=0.16,
                 linewidth=0,
-            )  # fmt: skip
+            )
             if place in (2, 5):
                 axes.annotate(
-                    kind, (x[-1], y[-1]), xytext=(4, -3), textcoords="offset points", fontsize=8.5,
-                    color=COLOURS[kind], weight="bold", annotation_clip=False,
-                )  # fmt: skip
+                    kind,
+                    (x[-1], y[-1]),
+                    xytext=(4, -3),
+                    textcoords="offset points",
+                    fontsize=8.5,
+                    color=COLOURS[kind],
+                    weight="bold",
+                    annotation_clip=False,
+                )
         if table == "longer":
             axes.set_xscale("symlog", linthresh=10)
             axes.set_xlim(0, max(r["steps"] for r in found["longer"]))
@@ -427,9 +482,16 @@ def draw_longer(found: dict[str, Any]) -> Figure:
 
 
 def run(
-    out: str | Path, *, seed: int = 0, progress: bool = True, length: int = 20_000,
-    steps: int = 1500, pairs: int = 60, repeats: int = 30, strength: float = 1.0,
-) -> dict[str, Any]:  # fmt: skip
+    out: str | Path,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    length: int = 20_000,
+    steps: int = 1500,
+    pairs: int = 60,
+    repeats: int = 30,
+    strength: float = 1.0,
+) -> dict[str, Any]:
     """Runs the experiment.
 
     Args:
@@ -451,8 +513,12 @@ def run(
             f"{length}, {steps}, {pairs}, {repeats} and {strength}"
         )
     options = {
-        "length": length, "steps": steps, "pairs": pairs, "repeats": repeats, "strength": strength,
-    }  # fmt: skip
+        "length": length,
+        "steps": steps,
+        "pairs": pairs,
+        "repeats": repeats,
+        "strength": strength,
+    }
     lab = Lab("bigram", Path(out), seed, options, progress)
     found = lab.once("pushes", lambda: measure(lab, length, steps, pairs, repeats, strength))
     for name in ("kernels", "longer", "repeated", "pairs"):
@@ -460,12 +526,15 @@ def run(
     lab.table(
         "shown",
         [
-            {"model": kind, "context": c, **{k: [float(f"{x:.4g}") for x in v[c]]
-                                             for k, v in found["shown"][kind].items()}}
+            {
+                "model": kind,
+                "context": c,
+                **{k: [float(f"{x:.4g}") for x in v[c]] for k, v in found["shown"][kind].items()},
+            }
             for kind in KINDS
             for c in range(len(found["shown"][kind]["before"]))
         ],
-    )  # fmt: skip
+    )
     lab.figure(
         "leak",
         draw_leak(found),
@@ -499,14 +568,17 @@ def _conclude(lab: Lab, found: dict[str, Any]) -> dict[str, Any]:
     moved = max(r["moved elsewhere"] for r in pairs["table"])
     lab.claim(
         Claim(
-            "table", "With logits of its own, a context keeps the squeeze to itself.", poster,
+            "table",
+            "With logits of its own, a context keeps the squeeze to itself.",
+            poster,
             nothing,
             f"{table['nonzero']} of {table['entries between contexts']:,} entries of K between "
             f"contexts are not zero; most that moved elsewhere: {moved:g}",
-            verdict(table["nonzero"] == 0 and moved == 0.0), "explicit Jacobians, real steps",
+            verdict(table["nonzero"] == 0 and moved == 0.0),
+            "explicit Jacobians, real steps",
             value=float(table["nonzero"]),
         )
-    )  # fmt: skip
+    )
     leaks = {
         k: sum(r["moved elsewhere"] for r in v) / sum(r["moved here"] for r in v)
         for k, v in pairs.items()
@@ -514,7 +586,10 @@ def _conclude(lab: Lab, found: dict[str, Any]) -> dict[str, Any]:
     beside, beside_range = _mean([r["moved elsewhere"] / r["moved here"] for r in pairs["network"]])
     lab.claim(
         Claim(
-            "leak", "Through shared features it leaks to other contexts.", poster, nothing,
+            "leak",
+            "Through shared features it leaks to other contexts.",
+            poster,
+            nothing,
             f"per unit moved in its context {leaks['network']:.3g} moved elsewhere (factorised "
             f"{leaks['factorised']:.3g}); mean over pushes {beside:.3g}; "
             f"{network['nonzero'] / network['entries between contexts']:.1%} of the entries of K "
@@ -523,73 +598,99 @@ def _conclude(lab: Lab, found: dict[str, Any]) -> dict[str, Any]:
             f"network, {len(pairs['network'])} pushes, total variation summed over all other "
             "contexts; refuted if the interval, over pushes, is not above 1: if no more moved in "
             "them together than in the pushed one",
-            value=beside, interval=beside_range,
+            value=beside,
+            interval=beside_range,
         )
-    )  # fmt: skip
+    )
     share, share_range = _mean([r["label falls elsewhere"] for r in pairs["network"]])
     rises, _ = _mean([r["argmax rises elsewhere"] for r in pairs["network"]])
     lab.claim(
         Claim(
-            "leak, squeeze", "What leaks is the squeeze: the pushed word falls there, too.", poster,
+            "leak, squeeze",
+            "What leaks is the squeeze: the pushed word falls there, too.",
+            poster,
             nothing,
             f"the word falls in {100 * share:.3g} % of the other contexts, the pushed context's y* "
             f"rises in {100 * rises:.3g} %",
             verdict(share_range[0] > 0.95),
             "network; agrees if the interval, over pushes, lies above 95 %; contexts whose "
             "features point the other way move the other way",
-            value=share, interval=share_range,
+            value=share,
+            interval=share_range,
         )
-    )  # fmt: skip
+    )
     middle, ranks = _mean([r["kernel rank correlation"] for r in pairs["network"]])
     lab.claim(
         Claim(
-            "kernel", "It leaks most to contexts with a large ‖K‖.", "§2, Proposition 1",
+            "kernel",
+            "It leaks most to contexts with a large ‖K‖.",
+            "§2, Proposition 1",
             "the change is proportional to K",
             f"rank correlation of ‖K‖ and what moved, over contexts: {middle:.3f}",
             verdict(ranks[0] > _STRONG),
             f"network, mean over pushes; refuted if the interval is not above {_STRONG:g}",
-            "", middle, ranks,
+            "",
+            middle,
+            ranks,
         )
-    )  # fmt: skip
+    )
     for kind in KINDS:
         most = Share(sum(r["argmax gains most"] for r in pairs[kind]), len(pairs[kind]))
         lab.claim(
             Claim(
-                f"argmax, {kind}", "The likeliest other word gains most.", "§3.3", "guaranteed to "
-                "rise", f"{most}; it rises in {sum(r['argmax rises'] for r in pairs[kind])}",
+                f"argmax, {kind}",
+                "The likeliest other word gains most.",
+                "§3.3",
+                "guaranteed to rise",
+                f"{most}; it rises in {sum(r['argmax rises'] for r in pairs[kind])}",
                 verdict(most.count == most.total) if kind == "table" else most.rule,
-                "a theorem here, one softmax: refuted by one exception" if kind == "table" else
-                "no theorem, features are shared between words, too: agrees if the interval lies "
-                "above 95 %",
-                "", most.value, most.interval,
+                "a theorem here, one softmax: refuted by one exception"
+                if kind == "table"
+                else "no theorem, features are shared between words, too: agrees if the interval "
+                "lies above 95 %",
+                "",
+                most.value,
+                most.interval,
             )
-        )  # fmt: skip
+        )
     for kind in KINDS:
         fall, falls = _trend(found, kind, "others fall")
         lose, loses = _trend(found, kind, "others lose")
-        first, last = (r for r in found["longer"] if r["model"] == kind and r["steps"] in
-                       (0, lab.options["steps"]))  # fmt: skip
+        first, last = (
+            r
+            for r in found["longer"]
+            if r["model"] == kind and r["steps"] in (0, lab.options["steps"])
+        )
         noise = first["others lose ±"] + last["others lose ±"]
         lab.claim(
             Claim(
-                f"longer, {kind}", "Train longer → stronger.", poster, "an arrow",
+                f"longer, {kind}",
+                "Train longer → stronger.",
+                poster,
+                "an arrow",
                 f"others that fall {falls}, probability they lose {loses}, for the same push",
                 verdict(fall > 0 and lose > noise),
                 f"0 to {lab.options['steps']} steps; both must grow, the second beyond its "
                 "intervals",
-                value=lose, interval=(lose - noise, lose + noise),
+                value=lose,
+                interval=(lose - noise, lose + noise),
             )
-        )  # fmt: skip
+        )
     for kind in KINDS:
         gain, gains = _trend(found, kind, "argmax", "repeated")
         _, entropies = _trend(found, kind, "entropy", "repeated")
         lab.claim(
             Claim(
-                f"again, {kind}", "N repetitions make it stronger.", poster, "an arrow, N times",
+                f"again, {kind}",
+                "N repetitions make it stronger.",
+                poster,
+                "an arrow, N times",
                 f"π(y*) {gains}, entropy {entropies} nats in {lab.options['repeats']} pushes",
-                verdict(gain > 0), "mean over pushed words, real steps", value=gain,
+                verdict(gain > 0),
+                "mean over pushed words, real steps",
+                value=gain,
             )
-        )  # fmt: skip
+        )
     _, first = _trend(found, "network", "moved elsewhere")
     return lab.finish(
         [

@@ -26,14 +26,26 @@ from torch import nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.nn import functional
 
+from lddyn.files import digest_of
 from lddyn.lab import images
 from lddyn.lab.record import Lab
-from lddyn.shards import digest_of
 
 __all__ = [
-    "CLASSES", "FITTED", "NETWORKS", "Descent", "Halves", "Options", "adapt", "descend", "halve",
-    "jacobian", "kernel", "logits", "one_step", "predict",
-]  # fmt: skip
+    "CLASSES",
+    "FITTED",
+    "NETWORKS",
+    "Descent",
+    "Halves",
+    "Options",
+    "adapt",
+    "descend",
+    "halve",
+    "jacobian",
+    "kernel",
+    "logits",
+    "one_step",
+    "predict",
+]
 
 CLASSES = 10
 SOURCES = CLASSES + 1  # whose last is weight decay
@@ -84,18 +96,31 @@ class Options:
 def _lenet() -> nn.Module:
     """The paper's: two convolutions and three layers, tanh and average pooling."""
     return nn.Sequential(
-        nn.Conv2d(1, 6, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2),
-        nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(),
-        nn.Linear(400, 60), nn.Tanh(), nn.Linear(60, 42), nn.Tanh(), nn.Linear(42, CLASSES),
-    )  # fmt: skip
+        nn.Conv2d(1, 6, 5, padding=2),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(400, 60),
+        nn.Tanh(),
+        nn.Linear(60, 42),
+        nn.Tanh(),
+        nn.Linear(42, CLASSES),
+    )
 
 
 def _mlp() -> nn.Module:
     """LeNet's three layers on the pixels themselves."""
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 60), nn.Tanh(), nn.Linear(60, 42), nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(784, 60),
+        nn.Tanh(),
+        nn.Linear(60, 42),
+        nn.Tanh(),
         nn.Linear(42, CLASSES),
-    )  # fmt: skip
+    )
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"lenet": _lenet, "mlp": _mlp}
@@ -186,9 +211,12 @@ def adapt(probabilities: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
 
 
 def predict(
-    module: nn.Module, theta: torch.Tensor, observed: torch.Tensor, updated: torch.Tensor,
+    module: nn.Module,
+    theta: torch.Tensor,
+    observed: torch.Tensor,
+    updated: torch.Tensor,
     classes: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """−A K G: Δ log π(·|x_o) in nats per unit of learning rate, for a step on one (x_u, y_u).
 
     Args:
@@ -362,9 +390,13 @@ def _begin(lab: Lab, options: Options, halves: Halves) -> dict[str, torch.Tensor
 
 
 def _epoch(
-    lab: Lab, options: Options, halves: Halves, descent: Descent, state: dict[str, torch.Tensor],
+    lab: Lab,
+    options: Options,
+    halves: Halves,
+    descent: Descent,
+    state: dict[str, torch.Tensor],
     epoch: int,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """One epoch, in place; every step is predicted before it is taken."""
     module = NETWORKS[options.network]()
     learned, observed = halves.learned, halves.unseen.pixels[halves.observed]

@@ -17,17 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lddyn import encode
-from lddyn.dynamics import (
-    Explained,
-    Preference,
-    Supervised,
-    bootstrap,
-    tangents,
-    train,
-)
-from lddyn.examples import EmptyResponseError, Example
-from lddyn.figures import INK, LOWERED, RAISED
+from lddyn.data.example import Example
+from lddyn.engine.logits import response_logits
+from lddyn.errors import EmptyResponseError
 from lddyn.lab.drawing import COLOURS, axes_grid, curves, label, tidy
+from lddyn.lab.dynamics import Explained, Preference, Supervised, tangents, train
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.setting import (
     Curves,
@@ -41,10 +35,11 @@ from lddyn.lab.setting import (
     one_thread,
 )
 from lddyn.lab.sft import bell
-from lddyn.massflow import Flow
 from lddyn.optimizers import make_optimizer
-from lddyn.packing import response_logits
-from lddyn.probes import sample
+from lddyn.probes.build import sample
+from lddyn.report.figures import INK, LOWERED, RAISED
+from lddyn.stats import bootstrap
+from lddyn.steps.massflow import Flow
 
 __all__ = ["mass_of_run", "run", "shares_of_mass", "unrelated"]
 
@@ -99,17 +94,30 @@ def run(
     Cost: the default about 3 minutes of one core.
     """
     must_be_positive(
-        rows=rows, prompts=prompts, updates=updates, every=every, sft_lr=sft_lr, lr=lr,
+        rows=rows,
+        prompts=prompts,
+        updates=updates,
+        every=every,
+        sft_lr=sft_lr,
+        lr=lr,
         new_tokens=new_tokens,
-    )  # fmt: skip
+    )
     lengths = tuple(sorted(set(lengths)))
     if not lengths or lengths[0] < 0:
         raise ValueError(f"lengths must be numbers of updates, got {lengths}")
     options = {
-        "model": model, "data": data, "rows": rows, "prompts": prompts, "lengths": lengths,
-        "updates": updates, "every": every, "sft_lr": sft_lr, "lr": lr, "explained": explained,
+        "model": model,
+        "data": data,
+        "rows": rows,
+        "prompts": prompts,
+        "lengths": lengths,
+        "updates": updates,
+        "every": every,
+        "sft_lr": sft_lr,
+        "lr": lr,
+        "explained": explained,
         "new_tokens": new_tokens,
-    }  # fmt: skip
+    }
     lab = Lab("dpo", Path(out), seed, options, progress)
     setting = load(lab, model, data, rows=rows, prompts=prompts)
     pairs = setting.pairs(setting.train, ("chosen", "rejected"))
@@ -129,9 +137,12 @@ def run(
     for length in lengths:
         name = f"off-policy after {length}"
         recipe = Recipe(
-            Preference(_BETA), updates, lr, every=every,
+            Preference(_BETA),
+            updates,
+            lr,
+            every=every,
             explain=tuple(apart) if length == longest else (),
-        )  # fmt: skip
+        )
         before, after = start(length), start(length)
         found[name] = finetune(
             lab, f"off-{length}", setting, after, pairs, recipe, reference=before
@@ -167,9 +178,15 @@ def _sampled(lab: Lab, setting: Setting, model: nn.Module, most: int) -> list[di
     """Two samples per prompt; that which shares more words with the data's answer is preferred."""
     prompts = [row["prompt"] for row in setting.train.rows]
     both = [
-        sample(model, setting.tokenizer, prompts, max_new_tokens=most,
-               generator=lab.generator("sample", k)) for k in range(2)
-    ]  # fmt: skip
+        sample(
+            model,
+            setting.tokenizer,
+            prompts,
+            max_new_tokens=most,
+            generator=lab.generator("sample", k),
+        )
+        for k in range(2)
+    ]
     made = []
     for row, one, two in zip(setting.train.rows, *both, strict=True):
         scores = [_overlap(text, row["chosen"]) for text in (one, two)]
@@ -189,13 +206,19 @@ def _encoded_pairs(setting: Setting, rows: Sequence[Mapping[str, str]]) -> list[
     made = []
     for row in rows:
         try:
-            made.append({
-                term: encode(
-                    setting.tokenizer, row["prompt"], row[term], name=term, max_length=512,
-                    max_prompt_length=256,
-                )
-                for term in ("chosen", "rejected")
-            })  # fmt: skip
+            made.append(
+                {
+                    term: encode(
+                        setting.tokenizer,
+                        row["prompt"],
+                        row[term],
+                        name=term,
+                        max_length=512,
+                        max_prompt_length=256,
+                    )
+                    for term in ("chosen", "rejected")
+                }
+            )
         except EmptyResponseError:
             continue
     if len(made) < 4:
@@ -251,9 +274,14 @@ def mass_of_run(setting: Setting, before: nn.Module, after: nn.Module) -> list[d
 
 
 def _mass_of_steps(
-    lab: Lab, setting: Setting, model: nn.Module, pairs: Sequence[Mapping[str, Example]],
-    steps: int = 6, lr: float = 1e-3, positions: int = 16,
-) -> list[dict[str, Any]]:  # fmt: skip
+    lab: Lab,
+    setting: Setting,
+    model: nn.Module,
+    pairs: Sequence[Mapping[str, Example]],
+    steps: int = 6,
+    lr: float = 1e-3,
+    positions: int = 16,
+) -> list[dict[str, Any]]:
     """Single SGD steps on 4 pairs: where the mass of their y− went, by position and in all.
 
     Predicted to first order, by the y+ and the y− term, and measured; position −1 is the sum.
@@ -264,9 +292,15 @@ def _mass_of_steps(
         taken: list[Explained] = []
         other = copy.deepcopy(model)
         train(
-            other, [batch], Preference(_BETA), make_optimizer("sgd", other.parameters(), lr),
-            reference=model, explain={0}, probes=probes, explained=taken.append,
-        )  # fmt: skip
+            other,
+            [batch],
+            Preference(_BETA),
+            make_optimizer("sgd", other.parameters(), lr),
+            reference=model,
+            explain={0},
+            probes=probes,
+            explained=taken.append,
+        )
         examples = list(batch["rejected"])
         terms = taken[0].directions
         whole = {n: terms["chosen"][n] + terms["rejected"][n] for n in terms["chosen"]}
@@ -282,10 +316,14 @@ def _mass_of_steps(
                 for k in range(min(positions, len(flow.label))):
                     sums.setdefault((name, k), []).append(_places(flow, slice(k, k + 1)))
     return [
-        {"kind": name, "position": k, "responses": len(group),
-         **{key: float(np.mean([g[key] for g in group])) for key in group[0]}}
+        {
+            "kind": name,
+            "position": k,
+            "responses": len(group),
+            **{key: float(np.mean([g[key] for g in group])) for key in group[0]},
+        }
         for (name, k), group in sums.items()
-    ]  # fmt: skip
+    ]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -303,18 +341,32 @@ def shares_of_mass(flow: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _tables(
-    lab: Lab, found: Mapping[str, Curves], flows: Mapping[str, Sequence[Mapping[str, float]]],
+    lab: Lab,
+    found: Mapping[str, Curves],
+    flows: Mapping[str, Sequence[Mapping[str, float]]],
     step: Sequence[Mapping[str, Any]],
-) -> None:  # fmt: skip
-    lab.table("curves", [
-        {k: v for k, v in row.items() if k in ("run", "update", "type", "log_prob", "greedy")}
-        for name, curve in found.items() for row in curve.rows(name)
-    ])  # fmt: skip
+) -> None:
+    lab.table(
+        "curves",
+        [
+            {k: v for k, v in row.items() if k in ("run", "update", "type", "log_prob", "greedy")}
+            for name, curve in found.items()
+            for row in curve.rows(name)
+        ],
+    )
     lab.table("terms", _terms(found))
-    lab.table("mass", [
-        {"run": name, "moved": place, "sum over positions, mean over prompts": value / len(flow)}
-        for name, flow in flows.items() for place, value in _total(flow).items()
-    ])  # fmt: skip
+    lab.table(
+        "mass",
+        [
+            {
+                "run": name,
+                "moved": place,
+                "sum over positions, mean over prompts": value / len(flow),
+            }
+            for name, flow in flows.items()
+            for place, value in _total(flow).items()
+        ],
+    )
     lab.table("mass_step", step)
 
 
@@ -330,12 +382,16 @@ def _terms(found: Mapping[str, Curves]) -> list[dict[str, Any]]:
         for field in curve.fields:
             if not (types == field).any():
                 continue
-            rows.append({
-                "run": name, "type": field, "updates": len(parts),
-                "y+ term": float(terms["chosen"][types == field].mean()),
-                "y- term": float(terms["rejected"][types == field].mean()),
-                "measured": float(measured[types == field].mean()),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "run": name,
+                    "type": field,
+                    "updates": len(parts),
+                    "y+ term": float(terms["chosen"][types == field].mean()),
+                    "y- term": float(terms["rejected"][types == field].mean()),
+                    "measured": float(measured[types == field].mean()),
+                }
+            )
     return rows
 
 
@@ -347,9 +403,12 @@ def unrelated(curve: Curves) -> np.ndarray:
 
 
 def _pictures(
-    lab: Lab, found: Mapping[str, Curves], flows: Mapping[str, Sequence[Mapping[str, float]]],
-    step: Sequence[Mapping[str, Any]], lengths: Sequence[int],
-) -> None:  # fmt: skip
+    lab: Lab,
+    found: Mapping[str, Curves],
+    flows: Mapping[str, Sequence[Mapping[str, float]]],
+    step: Sequence[Mapping[str, Any]],
+    lengths: Sequence[int],
+) -> None:
     main = f"off-policy after {lengths[-1]}"
     shown = {
         f"DPO, off-policy, after {lengths[-1]} updates of SFT": found[main],
@@ -381,8 +440,9 @@ def _draw_terms(rows: Sequence[Mapping[str, Any]], main: str) -> Any:
     axes.invert_yaxis()
     axes.set_title(
         "what an update's y+ term (blue) and y− term (red) do; ◆ their sum, ○ measured",
-        fontsize=9.5, loc="left",
-    )  # fmt: skip
+        fontsize=9.5,
+        loc="left",
+    )
     axes.set_xlabel("Δ log π per update, nats", fontsize=8)
     tidy(axes)
     return figure
@@ -400,9 +460,9 @@ def _draw_mass(
     }
     for row in step:
         if row["position"] < 0:
-            lost = abs(next(
-                r for r in step if r["position"] < 0 and r["kind"] == "measured"
-            )["response"])  # fmt: skip
+            lost = abs(
+                next(r for r in step if r["position"] < 0 and r["kind"] == "measured")["response"]
+            )
             bars[f"one step, {row['kind']}"] = {k: row[k] / lost for k in _PLACES}
     axes = grid[0]
     for at, parts in enumerate(bars.values()):
@@ -418,21 +478,32 @@ def _draw_mass(
     where = dict(zip(_PLACES, (0.0, 0.13, 0.46, 0.84), strict=True))
     for place, (text, colour) in _PLACES.items():
         axes.annotate(
-            text, (where[place], -0.14), xycoords="axes fraction", color=colour, fontsize=7.5,
+            text,
+            (where[place], -0.14),
+            xycoords="axes fraction",
+            color=colour,
+            fontsize=7.5,
             weight="bold",
-        )  # fmt: skip
+        )
     axes = grid[1]
     for kind, style in (("measured", "o"), ("predicted", "-")):
-        steps = sorted((r for r in step if r["kind"] == kind and r["position"] >= 0),
-                    key=lambda r: r["position"])  # fmt: skip
+        steps = sorted(
+            (r for r in step if r["kind"] == kind and r["position"] >= 0),
+            key=lambda r: r["position"],
+        )
         for place, (_, colour) in _PLACES.items():
             axes.plot(
-                [r["position"] for r in steps], [r[place] for r in steps], style, color=colour,
-                markersize=4, linewidth=1.2,
-            )  # fmt: skip
+                [r["position"] for r in steps],
+                [r[place] for r in steps],
+                style,
+                color=colour,
+                markersize=4,
+                linewidth=1.2,
+            )
     axes.axhline(0, color=INK, linewidth=0.6)
-    axes.set_title("one step, by position: points measured, lines predicted", fontsize=9.5,
-                   loc="left")  # fmt: skip
+    axes.set_title(
+        "one step, by position: points measured, lines predicted", fontsize=9.5, loc="left"
+    )
     axes.set_xlabel("token of y−", fontsize=8)
     axes.set_ylabel("Δπ", fontsize=8)
     tidy(axes)
@@ -440,34 +511,47 @@ def _draw_mass(
 
 
 def _draw_longer(
-    found: Mapping[str, Curves], flows: Mapping[str, Sequence[Mapping[str, float]]],
+    found: Mapping[str, Curves],
+    flows: Mapping[str, Sequence[Mapping[str, float]]],
     lengths: Sequence[int],
-) -> Any:  # fmt: skip
+) -> Any:
     figure, grid = axes_grid("longer", 1, 3, 12.5, 3.6)
     runs = [found[f"off-policy after {n}"] for n in lengths]
     panels: list[tuple[str, dict[str, list[float]]]] = [
-        ("Δ log π by DPO, nats", {
-            n: [float(np.nanmean(r.change(n))) for r in runs]
-            for n in ("chosen", "rejected", "irr_train", "irr_test")
-        }),
-        ("Δ greedy confidence of y+'s prefix, nats", {
-            "greedy": [float(np.nanmean(r.change("chosen", "greedy"))) for r in runs]
-        }),
-        ("share of y−'s lost mass", {
-            place: [shares_of_mass(flows[f"off-policy after {n}"])[place] for n in lengths]
-            for place in ("likeliest other", "top", "rest")
-        }),
-    ]  # fmt: skip
+        (
+            "Δ log π by DPO, nats",
+            {
+                n: [float(np.nanmean(r.change(n))) for r in runs]
+                for n in ("chosen", "rejected", "irr_train", "irr_test")
+            },
+        ),
+        (
+            "Δ greedy confidence of y+'s prefix, nats",
+            {"greedy": [float(np.nanmean(r.change("chosen", "greedy"))) for r in runs]},
+        ),
+        (
+            "share of y−'s lost mass",
+            {
+                place: [shares_of_mass(flows[f"off-policy after {n}"])[place] for n in lengths]
+                for place in ("likeliest other", "top", "rest")
+            },
+        ),
+    ]
     for axes, (title, lines) in zip(grid, panels, strict=True):
         for name, values in lines.items():
             place = _PLACES.get(name)
             colour = place[1] if place else COLOURS[name]
             axes.plot(lengths, values, "o-", color=colour, markersize=4)
             axes.annotate(
-                place[0] if place else label(name), (lengths[-1], values[-1]), xytext=(6, 0),
-                textcoords="offset points", fontsize=7.5, color=colour, va="center",
+                place[0] if place else label(name),
+                (lengths[-1], values[-1]),
+                xytext=(6, 0),
+                textcoords="offset points",
+                fontsize=7.5,
+                color=colour,
+                va="center",
                 annotation_clip=False,
-            )  # fmt: skip
+            )
         axes.axhline(0, color=INK, linewidth=0.5)
         axes.set_title(title, fontsize=9.5, loc="left")
         axes.set_xlabel("updates of SFT before DPO", fontsize=8)
@@ -480,9 +564,11 @@ def _draw_longer(
 
 
 def _claims(
-    lab: Lab, found: Mapping[str, Curves], flows: Mapping[str, Sequence[Mapping[str, float]]],
+    lab: Lab,
+    found: Mapping[str, Curves],
+    flows: Mapping[str, Sequence[Mapping[str, float]]],
     lengths: Sequence[int],
-) -> None:  # fmt: skip
+) -> None:
     def interval(name: str, values: np.ndarray) -> tuple[float, tuple[float, float]]:
         return bootstrap(values, generator=lab.generator("bootstrap", name))
 
@@ -497,94 +583,140 @@ def _claims(
 
     if any("_gpt" in n for n in main.fields):
         gap, gap_range = interval("kin", kin("reject") - kin("chosen"))
-        lab.claim(Claim(
-            "dpo 1", "Rephrases of y− fall faster than rephrases of y+.", "§4.2, result 1; Fig. 4",
-            "pythia-410m: gpts− −50.9 and gptf− −43.1, gpts+ −32.0 and gptf+ −31.7 nats",
-            f"{np.nanmean(kin('reject')):+.2f} against {np.nanmean(kin('chosen')):+.2f} nats",
-            "agrees" if gap_range[1] < 0 else "disagrees",
-            "difference per prompt, of the two rewordings of each", value=gap, interval=gap_range,
-        ))  # fmt: skip
+        lab.claim(
+            Claim(
+                "dpo 1",
+                "Rephrases of y− fall faster than rephrases of y+.",
+                "§4.2, result 1; Fig. 4",
+                "pythia-410m: gpts− −50.9 and gptf− −43.1, gpts+ −32.0 and gptf+ −31.7 nats",
+                f"{np.nanmean(kin('reject')):+.2f} against {np.nanmean(kin('chosen')):+.2f} nats",
+                "agrees" if gap_range[1] < 0 else "disagrees",
+                "difference per prompt, of the two rewordings of each",
+                value=gap,
+                interval=gap_range,
+            )
+        )
     rise, fall = bell(main.log_prob[:, :, main.column("chosen")])
     up, down = interval("rise", rise), interval("fall", fall)
     lost, lost_range = interval("lost", main.change("rejected"))
-    lab.claim(Claim(
-        "dpo 2", "y+ rises first and falls later, while y− falls all along.",
-        "§4.2, result 2; Fig. 4", "pythia-410m: y+ −152.0 → −140.2 → −146.3, y− −121.4 → −197.6",
-        f"y+ rises by {up[0]:+.2f} (95 %: {up[1][0]:+.2f} to {up[1][1]:+.2f}), then moves by "
-        f"{down[0]:+.2f} ({down[1][0]:+.2f} to {down[1][1]:+.2f}); y− {lost:+.2f} nats",
-        "agrees" if up[1][0] > 0 and down[1][1] < 0 and lost_range[1] < 0 else "disagrees",
-        "peak found on other prompts than it is tested on", value=down[0], interval=down[1],
-    ))  # fmt: skip
+    lab.claim(
+        Claim(
+            "dpo 2",
+            "y+ rises first and falls later, while y− falls all along.",
+            "§4.2, result 2; Fig. 4",
+            "pythia-410m: y+ −152.0 → −140.2 → −146.3, y− −121.4 → −197.6",
+            f"y+ rises by {up[0]:+.2f} (95 %: {up[1][0]:+.2f} to {up[1][1]:+.2f}), then moves by "
+            f"{down[0]:+.2f} ({down[1][0]:+.2f} to {down[1][1]:+.2f}); y− {lost:+.2f} nats",
+            "agrees" if up[1][0] > 0 and down[1][1] < 0 and lost_range[1] < 0 else "disagrees",
+            "peak found on other prompts than it is tested on",
+            value=down[0],
+            interval=down[1],
+        )
+    )
     decay, decay_range = interval("decay", unrelated(main) - unrelated(again))
-    lab.claim(Claim(
-        "dpo 3", "Unrelated responses decay faster under DPO than under SFT, at the same rate.",
-        "§4.2, result 3", "“much faster”, even at a smaller rate; pythia-410m DPO: y_j≠u −29.6, "
-        "y_test −48.9, y_hum −34.7 nats",
-        f"DPO {np.nanmean(unrelated(main)):+.2f}, SFT {np.nanmean(unrelated(again)):+.2f} nats",
-        "agrees" if decay_range[1] < 0 else "disagrees",
-        "same start, rows, rate and number of updates; mean of the three unrelated types",
-        value=decay, interval=decay_range,
-    ))  # fmt: skip
+    lab.claim(
+        Claim(
+            "dpo 3",
+            "Unrelated responses decay faster under DPO than under SFT, at the same rate.",
+            "§4.2, result 3",
+            "“much faster”, even at a smaller rate; pythia-410m DPO: y_j≠u −29.6, "
+            "y_test −48.9, y_hum −34.7 nats",
+            f"DPO {np.nanmean(unrelated(main)):+.2f}, SFT {np.nanmean(unrelated(again)):+.2f} nats",
+            "agrees" if decay_range[1] < 0 else "disagrees",
+            "same start, rows, rate and number of updates; mean of the three unrelated types",
+            value=decay,
+            interval=decay_range,
+        )
+    )
     peak, peak_range = interval("greedy", main.change("chosen", "greedy"))
     gain, gain_range = interval("gain", main.change("chosen"))
-    lab.claim(Claim(
-        "dpo 4a", "Greedy confidence rises while y+ falls.", "§4.2, result 4; Fig. 4",
-        "−113 → −63 within 8 epochs, “even faster than” SFT's y+",
-        f"Σ log max π along y+: {peak:+.2f} nats, y+ {gain:+.2f} (95 %: {gain_range[0]:+.2f} to "
-        f"{gain_range[1]:+.2f})",
-        "agrees" if peak_range[0] > 0 and gain_range[1] < 0 else "disagrees",
-        "correct greedy confidence, of y+'s own prefix; a model this small has little to squeeze "
-        "into",
-        corrected="that series was measured on random words; corrected stored runs: −61.6 → −54.4, "
-        "slower than SFT's −44.5, or −41.2 at batch 2 with y+ −152.0 → −156.2",
-        value=peak, interval=peak_range,
-    ))  # fmt: skip
+    lab.claim(
+        Claim(
+            "dpo 4a",
+            "Greedy confidence rises while y+ falls.",
+            "§4.2, result 4; Fig. 4",
+            "−113 → −63 within 8 epochs, “even faster than” SFT's y+",
+            f"Σ log max π along y+: {peak:+.2f} nats, y+ {gain:+.2f} (95 %: {gain_range[0]:+.2f} "
+            f"to {gain_range[1]:+.2f})",
+            "agrees" if peak_range[0] > 0 and gain_range[1] < 0 else "disagrees",
+            "correct greedy confidence, of y+'s own prefix; a model this small has little to "
+            "squeeze into",
+            corrected="that series was measured on random words; corrected stored runs: −61.6 → "
+            "−54.4, slower than SFT's −44.5, or −41.2 at batch 2 with y+ −152.0 → −156.2",
+            value=peak,
+            interval=peak_range,
+        )
+    )
     flow = flows[f"off-policy after {lengths[-1]}"]
     moved = np.array([[f["response"], f["likeliest other"]] for f in flow])
     share, share_range = bootstrap(
-        moved, lambda x: float(-x[:, 1].sum() / x[:, 0].sum()),
+        moved,
+        lambda x: float(-x[:, 1].sum() / x[:, 0].sum()),
         generator=lab.generator("bootstrap", "share"),
-    )  # fmt: skip
+    )
     parts = shares_of_mass(flow)
-    lab.claim(Claim(
-        "dpo 4b", "The mass of y− is squeezed into the likeliest token.", "§4.2; §3.3",
-        "argued from the one-position theory; never measured",
-        f"of what y− lost at its positions {100 * share:.0f} % went to the likeliest other token, "
-        f"{100 * parts['top']:.0f} % to the rest of the ten likeliest, "
-        f"{100 * parts['rest']:.0f} % to all others",
-        "agrees" if share_range[0] > 0.5 else "disagrees",
-        "more than half is asked for; whole run, summed over positions of y− in the probes",
-        value=share, interval=share_range,
-    ))  # fmt: skip
+    lab.claim(
+        Claim(
+            "dpo 4b",
+            "The mass of y− is squeezed into the likeliest token.",
+            "§4.2; §3.3",
+            "argued from the one-position theory; never measured",
+            f"of what y− lost at its positions {100 * share:.0f} % went to the likeliest other "
+            f"token, {100 * parts['top']:.0f} % to the rest of the ten likeliest, "
+            f"{100 * parts['rest']:.0f} % to all others",
+            "agrees" if share_range[0] > 0.5 else "disagrees",
+            "more than half is asked for; whole run, summed over positions of y− in the probes",
+            value=share,
+            interval=share_range,
+        )
+    )
     if len(lengths) > 1:
         longer, longer_range = interval("longer", unrelated(main) - unrelated(first))
-        lab.claim(Claim(
-            "dpo 4c", "The longer SFT lasted, the stronger is the squeezing.",
-            "poster: “train longer → stronger”", "no number survives",
-            "unrelated responses move by " + ", ".join(
-                f"{np.nanmean(unrelated(found[f'off-policy after {n}'])):+.2f} after {n}"
-                for n in lengths
-            ) + " updates of SFT (nats)",
-            "agrees" if longer_range[1] < 0 else "disagrees",
-            "decided by the longest against the shortest SFT, the same DPO after both",
-            value=longer, interval=longer_range,
-        ))  # fmt: skip
+        lab.claim(
+            Claim(
+                "dpo 4c",
+                "The longer SFT lasted, the stronger is the squeezing.",
+                "poster: “train longer → stronger”",
+                "no number survives",
+                "unrelated responses move by "
+                + ", ".join(
+                    f"{np.nanmean(unrelated(found[f'off-policy after {n}'])):+.2f} after {n}"
+                    for n in lengths
+                )
+                + " updates of SFT (nats)",
+                "agrees" if longer_range[1] < 0 else "disagrees",
+                "decided by the longest against the shortest SFT, the same DPO after both",
+                value=longer,
+                interval=longer_range,
+            )
+        )
     on, on_range = interval("on", unrelated(ours) - unrelated(main))
-    lab.claim(Claim(
-        "on-policy", "With pairs from the model itself the squeezing is weaker.", "§4.2; Fig. 2",
-        "a sketch", f"unrelated responses {np.nanmean(unrelated(ours)):+.2f} nats on-policy, "
-        f"{np.nanmean(unrelated(main)):+.2f} off-policy",
-        "agrees" if on_range[0] > 0 else "disagrees",
-        "two samples per prompt; preferred is the one that shares more words with the data's "
-        "answer", value=on, interval=on_range,
-    ))  # fmt: skip
+    lab.claim(
+        Claim(
+            "on-policy",
+            "With pairs from the model itself the squeezing is weaker.",
+            "§4.2; Fig. 2",
+            "a sketch",
+            f"unrelated responses {np.nanmean(unrelated(ours)):+.2f} nats on-policy, "
+            f"{np.nanmean(unrelated(main)):+.2f} off-policy",
+            "agrees" if on_range[0] > 0 else "disagrees",
+            "two samples per prompt; preferred is the one that shares more words with the data's "
+            "answer",
+            value=on,
+            interval=on_range,
+        )
+    )
 
 
 def _finish(
-    lab: Lab, setting: Setting, found: Mapping[str, Curves],
-    flows: Mapping[str, Sequence[Mapping[str, float]]], step: Sequence[Mapping[str, Any]],
-    lengths: Sequence[int], pairs: int,
-) -> dict[str, Any]:  # fmt: skip
+    lab: Lab,
+    setting: Setting,
+    found: Mapping[str, Curves],
+    flows: Mapping[str, Sequence[Mapping[str, float]]],
+    step: Sequence[Mapping[str, Any]],
+    lengths: Sequence[int],
+    pairs: int,
+) -> dict[str, Any]:
     main = found[f"off-policy after {lengths[-1]}"]
     spent = [c.raw["seconds"] for c in found.values()]
     whole, probing = sum(s["all"] for s in spent), sum(s["probes"] for s in spent)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lddyn.figures import FAINT, INK, blank_figure, tidy
-from lddyn.probes import TYPES
+from lddyn.probes.probe_set import TYPES
+from lddyn.report.figures import FAINT, INK, blank_figure, tidy
 
 __all__ = ["COLOURS", "GROUP_COLOURS", "axes_grid", "curves", "heat_map", "label_ends", "tidy"]
 
@@ -31,9 +31,12 @@ COLOURS = {
     "greedy": "#cc79a7",
 }
 _STYLES = {
-    "chosen_initial": ":", "chosen_gptformat": "--", "reject_gptformat": "--", "irr_hum": ":",
+    "chosen_initial": ":",
+    "chosen_gptformat": "--",
+    "reject_gptformat": "--",
+    "irr_hum": ":",
     "greedy": "-.",
-}  # fmt: skip
+}
 
 
 def axes_grid(
@@ -57,9 +60,13 @@ def curves(
     for name, y in lines.items():
         strong = name in ("chosen", "rejected", "greedy")
         axes.plot(
-            x, y, _STYLES.get(name, "-"), color=COLOURS.get(name, INK),
-            linewidth=2.0 if strong else 1.2, solid_capstyle="round",
-        )  # fmt: skip
+            x,
+            y,
+            _STYLES.get(name, "-"),
+            color=COLOURS.get(name, INK),
+            linewidth=2.0 if strong else 1.2,
+            solid_capstyle="round",
+        )
     axes.set_title(title, fontsize=9.5, loc="left", color=INK)
     axes.set_ylabel(unit, fontsize=8, color=INK)
     axes.set_xlabel("updates", fontsize=8, color=INK)
@@ -90,20 +97,32 @@ def label_ends(axes: Any, x: float, ends: Mapping[str, float]) -> None:
     at = [y - over for y in at]
     for name, y in zip(names, at, strict=True):
         axes.annotate(
-            label(name), (x, ends[name]), (1.03, y),
-            textcoords="axes fraction", fontsize=7, va="center", color=COLOURS.get(name, INK),
+            label(name),
+            (x, ends[name]),
+            (1.03, y),
+            textcoords="axes fraction",
+            fontsize=7,
+            va="center",
+            color=COLOURS.get(name, INK),
             annotation_clip=False,
             arrowprops={
-                "arrowstyle": "-", "linewidth": 0.4, "color": COLOURS.get(name, INK),
-                "shrinkA": 0, "shrinkB": 1,
+                "arrowstyle": "-",
+                "linewidth": 0.4,
+                "color": COLOURS.get(name, INK),
+                "shrinkA": 0,
+                "shrinkB": 1,
             },
-        )  # fmt: skip
+        )
 
 
 def heat_map(
-    axes: Any, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str,
+    axes: Any,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
     largest: float | None = None,
-) -> Any:  # fmt: skip
+) -> Any:
     """Numbers in cells: blue raised, red lowered."""
     largest = largest or float(np.nanmax(np.abs(values)))
     image = axes.imshow(values, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
@@ -112,9 +131,14 @@ def heat_map(
             value = values[i, j]
             dark = abs(value) > 0.6 * largest
             axes.text(
-                j, i, f"{value:.2f}".replace("-", "−"), ha="center", va="center", fontsize=6.5,
+                j,
+                i,
+                f"{value:.2f}".replace("-", "−"),
+                ha="center",
+                va="center",
+                fontsize=6.5,
                 color="white" if dark else INK,
-            )  # fmt: skip
+            )
     axes.set_xticks(range(len(columns)), [label(c) for c in columns], rotation=40, ha="right")
     axes.set_yticks(range(len(rows)), [label(r) for r in rows])
     axes.set_title(title, fontsize=9.5, loc="left", color=INK)

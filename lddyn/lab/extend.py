@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lddyn.dynamics import Preference, Supervised, bootstrap
-from lddyn.figures import INK
 from lddyn.lab.dpo import mass_of_run, shares_of_mass, unrelated
 from lddyn.lab.drawing import axes_grid, curves, tidy
+from lddyn.lab.dynamics import Preference, Supervised
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.setting import (
     Curves,
@@ -31,7 +30,10 @@ from lddyn.lab.setting import (
     must_be_positive,
     one_thread,
 )
-from lddyn.probes import measure, sample
+from lddyn.probes.build import sample
+from lddyn.probes.measure import measure
+from lddyn.report.figures import INK
+from lddyn.stats import bootstrap
 
 __all__ = ["degeneration", "run"]
 
@@ -43,8 +45,11 @@ _LOSSES = {
     "DPO+NLL": Preference(_BETA, nll=1.0),
 }
 _COLOURS = {
-    "y+ only": "#d55e00", "both": "#0072b2", "y+ only, gate": "#cc79a7", "y+ only, NLL": "#009e73",
-}  # fmt: skip
+    "y+ only": "#d55e00",
+    "both": "#0072b2",
+    "y+ only, gate": "#cc79a7",
+    "y+ only, NLL": "#009e73",
+}
 
 
 def run(
@@ -86,14 +91,27 @@ def run(
     Cost: the default about 3 minutes of one core.
     """
     must_be_positive(
-        rows=rows, prompts=prompts, sft_updates=sft_updates, updates=updates, every=every,
-        sft_lr=sft_lr, lr=lr, new_tokens=new_tokens,
-    )  # fmt: skip
+        rows=rows,
+        prompts=prompts,
+        sft_updates=sft_updates,
+        updates=updates,
+        every=every,
+        sft_lr=sft_lr,
+        lr=lr,
+        new_tokens=new_tokens,
+    )
     options = {
-        "model": model, "data": data, "rows": rows, "prompts": prompts,
-        "sft_updates": sft_updates, "updates": updates, "every": every, "sft_lr": sft_lr,
-        "lr": lr, "new_tokens": new_tokens,
-    }  # fmt: skip
+        "model": model,
+        "data": data,
+        "rows": rows,
+        "prompts": prompts,
+        "sft_updates": sft_updates,
+        "updates": updates,
+        "every": every,
+        "sft_lr": sft_lr,
+        "lr": lr,
+        "new_tokens": new_tokens,
+    }
     lab = Lab("extend", Path(out), seed, options, progress)
     setting = load(lab, model, data, rows=rows, prompts=prompts)
     pairs = setting.pairs(setting.train, ("chosen", "rejected"))
@@ -103,9 +121,11 @@ def run(
         tuned[name] = finetune(lab, _file("sft", name), setting, setting.fresh(), pairs, recipe)
 
     plan = {
-        "y+ only": ("y+ only", "DPO"), "both": ("both", "DPO"),
-        "y+ only, gate": ("y+ only", "DPO, gate"), "y+ only, NLL": ("y+ only", "DPO+NLL"),
-    }  # fmt: skip
+        "y+ only": ("y+ only", "DPO"),
+        "both": ("both", "DPO"),
+        "y+ only, gate": ("y+ only", "DPO, gate"),
+        "y+ only, NLL": ("y+ only", "DPO+NLL"),
+    }
     found: dict[str, Curves] = {}
     after: dict[str, dict[str, Any]] = {}
     for name, (start, loss) in plan.items():
@@ -120,11 +140,15 @@ def run(
                 _file("after", name),
                 partial(_examine, setting, before, policy, new_tokens),
             )
-    lab.table("curves", [
-        {k: v for k, v in row.items() if k in ("run", "update", "type", "log_prob", "greedy")}
-        for stage, runs in (("SFT", tuned), ("DPO", found)) for name, curve in runs.items()
-        for row in curve.rows(f"{stage}: {name}")
-    ])  # fmt: skip
+    lab.table(
+        "curves",
+        [
+            {k: v for k, v in row.items() if k in ("run", "update", "type", "log_prob", "greedy")}
+            for stage, runs in (("SFT", tuned), ("DPO", found))
+            for name, curve in runs.items()
+            for row in curve.rows(f"{stage}: {name}")
+        ],
+    )
     summary = _summary(found, after)
     lab.table("summary", summary)
     lab.figure("sft", _draw_sft(tuned), "SFT on y+ only (left) and on both (right).")
@@ -207,19 +231,21 @@ def _summary(
     for name, curve in found.items():
         shares = shares_of_mass(after[name]["mass"])
         end = after[name]["degeneration"]
-        rows.append({
-            "run": name,
-            "y+": float(np.nanmean(curve.change("chosen"))),
-            "y-": float(np.nanmean(curve.change("rejected"))),
-            "unrelated": float(np.nanmean(unrelated(curve))),
-            "greedy": float(np.nanmean(curve.change("chosen", "greedy"))),
-            "squeeze ratio": shares["likeliest other"],
-            "held-out accuracy": float(np.mean(after[name]["right"])),
-            "repeated": end["after"]["repeated"],
-            "repeated before": end["before"]["repeated"],
-            "distinct 2": end["after"]["distinct 2"],
-            "distinct 2 before": end["before"]["distinct 2"],
-        })  # fmt: skip
+        rows.append(
+            {
+                "run": name,
+                "y+": float(np.nanmean(curve.change("chosen"))),
+                "y-": float(np.nanmean(curve.change("rejected"))),
+                "unrelated": float(np.nanmean(unrelated(curve))),
+                "greedy": float(np.nanmean(curve.change("chosen", "greedy"))),
+                "squeeze ratio": shares["likeliest other"],
+                "held-out accuracy": float(np.mean(after[name]["right"])),
+                "repeated": end["after"]["repeated"],
+                "repeated before": end["before"]["repeated"],
+                "distinct 2": end["after"]["distinct 2"],
+                "distinct 2 before": end["before"]["distinct 2"],
+            }
+        )
     return rows
 
 
@@ -256,18 +282,27 @@ def _draw_dpo(found: Mapping[str, Curves]) -> Any:
         axes.margins(y=0.1)
         tidy(axes)
     figure.legend(
-        grid[0].lines[: len(found)], [f"SFT on {name}" for name in found], labelcolor="linecolor",
-        loc="outside upper left", ncols=len(found), frameon=False, fontsize=8,
-    )  # fmt: skip
+        grid[0].lines[: len(found)],
+        [f"SFT on {name}" for name in found],
+        labelcolor="linecolor",
+        loc="outside upper left",
+        ncols=len(found),
+        frameon=False,
+        fontsize=8,
+    )
     return figure
 
 
 def _draw_summary(rows: Sequence[Mapping[str, Any]]) -> Any:
     shown = ("unrelated", "greedy", "squeeze ratio", "held-out accuracy", "repeated", "distinct 2")
     titles = (
-        "unrelated, nats", "greedy, nats", "y−'s mass to the likeliest", "held-out accuracy",
-        "repeated runs", "distinct pairs",
-    )  # fmt: skip
+        "unrelated, nats",
+        "greedy, nats",
+        "y−'s mass to the likeliest",
+        "held-out accuracy",
+        "repeated runs",
+        "distinct pairs",
+    )
     figure, grid = axes_grid("summary", 1, len(shown), 15, 2.2)
     for axes, key, title in zip(grid, shown, titles, strict=True):
         for at, row in enumerate(rows):
@@ -275,10 +310,14 @@ def _draw_summary(rows: Sequence[Mapping[str, Any]]) -> Any:
             if f"{key} before" in row:
                 axes.plot([row[f"{key} before"]] * 2, [at - 0.35, at + 0.35], color=INK)
             axes.annotate(
-                f"{row[key]:.2f}".replace("-", "−"), (row[key], at), fontsize=7, va="center",
-                xytext=(3 if row[key] >= 0 else -3, 0), textcoords="offset points",
+                f"{row[key]:.2f}".replace("-", "−"),
+                (row[key], at),
+                fontsize=7,
+                va="center",
+                xytext=(3 if row[key] >= 0 else -3, 0),
+                textcoords="offset points",
                 ha="left" if row[key] >= 0 else "right",
-            )  # fmt: skip
+            )
         names = [f"SFT on {row['run']}" for row in rows] if axes is grid[0] else [""] * len(rows)
         axes.set_yticks(range(len(rows)), names)
         axes.invert_yaxis()
@@ -293,9 +332,11 @@ def _draw_summary(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _claims(
-    lab: Lab, tuned: Mapping[str, Curves], found: Mapping[str, Curves],
+    lab: Lab,
+    tuned: Mapping[str, Curves],
+    found: Mapping[str, Curves],
     after: Mapping[str, Mapping[str, Any]],
-) -> None:  # fmt: skip
+) -> None:
     def interval(name: str, values: np.ndarray) -> tuple[float, tuple[float, float]]:
         return bootstrap(values, generator=lab.generator("bootstrap", name))
 
@@ -303,82 +344,124 @@ def _claims(
     raised, raised_range = interval("raised", both.change("rejected") - one.change("rejected"))
     same, same_range = interval("same", both.change("chosen") - one.change("chosen"))
     gain = float(np.nanmean(one.change("chosen")))
-    lab.claim(Claim(
-        "extend 1", "SFT on both raises y− much more, and y+ as much as SFT on y+ does.",
-        "§4.3, Fig. 5", "y− −97.1 → −60.6, y+ −122.8 → −79.2 (Qwen-1.8B)",
-        f"y− {raised:+.2f} nats more, y+ {same:+.2f} (95 %: {same_range[0]:+.2f} to "
-        f"{same_range[1]:+.2f}) where SFT on y+ gives it {gain:+.2f}",
-        "agrees" if raised_range[0] > 0 and abs(same) < 0.2 * abs(gain) else "disagrees",
-        "as much: within a fifth", value=raised, interval=raised_range,
-    ))  # fmt: skip
+    lab.claim(
+        Claim(
+            "extend 1",
+            "SFT on both raises y− much more, and y+ as much as SFT on y+ does.",
+            "§4.3, Fig. 5",
+            "y− −97.1 → −60.6, y+ −122.8 → −79.2 (Qwen-1.8B)",
+            f"y− {raised:+.2f} nats more, y+ {same:+.2f} (95 %: {same_range[0]:+.2f} to "
+            f"{same_range[1]:+.2f}) where SFT on y+ gives it {gain:+.2f}",
+            "agrees" if raised_range[0] > 0 and abs(same) < 0.2 * abs(gain) else "disagrees",
+            "as much: within a fifth",
+            value=raised,
+            interval=raised_range,
+        )
+    )
     base, extended = found["y+ only"], found["both"]
     slower, slower_range = interval("slower", unrelated(extended) - unrelated(base))
-    lab.claim(Claim(
-        "extend 2", "After it the same DPO lets other responses decay less.", "§4.3, Fig. 5",
-        "others decay slower", f"unrelated {np.nanmean(unrelated(extended)):+.2f} against "
-        f"{np.nanmean(unrelated(base)):+.2f} nats", "agrees" if slower_range[0] > 0
-        else "disagrees", "per prompt, same rows in the same order", value=slower,
-        interval=slower_range,
-    ))  # fmt: skip
+    lab.claim(
+        Claim(
+            "extend 2",
+            "After it the same DPO lets other responses decay less.",
+            "§4.3, Fig. 5",
+            "others decay slower",
+            f"unrelated {np.nanmean(unrelated(extended)):+.2f} against "
+            f"{np.nanmean(unrelated(base)):+.2f} nats",
+            "agrees" if slower_range[0] > 0 else "disagrees",
+            "per prompt, same rows in the same order",
+            value=slower,
+            interval=slower_range,
+        )
+    )
     less, less_range = interval(
         "less", extended.change("chosen", "greedy") - base.change("chosen", "greedy")
     )
     peak_range = interval("peak", base.change("chosen", "greedy"))[1]
-    lab.claim(Claim(
-        "extend 3", "Greedy confidence rises less.", "§4.3, Fig. 5", "rises less",
-        f"{np.nanmean(extended.change('chosen', 'greedy')):+.2f} against "
-        f"{np.nanmean(base.change('chosen', 'greedy')):+.2f} nats",
-        "not testable at this scale" if peak_range[0] <= 0
-        else "agrees" if less_range[1] < 0 else "disagrees",
-        "of y+'s own prefix; to be tested it must rise after SFT on y+ only",
-        corrected="the published greedy is that of random words; in a fork's extend run it stays "
-        "at about −39",
-        value=less, interval=less_range,
-    ))  # fmt: skip
+    lab.claim(
+        Claim(
+            "extend 3",
+            "Greedy confidence rises less.",
+            "§4.3, Fig. 5",
+            "rises less",
+            f"{np.nanmean(extended.change('chosen', 'greedy')):+.2f} against "
+            f"{np.nanmean(base.change('chosen', 'greedy')):+.2f} nats",
+            "not testable at this scale"
+            if peak_range[0] <= 0
+            else "agrees"
+            if less_range[1] < 0
+            else "disagrees",
+            "of y+'s own prefix; to be tested it must rise after SFT on y+ only",
+            corrected="the published greedy is that of random words; in a fork's extend run it "
+            "stays at about −39",
+            value=less,
+            interval=less_range,
+        )
+    )
     right = [np.array(after[name]["right"]) for name in ("both", "y+ only")]
     better, better_range = interval("better", right[0] - right[1])
-    lab.claim(Claim(
-        "extend 4", "Its answers are preferred.", "§4.3, Table 1",
-        "judged win rates 0.65 to 0.69 (ChatGPT), 0.52 to 0.60 (Claude 3) after DPO; one order of "
-        "answers only",
-        f"no judge here; held-out preference accuracy {right[0].mean():.2f} against "
-        f"{right[1].mean():.2f}",
-        "not testable at this scale",
-        "a win rate needs a judge and answers worth judging; accuracy of the implicit reward is "
-        "another thing", value=better, interval=better_range,
-    ))  # fmt: skip
+    lab.claim(
+        Claim(
+            "extend 4",
+            "Its answers are preferred.",
+            "§4.3, Table 1",
+            "judged win rates 0.65 to 0.69 (ChatGPT), 0.52 to 0.60 (Claude 3) after DPO; one order "
+            "of answers only",
+            f"no judge here; held-out preference accuracy {right[0].mean():.2f} against "
+            f"{right[1].mean():.2f}",
+            "not testable at this scale",
+            "a win rate needs a judge and answers worth judging; accuracy of the implicit reward "
+            "is another thing",
+            value=better,
+            interval=better_range,
+        )
+    )
     before = after["y+ only"]["degeneration"], after["both"]["degeneration"]
     repeats = [d["after"]["repeated"] - d["before"]["repeated"] for d in before]
-    lab.claim(Claim(
-        "extend 5", "It reduces degenerate answers after DPO.", "§4.3; App. F",
-        "“reduced degenerate responses”",
-        f"repeated three-word runs change by {repeats[1]:+.3f} against {repeats[0]:+.3f}, distinct "
-        f"pairs {before[1]['after']['distinct 2']:.2f} against "
-        f"{before[0]['after']['distinct 2']:.2f}",
-        "not testable at this scale" if max(map(abs, repeats)) < 0.02
-        else "agrees" if repeats[1] < repeats[0] else "disagrees",
-        "greedy answers to held-out prompts; below 0.02 neither run degenerates",
-        value=repeats[1] - repeats[0],
-    ))  # fmt: skip
+    lab.claim(
+        Claim(
+            "extend 5",
+            "It reduces degenerate answers after DPO.",
+            "§4.3; App. F",
+            "“reduced degenerate responses”",
+            f"repeated three-word runs change by {repeats[1]:+.3f} against {repeats[0]:+.3f}, "
+            f"distinct pairs {before[1]['after']['distinct 2']:.2f} against "
+            f"{before[0]['after']['distinct 2']:.2f}",
+            "not testable at this scale"
+            if max(map(abs, repeats)) < 0.02
+            else "agrees"
+            if repeats[1] < repeats[0]
+            else "disagrees",
+            "greedy answers to held-out prompts; below 0.02 neither run degenerates",
+            value=repeats[1] - repeats[0],
+        )
+    )
     for key, name in (("gate", "y+ only, gate"), ("NLL", "y+ only, NLL")):
         helped, helped_range = interval(key, unrelated(found[name]) - unrelated(base))
         saved, saved_range = interval(
             f"{key} y+", found[name].change("chosen") - base.change("chosen")
         )
-        lab.claim(Claim(
-            f"{key}", "A gate on y−'s term keeps other responses." if key == "gate"
-            else "NLL of y+ beside DPO keeps y+.",
-            "follow-up: Gate-DPO" if key == "gate" else "RPO, DPO+NLL",
-            "others −27.6 → −1.4 nats (pythia-410m)" if key == "gate" else "y+ no longer falls",
-            f"unrelated {helped:+.2f} nats against plain DPO, y+ {saved:+.2f}; held-out accuracy "
-            f"{np.mean(after[name]['right']):.2f} against {right[1].mean():.2f}",
-            "agrees" if (helped_range if key == "gate" else saved_range)[0] > 0 else "disagrees",
-            f"σ({_GATE[0]:g} (p − {_GATE[1]:g})), p the geometric mean of y−'s probabilities; it "
-            "also pushes y− less" if key == "gate"
-            else "weight 1, per token of y+",
-            value=helped if key == "gate" else saved,
-            interval=helped_range if key == "gate" else saved_range,
-        ))  # fmt: skip
+        lab.claim(
+            Claim(
+                f"{key}",
+                "A gate on y−'s term keeps other responses."
+                if key == "gate"
+                else "NLL of y+ beside DPO keeps y+.",
+                "follow-up: Gate-DPO" if key == "gate" else "RPO, DPO+NLL",
+                "others −27.6 → −1.4 nats (pythia-410m)" if key == "gate" else "y+ no longer falls",
+                f"unrelated {helped:+.2f} nats against plain DPO, y+ {saved:+.2f}; held-out "
+                f"accuracy {np.mean(after[name]['right']):.2f} against {right[1].mean():.2f}",
+                "agrees"
+                if (helped_range if key == "gate" else saved_range)[0] > 0
+                else "disagrees",
+                f"σ({_GATE[0]:g} (p − {_GATE[1]:g})), p the geometric mean of y−'s probabilities; "
+                "it also pushes y− less"
+                if key == "gate"
+                else "weight 1, per token of y+",
+                value=helped if key == "gate" else saved,
+                interval=helped_range if key == "gate" else saved_range,
+            )
+        )
 
 
 def _finish(lab: Lab, setting: Setting, summary: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -19,11 +19,21 @@ __all__ = ["run"]
 
 
 def run(
-    out: str | Path, *, seed: int = 0, progress: bool = True, network: str = "lenet",
-    data: str | Path | None = None, torchvision: str | None = None, epochs: int = 50,
-    train: int = 1000, batch: int = 64, learning_rate: float = 3e-3, momentum: float = 0.9,
-    weight_decay: float = 5e-4, probes: int = 6,
-) -> dict[str, Any]:  # fmt: skip
+    out: str | Path,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    network: str = "lenet",
+    data: str | Path | None = None,
+    torchvision: str | None = None,
+    epochs: int = 50,
+    train: int = 1000,
+    batch: int = 64,
+    learning_rate: float = 3e-3,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    probes: int = 6,
+) -> dict[str, Any]:
     """Experiment 1 of the laboratory: handwritten digits.
 
     The paper's settings are 2,000 images, 100 epochs, learning rate 1e-3; the defaults take 1,000
@@ -56,9 +66,17 @@ def run(
         >>> # results = lddyn.lab.mnist.run("lab/mnist", network="mlp")
     """
     options = Options(
-        network, str(data) if data is not None else None, torchvision, epochs, train, batch,
-        learning_rate, momentum, weight_decay, probes,
-    )  # fmt: skip
+        network,
+        str(data) if data is not None else None,
+        torchvision,
+        epochs,
+        train,
+        batch,
+        learning_rate,
+        momentum,
+        weight_decay,
+        probes,
+    )
     lab = Lab("mnist", Path(out), seed=seed, options=asdict(options), progress=progress)
     halves = halve(lab, options)
     descents = (

@@ -201,13 +201,15 @@ def judge_step(
         for label in range(CLASSES):
             rows.append(
                 {
-                    "case": case, "class_observed": cases[case], "label": label,
+                    "case": case,
+                    "class_observed": cases[case],
+                    "label": label,
                     "asked_of_update": _short(step["pulls"][0][label]),
                     "norm": _short(norms[o, 0]),
                     "predicted": _short(predicted[o, 0, label]),
                     "measured": _short(measured[o, 0, label]),
                 }
-            )  # fmt: skip
+            )
     lab.table("one_step", rows)
     for rate, row in zip(rates, residuals, strict=True):
         residual_rows += [
@@ -230,14 +232,20 @@ def judge_step(
     lab.figure(
         "one_step",
         mnist_pictures.one_step(
-            rows, residual_rows, classes, pictures_of,
-            halves.learned.pixels[step["fours"][0], 0], options.learning_rate, slope, ordered,
+            rows,
+            residual_rows,
+            classes,
+            pictures_of,
+            halves.learned.pixels[step["fours"][0], 0],
+            options.learning_rate,
+            slope,
+            ordered,
             options.early,
         ),
         f"One step on a single 4, after {options.early} epochs. Rings: predicted "
         "by −η A K G; bars: measured. Below: what the first "
         "order leaves out, and the pull on label 4 against ‖K‖_F for every class of x_o.",
-    )  # fmt: skip
+    )
     return [
         f"−η A K G explains {100 * explained:.2f} % of one step's squared change of log π at the "
         f"training's learning rate; what is left falls as η^{slope:.2f}.",
@@ -314,14 +322,15 @@ def judge_maps(lab: Lab, options: Options, halves: Halves, trained: Mapping[str,
             f"{largest[9]} ({prediction[9, largest[9]]:.3f}); mean place of the two "
             f"among the nine wrong labels {bumps:.0f} of 100",
             _verdict(holds, published),
-            "above the middle of the wrong labels, with its interval" if holds
+            "above the middle of the wrong labels, with its interval"
+            if holds
             else "not above the middle of the wrong labels; " + _other_images(halves),
             corrected="from the logits; the published notebook's cell takes the softmax of "
             "another layer as committed",
             value=bumps,
             interval=bumps_interval,
         )
-    )  # fmt: skip
+    )
     turned = np.swapaxes(pulls_again, -1, -2)
     reinforced = float(_spearman(pull.T[_OFF], prediction[_OFF]))
     reinforced_interval = _interval(_spearman(turned[:, _OFF], predictions[:, _OFF]))
@@ -375,13 +384,16 @@ def judge_maps(lab: Lab, options: Options, halves: Halves, trained: Mapping[str,
     )
     rows = [
         {
-            "class_update": u, "class_observed": o,
-            "pull": _short(pull[u, o]), "pull_log": _short(pull_log[u, o]),
+            "class_update": u,
+            "class_observed": o,
+            "pull": _short(pull[u, o]),
+            "pull_log": _short(pull_log[u, o]),
             "mean_prediction": _short(prediction[o, u]),
             "norm_integral": _short(integral[u, o]),
         }
-        for u in range(CLASSES) for o in range(CLASSES)
-    ]  # fmt: skip
+        for u in range(CLASSES)
+        for o in range(CLASSES)
+    ]
     lab.table("maps", rows)
     lab.figure(
         "maps",
@@ -425,11 +437,15 @@ def judge_kernel(
         for t, table in enumerate(norms):
             low, high = _interval(to_last[t][of_updates].mean(1))
             row = {
-                "descent": name, "epoch": t, "norm": table.mean(), "rank_to_last_low": low,
-                "rank_to_last": to_last[t].mean(), "rank_to_last_high": high,
+                "descent": name,
+                "epoch": t,
+                "norm": table.mean(),
+                "rank_to_last_low": low,
+                "rank_to_last": to_last[t].mean(),
+                "rank_to_last_high": high,
                 "rank_to_previous": to_next[t - 1].mean() if t else None,
                 "drift": drifts[t - 1].mean() if t else None,
-            }  # fmt: skip
+            }
             for key in ("loss", "unseen_loss", "unseen_accuracy", "explained"):
                 row[key] = trained["epochs"][t - 1][key] if t else None
             rows.append(
@@ -533,12 +549,13 @@ def judge_kernel(
                 f"{each_place}; "
                 f"most {word} here: {_named_pairs(extreme)}",
                 _verdict(holds, halves.unseen.published),
-                "mean place and its interval over images on the claimed side of 50" if holds
+                "mean place and its interval over images on the claimed side of 50"
+                if holds
                 else "mean place not on the claimed side of 50; " + _other_images(halves),
                 value=place,
                 interval=interval,
             )
-        )  # fmt: skip
+        )
     lab.claim(
         Claim(
             "C.1 items 3–4",
@@ -593,11 +610,15 @@ def judge_sums(
         by_step = [record["explained"] for record in trained["epochs"]]
         rows += [
             {
-                "descent": name, "class_observed": i // options.probes, "label": label,
-                "predicted": _short(predicted[i, label]), "measured": _short(total[i, label]),
+                "descent": name,
+                "class_observed": i // options.probes,
+                "label": label,
+                "predicted": _short(predicted[i, label]),
+                "measured": _short(total[i, label]),
             }
-            for i in range(len(total)) for label in range(CLASSES)
-        ]  # fmt: skip
+            for i in range(len(total))
+            for label in range(CLASSES)
+        ]
         how = (
             "momentum: A (∇θ z) Δθ with the step's own Δθ, momentum's memory included"
             if name == "momentum"

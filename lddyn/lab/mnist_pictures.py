@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lddyn.figures import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
+from lddyn.report.figures import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 
 if TYPE_CHECKING:
     import torch
@@ -26,14 +26,27 @@ def _title(axes: Axes, text: str, under: str = "") -> None:
     """A bold line, and a soft one beneath it, flush left above the axes."""
     lift = 15 if under else 5
     axes.annotate(
-        text, (0, 1), xytext=(0, lift), xycoords="axes fraction", textcoords="offset points",
-        fontsize=9, weight="bold", color=INK, annotation_clip=False,
-    )  # fmt: skip
+        text,
+        (0, 1),
+        xytext=(0, lift),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=9,
+        weight="bold",
+        color=INK,
+        annotation_clip=False,
+    )
     if under:
         axes.annotate(
-            under, (0, 1), xytext=(0, 4), xycoords="axes fraction", textcoords="offset points",
-            fontsize=7.5, color=_SOFT, annotation_clip=False,
-        )  # fmt: skip
+            under,
+            (0, 1),
+            xytext=(0, 4),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontsize=7.5,
+            color=_SOFT,
+            annotation_clip=False,
+        )
 
 
 def _image(axes: Axes, pixels: torch.Tensor, at: tuple[float, float, float, float]) -> None:
@@ -58,9 +71,16 @@ def _bars(axes: Axes, values: Any) -> None:
 
 
 def one_step(
-    rows: Rows, residuals: Rows, classes: Rows, observed: Mapping[str, torch.Tensor],
-    updated: torch.Tensor, rate: float, slope: float, ordered: float, epoch: int,
-) -> Figure:  # fmt: skip
+    rows: Rows,
+    residuals: Rows,
+    classes: Rows,
+    observed: Mapping[str, torch.Tensor],
+    updated: torch.Tensor,
+    rate: float,
+    slope: float,
+    ordered: float,
+    epoch: int,
+) -> Figure:
     """Above: what a 4 asks for, the three cases; below: the residual, and pull against ‖K‖_F."""
     figure = blank_figure(10.2, 5.7, "one_step")
     grid = figure.add_gridspec(
@@ -77,18 +97,28 @@ def one_step(
         shared = shared or axes
         _bars(axes, [1000 * r["measured"] for r in cells])
         axes.plot(
-            _DIGITS, [1000 * r["predicted"] for r in cells], "o", markersize=4.5, color=INK,
-            markerfacecolor="none", markeredgewidth=0.9,
-        )  # fmt: skip
+            _DIGITS,
+            [1000 * r["predicted"] for r in cells],
+            "o",
+            markersize=4.5,
+            color=INK,
+            markerfacecolor="none",
+            markeredgewidth=0.9,
+        )
         _title(
-            axes, f"{case.capitalize()}: a {cells[0]['class_observed']}",
+            axes,
+            f"{case.capitalize()}: a {cells[0]['class_observed']}",
             rf"$\Delta\log\pi(\cdot|x_o)$, millinats; ${_NORM}$ = {cells[0]['norm']:.3g}",
-        )  # fmt: skip
+        )
         _image(axes, observed[case], (0.7, 0.66, 0.3, 0.34))
     axes.annotate(
-        "○ predicted\n▮ measured", (0.04, 0.97), xycoords="axes fraction", va="top", fontsize=7.5,
+        "○ predicted\n▮ measured",
+        (0.04, 0.97),
+        xycoords="axes fraction",
+        va="top",
+        fontsize=7.5,
         color=_SOFT,
-    )  # fmt: skip
+    )
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.12 * (high - low))
 
@@ -102,18 +132,31 @@ def one_step(
     guide = middle[0] * 0.12 * (np.array(rates) / rates[0]) ** 2
     axes.loglog(rates, guide, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.annotate(
-        "slope 2", (rates[4], guide[4]), xytext=(6, -9), textcoords="offset points", fontsize=7.5,
+        "slope 2",
+        (rates[4], guide[4]),
+        xytext=(6, -9),
+        textcoords="offset points",
+        fontsize=7.5,
         color=_SOFT,
-    )  # fmt: skip
+    )
     axes.annotate(
-        f"measured: slope {slope:.3f}\nup to η = 10⁻³", (rates[3], middle[3]), xytext=(-6, 10),
-        textcoords="offset points", ha="right", fontsize=7.5, color=RAISED,
-    )  # fmt: skip
+        f"measured: slope {slope:.3f}\nup to η = 10⁻³",
+        (rates[3], middle[3]),
+        xytext=(-6, 10),
+        textcoords="offset points",
+        ha="right",
+        fontsize=7.5,
+        color=RAISED,
+    )
     axes.axvline(rate, color=INK, linewidth=0.5, linestyle=":")
     axes.annotate(
-        "training's η", (rate, table.min()), xytext=(4, 0), textcoords="offset points",
-        fontsize=7, color=_SOFT,
-    )  # fmt: skip
+        "training's η",
+        (rate, table.min()),
+        xytext=(4, 0),
+        textcoords="offset points",
+        fontsize=7,
+        color=_SOFT,
+    )
     axes.minorticks_off()
     axes.set_xlabel("learning rate η of the step", fontsize=8)
     tidy(axes)
@@ -130,21 +173,30 @@ def one_step(
         axes.plot([r["norm"]] * 2, [1000 * r["low"], 1000 * r["high"]], color=colour, linewidth=0.8)
         axes.plot(r["norm"], 1000 * r["pull"], "o", markersize=3, color=colour)
         axes.annotate(
-            str(r["class_observed"]), (r["norm"], 1000 * r["pull"]),
+            str(r["class_observed"]),
+            (r["norm"], 1000 * r["pull"]),
             xytext=(4, -11 if place % 2 else 2),  # neighbours' names apart
-            textcoords="offset points", fontsize=10, color=colour,
-        )  # fmt: skip
+            textcoords="offset points",
+            fontsize=10,
+            color=colour,
+        )
     axes.set_xlabel(rf"mean ${_NORM}$ of the class of $x_o$", fontsize=8)
     tidy(axes)
     _title(
-        axes, "Does the size of K order the pulls?",
+        axes,
+        "Does the size of K order the pulls?",
         r"mean $\Delta\log\pi(4|x_o)$, millinats, with 95 % intervals; "
         f"rank correlation over images {ordered:.2f}",
-    )  # fmt: skip
+    )
     figure.text(
-        0.012, 0.975, f"One step on a single 4, after {epoch} epochs, η = {rate:g}", va="top",
-        fontsize=12, weight="bold", color=INK,
-    )  # fmt: skip
+        0.012,
+        0.975,
+        f"One step on a single 4, after {epoch} epochs, η = {rate:g}",
+        va="top",
+        fontsize=12,
+        weight="bold",
+        color=INK,
+    )
     return figure
 
 
@@ -184,9 +236,14 @@ def maps(rows: Rows) -> Figure:
                 strong = u != o and abs(shown[u, o]) - low > 0.6 * (high - low)
                 text = f"{shown[u, o]:.0f}".replace("-0", "0").replace("-", "−")
                 axes.text(
-                    o, u, text, ha="center", va="center", fontsize=6.3,
+                    o,
+                    u,
+                    text,
+                    ha="center",
+                    va="center",
+                    fontsize=6.3,
                     color="white" if strong else (FAINT if u == o else INK),
-                )  # fmt: skip
+                )
         axes.set_xticks(_DIGITS)
         axes.set_yticks(_DIGITS)
         tidy(axes, keep=())
@@ -221,9 +278,10 @@ def kernel(
     axes.set_xlabel("epoch", fontsize=8)
     tidy(axes)
     _title(
-        axes, rf"${_NORM}$ by pair of classes",
+        axes,
+        rf"${_NORM}$ by pair of classes",
         "blue: similar in the paper, red: dissimilar; black: here",
-    )  # fmt: skip
+    )
 
     ranking = figure.add_axes((0.425, 0.14, 0.24, 0.68))
     drift = figure.add_axes((0.74, 0.14, 0.24, 0.68))
@@ -231,21 +289,32 @@ def kernel(
         of_run = [r for r in rows if r["descent"] == name]
         at = [r["epoch"] for r in of_run]
         ranking.fill_between(
-            at, [r["rank_to_last_low"] for r in of_run], [r["rank_to_last_high"] for r in of_run],
-            color=colour, alpha=0.2, linewidth=0,
-        )  # fmt: skip
+            at,
+            [r["rank_to_last_low"] for r in of_run],
+            [r["rank_to_last_high"] for r in of_run],
+            color=colour,
+            alpha=0.2,
+            linewidth=0,
+        )
         ranking.plot(at, [r["rank_to_last"] for r in of_run], color=colour, linewidth=1.5)
         ranking.plot(
-            at[1:], [r["rank_to_previous"] for r in of_run[1:]], color=colour, linewidth=0.8,
+            at[1:],
+            [r["rank_to_previous"] for r in of_run[1:]],
+            color=colour,
+            linewidth=0.8,
             linestyle=(0, (3, 2)),
-        )  # fmt: skip
+        )
         moved = [r["drift"] / r["norm"] for r in of_run[1:]]
         drift.semilogy(at[1:], [100 * m for m in moved], color=colour, linewidth=1.5)
     ranking.axvline(early, color=FAINT, linewidth=0.5, linestyle=":")
     ranking.annotate(
-        "solid: with the last epoch\ndashed: with the one before", (0.98, 0.04),
-        xycoords="axes fraction", ha="right", fontsize=7.5, color=_SOFT,
-    )  # fmt: skip
+        "solid: with the last epoch\ndashed: with the one before",
+        (0.98, 0.04),
+        xycoords="axes fraction",
+        ha="right",
+        fontsize=7.5,
+        color=_SOFT,
+    )
     ranking.set_ylim(min(0.0, ranking.get_ylim()[0]), 1.02)
     for axes in (ranking, drift):
         axes.set_xlabel("epoch", fontsize=8)
@@ -269,9 +338,14 @@ def _name_runs(axes: Axes) -> None:
     """The runs in their colours, in the lower left corner."""
     for line, (name, colour) in enumerate(reversed(_RUNS.items())):
         axes.annotate(
-            _RUN_NAMES[name], (0.04, 0.04), xytext=(0, 11 * line), xycoords="axes fraction",
-            textcoords="offset points", fontsize=7.5, color=colour,
-        )  # fmt: skip
+            _RUN_NAMES[name],
+            (0.04, 0.04),
+            xytext=(0, 11 * line),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontsize=7.5,
+            color=colour,
+        )
 
 
 def _end_labels(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> None:
@@ -281,9 +355,15 @@ def _end_labels(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) ->
     for value, text, colour in sorted(ends):
         at = max(value, at + space)
         axes.annotate(
-            text, (x, at), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8,
-            color=colour, annotation_clip=False,
-        )  # fmt: skip
+            text,
+            (x, at),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=colour,
+            annotation_clip=False,
+        )
 
 
 def accumulated(rows: Rows, epochs: Mapping[str, Rows]) -> Figure:
@@ -306,9 +386,13 @@ def accumulated(rows: Rows, epochs: Mapping[str, Rows]) -> Figure:
         )
         share = 1 - ((y - x) ** 2).sum() / (y**2).sum()
         axes.annotate(
-            f"{100 * share:.3f} % of the\nsquared total explained", (0.97, 0.05),
-            xycoords="axes fraction", ha="right", fontsize=7.5, color=_SOFT,
-        )  # fmt: skip
+            f"{100 * share:.3f} % of the\nsquared total explained",
+            (0.97, 0.05),
+            xycoords="axes fraction",
+            ha="right",
+            fontsize=7.5,
+            color=_SOFT,
+        )
     axes = figure.add_axes((0.715, 0.15, 0.265, 0.66))
     for name, colour in _RUNS.items():
         at = [r["epoch"] for r in epochs[name]]

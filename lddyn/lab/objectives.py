@@ -17,30 +17,46 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lddyn.examples import Example
-from lddyn.figures import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
+from lddyn.data.example import Example
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.shares import Share, verdict
-from lddyn.massflow import softmax_step
 from lddyn.objectives import DPO, PREFERENCES, Objective, preference
+from lddyn.report.figures import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
+from lddyn.steps.massflow import softmax_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TITLES = {
-    "sft": "SFT", "unlikelihood": "unlikelihood", "dpo": "DPO", "cdpo": "cDPO", "ipo": "IPO",
-    "slic": "SLiC", "sppo": "SPPO", "kto": "KTO", "simpo": "SimPO", "dpop": "DPOP",
-    "dpo+nll": "DPO + NLL", "cal-dpo": "Cal-DPO",
-}  # fmt: skip
+    "sft": "SFT",
+    "unlikelihood": "unlikelihood",
+    "dpo": "DPO",
+    "cdpo": "cDPO",
+    "ipo": "IPO",
+    "slic": "SLiC",
+    "sppo": "SPPO",
+    "kto": "KTO",
+    "simpo": "SimPO",
+    "dpop": "DPOP",
+    "dpo+nll": "DPO + NLL",
+    "cal-dpo": "Cal-DPO",
+}
 # For pictures: of like scale, so that targets lie at h = 1 or r = ±1.
 SETTINGS: dict[str, dict[str, float]] = {
-    "sft": {}, "unlikelihood": {}, "dpo": {"beta": 0.5},
-    "cdpo": {"beta": 0.5, "label_smoothing": 0.1}, "ipo": {"beta": 0.5},
-    "slic": {"delta": 1.0, "beta": 0.1}, "sppo": {"eta": 2.0}, "kto": {"beta": 0.5},
-    "simpo": {"beta": 0.5, "gamma": 0.5}, "dpop": {"beta": 0.5, "penalty": 5.0},
-    "dpo+nll": {"beta": 0.5, "alpha": 0.2}, "cal-dpo": {"beta": 0.5},
-}  # fmt: skip
+    "sft": {},
+    "unlikelihood": {},
+    "dpo": {"beta": 0.5},
+    "cdpo": {"beta": 0.5, "label_smoothing": 0.1},
+    "ipo": {"beta": 0.5},
+    "slic": {"delta": 1.0, "beta": 0.1},
+    "sppo": {"eta": 2.0},
+    "kto": {"beta": 0.5},
+    "simpo": {"beta": 0.5, "gamma": 0.5},
+    "dpop": {"beta": 0.5, "penalty": 5.0},
+    "dpo+nll": {"beta": 0.5, "alpha": 0.2},
+    "cal-dpo": {"beta": 0.5},
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -52,9 +68,13 @@ def _sigmoid(x: float) -> float:
 
 
 def closed_form(
-    name: str, chosen: float, rejected: float, gains: tuple[float, float],
-    lengths: tuple[int, int], p: Mapping[str, float],
-) -> tuple[float, float]:  # fmt: skip
+    name: str,
+    chosen: float,
+    rejected: float,
+    gains: tuple[float, float],
+    lengths: tuple[int, int],
+    p: Mapping[str, float],
+) -> tuple[float, float]:
     """(c+, c−) of the corrected closed forms.
 
     Args:
@@ -137,9 +157,12 @@ def strength_at_start(name: str, p: Mapping[str, float], length: int = 1) -> flo
 
 
 def build(
-    name: str, chosen: Example, rejected: Example, reference: tuple[float, float],
+    name: str,
+    chosen: Example,
+    rejected: Example,
+    reference: tuple[float, float],
     parameters: Mapping[str, float],
-) -> Objective:  # fmt: skip
+) -> Objective:
     """The library's objective: DPO's own class where there is one, else from the table."""
     if name in ("dpo", "cdpo"):
         return DPO(chosen, rejected, reference=reference, **parameters)
@@ -158,10 +181,17 @@ def _draw_parameters(name: str, generator: torch.Generator) -> dict[str, float]:
         return low + (high - low) * float(drawn)
 
     ranges = {
-        "beta": (0.05, 2.0), "label_smoothing": (0.0, 0.45), "delta": (0.0, 5.0), "eta": (0.2, 5.0),
-        "baseline": (-1.0, 1.0), "desirable": (0.5, 2.0), "undesirable": (0.5, 2.0),
-        "gamma": (0.0, 2.0), "penalty": (0.0, 50.0), "alpha": (0.0, 2.0),
-    }  # fmt: skip
+        "beta": (0.05, 2.0),
+        "label_smoothing": (0.0, 0.45),
+        "delta": (0.0, 5.0),
+        "eta": (0.2, 5.0),
+        "baseline": (-1.0, 1.0),
+        "desirable": (0.5, 2.0),
+        "undesirable": (0.5, 2.0),
+        "gamma": (0.0, 2.0),
+        "penalty": (0.0, 50.0),
+        "alpha": (0.0, 2.0),
+    }
     wanted = SETTINGS[name] if name != "kto" else ("beta", "baseline", "desirable", "undesirable")
     return {key: uniform(*ranges[key]) for key in wanted}
 
@@ -210,12 +240,16 @@ def check(lab: Lab, cases: int) -> list[dict[str, Any]]:
                 printed = max(printed, *(abs(a - b) for a, b in zip(said, exact, strict=True)))
         rows.append(
             {
-                "objective": name, "cases": cases, "negative margins": negative,
-                "c- below zero": flipped, "largest coefficient": scale,
-                "error of c": worst, "error of the logit gradient": outside,
+                "objective": name,
+                "cases": cases,
+                "negative margins": negative,
+                "c- below zero": flipped,
+                "largest coefficient": scale,
+                "error of c": worst,
+                "error of the logit gradient": outside,
                 "error of the printed form": printed or None,
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -343,9 +377,14 @@ def flows(lab: Lab, labels: int, steps: int) -> dict[str, Any]:
                 now, c = path[step]
                 values = {"y-": now[rejected], "y*": now[star], "others": now[others].logsumexp(0)}
                 curves.append(
-                    {"situation": where, "objective": name, "step": step, "c-": _digits(c[1]),
-                     **{k: _digits(float(v)) for k, v in values.items()}}
-                )  # fmt: skip
+                    {
+                        "situation": where,
+                        "objective": name,
+                        "step": step,
+                        "c-": _digits(c[1]),
+                        **{k: _digits(float(v)) for k, v in values.items()},
+                    }
+                )
             (first, c), (end, last) = path[0], path[-1]
             summary.append(
                 {
@@ -404,9 +443,13 @@ def draw_scan(rows: list[dict[str, Any]]) -> Figure:
             )
             at = 8
             axes.annotate(
-                "as printed", (h[at], line[at]["printed c-"]), xytext=(0, 4),
-                textcoords="offset points", fontsize=7.5, color="#777777",
-            )  # fmt: skip
+                "as printed",
+                (h[at], line[at]["printed c-"]),
+                xytext=(0, 4),
+                textcoords="offset points",
+                fontsize=7.5,
+                color="#777777",
+            )
         tidy(axes)
         axes.locator_params(axis="y", nbins=5)
         axes.set_xlim(-6, 6)
@@ -442,9 +485,18 @@ def draw_simplex(found: dict[str, Any], where: str) -> Figure:
         stretch = size.clamp(min=1e-12).sqrt() / size.clamp(min=1e-12) / float(size.max()) ** 0.5
         colours = [RAISED if up > 1e-12 else "#a0a0a0" for up in arrows[:, 5].tolist()]
         axes.quiver(
-            x.numpy(), y.numpy(), (u * stretch).numpy(), (v * stretch).numpy(), color=colours,
-            scale=13, width=0.0075, headwidth=4, headlength=4.5, pivot="mid", zorder=2,
-        )  # fmt: skip
+            x.numpy(),
+            y.numpy(),
+            (u * stretch).numpy(),
+            (v * stretch).numpy(),
+            color=colours,
+            scale=13,
+            width=0.0075,
+            headwidth=4,
+            headlength=4.5,
+            pivot="mid",
+            zorder=2,
+        )
         path = torch.tensor(found[where][name]["path"], dtype=torch.float64)
         x, y = _on_paper(path)
         axes.plot(x, y, color="#e66100", linewidth=2.6, zorder=3)
@@ -458,11 +510,20 @@ def draw_simplex(found: dict[str, Any], where: str) -> Figure:
         axes.set_xlim(-0.12, 1.12)
         axes.set_ylim(-0.11, 0.92)
         axes.axis("off")
-        for text, at, align in (("y+", (1.02, -0.1), "left"), ("y−", (-0.02, -0.1), "right"),
-                                ("another", (0.55, 0.85), "left")):  # fmt: skip
+        for text, at, align in (
+            ("y+", (1.02, -0.1), "left"),
+            ("y−", (-0.02, -0.1), "right"),
+            ("another", (0.55, 0.85), "left"),
+        ):
             axes.text(*at, text, fontsize=8, color=INK, ha=align)
-    figure.text(0.58, 0.964, "● → ○ descent from the reference", color="#e66100", fontsize=9.5,
-                weight="bold")  # fmt: skip
+    figure.text(
+        0.58,
+        0.964,
+        "● → ○ descent from the reference",
+        color="#e66100",
+        fontsize=9.5,
+        weight="bold",
+    )
     figure.text(0.84, 0.964, "➤ the third label grows", color=RAISED, fontsize=9.5, weight="bold")
     return figure
 
@@ -472,14 +533,20 @@ def draw_flow(curves: list[dict[str, Any]]) -> Figure:
     figure, panels = _panels("flow", "Where y− is: what its push does to y* and to the others")
     for name, axes in panels.items():
         for where, style, width in (
-            ("valley", "-", 2.2), ("likeliest", (0, (1, 1)), 1.8),
+            ("valley", "-", 2.2),
+            ("likeliest", (0, (1, 1)), 1.8),
             ("valley, same context", (0, (4, 1.5)), 1.1),
-        ):  # fmt: skip
+        ):
             line = [r for r in curves if r["objective"] == name and r["situation"] == where]
             for key, colour in (("others", LOWERED), ("y*", RAISED)):
                 change = [r[key] - line[0][key] for r in line]
-                axes.plot([r["step"] for r in line], change, color=colour, linewidth=width,
-                          linestyle=style)  # fmt: skip
+                axes.plot(
+                    [r["step"] for r in line],
+                    change,
+                    color=colour,
+                    linewidth=width,
+                    linestyle=style,
+                )
         axes.axhline(0, color=FAINT, linewidth=0.6, zorder=0)
         axes.set_yscale("symlog", linthresh=0.1, linscale=0.6)
         axes.set_ylim(-60, 1.5)
@@ -492,11 +559,15 @@ def draw_flow(curves: list[dict[str, Any]]) -> Figure:
     for name in list(panels)[::4]:
         panels[name].set_ylabel("Δ log π, nats", fontsize=8)
     for x, text, colour in (
-        (0.56, "y*", RAISED), (0.585, "others", LOWERED), (0.66, "━ valley", INK),
-        (0.735, "┅ the likeliest", INK), (0.845, "╌ valley, shared with y+", INK),
-    ):  # fmt: skip
-        figure.text(x, 0.964, text, color=colour, fontsize=9,
-                    weight="bold" if colour != INK else "normal")  # fmt: skip
+        (0.56, "y*", RAISED),
+        (0.585, "others", LOWERED),
+        (0.66, "━ valley", INK),
+        (0.735, "┅ the likeliest", INK),
+        (0.845, "╌ valley, shared with y+", INK),
+    ):
+        figure.text(
+            x, 0.964, text, color=colour, fontsize=9, weight="bold" if colour != INK else "normal"
+        )
     return figure
 
 
@@ -505,9 +576,14 @@ def draw_flow(curves: list[dict[str, Any]]) -> Figure:
 
 
 def run(
-    out: str | Path, *, seed: int = 0, progress: bool = True, cases: int = 200, labels: int = 50,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    cases: int = 200,
+    labels: int = 50,
     steps: int = 300,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Runs the experiment.
 
     Args:
@@ -544,18 +620,21 @@ def run(
     lab.table("flows", flowed["curves"])
     lab.table("summary", flowed["summary"])
     lab.figure(
-        "coefficients", draw_scan(scanned),
+        "coefficients",
+        draw_scan(scanned),
         "Lines are the library's, by autograd. Shaded: the push has become a pull.",
-    )  # fmt: skip
+    )
     for where in STARTS:
         lab.figure(
-            f"simplex-{where}", draw_simplex(found, where),
+            f"simplex-{where}",
+            draw_simplex(found, where),
             "Arrows are dπ of a gradient step, their lengths as the square root.",
-        )  # fmt: skip
+        )
     lab.figure(
-        "flow", draw_flow(flowed["curves"]),
+        "flow",
+        draw_flow(flowed["curves"]),
         "50 labels, the softmax that holds y−; every objective's first push is as long.",
-    )  # fmt: skip
+    )
     return _conclude(lab, residuals, scanned, flowed["summary"])
 
 
@@ -574,38 +653,44 @@ def _conclude(
     total = sum(r["cases"] for r in residuals)
     lab.claim(
         Claim(
-            "closed forms", "Each objective's residual is c+ (π − y+) and −c− (π − y−) with its "
-            "closed form.", "App. B, corrected", "12 pairs of formulas",
+            "closed forms",
+            "Each objective's residual is c+ (π − y+) and −c− (π − y−) with its closed form.",
+            "App. B, corrected",
+            "12 pairs of formulas",
             f"largest difference {worst:.1e} in {total:,} random pairs",
             verdict(worst <= 1e-8),
             "autograd, float64, logits included; with a negative margin in "
             f"{sum(r['negative margins'] for r in residuals):,}",
             value=worst,
         )
-    )  # fmt: skip
+    )
     corrected = {
         "ipo": "2 (1/(2β) − h) on both",
         "slic": "1[·] on y−, 1[·] + β on y+ (regularised on y+)",
         "sppo": "2 (η/2 − r+) and 2 (η/2 + r−)",
     }
     printed = {
-        "ipo": "β (1 − a), a = h − 1/(2β)", "slic": "1[·] times DPO's",
+        "ipo": "β (1 − a), a = h − 1/(2β)",
+        "slic": "1[·] times DPO's",
         "sppo": "2 (r+ − η/2) (π − y+) + 2 (r− + η/2) (π − y−)",
-    }  # fmt: skip
+    }
     by_name = {r["objective"]: r for r in residuals}
     for name in ("ipo", "slic", "sppo"):
         off = by_name[name]["error of the printed form"]
         lab.claim(
             Claim(
-                f"{TITLES[name]}, printed", f"{TITLES[name]}'s residual as printed.",
-                "App. B Eq. 16-22", printed[name],
+                f"{TITLES[name]}, printed",
+                f"{TITLES[name]}'s residual as printed.",
+                "App. B Eq. 16-22",
+                printed[name],
                 f"off by up to {off:.3g}; largest true coefficient "
                 f"{by_name[name]['largest coefficient']:.3g}",
                 verdict(off <= 1e-8),
                 "read literally; the gradient of the loss stated there is by autograd",
-                corrected[name], off,
+                corrected[name],
+                off,
             )
-        )  # fmt: skip
+        )
     starts = {}
     for name in PREFERENCES:
         c = at_margin(name, (0.0, 0.0), (-2.0, -2.0))[1]
@@ -613,40 +698,59 @@ def _conclude(
     off = max(abs(a - b) for a, b in starts.values())
     lab.claim(
         Claim(
-            "strength at the start", "The push on y− where r± = 0.", "App. B, corrected",
+            "strength at the start",
+            "The push on y− where r± = 0.",
+            "App. B, corrected",
             "β/2 for DPO, 1/β for IPO, η for SPPO, …",
             ", ".join(f"{TITLES[k]} {v[0]:.3g}" for k, v in starts.items()),
-            verdict(off <= 1e-8), f"largest difference from the table {off:.1e}", value=off,
+            verdict(off <= 1e-8),
+            f"largest difference from the table {off:.1e}",
+            value=off,
         )
-    )  # fmt: skip
+    )
     sppo = starts["sppo"][0]
     lab.claim(
         Claim(
-            "SPPO pushes nothing down", "SPPO has “no negative sign”, hence no squeezing.",
-            "App. B", "two positive vectors",
+            "SPPO pushes nothing down",
+            "SPPO has “no negative sign”, hence no squeezing.",
+            "App. B",
+            "two positive vectors",
             f"c− = η = {sppo:g} at the start; it changes sign at r− = −η/2",
-            verdict(sppo <= 0), "bounded, not absent", "a push until r− = −η/2, then a pull", sppo,
+            verdict(sppo <= 0),
+            "bounded, not absent",
+            "a push until r− = −η/2, then a pull",
+            sppo,
         )
-    )  # fmt: skip
+    )
     dpo = [r["c-"] for r in scanned if r["objective"] == "dpo"]
     falling = Share(sum(a > b for a, b in itertools.pairwise(dpo)), len(dpo) - 1)
     lab.claim(
         Claim(
-            "regularising", "The larger the gap, the smaller DPO's residual.", "App. B",
-            "larger Gap → smaller ‖G‖", f"c− falls over {falling} steps of h from −6 to 6",
-            verdict(falling.count == falling.total), "it never changes sign", "", falling.value,
+            "regularising",
+            "The larger the gap, the smaller DPO's residual.",
+            "App. B",
+            "larger Gap → smaller ‖G‖",
+            f"c− falls over {falling} steps of h from −6 to 6",
+            verdict(falling.count == falling.total),
+            "it never changes sign",
+            "",
+            falling.value,
             falling.interval,
         )
-    )  # fmt: skip
+    )
     flips = [n for n in PREFERENCES if any(r["c-"] < -1e-9 for r in scanned if r["objective"] == n)]
     lab.claim(
         Claim(
-            "sign flips", "Which pushes turn into pulls once the margin is large.",
-            "App. B, corrected", "IPO, SPPO (and cDPO, Cal-DPO)",
+            "sign flips",
+            "Which pushes turn into pulls once the margin is large.",
+            "App. B, corrected",
+            "IPO, SPPO (and cDPO, Cal-DPO)",
             ", ".join(TITLES[n] for n in flips),
-            verdict(set(flips) == {"ipo", "sppo", "cdpo", "cal-dpo"}), "|h| ≤ 6", value=len(flips),
+            verdict(set(flips) == {"ipo", "sppo", "cdpo", "cal-dpo"}),
+            "|h| ≤ 6",
+            value=len(flips),
         )
-    )  # fmt: skip
+    )
     rows = {(r["situation"], r["objective"]): r for r in summary}
     pushing = [n for n in PREFERENCES if rows["valley", n]["c- at the start"] > 0]
     key = "change of log others"
@@ -656,8 +760,10 @@ def _conclude(
     valley, second, likeliest, same = (rows[where, "dpo"] for where in SITUATIONS)
     lab.claim(
         Claim(
-            "a valley squeezes", "A push on y− in a valley lowers others and lifts y*.",
-            "§3.3, Fig. 2", "off-policy DPO squeezes",
+            "a valley squeezes",
+            "A push on y− in a valley lowers others and lifts y*.",
+            "§3.3, Fig. 2",
+            "off-policy DPO squeezes",
             f"DPO: others {valley[key]:+.3g} nats on average, y* {valley['change of y*']:+.3g}; "
             f"so do {', '.join(TITLES[n] for n in squeezed if n != 'dpo')}",
             verdict("dpo" in squeezed),
@@ -665,12 +771,14 @@ def _conclude(
             "margin is met there already",
             value=valley[key],
         )
-    )  # fmt: skip
+    )
     deeper = [n for n in pushing if rows["valley", n][key] < rows["likeliest", n][key]]
     lab.claim(
         Claim(
-            "off-policy is worse", "The push squeezes in a valley, not where y− is the model's own "
-            "answer.", "§3.3, Fig. 2", "on-policy DPO does not squeeze",
+            "off-policy is worse",
+            "The push squeezes in a valley, not where y− is the model's own answer.",
+            "§3.3, Fig. 2",
+            "on-policy DPO does not squeeze",
             f"DPO, others: {valley[key]:+.3g} nats in the valley, {second[key]:+.3g} on the second "
             f"choice, {likeliest[key]:+.3g} on the likeliest label; lower in the valley than there "
             f"for {len(deeper)} of {len(pushing)}",
@@ -679,11 +787,13 @@ def _conclude(
             f"{likeliest['others that fall']:.0%} fall; repeated pushes make every y− a valley",
             value=valley[key] - likeliest[key],
         )
-    )  # fmt: skip
+    )
     lab.claim(
         Claim(
-            "same context", "Where y+ and y− are labels of one softmax, DPO's two pushes cancel "
-            "for all others.", "derived", "not discussed; panel D of App. E shows it",
+            "same context",
+            "Where y+ and y− are labels of one softmax, DPO's two pushes cancel for all others.",
+            "derived",
+            "not discussed; panel D of App. E shows it",
             f"DPO lowers the others by {same[key]:+.3g} nats there, y* moves by "
             f"{same['change of y*']:+.3g}, for y+ takes the mass",
             verdict(same["change of y*"] < 0),
@@ -692,11 +802,12 @@ def _conclude(
             "the first difference have",
             value=same["change of y*"],
         )
-    )  # fmt: skip
+    )
     stopped = [
-        n for n in pushing
+        n
+        for n in pushing
         if abs(rows["valley", n]["c- at the end"]) < 0.05 * rows["valley", n]["c- at the start"]
-    ]  # fmt: skip
+    ]
     return lab.finish(
         [
             "Every objective pulls y+ up and, SFT aside, pushes y− down; they differ in how hard, "
@@ -713,4 +824,4 @@ def _conclude(
             f"; within {lab.options['steps']} steps it has nearly stopped under "
             f"{', '.join(TITLES[n] for n in stopped) or 'none'}.",
         ],
-    )  # fmt: skip
+    )

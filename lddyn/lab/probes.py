@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lddyn.examples import Example
+from lddyn.data.example import Example
 from lddyn.lab.drawing import GROUP_COLOURS, axes_grid, tidy
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.setting import Setting, load, must_be_positive, one_thread
-from lddyn.probes import TYPES, Encoded, Endpoint, Measured, measure, write
+from lddyn.probes.endpoint import Endpoint, write
+from lddyn.probes.measure import Measured, measure
+from lddyn.probes.probe_set import TYPES, Encoded
 
 __all__ = ["compare", "one_by_one", "run"]
 
@@ -57,9 +59,13 @@ def run(
     """
     must_be_positive(rows=rows, prompts=prompts)
     options = {
-        "model": model, "data": data, "rows": rows, "prompts": prompts, "endpoint": endpoint,
+        "model": model,
+        "data": data,
+        "rows": rows,
+        "prompts": prompts,
+        "endpoint": endpoint,
         "endpoint_model": endpoint_model,
-    }  # fmt: skip
+    }
     lab = Lab("probes", Path(out), seed, options, progress)
     setting = load(lab, model, data, rows=rows, prompts=prompts)
     probes = setting.probes
@@ -75,9 +81,10 @@ def run(
     lab.table("types", by_type)
     lab.table("pass", [found])
     lab.figure(
-        "types", _draw(by_type),
+        "types",
+        _draw(by_type),
         "Mean log-prob per token of every response type before any finetuning.",
-    )  # fmt: skip
+    )
     return _conclude(lab, setting, found, by_type)
 
 
@@ -197,10 +204,14 @@ def _draw(by_type: Sequence[dict[str, Any]]) -> Any:
         for at, row in enumerate(shown):
             axes.barh(at, row[key], color=GROUP_COLOURS[row["group"]], height=0.72)
             axes.annotate(
-                f"{row[key]:.2f}".replace("-", "−"), (row[key], at), fontsize=7.5, va="center",
-                xytext=(-3 if row[key] < 0 else 3, 0), textcoords="offset points",
+                f"{row[key]:.2f}".replace("-", "−"),
+                (row[key], at),
+                fontsize=7.5,
+                va="center",
+                xytext=(-3 if row[key] < 0 else 3, 0),
+                textcoords="offset points",
                 ha="right" if row[key] < 0 else "left",
-            )  # fmt: skip
+            )
         axes.set_yticks(range(len(shown)), [TYPES[row["type"]].label for row in shown])
         axes.invert_yaxis()
         axes.margins(x=0.16)

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from lddyn import __version__
-from lddyn.report import plain, render
-from lddyn.shards import digest_of, replace_file
+from lddyn.files import digest_of, plain, replace_file
+from lddyn.report import render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,9 +43,17 @@ AGREES, DISAGREES, UNTESTABLE = "agrees", "disagrees", "not testable at this sca
 Verdict = Literal["agrees", "disagrees", "not testable at this scale"]
 # All that experiments write into their folder: what --fresh deletes, and nothing else.
 CONTENT = (
-    "results.json", "index.html", "steps", "tables", "figures", "states", "checkpoints",
-    "probes.jsonl", "written.jsonl", "identity.json",
-)  # fmt: skip
+    "results.json",
+    "index.html",
+    "steps",
+    "tables",
+    "figures",
+    "states",
+    "checkpoints",
+    "probes.jsonl",
+    "written.jsonl",
+    "identity.json",
+)
 _anew: ContextVar[bool] = ContextVar("anew", default=False)
 
 
@@ -132,10 +140,12 @@ class Lab:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._began = time.perf_counter()
         self.identity = {
-            "experiment": self.name, "seed": self.seed, "options": plain(self.options),
+            "experiment": self.name,
+            "seed": self.seed,
+            "options": plain(self.options),
             "made by": {"lddyn": __version__, "code": _code(), "torch": str(torch.__version__)},
             "inputs": {},
-        }  # fmt: skip
+        }
         old = _identity(self.folder)
         if old is None:
             foreign = [name for name in CONTENT if (self.folder / name).exists()]
@@ -361,9 +371,12 @@ def _made_by() -> dict[str, Any]:
     def git(*command: str) -> str:
         try:
             return subprocess.run(
-                ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True,
+                ["git", *command],
+                cwd=Path(__file__).parent,
+                capture_output=True,
+                text=True,
                 check=True,
-            ).stdout.strip()  # fmt: skip
+            ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return ""
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lddyn.files import replace_file
 from lddyn.lab.record import write_json
-from lddyn.shards import replace_file
 
 
 def write(results: Sequence[Mapping[str, Any]], folder: str | Path) -> dict[str, Any]:
@@ -45,7 +45,10 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         ours = row["ours"] + (f" (95 %: {low:.3g} to {high:.3g})" if low is not None else "")
         cells = (
             f"**{row['experiment']}: {row['name']}.** {row['text']} ({row['source']})",
-            row["published"], row["corrected"], ours, f"**{row['verdict']}.** {row['reason']}",
-        )  # fmt: skip
+            row["published"],
+            row["corrected"],
+            ours,
+            f"**{row['verdict']}.** {row['reason']}",
+        )
         lines.append("| " + " | ".join(map(_cell, cells)) + " |")
     return "\n".join(lines) + "\n"

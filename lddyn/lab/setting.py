@@ -17,19 +17,28 @@ import numpy as np
 import torch
 from torch import nn
 
-from lddyn import demo
-from lddyn.dynamics import Explained, Loss, Tracker, kernel_norms, some_tokens, train
-from lddyn.examples import Example
+from lddyn.data.example import Example
+from lddyn.demo import world as demo
+from lddyn.files import canonical, digest_of
+from lddyn.lab.dynamics import Explained, Loss, Tracker, kernel_norms, some_tokens, train
 from lddyn.lab.record import Lab
 from lddyn.optimizers import make_optimizer
-from lddyn.probes import TYPES, Encoded, ProbeSet, build
-from lddyn.shards import canonical, digest_of
-from lddyn.store import identify
+from lddyn.probes.build import build
+from lddyn.probes.probe_set import TYPES, Encoded, ProbeSet
+from lddyn.store.identity import identify
 
 __all__ = [
-    "PAPER_LR", "Curves", "Recipe", "Setting", "batches", "checkpoint", "embedded", "finetune",
-    "load", "one_thread",
-]  # fmt: skip
+    "PAPER_LR",
+    "Curves",
+    "Recipe",
+    "Setting",
+    "batches",
+    "checkpoint",
+    "embedded",
+    "finetune",
+    "load",
+    "one_thread",
+]
 
 PAPER_LR = 5e-7
 # The demo's 500 steps leave the model sure of every answer that it is to learn; after 100 of them
@@ -251,14 +260,16 @@ class Curves:
         """For a table: one row per update and type."""
         return [
             {
-                "run": run, "update": update, "type": name,
+                "run": run,
+                "update": update,
+                "type": name,
                 "log_prob": round(float(np.nanmean(self.log_prob[t, :, f])), 4),
                 "greedy": round(float(np.nanmean(self.greedy[t, :, f])), 4),
                 **{f"{k} per token": round(float(v[t, f]), 5) for k, v in self.means.items()},
             }
             for t, update in enumerate(self.updates)
             for f, name in enumerate(self.fields)
-        ]  # fmt: skip
+        ]
 
 
 def batches(
@@ -325,11 +336,13 @@ def finetune(
                 seconds["kernel"] += time.process_time() - start
 
         def explained(step: Explained) -> None:
-            parts.append({
-                "update": step.update,
-                "predicted": {k: v.tolist() for k, v in step.predicted.items()},
-                "measured": step.measured.tolist(),
-            })  # fmt: skip
+            parts.append(
+                {
+                    "update": step.update,
+                    "predicted": {k: v.tolist() for k, v in step.predicted.items()},
+                    "measured": step.measured.tolist(),
+                }
+            )
 
         generator = lab.generator(order)
         start = time.process_time()
@@ -362,10 +375,12 @@ def finetune(
             "explained types": [some.fields[j] for j in some.at[:, 1].tolist()],
             "kernel": kernels,
             "seconds": {
-                "all": whole, "probes": tracker.seconds, "kernel": seconds["kernel"],
+                "all": whole,
+                "probes": tracker.seconds,
+                "kernel": seconds["kernel"],
                 "passes": len(tracker.updates),
             },
-        }  # fmt: skip
+        }
 
     with one_thread():
         raw = lab.once(f"train-{name}", make)

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lddyn.dynamics import Explained, Supervised, bootstrap, influence, train
-from lddyn.figures import INK
 from lddyn.lab.drawing import (
     COLOURS,
     GROUP_COLOURS,
@@ -26,6 +24,7 @@ from lddyn.lab.drawing import (
     label_ends,
     tidy,
 )
+from lddyn.lab.dynamics import Explained, Supervised, influence, train
 from lddyn.lab.record import Claim, Lab, Verdict
 from lddyn.lab.setting import (
     PAPER_LR,
@@ -40,7 +39,9 @@ from lddyn.lab.setting import (
 )
 from lddyn.lab.shares import verdict
 from lddyn.optimizers import make_optimizer
-from lddyn.probes import TYPES
+from lddyn.probes.probe_set import TYPES
+from lddyn.report.figures import INK
+from lddyn.stats import bootstrap
 
 __all__ = ["bell", "explained_share", "kernel_grid", "over_prompts", "run"]
 
@@ -90,11 +91,18 @@ def run(
     """
     must_be_positive(rows=rows, prompts=prompts, updates=updates, every=every, lr=lr)
     options = {
-        "model": model, "data": data, "rows": rows, "prompts": prompts, "updates": updates,
-        "every": every, "lr": lr, "kernel_points": kernel_points,
-        "kernel_prompts": kernel_prompts, "explained": explained,
+        "model": model,
+        "data": data,
+        "rows": rows,
+        "prompts": prompts,
+        "updates": updates,
+        "every": every,
+        "lr": lr,
+        "kernel_points": kernel_points,
+        "kernel_prompts": kernel_prompts,
+        "explained": explained,
         "accuracy_steps": accuracy_steps,
-    }  # fmt: skip
+    }
     lab = Lab("sft", Path(out), seed, options, progress)
     setting = load(lab, model, data, rows=rows, prompts=prompts)
     learned = setting.pairs(setting.train, ("chosen",))
@@ -151,22 +159,28 @@ def _accuracy(
             model = setting.fresh().double()
             parts: list[Explained] = []
             train(
-                model, batches(rows, steps, 4, lab.generator("accuracy")), Supervised(),
-                make_optimizer(optimizer, model.parameters(), rate), explain=range(steps),
-                probes=probes, explained=parts.append,
-            )  # fmt: skip
+                model,
+                batches(rows, steps, 4, lab.generator("accuracy")),
+                Supervised(),
+                make_optimizer(optimizer, model.parameters(), rate),
+                explain=range(steps),
+                probes=probes,
+                explained=parts.append,
+            )
             predicted = torch.stack([p.predicted["chosen"] for p in parts])
             measured = torch.stack([p.measured for p in parts])
-            found.append({
-                "optimizer": optimizer,
-                "lr": rate,
-                "steps": steps,
-                "mean move, nats": float(measured.abs().mean()),
-                "explained per step": explained_share(predicted.numpy(), measured.numpy()),
-                "explained accumulated": explained_share(
-                    predicted.sum(0).numpy(), measured.sum(0).numpy()
-                ),
-            })  # fmt: skip
+            found.append(
+                {
+                    "optimizer": optimizer,
+                    "lr": rate,
+                    "steps": steps,
+                    "mean move, nats": float(measured.abs().mean()),
+                    "explained per step": explained_share(predicted.numpy(), measured.numpy()),
+                    "explained accumulated": explained_share(
+                        predicted.sum(0).numpy(), measured.sum(0).numpy()
+                    ),
+                }
+            )
     return found
 
 
@@ -207,59 +221,78 @@ def _kernel_means(found: Curves) -> dict[str, dict[str, list[float]]]:
     return {
         name: {
             key: [
-                float(np.mean([
-                    r[key] for r in rows if r["update"] == point and r["observed"] == name
-                ]))
+                float(
+                    np.mean(
+                        [r[key] for r in rows if r["update"] == point and r["observed"] == name]
+                    )
+                )
                 for point in points
             ]
             for key in ("norm", "lbk_norm", "sign")
         }
         for name in found.fields
         if any(r["observed"] == name for r in rows)
-    }  # fmt: skip
+    }
 
 
 def _tables(
-    lab: Lab, found: Curves, maps: Mapping[str, np.ndarray], fields: Sequence[str],
+    lab: Lab,
+    found: Curves,
+    maps: Mapping[str, np.ndarray],
+    fields: Sequence[str],
     accuracy: Sequence[Mapping[str, Any]],
-) -> None:  # fmt: skip
+) -> None:
     lab.table("curves", found.rows("sft"))
     lab.table("kernel", found.raw["kernel"])
     lab.table("accuracy", accuracy)
-    lab.table("influence", [
-        {"when": when, "update": u, "observed": o, "value": round(float(mean[i, j]), 4)}
-        for when, mean in ((w, np.nanmean(m.astype(float), axis=0)) for w, m in maps.items())
-        for i, u in enumerate(fields) for j, o in enumerate(fields)
-    ])  # fmt: skip
-    lab.table("first_order", [
-        {"update": p["update"], "type": name, "predicted": float(f"{a:.5g}"),
-         "measured": float(f"{b:.5g}")}
-        for p in found.raw["explained"]
-        for name, a, b in zip(
-            found.raw["explained types"], p["predicted"]["chosen"], p["measured"], strict=True
-        )
-    ])  # fmt: skip
+    lab.table(
+        "influence",
+        [
+            {"when": when, "update": u, "observed": o, "value": round(float(mean[i, j]), 4)}
+            for when, mean in ((w, np.nanmean(m.astype(float), axis=0)) for w, m in maps.items())
+            for i, u in enumerate(fields)
+            for j, o in enumerate(fields)
+        ],
+    )
+    lab.table(
+        "first_order",
+        [
+            {
+                "update": p["update"],
+                "type": name,
+                "predicted": float(f"{a:.5g}"),
+                "measured": float(f"{b:.5g}"),
+            }
+            for p in found.raw["explained"]
+            for name, a, b in zip(
+                found.raw["explained types"], p["predicted"]["chosen"], p["measured"], strict=True
+            )
+        ],
+    )
 
 
 def _pictures(
     lab: Lab, found: Curves, maps: Mapping[str, np.ndarray], fields: Sequence[str]
 ) -> None:
     lab.figure(
-        "curves", draw_curves(found),
+        "curves",
+        draw_curves(found),
         "Change of log π since the start, mean over prompts; the two lower panels are of y+ alone "
         "(left) and per token (right).",
-    )  # fmt: skip
+    )
     if found.raw["kernel"]:
         lab.figure(
-            "kernel", _draw_kernel(found),
+            "kernel",
+            _draw_kernel(found),
             "What the paper could not draw: ‖K(y_o, y+)‖_F over training for every response type, "
             "and beside it what it measures instead.",
-        )  # fmt: skip
+        )
     lab.figure(
-        "influence", _draw_influence(maps, fields),
+        "influence",
+        _draw_influence(maps, fields),
         "Nats that the column's response moves for every nat that a small step on the row's "
         "response gives it.",
-    )  # fmt: skip
+    )
     lab.figure("first_order", _draw_first_order(found), "Single updates, to first order.")
 
 
@@ -338,9 +371,13 @@ def _draw_first_order(found: Curves) -> Any:
 
 
 def _claims(
-    lab: Lab, setting: Setting, found: Curves, maps: Mapping[str, np.ndarray],
-    accuracy: Sequence[Mapping[str, Any]], embedded: bool,
-) -> None:  # fmt: skip
+    lab: Lab,
+    setting: Setting,
+    found: Curves,
+    maps: Mapping[str, np.ndarray],
+    accuracy: Sequence[Mapping[str, Any]],
+    embedded: bool,
+) -> None:
     def interval(label: str, values: np.ndarray) -> tuple[float, tuple[float, float]]:
         return bootstrap(values, generator=lab.generator("bootstrap", label))
 
@@ -351,11 +388,14 @@ def _claims(
         rise, fall = bell(found.log_prob[:, :, found.column(name)])
         up, down = interval(f"rise {name}", rise)[1], interval(f"fall {name}", fall)[1]
         shapes[name] = (
-            "rises, then falls" if up[0] > 0 and down[1] < 0
-            else "rises" if up[0] > 0
-            else "falls" if interval(f"all {name}", rise + fall)[1][1] < 0
+            "rises, then falls"
+            if up[0] > 0 and down[1] < 0
+            else "rises"
+            if up[0] > 0
+            else "falls"
+            if interval(f"all {name}", rise + fall)[1][1] < 0
             else "undecided"
-        )  # fmt: skip
+        )
     bells = sum(shape == "rises, then falls" for shape in shapes.values())
     steps = np.diff(found.mean("chosen"))
     lab.claim(
@@ -367,13 +407,15 @@ def _claims(
             "→ −92.4",
             f"y+ {gain:+.2f} nats, rising in {int((steps > 0).sum())} of {len(steps)} intervals; "
             f"bell-shaped: {bells} of {len(shapes)} ("
-            + "; ".join(f"“{label(n)}” {s}" for n, s in shapes.items()) + ")",
+            + "; ".join(f"“{label(n)}” {s}" for n, s in shapes.items())
+            + ")",
             "agrees" if 2 * bells > len(shapes) and gain_range[0] > 0 else "disagrees",
             "a type counts as bell-shaped where the rise to its peak and the fall after it both "
             "exclude zero; the peak is found on other prompts than it is tested on",
-            value=gain, interval=gain_range,
+            value=gain,
+            interval=gain_range,
         )
-    )  # fmt: skip
+    )
     # 2
     noise = [n for n in _NOISE if n in found.fields]
     for which, name in enumerate(noise):
@@ -391,9 +433,10 @@ def _claims(
                 f"to {early[1][1]:+.2f}), {late[0]:+.2f} at the end",
                 "agrees" if early[1][1] < 0 and late[1][1] < 0 else "disagrees",
                 "decided by the changes at the first probe and at the last one",
-                value=late[0], interval=late[1],
+                value=late[0],
+                interval=late[1],
             )
-        )  # fmt: skip
+        )
     kernels = _kernel_means(found)
     if kernels and noise:
         ratio = [kernels[n]["norm"][0] / kernels["chosen"]["norm"][0] for n in noise]
@@ -402,8 +445,10 @@ def _claims(
         ]
         lab.claim(
             Claim(
-                "sft 2c", "The reason: ‖K‖_F between noise and natural text is about zero.",
-                "§4.1, result 2", "assumed, never measured",
+                "sft 2c",
+                "The reason: ‖K‖_F between noise and natural text is about zero.",
+                "§4.1, result 2",
+                "assumed, never measured",
                 f"‖K‖_F to noise is {min(ratio):.2f} to {max(ratio):.2f} of that to y+ itself, to "
                 f"similar responses {min(similar):.2f} to {max(similar):.2f}",
                 "agrees" if max(ratio) < 0.1 else "disagrees",
@@ -411,29 +456,34 @@ def _claims(
                 "sign the norm does not have",
                 value=max(ratio),
             )
-        )  # fmt: skip
+        )
     # 3
     ours, test = found.change("irr_train"), found.change("irr_test")
     both = np.stack([ours, found.change("chosen")], 1)
     share, share_range = bootstrap(
-        both, lambda x: float(np.nanmean(x[:, 0]) / np.nanmean(x[:, 1])),
+        both,
+        lambda x: float(np.nanmean(x[:, 0]) / np.nanmean(x[:, 1])),
         generator=lab.generator("bootstrap", "share"),
-    )  # fmt: skip
+    )
     excess, excess_range = interval("excess", ours - test)
     lab.claim(
         Claim(
-            "sft 3", "The answer to another training prompt keeps rising, slower than y+.",
-            "§4.1, result 3", "rises (Qwen-1.8B, extend: −164.5 → −141.6 while y+ −122.8 → −79.2: "
+            "sft 3",
+            "The answer to another training prompt keeps rising, slower than y+.",
+            "§4.1, result 3",
+            "rises (Qwen-1.8B, extend: −164.5 → −141.6 while y+ −122.8 → −79.2: "
             "0.53 of it); offered as a reason of hallucination",
             f"{float(np.nanmean(ours)):+.2f} nats, {share:.2f} of y+'s rise; {excess:+.2f} nats "
             f"(95 %: {excess_range[0]:+.2f} to {excess_range[1]:+.2f}) more than an unlearned "
             "answer",
-            "agrees" if share_range[0] > 0 and share_range[1] < 1 and excess_range[0] > 0
+            "agrees"
+            if share_range[0] > 0 and share_range[1] < 1 and excess_range[0] > 0
             else "disagrees",
             "it must rise, by less than y+, and by more than a held-out answer does",
-            value=share, interval=share_range,
+            value=share,
+            interval=share_range,
         )
-    )  # fmt: skip
+    )
     # 4
     _fingerprint(lab, maps["start"].astype(float), setting.fields, embedded)
     _kernel_claims(lab, found)
@@ -449,10 +499,13 @@ def _fingerprint(lab: Lab, start: np.ndarray, fields: Sequence[str], embedded: b
     original = (start[:, at[0], at[2]] + start[:, at[1], at[3]]) / 2
     more, interval = bootstrap(pairs - original, generator=lab.generator("bootstrap", "print"))
     if embedded:
-        verdict, reason = "not testable at this scale", (
-            "no language model wrote these; the demo's rewordings share one template per question, "
-            "so that they are alike by construction"
-        )  # fmt: skip
+        verdict, reason = (
+            "not testable at this scale",
+            (
+                "no language model wrote these; the demo's rewordings share one template per "
+                "question, so that they are alike by construction"
+            ),
+        )
     else:
         verdict = "agrees" if interval[0] > 0 else "disagrees"
         reason = "influence, not norm, per nat that the update gives itself; mean of both ways"
@@ -461,15 +514,18 @@ def _fingerprint(lab: Lab, start: np.ndarray, fields: Sequence[str], embedded: b
             "sft 4",
             "Texts of the same language model influence each other more than the originals that "
             "they reword.",
-            "§4.1, result 4; App. C.2", "y_gpts+ ↔ y_gpts− about +0.45 of the column's range",
+            "§4.1, result 4; App. C.2",
+            "y_gpts+ ↔ y_gpts− about +0.45 of the column's range",
             f"rewordings move each other by {np.nanmean(pairs):+.3f} nats per nat, their originals "
             f"by {np.nanmean(original):+.3f}",
-            verdict, reason,  # type: ignore[arg-type]
+            verdict,
+            reason,
             corrected="the published map is of LBK as coded: a root of a root, and the energy of "
             "whichever response came last",
-            value=more, interval=interval,
+            value=more,
+            interval=interval,
         )
-    )  # fmt: skip
+    )
 
 
 def _kernel_claims(lab: Lab, found: Curves) -> None:
@@ -482,36 +538,46 @@ def _kernel_claims(lab: Lab, found: Curves) -> None:
     known = np.array([r["lbk_norm"] <= r["norm"] + 2 * r["stderr"] for r in rows])
     lab.claim(
         Claim(
-            "bound", "η‖K‖_F ≥ √LBK, to first order.", "App. C.2, Eq. 26",
+            "bound",
+            "η‖K‖_F ≥ √LBK, to first order.",
+            "App. C.2, Eq. 26",
             "used as a measure of ‖K‖; K itself is called too expensive",
             f"holds in {int(known.sum())} of {len(known)} pairs; √LBK is {np.median(slack):.1e} "
             f"of η‖K‖_F (median; {slack.min():.1e} to {slack.max():.1e})",
             "agrees" if known.all() else "disagrees",
             "of single SGD steps, between evenly spaced tokens of one prompt's responses",
-            corrected="LBK by Eq. 26, not as coded", value=float(np.median(slack)),
+            corrected="LBK by Eq. 26, not as coded",
+            value=float(np.median(slack)),
         )
-    )  # fmt: skip
+    )
     norm, lbk = kernel_grid(rows, "norm"), kernel_grid(rows, "lbk_norm")
 
     def rank(a: np.ndarray, b: np.ndarray) -> float:
         return float(spearmanr(a, b, nan_policy="omit").statistic)
 
-    ranks = np.array([
-        [rank(a, b) for a, b in zip(*prompt, strict=True)]
-        for prompt in zip(norm, lbk, strict=True)
-    ])  # fmt: skip
+    ranks = np.array(
+        [
+            [rank(a, b) for a, b in zip(*prompt, strict=True)]
+            for prompt in zip(norm, lbk, strict=True)
+        ]
+    )
     value, interval, decided, prompts = over_prompts(
         ranks, lambda x: float(x.mean()), 0.5, lab.generator("bootstrap", "rank")
     )
     lab.claim(
         Claim(
-            "rank", "LBK orders the response types as ‖K‖_F does.", "App. C.2",
-            "only relative sizes over o are read from it", f"Spearman {value:+.2f}, mean over "
-            f"{ranks.shape[1]} states of {prompts}", decided,
+            "rank",
+            "LBK orders the response types as ‖K‖_F does.",
+            "App. C.2",
+            "only relative sizes over o are read from it",
+            f"Spearman {value:+.2f}, mean over {ranks.shape[1]} states of {prompts}",
+            decided,
             f"agreement is asked to be above 0.5 for sure; χ_u = y+ and {norm.shape[2]} observed "
-            "types each", value=value, interval=interval,
+            "types each",
+            value=value,
+            interval=interval,
         )
-    )  # fmt: skip
+    )
     if norm.shape[1] > 1:
 
         def stable(x: np.ndarray) -> float:
@@ -523,15 +589,20 @@ def _kernel_claims(lab: Lab, found: Curves) -> None:
         )
         lab.claim(
             Claim(
-                "stable", "The order of ‖K‖_F over response types changes little in training.",
-                "§3, the assumption; App. C.2", "“relatively stable”, judged by LBK",
+                "stable",
+                "The order of ‖K‖_F over response types changes little in training.",
+                "§3, the assumption; App. C.2",
+                "“relatively stable”, judged by LBK",
                 f"Spearman with the start {value:+.2f} or more, by the means of {prompts}; the "
                 "norms themselves change by a factor "
-                f"{np.nanmean(norm[:, -1]) / np.nanmean(norm[:, 0]):.2f}", decided,
+                f"{np.nanmean(norm[:, -1]) / np.nanmean(norm[:, 0]):.2f}",
+                decided,
                 "the true norm, at every point where K was measured; above 0.8 is asked for, as in "
-                "mnist", value=value, interval=interval,
+                "mnist",
+                value=value,
+                interval=interval,
             )
-        )  # fmt: skip
+        )
 
 
 def kernel_grid(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
@@ -594,15 +665,18 @@ def _accuracy_claim(lab: Lab, found: Curves, accuracy: Sequence[Mapping[str, Any
     paper = next(a for a in accuracy if a["optimizer"] == "rmsprop" and a["lr"] == PAPER_LR)
     lab.claim(
         Claim(
-            "first order", "One step is A K G to first order in the learning rate.", "Eq. 5",
-            "not tested", f"{100 * paper['explained per step']:.1f} % of |Δ log π| of a step at "
+            "first order",
+            "One step is A K G to first order in the learning rate.",
+            "Eq. 5",
+            "not tested",
+            f"{100 * paper['explained per step']:.1f} % of |Δ log π| of a step at "
             f"the paper's rate of {PAPER_LR:g} (RMSprop), {100 * along:.0f} % "
             "along this run at its own rate",
             "agrees" if paper["explained per step"] > 0.95 else "disagrees",
             "95 % is asked for at the paper's rate; the model is far smaller than the paper's",
             value=paper["explained per step"],
         )
-    )  # fmt: skip
+    )
 
 
 def _finish(

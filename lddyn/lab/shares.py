@@ -66,8 +66,12 @@ class Share:
         """For a table."""
         low, high = self.interval
         return {
-            "count": self.count, "total": self.total, "share": self.value, "low": low, "high": high,
-        }  # fmt: skip
+            "count": self.count,
+            "total": self.total,
+            "share": self.value,
+            "low": low,
+            "high": high,
+        }
 
     def __str__(self) -> str:
         text = f"{100 * self.value:.4g}"

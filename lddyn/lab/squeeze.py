@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lddyn.figures import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.shares import Share, verdict
-from lddyn.massflow import Flow, leading, renormalised, softmax_step, threshold
+from lddyn.report.figures import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
+from lddyn.steps.massflow import Flow, leading, renormalised, softmax_step, threshold
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,15 +105,22 @@ def regimes(lab: Lab, labels: int, large: int) -> list[dict[str, Any]]:
         ratio = float(flow.ratio[0])
         found.append(
             {
-                "regime": name, "eta": eta, "pushes": {str(k): v for k, v in pushes.items()},
-                "argmax": int(flow.leading[0, 0]), "threshold": float(threshold(before, label[0])),
+                "regime": name,
+                "eta": eta,
+                "pushes": {str(k): v for k, v in pushes.items()},
+                "argmax": int(flow.leading[0, 0]),
+                "threshold": float(threshold(before, label[0])),
                 "lemma_error": float((after - before - lemma).abs().max()),
-                "gainers": int(flow.gainers[0]), "losers": int(flow.losers[0]),
-                "label_change": float(flow.label[0]), "argmax_change": float(flow.argmax[0]),
-                "ratio": ratio if ratio == ratio else None, "entropy": float(flow.entropy[0]),
-                "before": before.tolist(), "after": after.tolist(),
+                "gainers": int(flow.gainers[0]),
+                "losers": int(flow.losers[0]),
+                "label_change": float(flow.label[0]),
+                "argmax_change": float(flow.argmax[0]),
+                "ratio": ratio if ratio == ratio else None,
+                "entropy": float(flow.entropy[0]),
+                "before": before.tolist(),
+                "after": after.tolist(),
             }
-        )  # fmt: skip
+        )
     return found
 
 
@@ -185,7 +192,7 @@ def tallies(lab: Lab, count: int, labels: int) -> dict[str, Any]:
         "entropy falls when a label below 1/V is pushed down": (
             flow.entropy[_own(probs, label) < 1 / labels] < 0
         ),
-    }  # fmt: skip
+    }
 
     # Trend 4, the same prediction: of two labels other than the argmax, push the rarer one.
     pairs = torch.rand(count, labels, generator=lab.generator("pairs"), dtype=torch.float64)
@@ -204,13 +211,16 @@ def tallies(lab: Lab, count: int, labels: int) -> dict[str, Any]:
             torch.ones(count, dtype=torch.bool),
         ),
         "a deeper valley": (
-            Flow.of(deeper, push_down(deeper, label, size), label), flow, not_star,
+            Flow.of(deeper, push_down(deeper, label, size), label),
+            flow,
+            not_star,
         ),
         "a step twice as long": (
-            Flow.of(log_probs, push_down(log_probs, label, 2 * size), label), flow,
+            Flow.of(log_probs, push_down(log_probs, label, 2 * size), label),
+            flow,
             torch.ones(count, dtype=torch.bool),
         ),
-    }  # fmt: skip
+    }
     for name, (strong, weak, which) in comparisons.items():
         shares |= {
             f"{name}: no fewer others fall": (strong.losers >= weak.losers)[which],
@@ -227,9 +237,16 @@ def tallies(lab: Lab, count: int, labels: int) -> dict[str, Any]:
             gain = flow.gainers[inside].double() / others
             tenth, half, most = gain.quantile(torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
             curve.append(
-                {"low": low, "high": high, "cases": int(inside.sum()), "tenth": tenth,
-                 "median": half, "ninetieth": most, "mean": float(gain.mean())}
-            )  # fmt: skip
+                {
+                    "low": low,
+                    "high": high,
+                    "cases": int(inside.sum()),
+                    "tenth": tenth,
+                    "median": half,
+                    "ninetieth": most,
+                    "mean": float(gain.mean()),
+                }
+            )
     return {
         "shares": [{"what": k, **Share.of(v).row()} for k, v in shares.items()],
         "kinds": [
@@ -272,9 +289,13 @@ def entropy_curves(lab: Lab, labels: int) -> list[dict[str, Any]]:
         )
         for i in log_probs[0].argsort().tolist():
             rows.append(
-                {"prediction": name, "label": i, "probability": float(log_probs[0, i].exp()),
-                 "entropy_change": float(flow.entropy[i])}
-            )  # fmt: skip
+                {
+                    "prediction": name,
+                    "label": i,
+                    "probability": float(log_probs[0, i].exp()),
+                    "entropy_change": float(flow.entropy[i]),
+                }
+            )
     return rows
 
 
@@ -291,10 +312,16 @@ def reference_rows() -> list[dict[str, Any]]:
         after = (log_probs + step).exp()
         wrong = (after - torch.tensor(prediction, dtype=torch.float64)).abs().max()
         rows.append(
-            {"label": label, "step": verb, "after": after.tolist(), "published": prediction,
-             "largest_difference": float(wrong), "entropy_change": float(flow.entropy[0]),
-             "published_entropy_change": entropy}
-        )  # fmt: skip
+            {
+                "label": label,
+                "step": verb,
+                "after": after.tolist(),
+                "published": prediction,
+                "largest_difference": float(wrong),
+                "entropy_change": float(flow.entropy[0]),
+                "published_entropy_change": entropy,
+            }
+        )
     return rows
 
 
@@ -421,17 +448,22 @@ def draw_regimes(found: list[dict[str, Any]]) -> Figure:
         others, star = case["gainers"] + case["losers"], case["argmax"]
         axes.set_title(case["regime"], loc="left", fontsize=9.5, weight="bold", pad=18, color=INK)
         axes.text(
-            0, 1.03,
-            f"{case['gainers']} of {others} others rise; "
-            f"y* {before[star]:.3g} → {after[star]:.3g}",
-            transform=axes.transAxes, fontsize=8, color="#555555",
-        )  # fmt: skip
+            0,
+            1.03,
+            f"{case['gainers']} of {others} others rise; y* {before[star]:.3g} → {after[star]:.3g}",
+            transform=axes.transAxes,
+            fontsize=8,
+            color="#555555",
+        )
         if column == 0:
             axes.set_ylabel("probability", fontsize=8, color=INK)
     title = "Where the probability goes in one step"
     figure.text(0.012, 0.955, title, fontsize=13, weight="bold", color=INK)
-    for x, text, colour in ((0.52, "● before", FAINT), (0.6, "● rose", RAISED),
-                            (0.665, "● fell", LOWERED)):  # fmt: skip
+    for x, text, colour in (
+        (0.52, "● before", FAINT),
+        (0.6, "● rose", RAISED),
+        (0.665, "● fell", LOWERED),
+    ):
         figure.text(x, 0.957, text, color=colour, fontsize=9.5)
     return figure
 
@@ -450,14 +482,27 @@ def _by_label(axes: Axes, case: dict[str, Any], before: Tensor, after: Tensor) -
         text = "y*" if way == 0 else "↓ pushed" if way < 0 else "↑ pulled"
         below = way < 0
         axes.annotate(
-            text, (label, float(torch.minimum(before, after)[label] if below
-                                else torch.maximum(before, after)[label])),
-            xytext=(0, -12 if below else 5), textcoords="offset points",
+            text,
+            (
+                label,
+                float(
+                    torch.minimum(before, after)[label]
+                    if below
+                    else torch.maximum(before, after)[label]
+                ),
+            ),
+            xytext=(0, -12 if below else 5),
+            textcoords="offset points",
             # Two marks side by side look away from each other.
-            ha="center" if len(crowded) < 2 or below
-            else "right" if label == min(crowded) else "left", fontsize=8.5,
-            weight="bold", color=colours[label],
-        )  # fmt: skip
+            ha="center"
+            if len(crowded) < 2 or below
+            else "right"
+            if label == min(crowded)
+            else "left",
+            fontsize=8.5,
+            weight="bold",
+            color=colours[label],
+        )
     axes.set_xlabel("label", fontsize=8, color=INK)
 
 
@@ -471,42 +516,68 @@ def _by_rank(axes: Axes, case: dict[str, Any], before: Tensor, after: Tensor) ->
     axes.plot(rank, kept, color=LOWERED, linewidth=1.2)
     axes.scatter(rank[rose], kept[rose], s=16, color=RAISED, zorder=3)
     axes.annotate(
-        "y*", (1, float(kept[0])), xytext=(6, -3), textcoords="offset points", fontsize=8.5,
-        weight="bold", color=RAISED if bool(rose[0]) else LOWERED,
-    )  # fmt: skip
+        "y*",
+        (1, float(kept[0])),
+        xytext=(6, -3),
+        textcoords="offset points",
+        fontsize=8.5,
+        weight="bold",
+        color=RAISED if bool(rose[0]) else LOWERED,
+    )
     place = int((order == pushed).nonzero()) + 1
     axes.annotate(
         f"↓ pushed: {before[pushed]:.0e} → {after[pushed]:.0e}",
-        (place, max(float(after[pushed]), 1e-28)), xytext=(-6, -2), textcoords="offset points",
-        ha="right", fontsize=8, weight="bold", color=LOWERED,
-    )  # fmt: skip
+        (place, max(float(after[pushed]), 1e-28)),
+        xytext=(-6, -2),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        weight="bold",
+        color=LOWERED,
+    )
     axes.set_xscale("log")
     axes.set_ylim(1e-30, 30)
     axes.set_xlabel("rank of the label before the step", fontsize=8, color=INK)
 
 
-def draw_trends(results: dict[str, Any], accuracy: list[dict[str, Any]],
-                entropy: list[dict[str, Any]]) -> Figure:  # fmt: skip
+def draw_trends(
+    results: dict[str, Any], accuracy: list[dict[str, Any]], entropy: list[dict[str, Any]]
+) -> Figure:
     """Who gains by peakedness; where τ holds; entropy by the pushed label's probability."""
     figure = blank_figure(11.0, 3.4, "trends")
     left, middle, right = (figure.add_axes((0.065 + 0.33 * i, 0.15, 0.25, 0.73)) for i in range(3))
     rows = results["gainers"]
     x = [(r["low"] * r["high"]) ** 0.5 for r in rows]
     left.fill_between(
-        x, [r["tenth"] for r in rows], [r["ninetieth"] for r in rows], color=RAISED, alpha=0.18,
+        x,
+        [r["tenth"] for r in rows],
+        [r["ninetieth"] for r in rows],
+        color=RAISED,
+        alpha=0.18,
         linewidth=0,
-    )  # fmt: skip
+    )
     left.plot(x, [r["median"] for r in rows], color=RAISED, linewidth=2)
     left.set_xscale("log")
     left.set_xlabel("largest probability", fontsize=8.5)
     left.set_title("Flat: most others rise. Peaky: one.", loc="left", fontsize=10, weight="bold")
     left.set_ylabel("share of other labels that rise", fontsize=8.5)
-    left.text(0.98, 0.9, "median and 80 % band", fontsize=8, color=RAISED, ha="right",
-              transform=left.transAxes)  # fmt: skip
+    left.text(
+        0.98,
+        0.9,
+        "median and 80 % band",
+        fontsize=8,
+        color=RAISED,
+        ha="right",
+        transform=left.transAxes,
+    )
     middle.plot(
-        [r["eta"] for r in accuracy], [r["share"] for r in accuracy], "o-", color=INK,
-        linewidth=1.6, markersize=4,
-    )  # fmt: skip
+        [r["eta"] for r in accuracy],
+        [r["share"] for r in accuracy],
+        "o-",
+        color=INK,
+        linewidth=1.6,
+        markersize=4,
+    )
     middle.set_xscale("log")
     middle.set_ylim(min(r["share"] for r in accuracy) - 0.02, 1.004)
     middle.set_xlabel("length of the step, |η′|", fontsize=8.5)
@@ -519,9 +590,14 @@ def draw_trends(results: dict[str, Any], accuracy: list[dict[str, Any]],
         right.plot(at, change, ".-", color=colour, linewidth=1.4, markersize=4)
         first = (at[0], change[0]) if name != "flat" else (at[-1], change[-1])
         right.annotate(
-            name, first, xytext=(4, -12 if name == "between" else 6), textcoords="offset points",
-            fontsize=8.5, color=colour, weight="bold",
-        )  # fmt: skip
+            name,
+            first,
+            xytext=(4, -12 if name == "between" else 6),
+            textcoords="offset points",
+            fontsize=8.5,
+            color=colour,
+            weight="bold",
+        )
     right.axhline(0, color=FAINT, linewidth=0.7)
     right.set_xscale("log")
     right.set_xlabel("probability of the label pushed down", fontsize=8.5)
@@ -542,11 +618,13 @@ def draw_limits(found: dict[str, list[dict[str, Any]]]) -> Figure:
         [r for r in found["contexts"] if r["cosine"] > 0],
     ):
         for key, colour in (
-            ("argmax of the pushed context rises", LOWERED), ("its own argmax rises", RAISED),
-        ):  # fmt: skip
+            ("argmax of the pushed context rises", LOWERED),
+            ("its own argmax rises", RAISED),
+        ):
             _line(left, [r["cosine"] for r in rows], [r[key] for r in rows], colour)
-    left.text(0.17, 0.98, "y* of the pushed one", fontsize=8.5, color=LOWERED, weight="bold",
-              ha="right")  # fmt: skip
+    left.text(
+        0.17, 0.98, "y* of the pushed one", fontsize=8.5, color=LOWERED, weight="bold", ha="right"
+    )
     left.text(0.22, 0.3, "its own y*", fontsize=8.5, color=RAISED, weight="bold")
     left.set_xlabel("cosine of its features with the pushed context's", fontsize=8.5)
     left.set_title("At another context: who rises?", loc="left", fontsize=10, weight="bold")
@@ -556,10 +634,14 @@ def draw_limits(found: dict[str, list[dict[str, Any]]]) -> Figure:
         x = [r["positions"] for r in rows]
         _line(middle, x, [r["argmax rises"] for r in rows], colour)
         middle.annotate(
-            f"overlap {overlap:g}", (x[-1], rows[-1]["argmax rises"]["share"]),
+            f"overlap {overlap:g}",
+            (x[-1], rows[-1]["argmax rises"]["share"]),
             xytext=(5, {0.3: 3, 0.9: -9}.get(overlap, -3)),
-            textcoords="offset points", fontsize=8, color=colour, weight="bold",
-        )  # fmt: skip
+            textcoords="offset points",
+            fontsize=8,
+            color=colour,
+            weight="bold",
+        )
     middle.set_xscale("log", base=2)
     middle.set_xticks(POSITIONS, [str(n) for n in POSITIONS])
     middle.set_xlim(0.9, 110)
@@ -574,9 +656,14 @@ def draw_limits(found: dict[str, list[dict[str, Any]]]) -> Figure:
     ):
         _line(right, x, [r[key] for r in rows], colour)
         right.annotate(
-            text, (x[at], rows[at][key]["share"]), xytext=(-44, above),
-            textcoords="offset points", fontsize=8.5, color=colour, weight="bold",
-        )  # fmt: skip
+            text,
+            (x[at], rows[at][key]["share"]),
+            xytext=(-44, above),
+            textcoords="offset points",
+            fontsize=8.5,
+            color=colour,
+            weight="bold",
+        )
     right.set_xticks(x, [f"{b:g}" for b in BODIES])
     right.set_xlabel("learning rate of the hidden layer / of the head", fontsize=8.5)
     right.set_title("A hidden layer shares features", loc="left", fontsize=10, weight="bold")
@@ -591,9 +678,13 @@ def draw_limits(found: dict[str, list[dict[str, Any]]]) -> Figure:
 def _line(axes: Axes, x: list[Any], rows: list[dict[str, Any]], colour: str) -> None:
     axes.plot(x, [r["share"] for r in rows], "o-", color=colour, linewidth=1.6, markersize=3.5)
     axes.fill_between(
-        x, [r["low"] for r in rows], [r["high"] for r in rows], color=colour, alpha=0.18,
+        x,
+        [r["low"] for r in rows],
+        [r["high"] for r in rows],
+        color=colour,
+        alpha=0.18,
         linewidth=0,
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -601,9 +692,14 @@ def _line(axes: Axes, x: list[Any], rows: list[dict[str, Any]], colour: str) -> 
 
 
 def run(
-    out: str | Path, *, seed: int = 0, progress: bool = True, cases: int = 10_000, labels: int = 50,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    cases: int = 10_000,
+    labels: int = 50,
     large: int = 1000,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Runs the experiment.
 
     Args:
@@ -659,17 +755,20 @@ def run(
             ],
         )
     lab.figure(
-        "regimes", draw_regimes(found),
+        "regimes",
+        draw_regimes(found),
         "One real step of multinomial regression; predictions before (grey) and after.",
-    )  # fmt: skip
+    )
     lab.figure(
-        "trends", draw_trends(counted, accuracy, entropy),
+        "trends",
+        draw_trends(counted, accuracy, entropy),
         f"Who gains, how far τ reaches, and what entropy does, on {cases:,} random predictions.",
-    )  # fmt: skip
+    )
     lab.figure(
-        "limits", draw_limits(beyond),
+        "limits",
+        draw_limits(beyond),
         "Where the analysis of one softmax stops being true; bands are 95 % intervals.",
-    )  # fmt: skip
+    )
     return _conclude(lab, found, counted, accuracy, reference, beyond)
 
 
@@ -689,114 +788,218 @@ def _conclude(
     share = {row["what"]: Share(row["count"], row["total"]) for row in counted["shares"]}
 
     def claim(
-        name: str, text: str, source: str, published: str, of: Share, reason: str,
-        kind: str = "tendency", corrected: str = "",
-    ) -> None:  # fmt: skip
+        name: str,
+        text: str,
+        source: str,
+        published: str,
+        of: Share,
+        reason: str,
+        kind: str = "tendency",
+        corrected: str = "",
+    ) -> None:
         decided = {
-            "guarantee": verdict(of.count == of.total), "rule": of.rule, "tendency": of.tendency,
-        }  # fmt: skip
+            "guarantee": verdict(of.count == of.total),
+            "rule": of.rule,
+            "tendency": of.tendency,
+        }
         lab.claim(
             Claim(
-                name, text, source, published, f"{of}", decided[kind], reason, corrected, of.value,
+                name,
+                text,
+                source,
+                published,
+                f"{of}",
+                decided[kind],
+                reason,
+                corrected,
+                of.value,
                 of.interval,
             )
-        )  # fmt: skip
+        )
 
     exact = max(r["lemma_error"] for r in found)
     lab.claim(
         Claim(
-            "Lemma 1", "One step on W moves the prediction as the lemma's closed form says.",
-            "App. E", "an identity", f"largest |Δ log π − lemma| {exact:.1e} nats in 6 real steps",
-            verdict(exact < 1e-9), "float64, against autograd and a real step",
-            "exp(|η′|(p_i − [i=y])) / Σ_j p_j exp(|η′|(p_j − [j=y]))", exact,
+            "Lemma 1",
+            "One step on W moves the prediction as the lemma's closed form says.",
+            "App. E",
+            "an identity",
+            f"largest |Δ log π − lemma| {exact:.1e} nats in 6 real steps",
+            verdict(exact < 1e-9),
+            "float64, against autograd and a real step",
+            "exp(|η′|(p_i − [i=y])) / Σ_j p_j exp(|η′|(p_j − [j=y]))",
+            exact,
         )
-    )  # fmt: skip
+    )
     # A comparison or a "largely" holds more often than not; what is said without an "often" of all
     # predictions of a kind holds as a rule.
     most = "agrees if the interval lies above one half"
     rule = "agrees if the interval lies above 95 %"
     random = "random predictions, V labels, 0.01 ≤ |η′| ≤ 10"
-    claim("claim 1", "The label pushed down falls.", "App. E", "guaranteed", share["label falls"],
-          random, kind="guarantee")  # fmt: skip
-    claim("claim 2", "The likeliest other label y* rises.", "App. E", "guaranteed",
-          share["argmax rises"], random, kind="guarantee")  # fmt: skip
-    claim("claim 2, largely", "The mass is largely squeezed into y*.", "§3.3", "largely",
-          share["argmax gets over half"],
-          f"over half of all that is gained; of peaky predictions (largest ≥ 0.8) "
-          f"{share['argmax gets over half, peaky']}; {most}")  # fmt: skip
-    claim("trend 3", "The rich get richer, the poor poorer.", "§3.3", "a trend",
-          share["richer rise more"],
-          "in relative terms this is exact: Δ log π_i = |η′| π_i − const for i ≠ y",
-          kind="guarantee",
-          corrected="a theorem for Δ log π, not only a trend")  # fmt: skip
+    claim(
+        "claim 1",
+        "The label pushed down falls.",
+        "App. E",
+        "guaranteed",
+        share["label falls"],
+        random,
+        kind="guarantee",
+    )
+    claim(
+        "claim 2",
+        "The likeliest other label y* rises.",
+        "App. E",
+        "guaranteed",
+        share["argmax rises"],
+        random,
+        kind="guarantee",
+    )
+    claim(
+        "claim 2, largely",
+        "The mass is largely squeezed into y*.",
+        "§3.3",
+        "largely",
+        share["argmax gets over half"],
+        f"over half of all that is gained; of peaky predictions (largest ≥ 0.8) "
+        f"{share['argmax gets over half, peaky']}; {most}",
+    )
+    claim(
+        "trend 3",
+        "The rich get richer, the poor poorer.",
+        "§3.3",
+        "a trend",
+        share["richer rise more"],
+        "in relative terms this is exact: Δ log π_i = |η′| π_i − const for i ≠ y",
+        kind="guarantee",
+        corrected="a theorem for Δ log π, not only a trend",
+    )
     some = {row["prediction"]: f"{100 * row['gainers']:.3g} %" for row in counted["kinds"]}
-    claim("trend 3A", "Of a flat prediction, all others rise together.", "App. E", "a trend",
-          share["flat: all others rise"],
-          f"flat: largest ≤ 2/V; {rule}; on average {some['flat']} of the others rise: of a label "
-          "rarer than most there is not enough to go round", kind="rule")  # fmt: skip
-    claim("trend 3B", "In between, some rise and some fall.", "App. E", "a trend",
-          share["between: some rise, some fall"],
-          f"{rule}; all rise in {share['between: all others rise']}, all but y* fall in "
-          f"{share['between: all but the argmax fall']}", kind="rule")  # fmt: skip
-    claim("trend 3C", "Of a peaky prediction, all but y* fall.", "App. E", "a trend",
-          share["peaky: all but the argmax fall"], f"peaky: largest ≥ 0.8; {rule}",
-          kind="rule")  # fmt: skip
+    claim(
+        "trend 3A",
+        "Of a flat prediction, all others rise together.",
+        "App. E",
+        "a trend",
+        share["flat: all others rise"],
+        f"flat: largest ≤ 2/V; {rule}; on average {some['flat']} of the others rise: of a label "
+        "rarer than most there is not enough to go round",
+        kind="rule",
+    )
+    claim(
+        "trend 3B",
+        "In between, some rise and some fall.",
+        "App. E",
+        "a trend",
+        share["between: some rise, some fall"],
+        f"{rule}; all rise in {share['between: all others rise']}, all but y* fall in "
+        f"{share['between: all but the argmax fall']}",
+        kind="rule",
+    )
+    claim(
+        "trend 3C",
+        "Of a peaky prediction, all but y* fall.",
+        "App. E",
+        "a trend",
+        share["peaky: all but the argmax fall"],
+        f"peaky: largest ≥ 0.8; {rule}",
+        kind="rule",
+    )
     same = "same prediction and step, the rarer against the commoner of two labels"
     deep = share["a deeper valley: the others lose more"]
     rise = share["a deeper valley: the argmax gains more"]
     ratio = share["a rarer label: the squeeze ratio is larger"]
-    claim("trend 4, others", "Pushing a rarer label makes the others fall more.", "§3.3, App. E",
-          "a trend", share["a rarer label: the others lose more"],
-          f"{same}; with the same label and a valley 3 nats deeper {deep}; {most}")  # fmt: skip
-    claim("trend 4, ratio", "Pushing a rarer label squeezes more into y* per mass it loses.",
-          "§3.3, App. E", "a trend", ratio, f"{same}; {most}")  # fmt: skip
-    claim("trend 4, y*", "Pushing a rarer label makes y* rise more.", "§3.3, point 5",
-          "y* rises more", share["a rarer label: the argmax gains more"],
-          f"{same}; with the same label and a valley 3 nats deeper {rise}; to first order "
-          "Δ log π(y*) = |η′| (π(y*) − ‖π‖² + π(y)) grows with π(y): a rarer label squeezes more "
-          "of others' mass, but gives less of its own",
-          corrected="y* rises less: Δ log π(y*) grows with π(y)")  # fmt: skip
+    claim(
+        "trend 4, others",
+        "Pushing a rarer label makes the others fall more.",
+        "§3.3, App. E",
+        "a trend",
+        share["a rarer label: the others lose more"],
+        f"{same}; with the same label and a valley 3 nats deeper {deep}; {most}",
+    )
+    claim(
+        "trend 4, ratio",
+        "Pushing a rarer label squeezes more into y* per mass it loses.",
+        "§3.3, App. E",
+        "a trend",
+        ratio,
+        f"{same}; {most}",
+    )
+    claim(
+        "trend 4, y*",
+        "Pushing a rarer label makes y* rise more.",
+        "§3.3, point 5",
+        "y* rises more",
+        share["a rarer label: the argmax gains more"],
+        f"{same}; with the same label and a valley 3 nats deeper {rise}; to first order "
+        "Δ log π(y*) = |η′| (π(y*) − ‖π‖² + π(y)) grows with π(y): a rarer label squeezes more "
+        "of others' mass, but gives less of its own",
+        corrected="y* rises less: Δ log π(y*) grows with π(y)",
+    )
     longer = {
         what: share[f"a step twice as long: {what}"]
         for what in ("the argmax gains more", "the label loses more", "no fewer others fall")
     }
-    claim("trend 5", "A longer step amplifies everything.", "App. E", "a trend",
-          min(longer.values(), key=lambda s: s.value),
-          "the least often of: " + "; ".join(f"{k} in {v}" for k, v in longer.items())
-          + f"; {most}")  # fmt: skip
+    claim(
+        "trend 5",
+        "A longer step amplifies everything.",
+        "App. E",
+        "a trend",
+        min(longer.values(), key=lambda s: s.value),
+        "the least often of: " + "; ".join(f"{k} in {v}" for k, v in longer.items()) + f"; {most}",
+    )
     short, long = accuracy[0], accuracy[-1]
     # Labels of one prediction are not independent of each other: no interval.
     lab.claim(
         Claim(
-            "τ", "A label rises if and only if π_i > τ = ‖π‖² − π_y (first order).", "derived", "",
+            "τ",
+            "A label rises if and only if π_i > τ = ‖π‖² − π_y (first order).",
+            "derived",
+            "",
             f"{Share(short['count'], short['total'])} labels at |η′| = {short['eta']:g}; at "
             f"{long['eta']:g} {100 * long['share']:.4g} %",
             verdict(short["share"] > 0.999),
-            "agrees if it is right for 99.9 % at the shortest step", value=short["share"],
+            "agrees if it is right for 99.9 % at the shortest step",
+            value=short["share"],
         )
-    )  # fmt: skip
+    )
     worst = max(r["largest_difference"] for r in reference)
     off = max(abs(r["entropy_change"] - r["published_entropy_change"]) for r in reference)
     lab.claim(
         Claim(
-            "entropy, values", "Predictions and entropy changes of the 5-label example.", "App. E",
-            "four steps, 4 digits", f"largest difference {worst:.1e} in π, {off:.1e} nats in ΔH",
-            verdict(worst <= 6e-5 and off <= 6e-5), "equal to the printed digits",
+            "entropy, values",
+            "Predictions and entropy changes of the 5-label example.",
+            "App. E",
+            "four steps, 4 digits",
+            f"largest difference {worst:.1e} in π, {off:.1e} nats in ΔH",
+            verdict(worst <= 6e-5 and off <= 6e-5),
+            "equal to the printed digits",
             value=max(worst, off),
         )
-    )  # fmt: skip
-    claim("entropy, valley", "Pushing down a label in a valley lowers the entropy.", "App. E", "",
-          share["entropy falls when a label below 1/V is pushed down"], rule,
-          kind="rule")  # fmt: skip
-    claim("entropy, peak", "Pushing down the likeliest label raises the entropy.", "App. E", "",
-          share["entropy rises when the likeliest label is pushed down"],
-          f"{rule}; a long step digs a valley where the peak was: at |η′| ≤ 0.1 "
-          f"{share['entropy rises when the likeliest label is pushed down, |η′| ≤ 0.1']}",
-          kind="rule")  # fmt: skip
+    )
+    claim(
+        "entropy, valley",
+        "Pushing down a label in a valley lowers the entropy.",
+        "App. E",
+        "",
+        share["entropy falls when a label below 1/V is pushed down"],
+        rule,
+        kind="rule",
+    )
+    claim(
+        "entropy, peak",
+        "Pushing down the likeliest label raises the entropy.",
+        "App. E",
+        "",
+        share["entropy rises when the likeliest label is pushed down"],
+        f"{rule}; a long step digs a valley where the peak was: at |η′| ≤ 0.1 "
+        f"{share['entropy rises when the likeliest label is pushed down, |η′| ≤ 0.1']}",
+        kind="rule",
+    )
     valley, published, wide = found[3], found[4], found[5]
     lab.claim(
         Claim(
-            "panel D", "A negative step in a valley makes all but y* fall.", "App. E figure",
+            "panel D",
+            "A negative step in a valley makes all but y* fall.",
+            "App. E figure",
             "the committed panel shows no global fall: it also pulls another label up",
             f"alone: {valley['losers']} of {valley['gainers'] + valley['losers']} others fall, y* "
             f"{valley['argmax_change']:+.3f}; as committed: y* {published['argmax_change']:+.3f}",
@@ -805,10 +1008,12 @@ def _conclude(
             "the negative step alone",
             valley["losers"] / (valley["gainers"] + valley["losers"]),
         )
-    )  # fmt: skip
+    )
     lab.claim(
         Claim(
-            "panel E", "With many labels the mass goes to one, all others fall.", "App. E figure",
+            "panel E",
+            "With many labels the mass goes to one, all others fall.",
+            "App. E figure",
             "one label from about .12 to .86, almost all others fall",
             f"y* {wide['argmax_change']:+.3f}; {wide['losers']} of "
             f"{wide['gainers'] + wide['losers']} others fall",
@@ -816,7 +1021,7 @@ def _conclude(
             f"V = {len(wide['before'])}, one real step, |η′| = {wide['eta']:.3g}",
             value=wide["losers"] / (wide["gainers"] + wide["losers"]),
         )
-    )  # fmt: skip
+    )
     crowd = min(beyond["positions"], key=lambda r: r["argmax rises"]["share"])
     deep_net = next(r for r in beyond["hidden"] if r["body"] == 1.0)
     near = next(r for r in beyond["contexts"] if r["cosine"] == 0.75)
@@ -824,8 +1029,10 @@ def _conclude(
     falls = Share(crowd["label falls"]["count"], crowd["label falls"]["total"])
     lab.claim(
         Claim(
-            "beyond one softmax", "With several positions and shared features it is more "
-            "complicated.", "§3.3", "“can become more complicated”",
+            "beyond one softmax",
+            "With several positions and shared features it is more complicated.",
+            "§3.3",
+            "“can become more complicated”",
             f"{crowd['positions']} positions, overlap {crowd['overlap']:g}: y* rises at {rises}, "
             f"y falls at {falls}",
             verdict(rises.count < rises.total),
@@ -835,7 +1042,7 @@ def _conclude(
             f"{100 * deep_net['threshold is right']['share']:.4g} % of the labels",
             value=rises.value,
         )
-    )  # fmt: skip
+    )
     flat, peak = found[0], found[2]
     return lab.finish(
         [
@@ -858,4 +1065,4 @@ def _conclude(
             f"With {crowd['positions']} overlapping positions y* rises at {rises} only, and y "
             f"itself falls at {falls}.",
         ],
-    )  # fmt: skip
+    )

@@ -1,5 +1,6 @@
 """What was found, told in words and as one self-contained HTML page: `docs/report.md`."""
 
+from lddyn.files import plain
 from lddyn.report.decomposition import (
     read_run,
     summarise,
@@ -11,7 +12,8 @@ from lddyn.report.decomposition import (
 )
 from lddyn.report.diagnosis import CloseUp, look_closer, tell_diagnosis, warnings, write_diagnosis
 from lddyn.report.dynamics import read_dynamics, tell_dynamics, write_dynamics
-from lddyn.report.page import plain, readable, render
+from lddyn.report.page import render
+from lddyn.text import readable
 
 __all__ = [
     "CloseUp",

@@ -16,14 +16,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lddyn.figures import plot_decomposition, printable, signed, visible
-from lddyn.report.page import plain, render, versions, word
-from lddyn.shards import replace_file
+from lddyn.files import plain, replace_file
+from lddyn.report.figures import plot_decomposition
+from lddyn.report.page import render, versions, word
+from lddyn.text import printable, signed, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lddyn.decompose import Decomposition, Observed, Verification
+    from lddyn.steps.decomposition import Decomposition, Observed
+    from lddyn.steps.verify import Verification
 
 __all__ = [
     "read_run",
@@ -214,7 +216,7 @@ def verification_from_dict(values: Mapping[str, Any]) -> Verification:
     """Reads back what `verification_to_dict` wrote."""
     import torch
 
-    from lddyn.decompose import Verification
+    from lddyn.steps.verify import Verification
 
     slope = values["slope"]
     return Verification(
@@ -328,7 +330,7 @@ def read_run(
         FileNotFoundError: If there is no decomposition in it.
         ValueError: If a file is damaged.
     """
-    from lddyn.decompose import Decomposition
+    from lddyn.steps.decomposition import Decomposition
 
     directory = Path(directory)
     places = {

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lddyn.figures import signed, visible
+from lddyn.files import plain, replace_file
 from lddyn.report.decomposition import token_data
 from lddyn.report.dynamics import curves, tell_dynamics
-from lddyn.report.page import axis, installation, plain, readable, render, versions, word
-from lddyn.shards import replace_file
+from lddyn.report.page import axis, installation, render, versions, word
+from lddyn.text import readable, signed, visible
 
 if TYPE_CHECKING:
-    from lddyn.decompose import Decomposition
-    from lddyn.diagnosis import Diagnosis
-    from lddyn.massflow import MassFlow
+    from lddyn.sets.diagnosis import Diagnosis
+    from lddyn.steps.decomposition import Decomposition
+    from lddyn.steps.massflow import MassFlow
 
 __all__ = ["CloseUp", "look_closer", "tell_diagnosis", "warnings", "write_diagnosis"]
 
@@ -39,14 +39,16 @@ _TOKENS = 800  # coloured tokens of a pair
 
 # Score -> heading of the table's column, and what it says.
 _COLUMNS = {
-    "gives": ("does to all y+", "what this pair's share of the step does to log π(y+), mean over "
-              "all pairs"),
+    "gives": (
+        "does to all y+",
+        "what this pair's share of the step does to log π(y+), mean over all pairs",
+    ),
     "set_chosen": ("Δ y+", "what the step on the whole set does to log π(y+) of this pair"),
     "set_rejected": ("Δ y−", "what the step on the whole set does to log π(y−) of this pair"),
     "own_chosen": ("own Δ y+", "what this pair's own share of the step does to its log π(y+)"),
     "cosine": ("cos(g+, g−)", "how alike the gradients of y+ and y− are: 1 is the same direction"),
     "valley": ("y− per token", "mean log π of a token of y−: the lower, the deeper in a valley"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,9 @@ def look_closer(
     Cost: a `decompose` of three responses and a `massflow` of one for each pair, the latter with a
     real step on a copy of the model, in float64 up to half a billion parameters.
     """
-    from lddyn.decompose import decompose
-    from lddyn.massflow import massflow
     from lddyn.objectives import preference
+    from lddyn.steps.decompose import decompose
+    from lddyn.steps.massflow import massflow
 
     lr, closeups = unit(found) / len(found), []
     effects = _effects(found)
@@ -109,9 +111,12 @@ def look_closer(
     for pair in (found.worst(3) if pairs is None else pairs) if lr else ():
         chosen, rejected = found.pairs[pair]
         update = preference(
-            found.objective, chosen, rejected, reference=tuple(found.reference[:, pair].tolist()),
+            found.objective,
+            chosen,
+            rejected,
+            reference=tuple(found.reference[:, pair].tolist()),
             **found.parameters,
-        )  # fmt: skip
+        )
         observed = {"chosen": chosen, "rejected": rejected}
         others = effects[: len(found), pair].clone()
         others[pair] = math.inf
@@ -206,10 +211,13 @@ def _certainty(found: Diagnosis) -> dict[str, str]:
 
 
 def tell_diagnosis(
-    found: Diagnosis, closeups: Sequence[CloseUp] = (), *,
-    dynamics: Sequence[Mapping[str, Any]] = (), measured: Tensor | None = None,
+    found: Diagnosis,
+    closeups: Sequence[CloseUp] = (),
+    *,
+    dynamics: Sequence[Mapping[str, Any]] = (),
+    measured: Tensor | None = None,
     places: Sequence[int] | None = None,
-) -> list[dict[str, str]]:  # fmt: skip
+) -> list[dict[str, str]]:
     """Why the chosen log-probs fall, or do not: the mechanism, the pairs, the tokens, the mass.
 
     Args:
@@ -385,8 +393,9 @@ def _tell_tokens(found: Diagnosis, places: Sequence[int] | None) -> list[dict[st
     said = {"rejected": "pushing down", "chosen": "pulling up"}
     listed = " and ".join(
         f"{verb} " + ", ".join(f"‘{t}’ ({_percent(shares[side, t])})" for s, t in top if s == side)
-        for side, verb in said.items() if any(s == side for s, _ in top)
-    )  # fmt: skip
+        for side, verb in said.items()
+        if any(s == side for s, _ in top)
+    )
     text = (
         f"In the most harmful pairs ({_named(pairs, places)}), what takes most from the chosen "
         f"responses of all pairs is {listed}."
@@ -432,11 +441,15 @@ def _tell_mass(found: Diagnosis, closeups: Sequence[CloseUp]) -> list[dict[str, 
     text += f". Most often it is {often}" if often else ""
     text += ". That is the squeezing effect." if star >= 0.5 else "."
     positions = sum(len(c.flow.labels) for c in closeups)
-    return [{
-        "about": "the mass", "text": text, "kind": "measured",
-        "sure": f"measured: a real step of each pair's share on a copy, {positions} "
-        f"positions of {_count(len(closeups), 'response')}",
-    }]  # fmt: skip
+    return [
+        {
+            "about": "the mass",
+            "text": text,
+            "kind": "measured",
+            "sure": f"measured: a real step of each pair's share on a copy, {positions} "
+            f"positions of {_count(len(closeups), 'response')}",
+        }
+    ]
 
 
 def _mass(closeups: Sequence[CloseUp]) -> dict[str, float] | None:
@@ -449,9 +462,12 @@ def _mass(closeups: Sequence[CloseUp]) -> dict[str, float] | None:
 
 
 def warnings(
-    found: Diagnosis, closeups: Sequence[CloseUp] = (), *, measured: Tensor | None = None,
+    found: Diagnosis,
+    closeups: Sequence[CloseUp] = (),
+    *,
+    measured: Tensor | None = None,
     places: Sequence[int] | None = None,
-) -> list[dict[str, str]]:  # fmt: skip
+) -> list[dict[str, str]]:
     """What to look at: "state" (act, note or fine), "what", "sure", "do"; the worst first."""
     n, scores, rows = len(found), found.scores, []
     up, gives = scores["set_chosen"], _gives(found)
@@ -463,9 +479,11 @@ def warnings(
 
     falls = float((up < 0).double().mean())
     losses = [
-        o for o in found.objectives() if o["chosen"] > o["rejected"]
+        o
+        for o in found.objectives()
+        if o["chosen"] > o["rejected"]
         and o["objective"] not in ("sft", "unlikelihood", "extend", found.objective)
-    ]  # fmt: skip
+    ]
     best = min(losses, key=lambda o: (o["chosen_falls"], -o["chosen"]), default=None)
     other = ""
     if best is not None and best["chosen_falls"] < falls:
@@ -477,8 +495,9 @@ def warnings(
         "act" if falls > 0.5 else "note" if falls > 0.05 else "fine",
         f"log π(y+) falls in {_percent(falls)} of the pairs",
         f"Leave out or reweight the pairs below, or change the loss.{other}"
-        if falls > 0.05 else "",
-    )  # fmt: skip
+        if falls > 0.05
+        else "",
+    )
     harmful = gives[gives < 0]
     if len(harmful):
         top = found.worst(min(max(1, n // 10), len(harmful)))
@@ -491,7 +510,7 @@ def warnings(
             f"Read them ({_named(top, places)}). To leave out: lddyn diagnose … --drop {len(top)} "
             "--write kept.jsonl",
             "foretold" if found.foretold else sure,
-        )  # fmt: skip
+        )
     else:
         add("fine", "no pair harms the chosen responses on the whole", "")
     entangled = found.entangled
@@ -505,8 +524,12 @@ def warnings(
     )
     same = [i for i in range(n) if float(scores["edit_distance"][i]) < 0.1]
     if same:
-        add("note", f"y+ and y− of {_count(len(same))} differ in fewer than one token of ten",
-            f"Check that the difference is meant: {_named(same, places)}.", "exact")  # fmt: skip
+        add(
+            "note",
+            f"y+ and y− of {_count(len(same))} differ in fewer than one token of ten",
+            f"Check that the difference is meant: {_named(same, places)}.",
+            "exact",
+        )
     deep = int((scores["valley"] < scores["log_prob_chosen"] / _lengths(found) - 2).sum())
     if deep:
         add(
@@ -515,7 +538,7 @@ def warnings(
             "Pushed further down, its mass goes to what is likely already. SFT on both responses "
             "first, a smaller β, or responses that the model itself writes.",
             "exact now; what follows is paper §3.3",
-        )  # fmt: skip
+        )
     mass = _mass(closeups)
     if mass is not None:
         star = mass["argmax"]
@@ -523,32 +546,42 @@ def warnings(
             "act" if star >= 0.7 and falls > 0.05 else "note" if star >= 0.4 else "fine",
             f"the likeliest other token gains {_percent(star)} of what rejected tokens lose",
             "Watch the confidence curve of the run; stop early, lower β or the learning rate."
-            if star >= 0.4 else "",
+            if star >= 0.4
+            else "",
             f"measured, {_count(len(closeups), 'response')}",
-        )  # fmt: skip
+        )
     weight = (scores["weight_chosen"].abs() + scores["weight_rejected"].abs()).clamp(min=0)
     idle = int((weight < 0.05 * weight.max()).sum())
     if idle:
-        add("fine", f"{_count(idle)} ha{'s' if idle == 1 else 've'} under 1/20 of the largest "
-            "weight: learnt already", "", "exact")  # fmt: skip
+        add(
+            "fine",
+            f"{_count(idle)} ha{'s' if idle == 1 else 've'} under 1/20 of the largest "
+            "weight: learnt already",
+            "",
+            "exact",
+        )
     error = found.set_stderr()
     if error is not None:
         unsure = int((up.abs() < 2 * error[0]).sum())
-        add("note" if unsure > n / 10 else "fine",
+        add(
+            "note" if unsure > n / 10 else "fine",
             f"the sketch leaves the fate of {unsure} of {n} chosen responses open",
             "Give more memory or a larger sketch." if unsure > n / 10 else "",
-            "two standard errors")  # fmt: skip
+            "two standard errors",
+        )
     if measured is not None:
         row = _ranking(found, measured)
         good = row["low"] > 0
         add(
             "fine" if row["low"] > 0.5 else "note" if good else "act",
             f"the prediction ranks the changes that training made with ρ = {row['rho']:.2f}",
-            "Trust the ranking." if row["low"] > 0.5 else
-            "Trust the direction of groups of pairs, not the order of single ones." if good else
-            "The run did not do what a small step foretells: diagnose a later checkpoint.",
+            "Trust the ranking."
+            if row["low"] > 0.5
+            else "Trust the direction of groups of pairs, not the order of single ones."
+            if good
+            else "The run did not do what a small step foretells: diagnose a later checkpoint.",
             f"95% interval: {row['low']:.2f} to {row['high']:.2f}".replace("-", "−"),
-        )  # fmt: skip
+        )
     order = {"act": 0, "note": 1, "fine": 2}
     return sorted(rows, key=lambda row: order[row["state"]])
 
@@ -566,11 +599,17 @@ def _lengths(found: Diagnosis) -> Tensor:
 
 
 def write_diagnosis(
-    found: Diagnosis, path: str | Path, *, closeups: Sequence[CloseUp] = (),
-    dynamics: Sequence[Mapping[str, Any]] = (), measured: Tensor | None = None,
-    places: Sequence[int] | None = None, faults: Mapping[int, str] | None = None,
-    tokenizer: Any = None, extra: Mapping[str, Any] | None = None,
-) -> Path:  # fmt: skip
+    found: Diagnosis,
+    path: str | Path,
+    *,
+    closeups: Sequence[CloseUp] = (),
+    dynamics: Sequence[Mapping[str, Any]] = (),
+    measured: Tensor | None = None,
+    places: Sequence[int] | None = None,
+    faults: Mapping[int, str] | None = None,
+    tokenizer: Any = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
     """Writes a diagnosis as one self-contained HTML page, and its tables as JSON beside it.
 
     Args:
@@ -598,8 +637,9 @@ def write_diagnosis(
     document = found.to_dict(places, faults)
     if measured is not None:
         document |= {
-            "measured": measured.tolist(), "correlations": found.correlations(measured),
-        }  # fmt: skip
+            "measured": measured.tolist(),
+            "correlations": found.correlations(measured),
+        }
     step = torch.stack([found.scores["set_chosen"], found.scores["set_rejected"]]) * unit(found)
     text = render(
         "diagnosis.html",
@@ -670,20 +710,33 @@ def _fates(found: Diagnosis, change: Tensor, places: Sequence[int] | None) -> di
     y, upwards = axis([up[i] for i in shown], 262, 8)
     zero = [next(t["at"] for t in ticks if t["text"] == "0") for ticks in (across, upwards)]
     points = [
-        {"x": a, "y": b, "sign": word(up[i]), "pair": i, "row": _row(i, places),
-         "text": f"y+ {signed(up[i], 2)}, y− {signed(down[i], 2)} nats"}
+        {
+            "x": a,
+            "y": b,
+            "sign": word(up[i]),
+            "pair": i,
+            "row": _row(i, places),
+            "text": f"y+ {signed(up[i], 2)}, y− {signed(down[i], 2)} nats",
+        }
         for i, a, b in zip(shown, x, y, strict=True)
-    ]  # fmt: skip
+    ]
     return {
-        "points": points, "x": across, "y": upwards, "zero": zero,
+        "points": points,
+        "x": across,
+        "y": upwards,
+        "zero": zero,
         "falls": sum(v < 0 for v in up),
         "means": [
-            {"name": name, "before": signed(float(found.log_probs[k].mean()), 4),
-             "after": signed(float(found.log_probs[k].mean()) + sum(v) / len(v), 4),
-             "change": signed(sum(v) / len(v), 2), "sign": word(sum(v))}
+            {
+                "name": name,
+                "before": signed(float(found.log_probs[k].mean()), 4),
+                "after": signed(float(found.log_probs[k].mean()) + sum(v) / len(v), 4),
+                "change": signed(sum(v) / len(v), 2),
+                "sign": word(sum(v)),
+            }
             for k, (name, v) in enumerate((("y+", up), ("y−", down)))
         ],
-    }  # fmt: skip
+    }
 
 
 def _bars(found: Diagnosis) -> list[dict[str, Any]]:
@@ -693,15 +746,21 @@ def _bars(found: Diagnosis) -> list[dict[str, Any]]:
     for name, at in (("y+", slice(0, n)), ("y−", slice(n, None))):
         means = {k: float(v[at].mean()) for k, v in parts.items()}
         largest = max([abs(v) for v in means.values()] + [1e-300])
-        shown.append({
-            "name": name,
-            "total": signed(sum(means.values()), 2),
-            "rows": [
-                {"name": _SOURCES[k].replace("their own", "its own"), "nats": signed(v, 2),
-                 "sign": word(v), "share": 100 * abs(v) / largest}
-                for k, v in means.items()
-            ],
-        })  # fmt: skip
+        shown.append(
+            {
+                "name": name,
+                "total": signed(sum(means.values()), 2),
+                "rows": [
+                    {
+                        "name": _SOURCES[k].replace("their own", "its own"),
+                        "nats": signed(v, 2),
+                        "sign": word(v),
+                        "share": 100 * abs(v) / largest,
+                    }
+                    for k, v in means.items()
+                ],
+            }
+        )
     return shown
 
 
@@ -719,9 +778,11 @@ def _columns(found: Diagnosis) -> dict[str, tuple[str, str]]:
 
 
 def _table(
-    found: Diagnosis, actions: Sequence[Mapping[str, Any]], places: Sequence[int] | None,
+    found: Diagnosis,
+    actions: Sequence[Mapping[str, Any]],
+    places: Sequence[int] | None,
     tokenizer: Any,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """One row a pair, the most harmful first, as `Diagnosis.actions` has them."""
     n, scale = len(found), unit(found)
     effects = _effects(found)[:n] * scale / n
@@ -747,38 +808,53 @@ def _table(
         for k, (side, example) in enumerate((("chosen", chosen), ("rejected", rejected))):
             before = float(found.log_probs[k, i])
             text = _text(example.response_ids, example.tokens, tokenizer).strip()
-            responses.append({
-                "name": f"{side} {'y−' if k else 'y+'}",
-                "text": readable(text, _RESPONSE),
-                "tokens": tinted.get(side, []),
-                "moves": f"log π {signed(before, 4)} → {signed(before + changes[k], 4)} nats, "
-                f"{_count(len(example), 'token')}",
-            })  # fmt: skip
-        rows.append({
-            "rank": rank + 1,
-            "pair": i,
-            "row": _row(i, places),
-            "fate": [word(v) for v in changes],
-            "action": action["action"],
-            "share": f"{action['share']:.2f}",
-            "why": action["why"],
-            "values": [
-                {"name": k, "value": v if math.isfinite(v) else 0.0, "text": signed(v, 2),
-                 "sign": "" if k in ("cosine", "valley") else word(v)}
-                for k, v in values.items()
-            ],
-            "prompt": readable(prompt),
-            "responses": responses,
-            "links": [
-                {"name": name, "to": [
-                    {"pair": j, "row": _row(j, places), "nats": signed(v, 2)}
-                    for j, v in zip(top.indices[i].tolist(), top.values[i].tolist(), strict=True)
-                    if v < 0
-                ]}
-                for name, top in (("y+ is pulled down most by", by),
-                                  ("pulls down most the y+ of", on))
-            ],
-        })  # fmt: skip
+            responses.append(
+                {
+                    "name": f"{side} {'y−' if k else 'y+'}",
+                    "text": readable(text, _RESPONSE),
+                    "tokens": tinted.get(side, []),
+                    "moves": f"log π {signed(before, 4)} → {signed(before + changes[k], 4)} nats, "
+                    f"{_count(len(example), 'token')}",
+                }
+            )
+        rows.append(
+            {
+                "rank": rank + 1,
+                "pair": i,
+                "row": _row(i, places),
+                "fate": [word(v) for v in changes],
+                "action": action["action"],
+                "share": f"{action['share']:.2f}",
+                "why": action["why"],
+                "values": [
+                    {
+                        "name": k,
+                        "value": v if math.isfinite(v) else 0.0,
+                        "text": signed(v, 2),
+                        "sign": "" if k in ("cosine", "valley") else word(v),
+                    }
+                    for k, v in values.items()
+                ],
+                "prompt": readable(prompt),
+                "responses": responses,
+                "links": [
+                    {
+                        "name": name,
+                        "to": [
+                            {"pair": j, "row": _row(j, places), "nats": signed(v, 2)}
+                            for j, v in zip(
+                                top.indices[i].tolist(), top.values[i].tolist(), strict=True
+                            )
+                            if v < 0
+                        ],
+                    }
+                    for name, top in (
+                        ("y+ is pulled down most by", by),
+                        ("pulls down most the y+ of", on),
+                    )
+                ],
+            }
+        )
     return rows
 
 
@@ -791,11 +867,14 @@ def _tinted(found: Diagnosis, pair: int) -> dict[str, list[dict[str, Any]]]:
     shown: dict[str, list[dict[str, Any]]] = {}
     for row in rows[:_TOKENS]:
         gives = row["gives"]
-        shown.setdefault(row["response"], []).append({
-            "text": visible(row["text"]), "sign": word(gives),
-            "shade": f"{0.6 * (abs(gives) / largest) ** 0.5:.2f}",
-            "nats": signed(gives * scale, 2),
-        })  # fmt: skip
+        shown.setdefault(row["response"], []).append(
+            {
+                "text": visible(row["text"]),
+                "sign": word(gives),
+                "shade": f"{0.6 * (abs(gives) / largest) ** 0.5:.2f}",
+                "nats": signed(gives * scale, 2),
+            }
+        )
     return shown
 
 
@@ -821,11 +900,15 @@ def _map(found: Diagnosis, places: Sequence[int] | None) -> dict[str, Any]:
         flat = values.clone().fill_diagonal_(0.0).flatten()
         top = flat.topk(min(6, len(flat)), largest=not least)
         return [
-            {"row": _row(kept[at // len(kept)], places), "pair": kept[at // len(kept)],
-             "other": _row(kept[at % len(kept)], places), "text": signed(value, 2)}
+            {
+                "row": _row(kept[at // len(kept)], places),
+                "pair": kept[at // len(kept)],
+                "other": _row(kept[at % len(kept)], places),
+                "text": signed(value, 2),
+            }
             for at, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
             if value * (-1 if least else 1) > 0
-        ]  # fmt: skip
+        ]
 
     def packed(values: Tensor, largest: float) -> dict[str, Any]:
         cells = (values[order][:, order] / largest * 127).round().clamp(-127, 127).to(torch.int8)
@@ -890,12 +973,16 @@ def _flow_bars(moved: Mapping[str, float]) -> list[dict[str, Any]]:
 def _objectives(found: Diagnosis, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     largest = {k: max([abs(r[k]) for r in rows] + [1e-300]) for k in ("chosen", "rejected")}
     return [
-        {**row, "mine": row["objective"] == found.objective, "bars": [
-            {"sign": word(row[k]), "text": signed(row[k], 2), "share": 100 * abs(row[k]) / most}
-            for k, most in largest.items()
-        ]}
+        {
+            **row,
+            "mine": row["objective"] == found.objective,
+            "bars": [
+                {"sign": word(row[k]), "text": signed(row[k], 2), "share": 100 * abs(row[k]) / most}
+                for k, most in largest.items()
+            ],
+        }
         for row in sorted(rows, key=lambda r: (r["chosen_falls"], -r["chosen"]))
-    ]  # fmt: skip
+    ]
 
 
 def _correlations(
@@ -914,7 +1001,13 @@ def _correlations(
         return f"{value:+.2f}".replace("-", "−")
 
     return [
-        row | {"what": meanings[row["score"]], "value": shown(row["rho"]), "sign": word(row["rho"]),
-               "ends": f"{shown(row['low'])} to {shown(row['high'])}"}
-        for row in rows if row["low"] < row["high"]
-    ]  # fmt: skip
+        row
+        | {
+            "what": meanings[row["score"]],
+            "value": shown(row["rho"]),
+            "sign": word(row["rho"]),
+            "ends": f"{shown(row['low'])} to {shown(row['high'])}",
+        }
+        for row in rows
+        if row["low"] < row["high"]
+    ]

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lddyn.figures import printable, signed
+from lddyn.files import replace_file
 from lddyn.report.page import axis, render, versions
-from lddyn.shards import replace_file
+from lddyn.text import printable, signed
 
 __all__ = ["read_dynamics", "tell_dynamics", "write_dynamics"]
 
@@ -78,7 +78,7 @@ def _number(row: Mapping[str, Any], name: str) -> float:
 
 def _label(kind: str) -> str:
     """A response type in words."""
-    from lddyn.probes import TYPES
+    from lddyn.probes.probe_set import TYPES
 
     return TYPES[kind].label if kind in TYPES else printable(kind)
 
@@ -120,10 +120,7 @@ def tell_dynamics(rows: Rows) -> list[str]:
                 "likely already (the squeezing effect)."
             )
     first, steps = _series(rows, "first_order"), _series(rows, "step")
-    pairs = [
-        (dict(first[k]).get(at), value)
-        for k in steps if k in first for at, value in steps[k]
-    ]  # fmt: skip
+    pairs = [(dict(first[k]).get(at), value) for k in steps if k in first for at, value in steps[k]]
     known = [(p, m) for p, m in pairs if p is not None]
     size = sum(abs(m) for _, m in known)
     if size > 0:
@@ -151,7 +148,7 @@ def curves(rows: Rows) -> list[dict[str, Any]]:
 
 def _chart(
     what: str, title: str, measure: str, series: Mapping[str, list[tuple[float, float]]]
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     flat = [point for values in series.values() for point in values]
     x, across = axis([s for s, _ in flat], 44, 286)
     y, upwards = axis([v for _, v in flat], 232, 8, zero=what == "change")
@@ -160,11 +157,18 @@ def _chart(
     for kind, values in series.items():
         own = places[start : start + len(values)]
         start += len(values)
-        lines.append({
-            "name": _label(kind), "points": " ".join(f"{a},{b}" for a, b in own),
-            "end": own[-1], "label": own[-1][1], "last": signed(values[-1][1]),
-            "kind": kind if kind in ("chosen", "rejected") else f"other-{sum(map(ord, kind)) % 4}",
-        })  # fmt: skip
+        lines.append(
+            {
+                "name": _label(kind),
+                "points": " ".join(f"{a},{b}" for a, b in own),
+                "end": own[-1],
+                "label": own[-1][1],
+                "last": signed(values[-1][1]),
+                "kind": kind
+                if kind in ("chosen", "rejected")
+                else f"other-{sum(map(ord, kind)) % 4}",
+            }
+        )
     least = 8.0  # labels one below the other, each beside its line's end
     for line in sorted(lines, key=lambda line: line["end"][1]):
         line["label"] = least = max(line["end"][1], least)
@@ -185,9 +189,12 @@ def _unsigned(ticks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_dynamics(
-    rows: Rows, path: str | Path, *, title: str = "What training did to its responses",
+    rows: Rows,
+    path: str | Path,
+    *,
+    title: str = "What training did to its responses",
     extra: Mapping[str, Any] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Writes a watched run as one self-contained HTML page.
 
     Args:
@@ -206,9 +213,13 @@ def write_dynamics(
         raise ValueError("rows must hold at least one pass over the probes, got none")
     path = Path(path)
     text = render(
-        "dynamics.html", title=title, run=tell_dynamics(rows), curves=curves(rows),
-        table=_table(rows), facts={**(extra or {}), **_cost(rows), "made with": versions()},
-    )  # fmt: skip
+        "dynamics.html",
+        title=title,
+        run=tell_dynamics(rows),
+        curves=curves(rows),
+        table=_table(rows),
+        facts={**(extra or {}), **_cost(rows), "made with": versions()},
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text)
     return path
@@ -227,8 +238,10 @@ def _table(rows: Rows) -> dict[str, Any]:
     return {
         "kinds": [_label(k) for k in kinds],
         "rows": [
-            {"step": int(row["step"]),
-             "values": [signed(_number(row, f"log_prob/{k}"), 4) for k in kinds]}
+            {
+                "step": int(row["step"]),
+                "values": [signed(_number(row, f"log_prob/{k}"), 4) for k in kinds],
+            }
             for row in kept
         ],
-    }  # fmt: skip
+    }

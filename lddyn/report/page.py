@@ -16,38 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lddyn.figures import printable, signed
+from lddyn.text import signed
 
-__all__ = ["axis", "installation", "plain", "readable", "render", "versions", "word"]
+__all__ = ["axis", "installation", "render", "versions", "word"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
-
-
-def plain(value: Any) -> Any:
-    """The value as JSON can hold it: NaN and infinities become None, tuples lists."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return value
-
-
-def readable(text: str, longest: int | None = None) -> str:
-    r"""Running text with its line breaks, and with escapes for what reorders, hides or controls.
-
-    Args:
-        text: Any text.
-        longest: Cut to this many characters, the last one being "…". None: never.
-
-    Example:
-        >>> from lddyn.report import readable
-        >>> readable("a\n\u202eb\0")
-        'a\n\\u202eb\\u0000'
-    """
-    shown = "\n".join(printable(line.replace("\t", "    ")) for line in text.split("\n"))
-    return shown if longest is None or len(shown) <= longest else shown[: longest - 1] + "…"
 
 
 def word(value: float) -> str:
@@ -112,9 +85,12 @@ def _environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
         loader=FileSystemLoader(_TEMPLATES),
-    )  # fmt: skip
+    )
 
 
 def render(name: str, **values: Any) -> str:

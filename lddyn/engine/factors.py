@@ -1,0 +1,385 @@
+"""Token gradients as factors: what a pullback leaves at the taps, and its inner products.
+
+The gradient of a weight W at a tap y = x Wᵀ is Σ_t δ[t] ⊗ x[t] for each of c cotangents. It is kept
+as the pair (x, δ), paired with the factors of another side by `ops.gram`, and never formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lddyn import ops
+from lddyn.engine.ledger import Tap
+from lddyn.engine.trace import Replay
+
+
+def batched_vjp(
+    outputs: Sequence[Tensor], targets: Sequence[Any], cotangents: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients (c, …) of the targets for c cotangents of one graph; None without a path."""
+    gradients: list[Tensor | None] = [None] * len(targets)
+    reached: list[int] = []
+
+    def vjp(*given: Tensor) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(outputs, targets, given, allow_unused=True)
+        reached[:] = [i for i, x in enumerate(found) if x is not None]
+        return tuple(x for x in found if x is not None)
+
+    if all(len(x) == 1 for x in cotangents):  # vmap would cost more than a small model's products
+        results = tuple(x[None] for x in vjp(*(x[0] for x in cotangents)))
+    else:
+        results = torch.func.vmap(vjp)(*cotangents)
+    for i, result in zip(reached, results, strict=True):
+        gradients[i] = result
+    return gradients
+
+
+@dataclass(frozen=True)
+class BodyRows:
+    """Cotangents at the input of the head: all that the model below it sees of a logit cotangent v.
+
+    What the head's own weight does with v is left to the caller, in closed form. A head tied to the
+    embedding also meets the embedding rows of the other sequence's tokens, for which v is needed at
+    their ids.
+
+    hidden (R, d): g = Wᵀ v. picked (R, n): v at the sorted vocabulary ids (n,).
+    """
+
+    hidden: Tensor
+    picked: Tensor
+    ids: Tensor
+
+    def __getitem__(self, rows: Tensor) -> BodyRows:
+        return BodyRows(self.hidden[rows], self.picked[rows], self.ids)
+
+
+@dataclass
+class HeadFactor:
+    """The head's factors: one row each. Gradient of W for cotangent l: v_l ⊗ h_l.
+
+    The cotangents are given, or they are the log-prob rows e_y − π, which are not kept; or only
+    their columns `ids` are given (`BodyRows`), and two heads are not paired.
+    """
+
+    weight: str | None
+    bias: str | None
+    hidden: Tensor  # (L, d)
+    given: Tensor | None  # (L, V), cotangents on the raw logits
+    logits: Tensor  # (L, V)
+    targets: Tensor  # (L,)
+    ids: Tensor | None = None  # sorted; `given` holds these columns alone
+
+    @property
+    def rows(self) -> Tensor:
+        """Cotangents (L, V) on the raw logits."""
+        assert self.ids is None, "only some columns of the cotangents are known"
+        return self.given if self.given is not None else ops.residual(self.logits, self.targets)[0]
+
+    def at(self, ids: Tensor) -> Tensor:
+        """Cotangents (L, n) on the raw logits of some tokens of the vocabulary."""
+        if self.ids is None:
+            return self.rows[:, ids]
+        assert self.given is not None
+        places = torch.searchsorted(self.ids, ids)
+        assert torch.equal(self.ids[places], ids), "a token's cotangent was not given"
+        return self.given[:, places]
+
+
+@dataclass
+class Factors:
+    """Token gradients of one segment for one chunk of cotangents, as factors.
+
+    taps: (tap, δ) with δ of shape (c, rows, d_out), or (c, d_out) where cotangent m has row m of
+    the activations for its own (see `rowwise`); direct: name -> (c, *shape) materialised.
+    lengths (c,): cotangent m reaches tokens t < lengths[m] of the `tokens` replayed ones.
+    """
+
+    taps: list[tuple[Tap, Tensor]] = field(default_factory=list)
+    direct: dict[str, Tensor] = field(default_factory=dict)
+    head: HeadFactor | None = None
+    lengths: Tensor | None = None
+    tokens: int = 0
+
+    def in_order(self, lengths: Tensor, tokens: int) -> bool:
+        """Whether all rows are the tokens in their order, as causality shows: zero beyond lengths.
+
+        A block that sends tokens to experts, or sorts them, has others.
+        """
+        beyond = torch.arange(tokens, device=lengths.device)[None] >= lengths[:, None]
+        for tap, delta in self.taps:
+            if delta.dim() == 2:
+                continue
+            if "[" in f"{tap.weight}{tap.bias}" or delta.shape[1] != tokens:
+                return False
+            if tap.kind == "embedding":
+                continue
+            if bool(delta[beyond].any()):
+                return False
+        return True
+
+    def reach(self, tap: Tap, delta: Tensor) -> Tensor | None:
+        """Lengths of the tap's rows, or None where its rows are not the replayed tokens."""
+        return self.lengths if delta.dim() == 3 and delta.shape[1] == self.tokens else None
+
+    @classmethod
+    def of(cls, replay: Replay, gradients: Sequence[Tensor | None], count: int) -> Factors:
+        """From the gradients (count, …) of a replay's taps and direct parameters."""
+        factors = cls()
+        for tap, gradient in zip(replay.taps, gradients, strict=False):
+            if gradient is not None:
+                factors.taps.append((tap, gradient.reshape(count, -1, tap.width)))
+        for (name, _, _), gradient in zip(
+            replay.direct, gradients[len(replay.taps) :], strict=True
+        ):
+            if gradient is not None:
+                factors.direct[name] = gradient
+        return factors
+
+    def add_direct(self, name: str, gradient: Tensor) -> None:
+        """One more use of a directly differentiated parameter."""
+        known = self.direct.get(name)
+        self.direct[name] = gradient if known is None else known + gradient
+
+    def part(self, rows: slice) -> Factors:
+        """The factors of some of the cotangents; no copy."""
+        taps = [
+            (t if d.dim() == 3 else replace(t, activations=t.activations[rows]), d[rows])
+            for t, d in self.taps
+        ]
+        lengths = None if self.lengths is None else self.lengths[rows]
+        direct = {name: x[rows] for name, x in self.direct.items()}
+        return Factors(taps, direct, lengths=lengths, tokens=self.tokens)
+
+    def __len__(self) -> int:
+        if self.head is not None:
+            return self.head.hidden.shape[0]
+        tensors = [d for _, d in self.taps] + list(self.direct.values())
+        return tensors[0].shape[0] if tensors else 0
+
+
+def pair(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> None:
+    """Adds Σ over parameters of ⟨gradient of one's m, gradient of other's l⟩, named, as (c, c').
+
+    `one` is observed, `other` updated: autograd does not update the embedding row of a padding
+    token, so that row is left out of the updated side only.
+    """
+    weights: dict[str, list[tuple[Tap, Tensor]]] = {}
+    biases: dict[str, list[Tensor]] = {}
+    for tap, delta in other.taps:
+        if tap.weight is not None:
+            weights.setdefault(tap.weight, []).append((tap, delta))
+        if tap.bias is not None:
+            biases.setdefault(tap.bias, []).append(summed(delta))
+    for tap, delta in one.taps:
+        if tap.weight is not None:
+            for tap_u, delta_u in weights.get(tap.weight, ()):
+                lengths = one.reach(tap, delta), other.reach(tap_u, delta_u)
+                add(tap.weight, _pair_tap(tap, delta, tap_u, delta_u, *lengths))
+        if tap.bias is not None:
+            for other_sum in biases.get(tap.bias, ()):
+                add(tap.bias, _wide(summed(delta)) @ _wide(other_sum).T)
+    for name, gradient in one.direct.items():
+        if name in other.direct:
+            add(name, _wide(gradient.flatten(1)) @ _wide(other.direct[name].flatten(1)).T)
+    pair_head(one, other, add)
+
+
+class Shelf:
+    """Buffers of one segment's factors, for the next segment to use again.
+
+    Blocks are alike, and memory that is fresh from the system costs more than writing to it.
+    """
+
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
+        self.lent: list[Tensor] = []
+
+    def take(self, like: Tensor, *shape: int) -> Tensor:
+        """A buffer of this shape, uninitialised, with the dtype and device of another tensor."""
+        size = math.prod(shape)
+        fits = (
+            x.numel() == size and (x.dtype, x.device) == (like.dtype, like.device)
+            for x in self.free
+        )
+        found = next((i for i, fit in enumerate(fits) if fit), None)
+        buffer = like.new_empty(size) if found is None else self.free.pop(found)
+        self.lent.append(buffer)
+        return buffer.view(shape)
+
+    def turn(self) -> None:
+        """Takes back what was lent, and gives up what was not asked for."""
+        self.free, self.lent = self.lent, []
+
+
+class Merged:
+    """Chunks of one side as one: what is paired with them is pushed once, not once per chunk.
+
+    Attributes:
+        rows: The rows of the side, chunk after chunk.
+        parts: Where each chunk is in `rows`.
+    """
+
+    def __init__(self, rows: Tensor, first: Factors, count: int, tokens: int, shelf: Shelf):
+        self.rows, self.parts, self._last = rows, [slice(0, len(rows))], first
+        # A last chunk is kept as it is, and so are rows that are not the tokens in their order.
+        self._open = first.lengths is not None and count > len(rows)
+        if not self._open:
+            return
+        # Of all but the last chunk only this is kept: its taps hold the graph of its replay.
+        self._names = _names(first)
+        self._lengths: list[Tensor] = []
+        self._direct: dict[str, list[Tensor]] = {name: [] for name in first.direct}
+        self._dense: list[Tensor | None] = []
+        self._thin: list[list[tuple[Tensor, Tensor]]] = []  # activations and δ, row by row
+        for _, delta in first.taps:
+            shape = count, tokens, delta.shape[-1]
+            self._dense.append(shelf.take(delta, *shape) if delta.dim() == 3 else None)
+            self._thin.append([])
+        self._append(first)
+
+    def _append(self, factors: Factors) -> None:
+        """Moves a chunk in; dense taps are padded with zeros beyond its prefix, and emptied."""
+        rows, self._last = self.parts[-1], factors
+        assert factors.lengths is not None
+        self._lengths.append(factors.lengths)
+        for name, gradient in factors.direct.items():
+            self._direct[name].append(gradient)
+        for i, (tap, delta) in enumerate(factors.taps):
+            dense = self._dense[i]
+            if dense is None:
+                self._thin[i].append((tap.activations, delta))
+            else:
+                dense[rows, : delta.shape[1]] = delta
+                dense[rows, delta.shape[1] :] = 0
+                factors.taps[i] = tap, delta[:0].clone()
+
+    def take(self, rows: Tensor, factors: Factors) -> bool:
+        """Appends a chunk, if it has the same taps."""
+        if not self._open or factors.lengths is None or _names(factors) != self._names:
+            return False
+        start = len(self.rows)
+        self.rows = torch.cat([self.rows, rows])
+        self.parts.append(slice(start, start + len(rows)))
+        self._append(factors)
+        return True
+
+    @property
+    def factors(self) -> Factors:
+        """All chunks' factors; the last chunk's activations reach furthest."""
+        last = self._last
+        if not self._open:
+            return last
+        joined = Factors(
+            direct={name: torch.cat(parts) for name, parts in self._direct.items()},
+            lengths=torch.cat(self._lengths),
+            tokens=last.tokens,
+        )
+        for (tap, _), dense, thin in zip(last.taps, self._dense, self._thin, strict=True):
+            if dense is None:
+                tap = replace(tap, activations=torch.cat([x for x, _ in thin]))
+                joined.taps.append((tap, torch.cat([d for _, d in thin])))
+            else:
+                joined.taps.append((tap, dense[: len(self.rows), : last.tokens]))
+        return joined
+
+
+def _names(factors: Factors) -> list[Any]:
+    """What two chunks must have in common to be one."""
+    taps = [(t.kind, t.weight, t.bias, d.dim(), d.shape[-1]) for t, d in factors.taps]
+    return [taps, factors.direct.keys()]
+
+
+def merge(
+    chunks: Iterable[tuple[Tensor, Factors]], count: int, tokens: int, shelf: Shelf
+) -> list[Merged]:
+    """Joins the chunks of one side as they come; those that do not fit together stay apart.
+
+    Args:
+        chunks: (rows, factors), prefixes in ascending order; their taps are emptied.
+        count: Rows of all of them.
+        tokens: The longest prefix.
+        shelf: Where the buffers come from.
+    """
+    merged: list[Merged] = []
+    for rows, factors in chunks:
+        if not merged or not merged[-1].take(rows, factors):
+            left = count - sum(len(m.rows) for m in merged)
+            merged.append(Merged(rows, factors, left, tokens, shelf))
+    return merged
+
+
+def pair_head(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> None:
+    """The head's part, and the cross terms of a head tied to the embedding."""
+    if one.head is not None and other.head is not None:
+        if one.head.ids is not None or other.head.ids is not None:
+            return
+        if one.head.given is other.head.given is None:
+            products = ops.residual_gram(
+                one.head.logits, one.head.targets, other.head.logits, other.head.targets
+            )
+        else:
+            products = one.head.rows @ other.head.rows.T
+        if one.head.weight is not None:
+            add(one.head.weight, products * (_wide(one.head.hidden) @ _wide(other.head.hidden).T))
+        if one.head.bias is not None:
+            add(one.head.bias, products)
+    elif other.head is not None and other.head.weight is not None:
+        for tap, delta in one.taps:
+            if tap.weight == other.head.weight:
+                add(tap.weight, _pair_embedding_head(tap, delta, other.head))
+    elif one.head is not None and one.head.weight is not None:
+        for tap, delta in other.taps:
+            if tap.weight == one.head.weight:
+                delta = delta * tap.updated()[:, None]
+                add(tap.weight, _pair_embedding_head(tap, delta, one.head).T)
+
+
+def _pair_embedding_head(tap: Tap, delta: Tensor, head: HeadFactor) -> Tensor:
+    """Σ_t v_l[x_t] ⟨δ_m[t], h_l⟩ for the embedding rows of one side and the head of the other."""
+    if tap.kind != "embedding":
+        raise NotImplementedError(f"{tap.weight} is tied to the head through a {tap.kind} product")
+    picked = head.at(tap.activations)  # (L, t)
+    projected = _wide(delta) @ _wide(head.hidden).T  # (c, t, L)
+    return torch.einsum("mtl,lt->ml", projected, picked)
+
+
+def summed(delta: Tensor) -> Tensor:
+    """Σ_t δ[t] (c, d_out): the gradient of a bias."""
+    return delta.sum(1) if delta.dim() == 3 else delta
+
+
+def over_rows(delta: Tensor) -> Tensor:
+    """Factors over the rows of the activations (c, rows, d_out), also where they are rank one."""
+    return delta if delta.dim() == 3 else torch.diag_embed(delta.T).movedim(0, -1)
+
+
+def _pair_tap(
+    tap_o: Tap,
+    delta_o: Tensor,
+    tap_u: Tap,
+    delta_u: Tensor,
+    lengths_o: Tensor | None,
+    lengths_u: Tensor | None,
+) -> Tensor:
+    if tap_o.kind == tap_u.kind == "embedding":
+        same = tap_o.activations[:, None] == tap_u.activations[None, :]
+        same &= tap_u.updated()[None, :]
+        pushed = torch.matmul(same.to(delta_o.dtype).T, delta_o)
+        return _wide(pushed.flatten(1)) @ _wide(delta_u.flatten(1)).T
+    if tap_o.kind != tap_u.kind:
+        raise NotImplementedError(f"{tap_o.weight}: {tap_o.kind} and {tap_u.kind} uses mixed")
+    if delta_o.dim() == delta_u.dim() == 2:
+        similarity = _wide(tap_o.activations) @ _wide(tap_u.activations).T
+        return similarity * (_wide(delta_o) @ _wide(delta_u).T)
+    delta_o, delta_u = over_rows(delta_o), over_rows(delta_u)
+    return ops.gram(tap_o.activations, delta_o, tap_u.activations, delta_u, lengths_o, lengths_u)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,382 @@
+"""Watching a forward pass: which operation uses which parameter, and what its products cost.
+
+A `Watch` sees every use of a trainable parameter while a segment runs. The product y = x Wᵀ and its
+relatives become taps, from which every gradient of W is a sum of outer products; any other use is
+direct. The ledger keeps the account.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from lddyn.engine import layers
+from lddyn.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from lddyn.engine.anatomy import Anatomy
+
+FRONT, TAIL, HEAD, POST = "front", "tail", "head", "after the head"
+
+
+@dataclass
+class Tap:
+    """One product with a trainable weight inside a segment.
+
+    kind "linear": y = x Wᵀ + b; "matmul": y = x W + b; "embedding": y = W[ids].
+    """
+
+    kind: str
+    weight: str | None  # canonical parameter name, with "[e]" for a packed expert; None: frozen
+    bias: str | None
+    activations: Tensor  # (rows, d_in), or the token ids (rows,) of an embedding
+    edge: Any  # gradient edge of the product's output
+    shape: torch.Size  # shape of the output
+    padding: int | None = None  # the embedding row that autograd never updates
+
+    @property
+    def width(self) -> int:
+        """Features of the output."""
+        return self.shape[-1]
+
+    def updated(self) -> Tensor:
+        """Rows (bool) whose weight an update moves: all but the embedding's padding token."""
+        if self.padding is None:
+            return torch.ones_like(self.activations, dtype=torch.bool)
+        return self.activations != self.padding
+
+
+@dataclass
+class Gain:
+    """A norm y = x̂ ∘ w + b with trainable parameters, as a replay met it."""
+
+    weight: str | None
+    bias: str | None
+    normalized: Tensor
+    edge: Any  # gradient edge of y
+
+
+@dataclass
+class Work:
+    """What the products of one segment cost in one forward pass: FLOPs, and output elements."""
+
+    linear: int = 0  # FLOPs of products with a matrix that all positions share
+    mixing: int = 0  # FLOPs of products between activations (attention)
+    width: int = 0  # elements of the outputs of linear products, over all positions
+    elements: int = 0  # elements of all products' outputs
+
+    def add(self, op: str, args: tuple[Any, ...], result: Tensor) -> None:
+        """Counts one product."""
+        self.elements += result.numel()
+        if op == "embedding":
+            self.width += result.numel()
+            return
+        x = args[1] if op == "addmm" else args[0]
+        other = args[2] if op == "addmm" else args[1]
+        flops = 2 * result.numel() * x.shape[-1]
+        if other.dim() > 2:
+            self.mixing += flops
+        else:
+            self.linear += flops
+            self.width += result.numel()
+
+
+@dataclass
+class LedgerEntry:
+    """How one trainable parameter is accounted for."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    ops: set[str] = field(default_factory=set)
+    segments: set[str] = field(default_factory=set)
+    direct: bool = False
+
+    @property
+    def rule(self) -> str:
+        """Factored, direct, or not reached by the traced inputs."""
+        if not self.ops:
+            return "not reached (zero gradient)"
+        return "direct" if self.direct else "factored"
+
+
+class Watch(TorchFunctionMode):
+    """Sees every use of a trainable parameter; records it, and makes taps where asked."""
+
+    def __init__(self, anatomy: Anatomy, tapping: bool, batch: tuple[int, int] | None = None):
+        super().__init__()
+        self.anatomy = anatomy
+        self.tapping = tapping
+        self.batch = batch  # sequences and their tokens, where a pass is of several
+        self.active = True
+        self.segment = FRONT
+        self.taps: list[Tap] = []
+        self.work: dict[str, Work] = {}  # what the products of each segment cost
+        self.gains: list[Gain] = []
+        self.routed = False  # whether tokens were picked by their values
+        self.touched: set[str] = set()  # trainable parameters that were used
+        # By id of φ(a): it, its version when it was made, and what it is.
+        self.activated: dict[int, tuple[Tensor, int, layers.Activated]] = {}
+        # id -> (tensor, parameter name, suffix such as "[3]", transposed); tensors are kept alive
+        # so that an id cannot be reused while we hold it.
+        self.known: dict[int, tuple[Tensor, str, str, bool]] = {
+            key: (parameter, name, "", False)
+            for key, (name, parameter) in anatomy.trainable_by_id.items()
+        }
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self.active:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        self.routed |= name in _ROUTING
+        if self.activated and len(args) == 2 and name in ("mul", "__mul__", "__rmul__"):
+            gated = self._gate(args)
+            if gated is not None:
+                return gated
+        if name == "detach" and self.tapping and args[0].requires_grad:
+            raise UnsupportedModelError(
+                f"{self.segment} stops a gradient with detach() (DoRA's weight norm does): what an "
+                "update changes through it is not in its gradient, so no derivative here would "
+                "predict a real step; merge or replace that adapter"
+            )
+        if not any(id(a) in self.known for a in args) and not any(
+            id(a) in self.known for a in kwargs.values()
+        ):
+            if any(
+                isinstance(a, list | tuple) and any(id(b) in self.known for b in a) for a in args
+            ):
+                flat = [b for a in args if isinstance(a, list | tuple) for b in a]
+                self._direct(name, flat)
+            result = self._run(func, name, args, kwargs)
+        else:
+            if name == "__get__":
+                name = getattr(getattr(func, "__self__", None), "__name__", name)
+            result = self._use(func, name, args, kwargs)
+        if name in _PRODUCTS and not self.tapping:
+            self.work.setdefault(self.segment, Work()).add(name, args, result)
+        return result
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """A stretch of code that is the library's own, not the model's."""
+        active, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = active
+
+    def _gate(self, args: tuple[Any, ...]) -> Tensor | None:
+        """The product φ(a) ∘ u as one layer, where φ(a) came from a recognised activation."""
+        for output, other in (args, args[::-1]):
+            if (
+                id(output) in self.activated
+                and isinstance(other, Tensor)
+                and other.shape == output.shape
+                and id(other) not in self.activated
+            ):
+                _, version, found = self.activated[id(output)]
+                if output._version == version:  # not changed in place since
+                    with torch._C.DisableTorchFunction():
+                        return found.gate(other)
+        return None
+
+    def _run(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The operation; a product with a frozen weight as one layer, by the faster BLAS."""
+        if name in _PRODUCTS and name != "embedding":
+            found = _as_product(name, args, kwargs)
+            if found is not None:
+                x, weight, bias, _ = found
+                frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+                useful = frozen and x.requires_grad if self.tapping else not torch.is_grad_enabled()
+                if useful and x.dtype == weight.dtype:
+                    with torch._C.DisableTorchFunction():
+                        weight = weight.T if name == "linear" else weight
+                        return layers.product(x, weight, bias, self.batch and self.batch[1])
+        return func(*args, **kwargs)
+
+    def _use(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        values = (*args, *kwargs.values())
+        self.touched |= {self.known[id(x)][1] for x in values if id(x) in self.known}
+        if name in _PRODUCTS:
+            product = _as_product(name, args, kwargs)
+            # The weight must be a weight we know; or it is frozen and only the bias is trainable.
+            if product is not None and (
+                id(product[1]) in self.known or id(product[2]) in self.known
+            ):
+                return self._product(func, name, args, kwargs, *product)
+        if name in ("T", "mT", "t", "transpose", "__getitem__", "select"):
+            view = self._view(func, name, args, kwargs)
+            if view is not None:
+                return view
+        if name in _METADATA:
+            return func(*args, **kwargs)
+        self._direct(name, [*args, *kwargs.values()])
+        return func(*args, **kwargs)
+
+    def _view(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> Tensor | None:
+        """A transposed weight or one packed expert is still a weight: follow it."""
+        if id(args[0]) not in self.known:
+            return None
+        result: Tensor
+        base, parameter, suffix, transposed = self.known[id(args[0])]
+        if parameter in self.anatomy.direct:
+            return None
+        if name in ("T", "mT", "t", "transpose") and base.dim() == 2:
+            result = func(*args, **kwargs)
+            self.known[id(result)] = (result, parameter, suffix, not transposed)
+            return result
+        if name in ("__getitem__", "select") and base.dim() == 3 and not suffix:
+            index = args[1] if name == "__getitem__" else args[2]
+            if name == "select" and args[1] != 0:
+                return None
+            if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
+                result = func(*args, **kwargs)
+                self.known[id(result)] = (result, parameter, f"[{int(index)}]", False)
+                return result
+        return None
+
+    def _direct(self, op: str, values: list[Any]) -> None:
+        for value in values:
+            if id(value) in self.known:
+                entry = self.anatomy.ledger[self.known[id(value)][1]]
+                entry.ops.add(op)
+                entry.segments.add(self.segment)
+                if not entry.direct:
+                    entry.direct = True
+                    self.anatomy.direct.add(entry.parameter)
+                    if self.tapping:
+                        raise UnsupportedModelError(
+                            f"{entry.parameter} met operation {op!r} only in a replay of "
+                            f"{self.segment}, not in the forward pass: the model's code depends "
+                            "on more than its inputs"
+                        )
+
+    def _product(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        padding: int | None,
+    ) -> Tensor:
+        known = self.known.get(id(weight))
+        if id(x) in self.known or (name == "embedding" and known is not None and known[3]):
+            # A product of two parameters, or rows picked from a transposed one: no factor rule.
+            self._direct(name, [x, weight, bias])
+            return cast(Tensor, func(*args, **kwargs))
+        if name == "embedding" and self.batch and x.dim() == 2 and len(x) == 1:
+            x = x.expand(self.batch[0], -1)  # positions, of which each sequence has its own
+            args = x, *args[1:]
+        names: list[str | None] = [None, None]
+        for slot, tensor in enumerate((weight, bias)):
+            if tensor is not None and id(tensor) in self.known:
+                _, parameter, suffix, _ = self.known[id(tensor)]
+                entry = self.anatomy.ledger[parameter]
+                entry.ops.add(name)
+                entry.segments.add(self.segment)
+                if parameter not in self.anatomy.direct:
+                    names[slot] = parameter + suffix
+        out: Tensor = self._run(func, name, args, kwargs)
+        if not self.tapping or names == [None, None]:
+            return out
+        transposed = known is not None and known[3]
+        linear = (name == "linear") != transposed
+        kind = "embedding" if name == "embedding" else "linear" if linear else "matmul"
+        rows = x.reshape(-1) if kind == "embedding" else x.detach().reshape(-1, x.shape[-1])
+        if not out.requires_grad:
+            # The input carries no gradient (embeddings, first layer): start the graph here.
+            leaf = out.detach().requires_grad_(True)
+            edge, out = get_gradient_edge(leaf), leaf.clone()
+        else:
+            edge = get_gradient_edge(out)
+        self.taps.append(Tap(kind, names[0], names[1], rows, edge, out.shape, padding))
+        return out
+
+
+_PRODUCTS = frozenset(("linear", "addmm", "matmul", "__matmul__", "mm", "embedding"))
+
+# What a mixture of experts uses to send tokens to their experts.
+_ROUTING = frozenset(("topk", "nonzero", "one_hot", "index_add_", "scatter", "argsort"))
+
+# Attribute reads and predicates that touch a parameter without using its values.
+_METADATA = frozenset(
+    (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "is_cuda",
+        "layout",
+        "requires_grad",
+        "grad",
+        "data_ptr",
+        "size",
+        "dim",
+        "numel",
+        "stride",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "element_size",
+        "__len__",
+        "__hash__",
+        "__repr__",
+        "__bool__",
+        "is_leaf",
+        "grad_fn",
+        "_base",
+        "names",
+        "nelement",
+        "type",
+        "is_meta",
+        "is_sparse",
+        "is_quantized",
+        "storage_offset",
+        "untyped_storage",
+        "_version",
+    )
+)
+
+
+def _as_product(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor | None, int | None] | None:
+    """(x, weight, bias, padding id) of an operation that is a plain product, else None."""
+    arguments = dict(enumerate(args))
+
+    def get(position: int, *keys: str) -> Any:
+        return arguments.get(position, next((kwargs[k] for k in keys if k in kwargs), None))
+
+    if name == "linear":
+        return get(0, "input"), get(1, "weight"), get(2, "bias"), None
+    if name == "addmm":
+        if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
+            return None
+        bias, x, weight = get(0, "input"), get(1, "mat1"), get(2, "mat2")
+        return (x, weight, bias, None) if bias.dim() == 1 else None
+    if name == "embedding":
+        padding, max_norm, scale = get(2, "padding_idx"), get(3, "max_norm"), get(5, "-")
+        if max_norm is not None or scale or kwargs.get("scale_grad_by_freq"):
+            return None
+        weight = get(1, "weight")
+        if padding is not None and padding < 0:
+            padding += weight.shape[0]
+        return get(0, "input"), weight, None, padding
+    x, weight = get(0, "input", "self"), get(1, "other", "mat2")
+    return (x, weight, None, None) if weight.dim() == 2 else None

@@ -1,0 +1,360 @@
+"""Tangents pushed through a trace: what a change of the parameters does to every logit.
+
+The tangent enters at the taps and is never a parameter-sized object unless the caller has one:
+
+    direction Δθ       the tangent of y = x Wᵀ is x ΔWᵀ                    (aggregate)
+    factors (δ', x')   it is E = S δ', S = x x'ᵀ, one per source token     (factored product)
+    preconditioned     it is (P ∘ (δ'ᵀ x')) x, formed source by source     (Adam, RMSprop)
+
+and travels through each replayed segment by the transpose of its pullback: the gradient of
+u -> pullback(u) is the Jacobian itself. Reverse mode differentiated once more has no silent gap: an
+operation without a second derivative raises, where forward mode may return a zero tangent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.factors import Factors, HeadFactor, over_rows, summed
+from lddyn.engine.head import project
+from lddyn.engine.ledger import FRONT, Tap
+from lddyn.engine.trace import Replay, Trace
+from lddyn.ops import preconditioned_push
+
+Direction = dict[str, Tensor]
+
+HeadNames = tuple[str | None, str | None]  # the head's weight and bias, None where frozen
+
+
+class Source:
+    """What moves the parameters: gives every tap its tangent. One of the classes below."""
+
+    size: int
+
+    def tap(self, tap: Tap) -> Tensor | None:
+        """Tangent (size, rows, width) of the tap's output, or None for zero."""
+        raise NotImplementedError
+
+    def direct(self, name: str) -> Tensor | None:
+        """Tangent (size, *shape) of a directly differentiated parameter, or None for zero."""
+        raise NotImplementedError
+
+    def head(self, hidden: Tensor, names: HeadNames) -> Tensor | None:
+        """Tangent (size, M, V) of the raw logits through the head's (weight, bias) names."""
+        raise NotImplementedError
+
+
+class AlongDirection(Source):
+    """One tangent: a direction in parameter space, name -> tensor of the parameter's shape."""
+
+    size = 1
+
+    def __init__(self, direction: Direction):
+        self.direction = direction
+
+    def _weight(self, key: str) -> Tensor | None:
+        if key.endswith("]"):
+            name, index = key[:-1].rsplit("[", 1)
+            packed = self.direction.get(name)
+            return None if packed is None else packed[int(index)]
+        return self.direction.get(key)
+
+    def tap(self, tap: Tap) -> Tensor | None:
+        """The products x ΔWᵀ + Δb, or rows of ΔW."""
+        out: Tensor | None = None
+        weight = None if tap.weight is None else self._weight(tap.weight)
+        if weight is not None:
+            if tap.kind == "embedding":
+                out = weight[tap.activations]
+            else:
+                moved = weight.T if tap.kind == "linear" else weight
+                out = tap.activations @ moved.to(tap.activations.dtype)
+        if tap.bias is not None and (bias := self._weight(tap.bias)) is not None:
+            out = bias.expand(tap.shape.numel() // tap.width, -1) if out is None else out + bias
+        return None if out is None else out[None]
+
+    def direct(self, name: str) -> Tensor | None:
+        """Δ of the parameter itself."""
+        moved = self.direction.get(name)
+        return None if moved is None else moved[None]
+
+    def head(self, hidden: Tensor, names: HeadNames) -> Tensor | None:
+        """The products h ΔWᵀ + Δb."""
+        weight, bias = (None if n is None else self.direction.get(n) for n in names)
+        out = None if weight is None else project(hidden, weight)
+        if bias is not None:
+            bias = bias.to(hidden.dtype).expand(len(hidden), -1)
+            out = bias if out is None else out + bias
+        return None if out is None else out[None]
+
+
+class AlongFactors(Source):
+    """One tangent per source token: the factors its pullback left in every segment.
+
+    precondition maps a parameter name to the diagonal P of its shape, or is None for P = 1.
+    """
+
+    def __init__(self, factors: list[Factors], precondition: Direction | None = None):
+        self.size = max((len(f) for f in factors), default=0)
+        self.precondition = precondition
+        self.by_weight: dict[str, list[tuple[Tap, Tensor]]] = {}
+        self.by_bias: dict[str, Tensor] = {}
+        self.by_name: dict[str, Tensor] = {}
+        self.head_factor: HeadFactor | None = None
+        for part in factors:
+            self.head_factor = part.head or self.head_factor
+            for tap, delta in part.taps:
+                if tap.weight is not None:
+                    self.by_weight.setdefault(tap.weight, []).append((tap, over_rows(delta)))
+                if tap.bias is not None:
+                    self.by_bias[tap.bias] = self.by_bias.get(tap.bias, 0) + summed(delta)
+            for name, gradient in part.direct.items():
+                self.by_name[name] = self.by_name.get(name, 0) + gradient
+
+    def scale(self, name: str) -> Tensor | None:
+        """P of a parameter (or of one packed expert), or None."""
+        if self.precondition is None:
+            return None
+        if name.endswith("]"):
+            base, index = name[:-1].rsplit("[", 1)
+            return self.precondition[base][int(index)]
+        return self.precondition[name]
+
+    def tap(self, tap: Tap) -> Tensor | None:
+        """S δ' summed over the weight's uses, or its preconditioned form."""
+        out: Tensor | None = None
+        if tap.weight is not None:
+            scale = self.scale(tap.weight)
+            for tap_u, delta in self.by_weight.get(tap.weight, ()):
+                moved = _push_tap(tap, tap_u, delta, scale)
+                out = moved if out is None else out + moved
+            tied = self.head_factor
+            if tied is not None and tied.weight == tap.weight:
+                moved = _push_head_to_embedding(tap, tied, scale)
+                out = moved if out is None else out + moved
+        if tap.bias is not None and tap.bias in self.by_bias:
+            bias = self.by_bias[tap.bias]
+            scale = self.scale(tap.bias)
+            bias = (bias if scale is None else bias * scale)[:, None]
+            out = bias.expand(-1, tap.shape.numel() // tap.width, -1) if out is None else out + bias
+        return out
+
+    def direct(self, name: str) -> Tensor | None:
+        """The gradient of every source token."""
+        gradient = self.by_name.get(name)
+        scale = self.scale(name)
+        return gradient if gradient is None or scale is None else gradient * scale
+
+    def head(self, hidden: Tensor, names: HeadNames) -> Tensor | None:
+        """⟨h_m, h_l⟩ v_l and the cross term of tied weights."""
+        weight, bias = names
+        factor = self.head_factor
+        out: Tensor | None = None
+        if factor is not None and weight is not None:
+            scale = self.scale(weight)
+            rows = factor.rows.to(hidden.dtype)
+            source = factor.hidden.to(hidden.dtype)
+            if scale is None:
+                out = (source @ hidden.T)[:, :, None] * rows[:, None, :]
+            else:  # Σ_j P_vj v_l[v] h_l[j] h_m[j] = v_l[v] (P (h_l ∘ h_m))[v]
+                mixed = (source[:, None] * hidden[None]).flatten(0, 1)
+                out = project(mixed, scale).view(len(rows), len(hidden), -1) * rows[:, None, :]
+        if factor is not None and bias is not None:
+            rows = factor.rows.to(hidden.dtype)
+            scale = self.scale(bias)
+            rows = (rows if scale is None else rows * scale)[:, None]
+            out = rows.expand(-1, len(hidden), -1) if out is None else out + rows
+        if weight is None or factor is None:
+            return out
+        for tap, delta in self.by_weight.get(weight, ()):
+            moved = self._embedding_to_head(tap, delta, hidden, factor.rows.shape[1], weight)
+            out = moved if out is None else out + moved
+        return out
+
+    def _embedding_to_head(
+        self, tap: Tap, delta: Tensor, hidden: Tensor, vocabulary: int, weight: str
+    ) -> Tensor:
+        """Tied weights: the embedding rows that l moves are also output rows."""
+        if tap.kind != "embedding":
+            raise NotImplementedError(f"{weight} is tied to the head through a {tap.kind} product")
+        seen = tap.updated()
+        ids = tap.activations[seen]
+        delta = delta[:, seen].to(hidden.dtype)
+        scale = self.scale(weight)
+        if scale is not None:
+            delta = delta * scale[ids]
+        out = hidden.new_zeros(len(delta), len(hidden), vocabulary)
+        out.index_add_(2, ids, torch.einsum("ctd,md->cmt", delta, hidden))
+        return out
+
+
+def _push_tap(tap: Tap, source: Tap, delta: Tensor, scale: Tensor | None) -> Tensor:
+    """E[c, s] = (P ∘ gradient of c) applied to the activations of row s."""
+    if tap.kind != source.kind:
+        raise NotImplementedError(f"{tap.weight}: {tap.kind} and {source.kind} uses mixed")
+    if tap.kind == "embedding":
+        same = tap.activations[:, None] == source.activations[None, :]
+        same &= source.updated()[None, :]
+        out = torch.matmul(same.to(delta.dtype), delta)
+        return out if scale is None else out * scale[tap.activations]
+    if scale is None:
+        similarity = tap.activations @ source.activations.T
+        return torch.matmul(similarity, delta)
+    scale = scale if tap.kind == "linear" else scale.T
+    moved = preconditioned_push(scale, tap.activations, source.activations, delta)
+    return moved.to(delta.dtype)
+
+
+def _push_head_to_embedding(tap: Tap, head: HeadFactor, scale: Tensor | None) -> Tensor:
+    """Tied weights: the output rows that l moves are also embedding rows."""
+    if tap.kind != "embedding":
+        raise NotImplementedError(f"{tap.weight} is tied to the head through a {tap.kind} product")
+    ids = tap.activations
+    picked = head.at(ids).to(head.hidden.dtype)  # (c, s)
+    out = picked[:, :, None] * head.hidden[:, None, :]
+    return out if scale is None else out * scale[ids]
+
+
+# --------------------------------------------------------------------------- pushing
+
+
+@dataclass
+class Linearized:
+    """A replayed segment together with its pullback of one symbolic cotangent u."""
+
+    replay: Replay
+    u: Tensor
+    gradients: tuple[Tensor | None, ...]  # of the taps, the direct parameters, the input
+
+
+def linearize(replay: Replay) -> Linearized:
+    """Builds the graph u -> pullback(u); its own pullback is the segment's Jacobian."""
+    targets = replay.targets
+    if replay.input is not None:
+        targets.append(replay.input)
+    u = torch.zeros_like(replay.output).requires_grad_(True)
+    gradients = torch.autograd.grad(
+        replay.output, targets, grad_outputs=u, create_graph=True, allow_unused=True
+    )
+    return Linearized(replay, u, gradients)
+
+
+def push(linear: Linearized, source: Source, state: Tensor | None) -> Tensor | None:
+    """Tangent (c, 1, t, d) of a segment's output from that of its input (None: zero)."""
+    replay = linear.replay
+    tangents: list[Tensor | None] = [source.tap(tap) for tap in replay.taps]
+    tangents += [source.direct(name) for name, _, _ in replay.direct]
+    if replay.input is not None:
+        tangents.append(state)
+    shapes: list[Any] = [tap.shape for tap in replay.taps]
+    shapes += [shape for _, _, shape in replay.direct]
+    if replay.input is not None:
+        shapes.append(replay.input.shape)
+    outputs, given = [], []
+    for gradient, tangent, shape in zip(linear.gradients, tangents, shapes, strict=True):
+        if gradient is not None and tangent is not None and gradient.requires_grad:
+            outputs.append(gradient)
+            given.append(tangent.reshape(len(tangent), *shape).to(gradient.dtype))
+    if not outputs:
+        return None
+
+    def jvp(*tangents: Tensor) -> Tensor:
+        return torch.autograd.grad(outputs, linear.u, tangents, retain_graph=True)[0]
+
+    out: Tensor = torch.func.vmap(jvp)(*given)
+    return out
+
+
+class Pushforward:
+    """Pushes sources through one trace; keeps the linearised segments while `keep` is set.
+
+    With streamed weights it keeps none: they would hold the weights.
+
+    Cost per tangent: 2 N T FLOPs for the block-linear parameters plus the taps' own tangents; the
+    linearisation costs one forward and one backward pass and is shared by all tangents when kept.
+    """
+
+    def __init__(self, trace: Trace, keep: bool = True):
+        self.trace = trace
+        self.anatomy: Anatomy = trace.anatomy
+        self.keep = keep and not self.anatomy.streamed
+        self._kept: dict[int, Linearized] = {}
+
+    def _segment(self, segment: int) -> Linearized:
+        if segment in self._kept:
+            return self._kept[segment]
+        linear = linearize(self.anatomy.replay(self.trace, segment, self.trace.length))
+        if self.keep:
+            self._kept[segment] = linear
+        return linear
+
+    def hidden(self, source: Source) -> Tensor:
+        """Tangent (c, M, d) of the head's input at the response positions."""
+        state: Tensor | None = None
+        names = self.anatomy.segments
+        used = {s for e in self.anatomy.ledger.values() for s in e.segments}
+        for segment, name in enumerate(names):
+            if state is None and name not in used:
+                continue
+            if name == FRONT and FRONT not in used:
+                continue
+            state = push(self._segment(segment), source, state)
+        hidden = self.trace.hidden
+        if state is None:
+            return hidden.new_zeros(source.size, *hidden.shape)
+        state = state.reshape(len(state), -1, state.shape[-1])
+        return state[:, self.trace.positions]
+
+    def logits(self, source: Source) -> Tensor:
+        """Tangent (c, M, V) of the logits: Δz, exact to first order."""
+        precise = self.trace.logits.dtype
+        moved = self.hidden(source).to(precise)
+        head = self.anatomy.head
+        raw = project(moved.flatten(0, 1), head.weight).view(*moved.shape[:2], -1)
+        names = (self.anatomy.head_weight, self.anatomy.head_bias)
+        own = source.head(self.trace.hidden.to(precise), names)
+        if own is not None:
+            raw = raw + own
+        return raw if self.trace.slope is None else raw * self.trace.slope
+
+
+def pair_direction(
+    one: Factors, source: AlongDirection, add: Callable[[str, Tensor], None]
+) -> None:
+    """Adds ⟨gradient of one's m, Δθ⟩ parameter by parameter, (c,) each."""
+    for tap, delta in one.taps:
+        wide = delta.to(torch.promote_types(delta.dtype, torch.float32))
+        for part in (replace(tap, bias=None), replace(tap, weight=None)):
+            moved = source.tap(part)
+            if moved is not None:
+                add(
+                    str(part.weight or part.bias),
+                    torch.einsum(
+                        "ctd,td->c" if wide.dim() == 3 else "cd,cd->c", wide, moved[0].to(wide)
+                    ),
+                )
+    for name, gradient in one.direct.items():
+        if (moved := source.direct(name)) is not None:
+            add(name, gradient.flatten(1) @ moved.flatten().to(gradient.dtype))
+    if one.head is not None:
+        for names in ((one.head.weight, None), (None, one.head.bias)):
+            moved = source.head(one.head.hidden.to(one.head.rows.dtype), names)
+            if moved is not None:
+                add(str(names[0] or names[1]), (one.head.rows * moved[0]).sum(1))
+
+
+def delta_log_probs(delta_logits: Tensor, logits: Tensor) -> Tensor:
+    """A Δz: change of all log-probs, (…, M, V) in nats, from a change of the logits.
+
+    Computed as Σ_w π_w (Δz_v − Δz_w) around the likeliest token, so that a common shift of the
+    logits and probabilities near one cancel exactly.
+    """
+    pivot = logits.argmax(-1, keepdim=True).expand(*delta_logits.shape[:-1], 1)
+    moved = delta_logits - delta_logits.gather(-1, pivot)
+    return moved - (logits.softmax(-1) * moved).sum(-1, keepdim=True)

@@ -1,0 +1,227 @@
+"""Gradients of whole sequences, ∇ Σ_m log π(y_m): one cotangent each, many sequences in a batch.
+
+Sequences of nearly one length are padded on the right and share a forward and a backward pass.
+Under a causal model padding changes nothing before it, and its own cotangents are zero; the
+gradient of a weight, Σ_t δ[t] ⊗ x[t], falls apart into the sequences' rows. Every product is called
+once for each sequence, with the shape it has alone, so the bits of a row do not depend on the rest
+of its batch.
+
+Nothing is assumed of the architecture: a small batch must give what a sequence gives by itself, on
+a CPU to the bit. Where it does not, as where tokens are sent to experts, batches are of one
+sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lddyn import ops
+from lddyn.data.example import Example
+from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.factors import Factors, HeadFactor
+from lddyn.engine.guard import undisturbed
+from lddyn.engine.head import back_project
+from lddyn.engine.pullback import segments_down
+from lddyn.engine.trace import Batch, Replay
+from lddyn.errors import UnsupportedModelError
+from lddyn.memory import is_out_of_memory
+
+_STEP = 16  # lengths are padded to multiples: products of few shapes, and more in a batch
+
+# --------------------------------------------------------------------------- batches
+
+
+def batches(
+    anatomy: Anatomy, examples: Sequence[Example], size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Which examples share a pass, and of how many tokens: (length, at most `size` places).
+
+    A sequence's length is its own affair: up to its last token that counts, in steps of 16. It is
+    that of all its tokens, alone, where the model does not keep sequences apart, or where what
+    follows changes what the first tokens see (rotary embeddings that rescale).
+    """
+    limit = anatomy.max_positions or math.inf
+    size, apart = (size, True) if keeps_apart(anatomy) else (1, False)
+    together: dict[int, list[int]] = {}
+    for i, example in enumerate(examples):
+        length = _padded(example.positions[-1] + 1)
+        longest = max(length, _padded(example.length))
+        # Not of one token: angles at the first position are zero, however they are scaled.
+        shortest = max(2, length - _STEP + 1)
+        fits = apart and longest <= limit and anatomy.extends(shortest, longest)
+        together.setdefault(length if fits else example.length, []).append(i)
+    for length, index in together.items():
+        for start in range(0, len(index), size):
+            yield length, index[start : start + size]
+
+
+def _padded(length: int) -> int:
+    return -(-length // _STEP) * _STEP
+
+
+def pass_together(anatomy: Anatomy, examples: Sequence[Example], length: int, keep: bool) -> Batch:
+    """The forward pass of examples that are padded, or cut, to one length."""
+    for example in examples:
+        anatomy.check_limits(example)
+        if not anatomy.apart:
+            anatomy.trace(example)  # what it alone reaches, as an expert, enters the ledger
+    rows = [list(e.ids[:length]) + [e.ids[0]] * (length - e.length) for e in examples]
+    ids = torch.tensor(rows, device=anatomy.device)
+    return anatomy.batch(ids, bool(anatomy.apart), keep)
+
+
+@undisturbed
+def keeps_apart(anatomy: Anatomy) -> bool:
+    """Whether batches of a model give the gradients that its sequences have alone.
+
+    Call after a `trace`; known from the first time on. Cost: passes over twice 16 tokens.
+    """
+    if anatomy.apart is None:
+        count = min(_STEP, anatomy.max_positions or _STEP)
+        ids = torch.arange(2 * count, device=anatomy.device).view(2, count) % anatomy.vocabulary
+        try:
+            pair = _probe(anatomy, ids, apart=True)
+            alone = _probe(anatomy, ids[:1], apart=False)
+            anatomy.apart = all(map(_agree, alone, pair))
+            if ids.device.type == "cpu":  # a GPU's bits are not the same twice
+                single = _probe(anatomy, ids[:1], apart=True)
+                anatomy.apart = anatomy.apart and all(map(_same_bits, single, pair))
+        except Exception as error:  # whatever code raises that takes one sequence at a time
+            if is_out_of_memory(error):
+                raise
+            anatomy.apart = False
+    return anatomy.apart
+
+
+def _probe(anatomy: Anatomy, ids: Tensor, apart: bool) -> list[Factors]:
+    """Factors of all segments for cotangents that differ from entry to entry."""
+    with anatomy.analysis():
+        batch = anatomy.batch(ids, apart, keep=not anatomy.streamed)
+        size = batch.hidden[0].numel()
+        entries = torch.linspace(-1, 1, size, device=ids.device).view_as(batch.hidden[0])
+        state = (entries + torch.zeros_like(batch.hidden)).to(batch.hidden)
+        found = []
+        for segment in segments_down(anatomy):
+            replay = _segment(anatomy, batch, segment)
+            if replay.routed and apart:
+                raise ValueError("tokens are picked by their values")
+            state, factors = _pull_apart(replay, state, apart)
+            found.append(factors)
+    return found
+
+
+def _same_bits(alone: Factors, pair: Factors) -> bool:
+    """Whether they agree to the bit: products of the model's own attention, say, may not."""
+    return _agree(alone, pair, torch.equal)
+
+
+def _agree(
+    alone: Factors, pair: Factors, same: Callable[[Tensor, Tensor], bool] | None = None
+) -> bool:
+    """Whether the first sequence of two has the factors that it has alone, by default nearly."""
+    if len(alone.taps) != len(pair.taps) or alone.direct.keys() != pair.direct.keys():
+        return False
+    one = [alone.direct[name][0] for name in alone.direct]
+    two = [pair.direct[name][0] for name in alone.direct]
+    for (tap, delta), (other, moved) in zip(alone.taps, pair.taps, strict=True):
+        one += [tap.activations[0], delta[0]]
+        two += [other.activations[0], moved[0]]
+    same = same or _close
+    return all(x.shape == y.shape and same(x, y) for x, y in zip(one, two, strict=True))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    limit = 1e-4 if one.element_size() >= 4 else 5e-2
+    return float((one.double() - other.double()).norm()) <= limit * float(one.double().norm())
+
+
+# --------------------------------------------------------------------------- pulling
+
+
+def pull_sequences(
+    anatomy: Anatomy, examples: Sequence[Example], weights: Sequence[Tensor | None], batch: Batch
+) -> Iterator[tuple[Tensor, Factors]]:
+    """Factors of one cotangent a sequence, the sum of its tokens', from the head down.
+
+    Args:
+        anatomy: The model.
+        examples: The sequences of the batch.
+        weights: Of each one's tokens (M,), or None for ones.
+        batch: Their forward pass; what it keeps is given up on the way.
+
+    Yields (sequences, Factors): of the head for one sequence, a row for each of its tokens; of a
+    segment for all, with own rows of activations: (B, T, d_in) and (B, T, d_out).
+
+    Cost: one plain backward pass, and a replay of each segment where none are kept.
+    """
+    state = torch.zeros_like(batch.hidden)
+    everyone = torch.arange(len(state), device=state.device)
+    for i, (example, weight) in enumerate(zip(examples, weights, strict=True)):
+        positions = torch.tensor(example.positions, device=state.device)
+        head = _head(anatomy, batch.hidden[i, positions], example, weight)
+        g = back_project(head.rows, anatomy.head.weight)
+        state[i].index_add_(0, positions, g.to(state.dtype))
+        yield everyone[i : i + 1], Factors(head=head)
+        del head, g
+    for segment in segments_down(anatomy):
+        state, factors = _pull_apart(_segment(anatomy, batch, segment), state, batch.apart)
+        yield everyone, factors
+
+
+def _segment(anatomy: Anatomy, batch: Batch, segment: int) -> Replay:
+    """The next segment from the top: as the pass kept it, or else replayed."""
+    return batch.replays.pop() if batch.replays else anatomy.replay(batch, segment, batch.length)
+
+
+def _head(anatomy: Anatomy, hidden: Tensor, example: Example, weight: Tensor | None) -> HeadFactor:
+    logits, slope = anatomy.head_logits(hidden)
+    if not math.isfinite(float(logits.sum())):
+        anatomy.trace(example)  # says what is not finite
+    targets = torch.tensor(example.targets, device=hidden.device)
+    rows = ops.residual(logits, targets)[0]
+    if weight is not None:
+        rows = rows * weight[:, None]
+    if slope is not None:
+        rows = rows * slope
+    return HeadFactor(anatomy.head_weight, anatomy.head_bias, hidden, rows, logits, targets)
+
+
+def _pull_apart(replay: Replay, state: Tensor, apart: bool) -> tuple[Tensor, Factors]:
+    """`pull` of one cotangent for each sequence of a batch (B, T, d)."""
+    targets = [tap.edge for tap in replay.taps]
+    targets += [x.edge for x in replay.gains] if apart else [x for _, x, _ in replay.direct]
+    if replay.input is not None:
+        targets.append(replay.input)
+    if not targets:
+        return state, Factors()
+    found = torch.autograd.grad(replay.output, targets, state, allow_unused=True)
+    below = found[-1] if replay.input is not None else state
+    factors, count = Factors(), len(state)
+    for tap, delta in zip(replay.taps, found, strict=False):
+        if delta is not None:
+            if count > 1 and len(tap.activations) != count * state.shape[1]:
+                raise UnsupportedModelError(
+                    f"{tap.weight or tap.bias} met {len(tap.activations)} rows in a batch of "
+                    f"{count} sequences of {state.shape[1]} tokens, so they cannot be told apart: "
+                    "give chunk=1"
+                )
+            x = tap.activations.view(count, -1, *tap.activations.shape[1:])
+            factors.taps.append((replace(tap, activations=x), delta.reshape(count, -1, tap.width)))
+    rest = found[len(replay.taps) :]
+    for (name, _, _), gradient in zip(() if apart else replay.direct, rest, strict=False):
+        if gradient is not None:
+            factors.direct[name] = gradient[None]
+    for gain, gradient in zip(replay.gains if apart else (), rest, strict=False):
+        if gradient is None:
+            continue
+        rows, normalized = (x.reshape(count, -1, x.shape[-1]) for x in (gradient, gain.normalized))
+        if gain.weight is not None:
+            factors.add_direct(gain.weight, (rows * normalized).sum(1))
+        if gain.bias is not None:
+            factors.add_direct(gain.bias, rows.sum(1))
+    return (torch.zeros_like(state) if below is None else below), factors

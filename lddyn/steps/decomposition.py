@@ -1,0 +1,340 @@
+"""Results of `decompose`: per observed sequence, and for the whole step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lddyn.files import replace_file
+from lddyn.steps.verify import Verification
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class UpdateToken:
+    """One token of an update sequence: where it is, what it says, and w_l = ∂L/∂log π(y_l)."""
+
+    sequence: str
+    index: int
+    token_id: int
+    text: str
+    weight: float
+
+
+@dataclass
+class Observed:
+    """What the step did to one observed response, in nats.
+
+    influence (M, L): Δ log π(y_m) caused by update token l; positive = raised.
+    history, weight_decay (M,): parts that no token of this update made (optimizer state, decay).
+    delta_logp (M,): row sums of influence + history + weight_decay.
+    error_estimate (M,): prediction at the start minus prediction at the midpoint of the step.
+    logp (M,): log π(y_m) before the step.
+    """
+
+    name: str
+    token_ids: list[int]
+    tokens: list[str]
+    influence: Tensor
+    history: Tensor
+    weight_decay: Tensor
+    error_estimate: Tensor
+    logp: Tensor
+    sequences: dict[str, slice]
+    parameters: dict[str, float]
+    agreement: float
+    vocabulary_shift: Tensor
+    _effects: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def delta_logp(self) -> Tensor:
+        """Predicted Δ log π(y_m), (M,) nats."""
+        return self.influence.sum(1) + self.history + self.weight_decay
+
+    def by_sequence(self) -> dict[str, Tensor]:
+        """What each update sequence did to each observed token: name -> (M,) nats.
+
+        For DPO: "y+" and "y-", the two terms of the paper's Eq. 7; "history" and "weight decay" are
+        added when the optimizer has them.
+        """
+        parts = {name: self.influence[:, at].sum(1) for name, at in self.sequences.items()}
+        if bool(self.history.any()):
+            parts["history"] = self.history
+        if bool(self.weight_decay.any()):
+            parts["weight decay"] = self.weight_decay
+        return parts
+
+    def delta_log_probs(self) -> Tensor:
+        """Δ log π(v | χo, y_<m) for every token v of the vocabulary, (M, V) nats.
+
+        Exact to the order of the rule, from one backward pass and one push of the whole step.
+        """
+        return self.vocabulary_shift
+
+    def token_effects(self, index: int) -> Tensor:
+        """What update token `index` did to every token of the vocabulary at each m: (M, V) nats.
+
+        Summed over all update tokens (plus history and decay) this is delta_log_probs().
+
+        Raises:
+            RuntimeError: If the model has changed since, or the result was read from disk.
+            IndexError: If index is not a token of the update.
+
+        Cost: one pullback of one cotangent and one push, computed when asked.
+        """
+        if self._effects is None:
+            raise RuntimeError(
+                "token_effects() needs the model: a loaded decomposition has only what was saved"
+            )
+        result: Tensor = self._effects(self, index)
+        return result
+
+    def by_parameter(self, level: str = "parameter") -> dict[str, float]:
+        """Share of Σ_m delta_logp that went through each parameter (or block): name -> nats.
+
+        Args:
+            level: "parameter" or "block" ("embedding", "block 0", …, "head and final norm").
+        """
+        if level == "parameter":
+            return dict(self.parameters)
+        if level != "block":
+            raise ValueError(f"level must be 'parameter' or 'block', got {level!r}")
+        blocks: dict[str, float] = {}
+        for name, value in self.parameters.items():
+            blocks[_block_of(name)] = blocks.get(_block_of(name), 0.0) + value
+        return blocks
+
+    def __str__(self) -> str:
+        total = float(self.delta_logp.sum())
+        parts = ", ".join(f"{v.sum():+.4g} from {k}" for k, v in self.by_sequence().items())
+        before = float(self.logp.sum())
+        return (
+            f"{self.name}: log π {before:.4f} → {before + total:.4f}, {total:+.4g} nats ({parts}); "
+            f"start − midpoint {float(self.error_estimate.sum()):+.1g}"
+        )
+
+
+def _block_of(parameter: str) -> str:
+    parts = parameter.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return f"block {part}" if i else parameter
+    lowered = parameter.lower()
+    if "emb" in lowered or "wte" in lowered or "wpe" in lowered:
+        return "embedding"
+    return "head and final norm"
+
+
+@dataclass
+class Decomposition:
+    """The answer of `decompose`: one `Observed` per observed response, by index or by name."""
+
+    observed: list[Observed]
+    update_tokens: list[UpdateToken]
+    loss: float
+    lr: float
+    rule: str
+    settings: dict[str, Any]
+    _session: Any = field(default=None, repr=False, compare=False)
+
+    def __getitem__(self, key: int | str) -> Observed:
+        if isinstance(key, int):
+            return self.observed[key]
+        for item in self.observed:
+            if item.name == key:
+                return item
+        raise KeyError(f"no observed response {key!r}; there are {[o.name for o in self.observed]}")
+
+    def __len__(self) -> int:
+        return len(self.observed)
+
+    def __iter__(self) -> Iterator[Observed]:
+        return iter(self.observed)
+
+    def verify(
+        self, lrs: Sequence[float] | None = None, dtype: torch.dtype | None = torch.float64
+    ) -> Verification:
+        """Takes real optimizer steps on a copy of the model and compares.
+
+        Args:
+            lrs: Learning rates; default: this step's and five halvings.
+            dtype: float64 shows the order of the error far below float32's rounding; None keeps
+                the model's own dtype.
+
+        Raises:
+            RuntimeError: If the model changed since, or the decomposition was read from disk.
+
+        Cost: per learning rate one optimizer step, one forward pass per observed response and the
+        pushes of the rule; one copy of the model (in `dtype`).
+        """
+        if self._session is None:
+            raise RuntimeError("verify() needs the model: this decomposition was read from disk")
+        result: Verification = self._session.verify(self, lrs, dtype)
+        return result
+
+    def real_step(
+        self, dtype: torch.dtype | None = torch.float64
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Takes this very step on a copy of the model and looks at whole distributions.
+
+        Args:
+            dtype: Of the copy, as for `verify`; None keeps the model's own.
+
+        Returns:
+            Observed response -> (log π before, log π after), (M, V) float64 each, in nats.
+
+        Raises:
+            RuntimeError: If the model changed since, or the decomposition was read from disk.
+
+        Cost: one optimizer step and two forward passes per response; two copies of the model.
+
+        Example:
+            >>> # before, after = lddyn.decompose(model, ex, update, lr).real_step()["chosen"]
+        """
+        if self._session is None:
+            raise RuntimeError("real_step() needs the model: a loaded decomposition has none")
+        return dict(
+            zip([o.name for o in self.observed], self._session.real_step(dtype), strict=True)
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers for JSON: settings, and per observed response its changes and causes."""
+        return {
+            **self.settings,
+            "loss": self.loss,
+            "lr": self.lr,
+            "rule": self.rule,
+            "observed": [
+                {
+                    "name": o.name,
+                    "tokens": len(o.token_ids),
+                    "logp": float(o.logp.sum()),
+                    "delta_logp": float(o.delta_logp.sum()),
+                    "by_sequence": {k: float(v.sum()) for k, v in o.by_sequence().items()},
+                    "by_block": o.by_parameter("block"),
+                    "error_estimate": float(o.error_estimate.sum()),
+                    "agreement": o.agreement,
+                    "strongest": [
+                        {"token": t.text, "sequence": t.sequence, "index": t.index, "nats": v}
+                        for t, v in self.strongest(o)
+                    ],
+                }
+                for o in self.observed
+            ],
+        }
+
+    def strongest(self, observed: Observed, count: int = 8) -> list[tuple[UpdateToken, float]]:
+        """Update tokens with the largest total effect on a response, by magnitude, in nats."""
+        totals = observed.influence.sum(0)
+        order = totals.abs().argsort(descending=True)[:count].tolist()
+        return [(self.update_tokens[i], float(totals[i])) for i in order]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.settings.get('objective', 'step')} with {self.settings.get('optimizer')}, "
+            f"lr {self.lr:g}, loss {self.loss:.4g}, rule {self.rule!r}"
+        ]
+        lines += [f"  {o}" for o in self.observed]
+        for o in self.observed[:1]:
+            named = ", ".join(
+                f"{t.text!r} ({t.sequence}[{t.index}]) {v:+.3g}" for t, v in self.strongest(o, 5)
+            )
+            lines.append(f"  strongest on {o.name}: {named}")
+        return "\n".join(lines)
+
+    def plot(self, directory: str | Path | None = None) -> list[Figure]:
+        """Token x token heat maps with the texts, and one line per observed response.
+
+        Args:
+            directory: Write PNG and PDF files there as well.
+
+        Returns:
+            The matplotlib figures.
+        """
+        from lddyn.report import figures
+
+        return figures.plot_decomposition(self, directory)
+
+    def save(self, path: str | Path) -> None:
+        """Writes `path`.safetensors and `path`.json (tensors; names, tokens and settings)."""
+        from safetensors.torch import save
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{i}.{key}": getattr(o, key).contiguous().clone()
+            for i, o in enumerate(self.observed)
+            for key in _TENSORS
+        }
+        meta = {
+            "format": 1,
+            "loss": self.loss,
+            "lr": self.lr,
+            "rule": self.rule,
+            "settings": self.settings,
+            "update_tokens": [vars(t) for t in self.update_tokens],
+            "observed": [
+                {
+                    "name": o.name,
+                    "token_ids": o.token_ids,
+                    "tokens": o.tokens,
+                    "sequences": {k: [s.start, s.stop] for k, s in o.sequences.items()},
+                    "parameters": o.parameters,
+                    "agreement": o.agreement,
+                }
+                for o in self.observed
+            ],
+        }
+        contents = {".safetensors": save(tensors), ".json": json.dumps(meta, indent=1).encode()}
+        for suffix, content in contents.items():
+            replace_file(path.with_name(path.name + suffix), content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Decomposition:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: If a file is missing, damaged or of another format.
+        """
+        from safetensors.torch import load_file
+
+        path = Path(path)
+        try:
+            tensors = load_file(path.with_name(path.name + ".safetensors"))
+            meta = json.loads(path.with_name(path.name + ".json").read_text(encoding="utf-8"))
+            if meta["format"] != 1:
+                raise ValueError(f"format must be 1, got {meta['format']}")
+            observed = [
+                Observed(
+                    name=o["name"],
+                    token_ids=o["token_ids"],
+                    tokens=o["tokens"],
+                    sequences={k: slice(*v) for k, v in o["sequences"].items()},
+                    parameters=o["parameters"],
+                    agreement=o["agreement"],
+                    **{key: tensors[f"{i}.{key}"] for key in _TENSORS},
+                )
+                for i, o in enumerate(meta["observed"])
+            ]
+            tokens = [UpdateToken(**t) for t in meta["update_tokens"]]
+        except Exception as error:
+            raise ValueError(f"cannot read a decomposition from {path}: {error}") from error
+        return cls(observed, tokens, meta["loss"], meta["lr"], meta["rule"], meta["settings"])
+
+
+_TENSORS = (
+    "influence",
+    "history",
+    "weight_decay",
+    "error_estimate",
+    "logp",
+    "vocabulary_shift",
+)

@@ -1,0 +1,71 @@
+"""One writer per store: a file lock that ends with its process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from pathlib import Path
+
+from lddyn.errors import StoreError, StoreLockedError
+from lddyn.files import write_all
+
+
+class Lock:
+    """Exclusive right to write; the kernel takes it back when the process ends, however it ends."""
+
+    fd = -1
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import fcntl
+        except ImportError:
+            raise StoreError("writing a store needs a POSIX system (reading does not)") from None
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be opened for writing: {error}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(fd, 200).decode(errors="replace").strip() or "an unknown process"
+            os.close(fd)
+            if isinstance(error, BlockingIOError):
+                raise StoreLockedError(
+                    f'{path.parent} is being written by {owner}: wait for it, or read with mode="r"'
+                ) from None
+            raise StoreError(f"{path}: cannot be locked: {error}") from error
+        self.fd = fd
+        _LOCKS.add(self)
+        with contextlib.suppress(OSError):  # only for the message above
+            os.ftruncate(fd, 0)
+            write_all(fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+
+    def release(self) -> None:
+        """Ends the right to write."""
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.fd, 0)
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Closes the descriptor; in a forked child that leaves the lock with the parent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.let_go()  # a writer that nobody holds any more must not keep others out
+
+
+_LOCKS: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    for lock in list(_LOCKS):
+        lock.let_go()
+
+
+if hasattr(os, "register_at_fork"):
+    # A data loader's worker that outlives a killed writer must not keep the lock.
+    os.register_at_fork(after_in_child=_let_go_in_child)

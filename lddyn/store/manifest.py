@@ -1,0 +1,90 @@
+"""The manifest of a store: what its features belong to, with a checksum."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lddyn.errors import StoreCorruptError, StoreError
+from lddyn.files import canonical, digest_of, read
+
+FORMAT = 1
+
+MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.jsonl", "lock"
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+LARGEST_MANIFEST = 2**24
+
+
+def plain(name: str, content: Any) -> Any:
+    """`content` as JSON gives it back: tuples become lists; what JSON cannot hold is refused."""
+    try:
+        return json.loads(canonical(content))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be JSON (text, numbers, lists, dicts): {error}") from error
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON, or a ValueError whatever is wrong with it."""
+    try:
+        return json.loads(data.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("too deeply nested") from None
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    if not isinstance(content, dict) or not content:
+        return {prefix: content}
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def differences(stored: Any, given: Any) -> dict[str, tuple[Any, Any]]:
+    """Dotted name → both values, of the fields that differ."""
+    a, b = _flat(stored), _flat(given)
+    absent = "absent"
+    pairs = {key: (a.get(key, absent), b.get(key, absent)) for key in sorted({*a, *b})}
+    # Compared as JSON: 1, 1.0 and true are different fields.
+    return {k: (x, y) for k, (x, y) in pairs.items() if canonical(x) != canonical(y)}
+
+
+def essence(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What two stores must share; the size of shards is only a habit of the writer."""
+    return {k: v for k, v in manifest.items() if k != "shard_bytes"}
+
+
+def render(manifest: Mapping[str, Any]) -> bytes:
+    """The bytes of the manifest file, checksum included."""
+    content = {"checksum": digest_of(canonical(manifest)), "manifest": manifest}
+    return json.dumps(content, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the store at `path`, byte for byte as it was written."""
+    file = path / MANIFEST
+    if not file.exists():
+        raise StoreError(f"{path}: no store here (no {MANIFEST})")
+    data = read(file, limit=LARGEST_MANIFEST)
+    try:
+        content = parse_json(data)
+        manifest: dict[str, Any] = content["manifest"]
+        sound = render(manifest) == data  # the checksum, and no byte more
+        version = manifest.get("format")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise StoreCorruptError(f"{file}: damaged: {error}") from error
+    if not sound:
+        raise StoreCorruptError(f"{file}: checksum does not match: the manifest is damaged")
+    if version != FORMAT:
+        raise StoreError(f"{file}: format must be {FORMAT}, got {version!r}: another lddyn's store")
+    expected = {"format", "identity", "layout", "dtype", "width", "shard_bytes"}
+    if set(manifest) != expected or manifest["dtype"] not in DTYPES:
+        raise StoreCorruptError(f"{file}: must have {sorted(expected)}, got {sorted(manifest)}")
+    return manifest

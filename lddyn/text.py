@@ -1,0 +1,84 @@
+"""Tokens and numbers as people read them; control characters and text direction escaped."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import numpy as np
+
+__all__ = ["printable", "readable", "signed", "visible"]
+
+_MARKS = str.maketrans(
+    {" ": "␣", "Ġ": "␣", "▁": "␣", "\n": "↵", "Ċ": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "␣"}
+)
+
+
+def visible(text: str, longest: int | None = None) -> str:
+    r"""A token's text with everything invisible made visible.
+
+    Spaces (also the byte-level BPE mark Ġ and SentencePiece's ▁) become ␣, newlines ↵, tabs ⇥;
+    control characters, and those that reorder or join text, become escapes.
+
+    Args:
+        text: The token's text.
+        longest: Cut to this many characters, the last one being "…". None: never.
+
+    Example:
+        >>> from lddyn.text import visible
+        >>> visible("Ġthe"), visible(" a\n"), visible("a\u202eb")
+        ('␣the', '␣a↵', 'a\\u202eb')
+    """
+    shown = printable(text.translate(_MARKS))
+    if longest is not None and len(shown) > longest:
+        shown = shown[: longest - 1] + "…"
+    return shown or "∅"
+
+
+def printable(text: str) -> str:
+    """Text that moves no cursor and reorders nothing: all but letters, signs and spaces escaped."""
+    return "".join(
+        c
+        if c == " " or (unicodedata.category(c)[0] not in "CZ" and unicodedata.category(c) != "Me")
+        else f"\\u{ord(c):04x}"
+        for c in text
+    )
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A number of nats with its sign and a few significant digits; the minus is a real one.
+
+    Example:
+        >>> from lddyn.text import signed
+        >>> signed(0.41999), signed(-0.0731), signed(0.0), signed(-1234.5), signed(2.5e-7)
+        ('+0.42', '−0.0731', '0', '−1234', '+2.5e−7')
+    """
+    if value == 0:
+        return "0"
+    if not np.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if size >= 10**digits:
+        text = f"{size:.0f}"
+    elif size >= 1e-4:
+        text = f"{size:.{digits}g}"
+    else:
+        mantissa, exponent = f"{size:.{digits - 1}e}".split("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        text = f"{mantissa}e−{-int(exponent)}"
+    return ("−" if value < 0 else "+") + text
+
+
+def readable(text: str, longest: int | None = None) -> str:
+    r"""Running text with its line breaks, and with escapes for what reorders, hides or controls.
+
+    Args:
+        text: Any text.
+        longest: Cut to this many characters, the last one being "…". None: never.
+
+    Example:
+        >>> from lddyn.text import readable
+        >>> readable("a\n\u202eb\0")
+        'a\n\\u202eb\\u0000'
+    """
+    shown = "\n".join(printable(line.replace("\t", "    ")) for line in text.split("\n"))
+    return shown if longest is None or len(shown) <= longest else shown[: longest - 1] + "…"
