@@ -518,7 +518,7 @@ def _fingerprint(lab: Lab, start: np.ndarray, fields: Sequence[str], embedded: b
             "y_gpts+ ↔ y_gpts− about +0.45 of the column's range",
             f"rewordings move each other by {np.nanmean(pairs):+.3f} nats per nat, their originals "
             f"by {np.nanmean(original):+.3f}",
-            verdict,
+            verdict,  # type: ignore[arg-type]
             reason,
             corrected="the published map is of LBK as coded: a root of a root, and the energy of "
             "whichever response came last",
