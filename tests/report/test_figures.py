@@ -81,36 +81,6 @@ def checked(dec, slope=3.0):
     )
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("Ġthe", "␣the"),
-        (" the", "␣the"),
-        ("▁the", "␣the"),
-        ("Ċ", "↵"),
-        ("\n\t", "↵⇥"),
-        ("", "∅"),
-        ("a\u202eb", "a\\u202eb"),
-        ("\x1b[2J", "\\u001b[2J"),
-        ("日本", "日本"),
-    ],
-)
-def test_visible_shows_what_is_invisible(text, shown):
-    assert figures.visible(text) == shown
-
-
-def test_visible_cuts_long_tokens():
-    assert figures.visible("x" * 50, 10) == "x" * 9 + "…"
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.0, "0"), (-0.5, "−0.5"), (1234.4, "+1234"), (-1e-9, "−1e−9"), (math.nan, "nan")],
-)
-def test_signed(value, text):
-    assert figures.signed(value) == text
-
-
 def test_plot_writes_stable_names(tmp_path):
     drawn = pair(history=True).plot(tmp_path)
     names = [f.get_label() for f in drawn]

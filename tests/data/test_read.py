@@ -1,0 +1,82 @@
+"""Rows from files, data sets and iterables."""
+
+import json
+
+import pytest
+
+from lddyn.data.read import rows
+from lddyn.errors import ExampleError
+
+TABLE = [{"prompt": "a", "completion": "b"}, {"prompt": "χ", "completion": "d"}]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\n\n"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_rows_jsonl(tmp_path, newline, bom):
+    path = tmp_path / "data.jsonl"
+    text = bom + newline.join(json.dumps(row, ensure_ascii=False) for row in TABLE) + newline
+    path.write_bytes(text.encode())
+    assert rows(path) == rows(str(path)) == TABLE
+    assert rows(path, limit=1) == TABLE[:1]
+
+
+def test_rows_json_list(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(TABLE, indent=1))
+    assert rows(path) == TABLE
+
+
+def test_rows_iterables():
+    class Dataset:  # what is used of datasets.Dataset
+        def __iter__(self):
+            return iter(TABLE)
+
+    assert rows(TABLE) == rows(Dataset()) == rows(iter(TABLE)) == TABLE
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b'{"a": 1}\n{"a": 1\n', r"bad.jsonl, line 2: not JSON \(.* at column"),
+        (b'{"a": 1}\n\n[1]\n', "bad.jsonl, line 3: a row must be a mapping of columns, got list"),
+        (b'{"a": "\xff"}\n', "bad.jsonl, line 1: not UTF-8"),
+        (b"[" * 100_000, "bad.jsonl: not a JSON list"),
+        (b'{"a":' * 100_000, "bad.jsonl, line 1: not JSON"),
+        (b'[{"a": 1}, 2]', "bad.jsonl, entry 1: a row must be a mapping"),
+    ],
+)
+def test_rows_errors_name_file_and_line(tmp_path, content, text):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ExampleError, match=text):
+        rows(path)
+
+
+def test_rows_refuses_what_is_no_table(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        rows(tmp_path / "absent.jsonl")
+    with pytest.raises(FileNotFoundError, match="directory"):
+        rows(tmp_path)
+    with pytest.raises(ExampleError, match="choose a split"):
+        rows({"train": TABLE})
+    with pytest.raises(ExampleError, match=r"row 0: .* got str 'prompt'"):
+        rows(["prompt"])
+    with pytest.raises(TypeError, match="path or an iterable"):
+        rows(3)
+
+
+def test_rows_parquet(tmp_path):
+    path = tmp_path / "data.parquet"
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        path.write_bytes(b"PAR1")
+        with pytest.raises(ImportError, match="pip install pyarrow"):
+            rows(path)
+        return
+    parquet.write_table(pyarrow.Table.from_pylist(TABLE), path)
+    assert rows(path) == TABLE
+    path.write_bytes(b"PAR1")
+    with pytest.raises(ExampleError, match="not a Parquet file"):
+        rows(path)

@@ -1,0 +1,74 @@
+"""Files that are whole or absent, digests, and values that JSON can hold."""
+
+import json
+import math
+import os
+
+import pytest
+
+from lddyn.errors import StoreCorruptError, StoreError
+from lddyn.files import TEMPORARY, canonical, digest_of, plain, put, read, replace_file
+
+
+def test_put_writes_the_whole_file_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "a"
+    for content in (b"first", b"second, which is longer"):
+        put(path, content)
+        assert path.read_bytes() == content
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "pwrite", "replace"])
+def test_put_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch, failing):
+    path = tmp_path / "a"
+    put(path, b"old")
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, failing, full)
+    with pytest.raises(OSError, match="no space left"):
+        put(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_put_never_writes_through_a_link(tmp_path):
+    (tmp_path / "other").write_bytes(b"somebody's")
+    (tmp_path / TEMPORARY).symlink_to(tmp_path / "other")
+    put(tmp_path / "a", b"ours")
+    assert (tmp_path / "other").read_bytes() == b"somebody's"
+    assert (tmp_path / "a").read_bytes() == b"ours"
+
+
+def test_replace_file_takes_text_and_bytes(tmp_path):
+    path = tmp_path / "a.json"
+    replace_file(path, "χ")
+    assert path.read_bytes() == "χ".encode()
+    replace_file(path, b"\0")
+    assert path.read_bytes() == b"\0"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_read_says_what_is_wrong_with_a_file_of_a_store(tmp_path):
+    (tmp_path / "a").write_bytes(b"0123456789")
+    assert read(tmp_path / "a", 3) == b"3456789"
+    with pytest.raises(StoreCorruptError, match="a: larger than 9 bytes"):
+        read(tmp_path / "a", limit=9)
+    with pytest.raises(StoreCorruptError, match="absent: this file of the store is missing"):
+        read(tmp_path / "absent")
+    with pytest.raises(StoreError, match="cannot be read"):
+        read(tmp_path)
+
+
+def test_digests_do_not_depend_on_parts_or_order_of_keys():
+    assert digest_of(b"ab", b"c") == digest_of(b"abc") == "ba7816bf8f01cfea414140de5dae2223"
+    assert canonical({"b": [1, 2], "a": "χ"}) == canonical({"a": "χ", "b": (1, 2)})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        canonical({"a": math.nan})
+
+
+def test_plain_values_are_strict_json():
+    value = {1: (math.nan, [math.inf, 2.0]), "b": {"c": -math.inf}, "d": None}
+    want = {"1": [None, [None, 2.0]], "b": {"c": None}, "d": None}
+    assert plain(value) == want
+    assert json.loads(json.dumps(plain(value), allow_nan=False)) == want
