@@ -14,8 +14,9 @@ if not torch.cuda.is_available():
 
 import lddyn
 
-sys.path.insert(0, str(Path(__file__).parent))  # so that tests can `import zoo`
-sys.path.insert(0, str(Path(__file__).parent / "report"))  # and `import browser`
+HERE = Path(__file__).parent
+# So that tests can `import zoo`, and what another test file defines.
+sys.path[:0] = [str(HERE), *(str(p) for p in sorted(HERE.iterdir()) if p.is_dir())]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {
