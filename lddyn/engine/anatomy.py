@@ -134,6 +134,22 @@ class Anatomy:
         self.apart: bool | None = None  # whether the sequences of a batch are known to be
         self._extends: dict[tuple[int, int], bool] = {}  # by both lengths
 
+    @classmethod
+    def of(cls, model: nn.Module | Anatomy, *, allow_frozen: bool = False) -> Anatomy:
+        """The Anatomy of a model: an Anatomy is returned as it is, a module is opened.
+
+        Every public function that takes a model calls this first, so that a caller who asks
+        several questions opens the model once, and chooses its attention there.
+
+        Args:
+            model: A causal LM of transformers, or an Anatomy.
+            allow_frozen: As in `Anatomy`, for a module that is opened here.
+
+        Raises:
+            UnsupportedModelError: If a module cannot be opened.
+        """
+        return model if isinstance(model, Anatomy) else cls(model, allow_frozen=allow_frozen)
+
     # ----- facts
 
     @property

@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -465,14 +465,43 @@ class _Products(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@overload
+def token_log_probs(model: nn.Module | Anatomy, examples: Example) -> Tensor: ...
+
+
+@overload
+def token_log_probs(model: nn.Module | Anatomy, examples: Sequence[Example]) -> list[Tensor]: ...
+
+
 def token_log_probs(
-    model: nn.Module, examples: Sequence[Example], attention: str = "lddyn"
-) -> list[Tensor]:
-    """Log π(y_l) of every response token, in nats: one (L,) tensor per example.
+    model: nn.Module | Anatomy, examples: Example | Sequence[Example]
+) -> Tensor | list[Tensor]:
+    """Log π(y_m) of every counted response token, in nats, without a graph.
+
+    Args:
+        model: A causal LM of transformers, or its Anatomy. It may be frozen.
+        examples: One Example, or several.
+
+    Returns:
+        For one example a tensor (M,), for several a list of them; float32, or float64 for a
+        float64 model.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be opened.
+        NonFiniteError: If a weight or a logit is NaN or infinite.
+
+    Cost: one forward pass for each example.
 
     Example:
-        >>> # log_probs = lddyn.token_log_probs(model, [example])
+        >>> import lddyn, transformers
+        >>> config = transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32,
+        ...     num_hidden_layers=2, num_attention_heads=2, pad_token_id=None)
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> example = lddyn.Example(prompt_ids=[1, 2], response_ids=[3, 4, 5])
+        >>> lddyn.token_log_probs(model, example).shape
+        torch.Size([3])
     """
-    anatomy = Anatomy(model, attention, allow_frozen=True)
-    traces = [anatomy.trace(example) for example in examples]
-    return [ops.residual(t.logits, t.targets)[1] for t in traces]
+    anatomy = Anatomy.of(model, allow_frozen=True)
+    if isinstance(examples, Example):
+        return anatomy.trace(examples).log_probs()
+    return [anatomy.trace(example).log_probs() for example in examples]

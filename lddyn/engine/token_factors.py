@@ -84,7 +84,7 @@ def token_factors(
         >>> bool((squares > 0).all())
         True
     """
-    anatomy = model if isinstance(model, Anatomy) else Anatomy(model)
+    anatomy = Anatomy.of(model)
     trace = anatomy.trace(example)
     pull = Pullback(trace, chunk=chunk)
     head = pull.head

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lddyn import ops
 from lddyn.data.example import Example
 from lddyn.engine.ledger import Gain, Tap, Work
 
@@ -40,6 +41,11 @@ class Trace:
     def length(self) -> int:
         """T, tokens of the sequence."""
         return self.ids.shape[1]
+
+    def log_probs(self) -> Tensor:
+        """Log π(y_m) (M,) of the realised tokens, in nats."""
+        log_probs: Tensor = ops.residual(self.logits, self.targets)[1]
+        return log_probs
 
     def at_tokens(self, tokens: Tensor) -> Trace:
         """The same forward pass for cotangents that sit on these response tokens (R,), repeated.

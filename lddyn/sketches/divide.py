@@ -86,7 +86,7 @@ def plan_layout(
     if not examples:
         raise ValueError("at least one example is needed to divide k over the parameters, got none")
     together = by_sequence(by)
-    anatomy = model if isinstance(model, Anatomy) else Anatomy(model)
+    anatomy = Anatomy.of(model)
     squares: dict[str, float] = {}
     uses: dict[str, str] = {}
     dense: set[str] = set()  # whose gradients are not outer products

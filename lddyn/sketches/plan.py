@@ -261,7 +261,7 @@ def plan(
         raise ValueError(f"by must be 'token' or 'sequence', got {by!r}")
     if rtol is not None and not 0 < rtol < math.inf:
         raise ValueError(f"rtol must be positive and finite, got {rtol}")
-    anatomy = model if isinstance(model, Anatomy) else Anatomy(model)
+    anatomy = Anatomy.of(model)
     budget = parse_memory(memory, anatomy.device)
     longest = max((*observed, *updated), key=lambda e: e.length)
     rates = Rates.of(Side.log_probs(anatomy.trace(longest)))

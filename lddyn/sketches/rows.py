@@ -273,7 +273,7 @@ def features(
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1 or None, got {threads}")
     budget = parse_memory(memory)
-    anatomy = model if isinstance(model, Anatomy) else Anatomy(model)
+    anatomy = Anatomy.of(model)
     if layout is None:
         layout = plan_layout(anatomy, examples, sketch or Sketch(), by)
     _check_layout(layout, anatomy)

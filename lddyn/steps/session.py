@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lddyn import ops
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.gradient import gradient
@@ -112,7 +111,7 @@ class Session:
         """Forward and backward of the update at the model's parameters."""
         anatomy = Anatomy(model, self.attention)
         updated = [anatomy.trace(e) for e in self.update.examples]
-        log_probs = [ops.residual(t.logits, t.targets)[1] for t in updated]
+        log_probs = [t.log_probs() for t in updated]
         loss, weights = self.update.weights(log_probs)
         total = gradient(anatomy, self.update.examples, weights)
         step = optimizer_step(optimizer, anatomy.trainable, total, self.max_grad_norm)
@@ -132,12 +131,15 @@ class Session:
             moved = Pushforward(trace, keep=False).logits(AlongDirection(direction))[0]
         return (rows * moved).sum(1)
 
+    def _token_log_probs(self, model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
+        return token_log_probs(Anatomy(model, self.attention, allow_frozen=True), examples)
+
     # ----- the decomposition
 
     @undisturbed
     def run(self) -> Decomposition:
         """Makes every pass of the decomposition, and the result."""
-        self.update.prepare(self.model, lambda m, e: token_log_probs(m, e, self.attention))
+        self.update.prepare(self.model, self._token_log_probs)
         state = self.state(self.model, self.optimizer)
         direction = state.step.direction()
         weights = torch.cat(state.weights)
@@ -330,7 +332,7 @@ class Session:
                     history=totals["history"][at],
                     weight_decay=totals["decay"][at],
                     error_estimate=error[at],
-                    logp=ops.residual(side.trace.logits, side.trace.targets)[1],
+                    logp=side.trace.log_probs(),
                     sequences=sequences,
                     parameters={n: float(v[at].sum()) for n, v in parameters.items()},
                     agreement=agreement,
@@ -452,7 +454,7 @@ class Session:
             base = copy_optimizer(self.optimizer, old, new)
             state = self.state(model, base)
             plain = self._plain_gradient(model)
-            before = [_realised(state.anatomy.trace(e)) for e in self.observed.values()]
+            before = [state.anatomy.trace(e).log_probs() for e in self.observed.values()]
             for lr in lrs:
                 factor = lr / self.lr
                 stepped = self._real_step(model, plain, factor)
@@ -461,7 +463,7 @@ class Session:
                 measured.append(
                     torch.cat(
                         [
-                            _realised(after.trace(e)) - b
+                            after.trace(e).log_probs() - b
                             for e, b in zip(self.observed.values(), before, strict=True)
                         ]
                     )
@@ -565,10 +567,6 @@ def _agreement(model: nn.Module) -> float:
 
 def _all_log_probs(trace: Trace) -> Tensor:
     return trace.logits.detach().double().log_softmax(-1)
-
-
-def _realised(trace: Trace) -> Tensor:
-    return ops.residual(trace.logits, trace.targets)[1]
 
 
 def _merge_experts(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

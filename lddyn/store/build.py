@@ -53,7 +53,7 @@ def store_features(
     """
     if store.layout_json != layout.to_json():
         raise ValueError(f"{store.path} has another layout: create it with that of these rows")
-    anatomy = model if isinstance(model, Anatomy) else Anatomy(model)
+    anatomy = Anatomy.of(model)
     bar = tqdm(
         total=sum(len(e) for e in examples.values()),
         desc="features",

@@ -396,6 +396,19 @@ def mixed(name):
     return model
 
 
+def test_an_anatomy_stands_for_its_model():
+    model = zoo.build("llama")
+    anatomy = Anatomy(model, attention="eager")
+    assert Anatomy.of(anatomy) is anatomy
+    assert Anatomy.of(model).attention == "lddyn"
+    one, other = zoo.examples()
+    single = lddyn.token_log_probs(anatomy, one)
+    several = lddyn.token_log_probs(anatomy, [one, other])
+    assert torch.equal(single, several[0]) and len(several) == 2
+    expected = zoo.token_log_probs(model.eval(), one)
+    assert torch.allclose(single, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "gemma3_text"])
 def test_model_is_left_as_it_was_found(name):
     model = mixed(name)
@@ -416,7 +429,7 @@ def test_model_is_left_as_it_was_found(name):
     assert_same(before, snapshot(model))
 
 
-@pytest.mark.parametrize("where", ["pullback.pull", "pushforward.push", "ntk.pair"])
+@pytest.mark.parametrize("where", ["pullback.pull", "pushforward.push", "gram.pair"])
 def test_model_is_restored_after_an_exception(where, monkeypatch):
     model = mixed("llama")
     observed, updated = zoo.examples()
@@ -428,7 +441,7 @@ def test_model_is_restored_after_an_exception(where, monkeypatch):
         raise KeyboardInterrupt("stopped by the user")
 
     module, function = where.split(".")
-    monkeypatch.setattr(sys.modules[f"lddyn.{module}"], function, explode)
+    monkeypatch.setattr(sys.modules[f"lddyn.engine.{module}"], function, explode)
     with pytest.raises(KeyboardInterrupt):
         lddyn.decompose(model, observed, lddyn.SFT(updated), lr=1e-3)
     assert calls
