@@ -21,8 +21,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 LARGEST_MANIFEST = 2**24
 
 
-def plain(name: str, content: Any) -> Any:
-    """`content` as JSON gives it back: tuples become lists; what JSON cannot hold is refused."""
+def json_copy(name: str, content: Any) -> Any:
+    """The content as JSON reads it back: tuples become lists.
+
+    Raises:
+        ValueError: If JSON cannot hold the content; the message begins with `name`.
+    """
     try:
         return json.loads(canonical(content))
     except (TypeError, ValueError) as error:
@@ -30,7 +34,7 @@ def plain(name: str, content: Any) -> Any:
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON, or a ValueError whatever is wrong with it."""
+    """The content of JSON bytes; a ValueError if they are not JSON."""
     try:
         return json.loads(data.decode("utf-8"))
     except RecursionError:
@@ -48,7 +52,7 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(stored: Any, given: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted name → both values, of the fields that differ."""
+    """Dotted name → (stored, given) for each field that differs; `"absent"` where there is none."""
     a, b = _flat(stored), _flat(given)
     absent = "absent"
     pairs = {key: (a.get(key, absent), b.get(key, absent)) for key in sorted({*a, *b})}
@@ -57,7 +61,7 @@ def differences(stored: Any, given: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def essence(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What two stores must share; the size of shards is only a habit of the writer."""
+    """The fields that two stores must share: all but `shard_bytes`, which rows do not depend on."""
     return {k: v for k, v in manifest.items() if k != "shard_bytes"}
 
 
@@ -68,7 +72,12 @@ def render(manifest: Mapping[str, Any]) -> bytes:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the store at `path`, byte for byte as it was written."""
+    """The manifest of the store at `path`.
+
+    Raises:
+        StoreError: If there is no store, or it has another format version.
+        StoreCorruptError: If a byte of the manifest is not as it was written.
+    """
     file = path / MANIFEST
     if not file.exists():
         raise StoreError(f"{path}: no store here (no {MANIFEST})")

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from store_torture import contents, data_set, features, fill
 
 import lddyn
-from lddyn import Estimate, Store
+from lddyn import Estimate, Store, files
 from lddyn.errors import StoreCorruptError, StoreError, StoreIdentityError, StoreLockedError
-from lddyn.store import shards
+from lddyn.store import manifest
 from lddyn.store.identity import identify
 from lddyn.store.query import Pairing
+from lddyn.store.writer import Writer
 
 IDENTITY = {"model": {"weights": "abc", "config": "def"}, "tokenizer": "t"}
 
@@ -122,10 +123,12 @@ def test_rows_are_views_of_the_file_and_cannot_change_it(filled):
 
 
 def test_more_shards_than_are_mapped_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("lddyn.store.store._OPEN_SHARDS", 2)
+    monkeypatch.setattr("lddyn.store.shards._MAPPED", 2)
     examples = data_set(300)
     store = fill(tmp_path / "s", examples, 6, 512)
-    assert torch.equal(store.rows(), expected(examples)) and len(store._mapped) == 2
+    assert (
+        torch.equal(store.rows(), expected(examples)) and len(store._contents.shards._mapped) == 2
+    )
 
 
 def test_nothing_but_whole_examples_and_only_once(tmp_path):
@@ -246,11 +249,11 @@ def test_identify_sees_weights_tokenizer_and_data():
     other = Words()
     other.chat_template = "{{ messages }}"
     changed = identify(model, other, examples[::-1], seed=1)
-    fields = set(shards.differences(first, changed))
+    fields = set(manifest.differences(first, changed))
     assert fields == {"tokenizer.chat_template", "data.digest", "seed"}
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1e-3
-    assert set(shards.differences(first, identify(model, Words(), examples, seed=0))) == {
+    assert set(manifest.differences(first, identify(model, Words(), examples, seed=0))) == {
         "model.weights"
     }
     with pytest.raises(ValueError, match="when must be JSON"):
@@ -270,7 +273,7 @@ def test_identify_does_not_see_how_a_tokenizer_was_called_last():
     assert words.backend_tokenizer.padding is not None
     assert identify(model, words) == before
     words.add_tokens(["c"])
-    changed = shards.differences(before, identify(model, words))
+    changed = manifest.differences(before, identify(model, words))
     assert set(changed) == {"tokenizer.rules"}
 
 
@@ -300,7 +303,7 @@ def test_what_create_and_open_refuse(tmp_path, filled):
 
 
 def test_a_creation_that_was_killed_can_be_repeated(tmp_path, monkeypatch):
-    put = shards.put
+    put = files.put
     for cut in (0, 1):
         calls = iter(range(9))
 
@@ -386,7 +389,7 @@ def test_damage_is_named_and_verify_finds_it(filled):
     fresh = Store.open(store.path)
     (problem,) = fresh.verify()
     assert "shard-000002.safetensors: checksum does not match" in problem
-    start = fresh._starts[2]
+    start = fresh._contents.starts[2]
     fresh.rows(0, start)  # the others can be read
     with pytest.raises(StoreCorruptError, match="shard-000002"):
         fresh.rows(0, start + 1)
@@ -411,8 +414,8 @@ def test_a_shard_damaged_after_its_first_use_is_noticed_by_verify(filled):
 
 def test_a_manifest_of_another_version(filled):
     store, _ = filled
-    manifest = dict(store._manifest, format=2)
-    (store.path / "manifest.json").write_bytes(shards.render(manifest))
+    changed = dict(store._manifest, format=2)
+    (store.path / "manifest.json").write_bytes(manifest.render(changed))
     with pytest.raises(StoreError, match="format must be 1, got 2"):
         Store.open(store.path)
     for text in (b"[" * 100_000, b"{}", b"null", b'{"manifest": 3}', b"\xff\xfe", b"1" * 5000):
@@ -673,7 +676,7 @@ def test_any_sequence_of_actions_keeps_what_was_flushed(tmp_path, actions, shard
         if action != "abandon":
             flushed = len(store.example_ids)
         else:
-            store._lock.release()
+            store._writer.lock.release()
             given_ = given_[:flushed]
         if action in ("reopen", "abandon"):
             store = Store.open(folder, IDENTITY, mode="a")
@@ -759,7 +762,7 @@ def test_a_merge_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     examples = data_set(400)
     paths = ranks_with(tmp_path, *([(e, i, i)] for i, e in enumerate(examples)))
     whole = contents(Store.merge(paths, tmp_path / "whole").path)
-    append, calls = Store.append, iter(range(1000))
+    append, calls = Writer.append, iter(range(1000))
 
     def stop(self, *args, **kwargs):
         if next(calls) == 5:
@@ -767,11 +770,11 @@ def test_a_merge_that_was_interrupted_goes_on(tmp_path, monkeypatch):
         append(self, *args, **kwargs)
         self.flush()
 
-    monkeypatch.setattr(Store, "append", stop)
+    monkeypatch.setattr(Writer, "append", stop)
     with pytest.raises(KeyboardInterrupt):
         Store.merge(paths, tmp_path / "cut")
     assert 0 < len(Store.open(tmp_path / "cut").example_ids) < len(examples)
-    monkeypatch.setattr(Store, "append", append)
+    monkeypatch.setattr(Writer, "append", append)
     merged = Store.merge(paths, tmp_path / "cut")
     assert torch.equal(merged.rows(), expected(examples)) and len(whole) == 3
 
@@ -807,7 +810,7 @@ def best(values, k, sign):
 @pytest.mark.parametrize(("k", "memory"), [(1, 1), (7, 3000), (10_000, "1MiB")])
 def test_query_is_brute_force_with_ties(whole_numbers, monkeypatch, sign, by, k, memory):
     store, examples = whole_numbers
-    monkeypatch.setattr("lddyn.store.store._QUERIES", 2)
+    monkeypatch.setattr("lddyn.store.query._QUERIES", 2)
     queries = integers(5, 6, 999)
     values = queries @ store.rows().float().T
     if by == "sequence":
@@ -849,6 +852,19 @@ def test_hits_name_tokens_and_sequences(whole_numbers):
     whole = store.query(queries, 3, by="sequence")[0][0]
     assert whole.tokens == len(examples[whole.example_index]) and whole.token_id is None
     assert store.span(examples[whole.example_index]).start == whole.row
+
+
+def test_hits_say_what_they_are(whole_numbers):
+    store, _ = whole_numbers
+    hits = store.query(integers(2, 6, 5), 3, by="sequence")
+    document = json.loads(json.dumps(hits.to_dict()))
+    assert [len(q) for q in document["queries"]] == [3, 3] and document["by"] == "sequence"
+    assert document["queries"][0][0]["value"] == hits[0][0].value
+    assert hits.summary()["largest"] == float(hits.estimate.value.max())
+    lines = hits.explain().splitlines()
+    assert lines[0] == "query 0" and len(lines) == 8 and hits[1][2].example_id in lines[-1]
+    assert "3 strongest sequences for each of 2 queries" in repr(hits)
+    assert "tensor" not in repr(hits) + repr(next(store.shards()))
 
 
 @pytest.mark.parametrize("by", ["token", "sequence"])
@@ -927,5 +943,7 @@ def test_a_store_says_what_it_is(filled):
     text = repr(store)
     assert f"{len(store)} tokens of 12 examples" in text and "6 × float32" in text
     assert store.nbytes == sum(p.stat().st_size for p in store.path.glob("*.safetensors"))
-    manifest = json.loads((store.path / "manifest.json").read_text())
-    assert manifest["manifest"]["identity"] == store_torture.IDENTITY
+    written = json.loads((store.path / "manifest.json").read_text())
+    assert written["manifest"]["identity"] == store_torture.IDENTITY
+    assert json.loads(json.dumps(store.to_dict()))["identity"] == store_torture.IDENTITY
+    assert store.summary()["tokens"] == len(store) and store.explain().startswith(str(store.path))
