@@ -30,6 +30,7 @@ from lddyn import report
 from lddyn.data.read import rows
 from lddyn.integrations.trl import watch
 from lddyn.probes.measure import measure
+from lddyn.probes.probe_set import LABELS
 from lddyn.sets.diagnosis import Diagnosis, assemble
 
 
@@ -181,7 +182,7 @@ def main() -> None:
             "steps": args.steps,
             "checkpoint": args.checkpoint,
             "told": report.tell_diagnosis(found, measured=moved[0]),
-            "run": report.tell_dynamics(report.read_dynamics(run)),
+            "run": report.explain_dynamics(report.read_dynamics(run), LABELS),
             "chosen_falls": float((found.scores["set_chosen"] < 0).double().mean()),
             "measured_falls": float((moved[0] < 0).double().mean()),
             "measured": [float(x.mean()) for x in moved],

@@ -234,7 +234,7 @@ def decompose(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the decomposition, summary.json, pictures and report.html.",
+            help="Folder for the decomposition, summary.json, pictures and index.html.",
             show_default=False,
         ),
     ] = None,
@@ -257,8 +257,8 @@ def decompose(
         import torch
 
         import lddyn
-        from lddyn import report
         from lddyn.steps.decompose import decompose as take_apart
+        from lddyn.steps.folder import summarise, write_steps
 
         torch.manual_seed(seed)
         chosen_dtype: torch.dtype = getattr(torch, dtype)
@@ -334,11 +334,11 @@ def decompose(
             extra = {"model": model, "data": f"{data}, row {row}", "seed": seed}
             extra["seconds"] = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items())
             title = f"What one {objective.upper()} step on row {row} did"
-            page = report.write_run(
+            page = write_steps(
                 out, {"": dec}, {"": verification}, title=title, extra=extra, facts=document
             )
         if as_json:
-            _print_json({**document, **report.summarise(dec, verification)})
+            _print_json({**document, **summarise(dec, verification)})
             return
         _print_decomposition(dec, verification)
         _say(f"({', '.join(f'{k} {v:.1f} s' for k, v in seconds.items())})")
@@ -589,7 +589,6 @@ def _print_decomposition(dec: Decomposition, verification: Verification | None) 
     from rich.table import Table
     from rich.text import Text
 
-    from lddyn.report import tell
     from lddyn.text import signed
 
     sources = list(dict.fromkeys(k for o in dec for k in o.by_sequence()))
@@ -616,7 +615,7 @@ def _print_decomposition(dec: Decomposition, verification: Verification | None) 
             start = stop
         table.add_row(*cells)
     _print_table(table)
-    _say(*tell(dec, verification))
+    _say(*dec.explain(verification).splitlines())
     if verification is not None:
         _say("", "checked against real steps:", *str(verification).splitlines())
 
@@ -714,8 +713,8 @@ def demo(
         if as_json:
             _print_json(summary)
             return
-        _say(*summary["told"])
-        _say("", f"page: {Path(out) / 'report.html'}")
+        _say(*summary["explanation"])
+        _say("", f"page: {Path(out) / 'index.html'}")
 
 
 @app.command()
@@ -731,32 +730,36 @@ def report(
     """Write the page of a saved decomposition again, or that of a watched run."""
     with one_line_errors():
         from lddyn import report as reports
+        from lddyn.probes.probe_set import LABELS
+        from lddyn.steps.folder import read_steps, write_steps
 
         if not any(run_dir.glob("**/decomposition.json")):
             with contextlib.suppress(FileNotFoundError):  # a watched run instead
                 rows = reports.read_dynamics(run_dir)
                 folder = run_dir if (run_dir / "dynamics.jsonl").is_file() else run_dir / "lddyn"
-                page = reports.write_dynamics(rows, folder / "index.html")
-                told = {"": reports.tell_dynamics(rows)}
+                page = reports.write_dynamics(rows, folder / "index.html", labels=LABELS)
+                told = {"": reports.explain_dynamics(rows, LABELS)}
                 if as_json:
-                    _print_json({"page": str(page), "told": told})
+                    _print_json({"page": str(page), "explanation": told})
                 else:
                     _say(*told[""], f"page: {page}")
                 return
-        decs, verifications, summary = reports.read_run(run_dir)
+        decs, verifications, summary = read_steps(run_dir)
         known = {"title", "opening", "extra", *decs}
-        page = reports.write_run(
+        page = write_steps(
             run_dir,
             decs,
             verifications,
             title=str(summary.get("title", "What one finetuning step did")),
-            story=[str(s) for s in summary.get("opening", [])],
+            opening=[str(s) for s in summary.get("opening", [])],
             extra=summary.get("extra"),
             facts={k: v for k, v in summary.items() if k not in known},
         )
-        told = {name: reports.tell(dec, verifications.get(name)) for name, dec in decs.items()}
+        told = {
+            name: dec.explain(verifications.get(name)).splitlines() for name, dec in decs.items()
+        }
         if as_json:
-            _print_json({"page": str(page), "told": told})
+            _print_json({"page": str(page), "explanation": told})
             return
         for name, lines in told.items():
             _say(*([f"{name}:"] if name else []), *lines)

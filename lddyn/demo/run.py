@@ -1,4 +1,4 @@
-"""`lddyn demo`: an SFT step and a DPO step, decomposed, drawn and told in words."""
+"""`lddyn demo`: an SFT step and a DPO step, decomposed, drawn and explained in words."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def run(
     """The whole demo: train, finetune, take DPO steps, explain one step of each, verify, tell.
 
     Args:
-        out_dir: Gets `report.html`, summary.json, and pictures and numbers of both steps.
+        out_dir: Gets `index.html`, summary.json, and pictures and numbers of both steps.
         quick: Little training and coarser rules: the machinery in seconds, not sensible beliefs.
         progress: Show bars, and what is being done, on standard error.
         seed: Seed of facts, data, weights and batches.
         cache_dir: Where the pretrained model is cached. Default: `cache_root()`.
 
     Returns:
-        What summary.json holds: the story in `"told"`, both steps under `"sft"` and `"dpo"`, the
-        change of y+ and y- in every DPO step under `"steps"`, `"seconds"` per stage.
+        What summary.json holds: the sentences in `"explanation"`, both steps under `"sft"` and
+        `"dpo"`, the change of y+ and y- in every DPO step under `"steps"`, `"seconds"` per stage.
 
     Cost: about a minute and a half on two cores the first time.
     """
-    from lddyn import report
     from lddyn.objectives import DPO, SFT
     from lddyn.steps.decompose import decompose
+    from lddyn.steps.folder import summarise, write_steps
 
     clock = _Clock(progress)
     clock.stage("a language, a tokenizer and a tiny Llama")
@@ -97,48 +97,48 @@ def run(
             row = now.preference_pairs[falling_pair(now, candidates=4 if quick else 32)]
             pair = examples(row)
             update = DPO(pair["chosen"], pair["rejected"], beta=beta, reference=tuned.model)
-            explanation = decompose(
+            preferred = decompose(
                 policy, pair, update, optimizer=optimizer, rule=rule, progress=progress
             )
             lrs = [dpo_lr * 2.0**-k for k in range(2 if quick else 5)]
-            check = explanation.verify(lrs)
+            check = preferred.verify(lrs)
             asked = row
         steps.append(_dpo_step(policy, tuned.model, optimizer, world.tokenizer, row, beta))
         steps[-1]["explained"] = step == explained
 
     clock.stage("pictures and page")
     opening = _opening(tuned, first, asked, steps)
-    told = [
+    explanation = [
         *opening,
         "",
         "The SFT step:",
-        *report.tell(taught, taught_check),
+        *taught.explain(taught_check).splitlines(),
         "",
         "The DPO step:",
-        *report.tell(explanation, check),
+        *preferred.explain(check).splitlines(),
     ]
     facts = {
-        "told": told,
+        "explanation": explanation,
         "steps": steps,
         "seed": seed,
         "quick": quick,
         "stats": tuned.stats,
         "seconds": clock.seconds,
     }
-    decs = {"sft": taught, "dpo": explanation}
+    decs = {"sft": taught, "dpo": preferred}
     checks = {"sft": taught_check, "dpo": check}
-    report.write_run(
+    write_steps(
         Path(out_dir),
         decs,
         checks,
         title="lddyn demo: one SFT step and one DPO step, explained",
-        story=opening,
+        opening=opening,
         extra={"parameters": tuned.stats["parameters"], "seed": seed},
         facts=facts,
     )
     return {
         **facts,
-        **{name: report.summarise(dec, checks[name]) for name, dec in decs.items()},
+        **{name: summarise(dec, checks[name]) for name, dec in decs.items()},
         "seconds": dict(clock.stop()),
     }
 

@@ -31,7 +31,7 @@ from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.pushforward import AlongDirection, Direction, Pushforward, delta_log_probs
 from lddyn.files import plain, replace_file
 from lddyn.probes.measure import measure
-from lddyn.probes.probe_set import Encoded, ProbeSet
+from lddyn.probes.probe_set import LABELS, Encoded, ProbeSet
 from lddyn.report import write_dynamics
 
 __all__ = ["Probes", "Watcher"]
@@ -139,7 +139,7 @@ class Watcher:
             self._pass("end", _plain(model), step)
         if self._main and self.rows and self.folder is not None and not self._broken:
             with self._safely("page"):
-                write_dynamics(self.rows, self.folder / "index.html")
+                write_dynamics(self.rows, self.folder / "index.html", labels=LABELS)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Hands a row to whoever shows it; names begin with ``lddyn/``."""

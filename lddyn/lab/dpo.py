@@ -37,7 +37,7 @@ from lddyn.lab.setting import (
 from lddyn.lab.sft import bell
 from lddyn.optimizers import make_optimizer
 from lddyn.probes.build import sample
-from lddyn.report.figures import INK, LOWERED, RAISED
+from lddyn.report.canvas import INK, LOWERED, RAISED
 from lddyn.stats import bootstrap
 from lddyn.steps.massflow import Flow
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lddyn.probes.probe_set import TYPES
-from lddyn.report.figures import FAINT, INK, blank_figure, tidy
+from lddyn.report.canvas import FAINT, INK, blank_figure, tidy
 
 __all__ = ["COLOURS", "GROUP_COLOURS", "axes_grid", "curves", "heat_map", "label_ends", "tidy"]
 

@@ -32,7 +32,7 @@ from lddyn.lab.setting import (
 )
 from lddyn.probes.build import sample
 from lddyn.probes.measure import measure
-from lddyn.report.figures import INK
+from lddyn.report.canvas import INK
 from lddyn.stats import bootstrap
 
 __all__ = ["degeneration", "run"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lddyn.report.figures import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
+from lddyn.report.canvas import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 
 if TYPE_CHECKING:
     import torch

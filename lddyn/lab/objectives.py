@@ -21,7 +21,7 @@ from lddyn.data.example import Example
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.shares import Share, verdict
 from lddyn.objectives import DPO, PREFERENCES, Objective, preference
-from lddyn.report.figures import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
+from lddyn.report.canvas import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 from lddyn.steps.massflow import softmax_step
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ from lddyn.lab.setting import (
 from lddyn.lab.shares import verdict
 from lddyn.optimizers import make_optimizer
 from lddyn.probes.probe_set import TYPES
-from lddyn.report.figures import INK
+from lddyn.report.canvas import INK
 from lddyn.stats import bootstrap
 
 __all__ = ["bell", "explained_share", "kernel_grid", "over_prompts", "run"]

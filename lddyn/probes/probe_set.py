@@ -34,7 +34,7 @@ from lddyn.data.read import rows as read_rows
 from lddyn.errors import EmptyResponseError
 from lddyn.files import replace_file
 
-__all__ = ["TYPES", "Encoded", "ProbeSet", "ResponseType"]
+__all__ = ["LABELS", "TYPES", "Encoded", "ProbeSet", "ResponseType"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ TYPES: dict[str, ResponseType] = {
     "random_permute": ResponseType("y_urnd+", "noise", "chosen, permuted", "words permuted"),
     "random_nonhum": ResponseType("y_rnd", "noise", "random words", "random words"),
 }
+
+LABELS = {name: kind.label for name, kind in TYPES.items()}  # type -> its name in words
 
 
 @dataclass(frozen=True)

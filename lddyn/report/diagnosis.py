@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lddyn.environment import env
 from lddyn.files import plain, replace_file
-from lddyn.report.decomposition import token_data
-from lddyn.report.dynamics import curves, tell_dynamics
+from lddyn.probes.probe_set import LABELS
+from lddyn.report.dynamics import curves, explain_dynamics
 from lddyn.report.page import axis, installation, render, versions, word
+from lddyn.report.step import token_tables
 from lddyn.text import readable, signed, visible
 
 if TYPE_CHECKING:
@@ -234,7 +236,7 @@ def tell_diagnosis(
     n, scale, sure = len(found), unit(found), _certainty(found)
     run = [
         {"about": "the run", "text": text, "kind": "measured", "sure": "measured on its probes"}
-        for text in tell_dynamics(dynamics)[:1]
+        for text in explain_dynamics(dynamics, LABELS)[:1]
     ]
     if not scale:
         text = "No step of this objective moves any pair: all weights or gradients are zero."
@@ -652,8 +654,8 @@ def write_diagnosis(
         noun="pair" if places is None else "row",
         fates=_fates(found, step, places),
         sources=_bars(found),
-        curves=curves(dynamics),
-        run=tell_dynamics(dynamics),
+        curves=curves(dynamics, LABELS),
+        run=explain_dynamics(dynamics, LABELS),
         table=_table(found, document["actions"], places, tokenizer),
         columns=_columns(found),
         ahead=None if found.foretold is None else _fates(found, found.foretold.change, places),
@@ -668,7 +670,7 @@ def write_diagnosis(
         exact=found.stderr is None,
         facts={str(k): readable(str(v)) for k, v in (extra or {}).items()}
         | {"made with": versions()},
-        installation=installation(),
+        installation=installation(env()),
         signed=signed,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -936,7 +938,7 @@ def _closeup(number: int, closeup: CloseUp, places: Sequence[int] | None) -> dic
     names = {"chosen": "its own y+", "rejected": "its own y−"}
     if closeup.victim is not None:
         names["victim"] = f"y+ of {_named([closeup.victim], places)}, which it lowers most"
-    tokens = token_data(dec)
+    tokens = token_tables(dec.to_dict())
     for observed, response in zip(dec, tokens["responses"], strict=True):
         response["name"] = names[observed.name]
     real = flow.measured

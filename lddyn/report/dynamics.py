@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lddyn.files import replace_file
+from lddyn.report.data import Rows
 from lddyn.report.page import axis, render, versions
 from lddyn.text import printable, signed
 
-__all__ = ["read_dynamics", "tell_dynamics", "write_dynamics"]
+__all__ = ["explain_dynamics", "read_dynamics", "write_dynamics"]
 
-Rows = Sequence[Mapping[str, Any]]
+Labels = Mapping[str, str]
 
 _CHARTS = {
     "change": ("Change of log π since the start", "nats, mean over prompts"),
@@ -25,13 +26,14 @@ _LINES = 8  # response types in a chart
 
 
 def read_dynamics(folder: str | Path) -> list[dict[str, Any]]:
-    """Rows that `lddyn.integrations` wrote while a run was watched.
+    """Reads the rows that `lddyn.integrations` wrote while it watched a run.
 
     Args:
         folder: OUTPUT_DIR of the trainer, its lddyn folder, or the file itself.
 
     Returns:
-        A dict a pass, by "step", without the log-probs of single examples.
+        One dict per pass over the probes, in the order of "step", without the log-probs of single
+        examples.
 
     Raises:
         FileNotFoundError: If there is no dynamics.jsonl.
@@ -64,11 +66,11 @@ def _series(rows: Rows, what: str) -> dict[str, list[tuple[float, float]]]:
     kinds = dict.fromkeys(
         k.partition("/")[2] for row in rows for k in row if k.startswith(what + "/")
     )
-    found = {}
+    series = {}
     for kind in kinds:
         values = [(row["step"], _number(row, f"{what}/{kind}")) for row in rows]
-        found[kind] = [(s, v) for s, v in values if math.isfinite(v)]
-    return {kind: values for kind, values in found.items() if values}
+        series[kind] = [(s, v) for s, v in values if math.isfinite(v)]
+    return {kind: values for kind, values in series.items() if values}
 
 
 def _number(row: Mapping[str, Any], name: str) -> float:
@@ -76,23 +78,47 @@ def _number(row: Mapping[str, Any], name: str) -> float:
     return math.nan if value is None else float(value)
 
 
-def _label(kind: str) -> str:
+def _label(kind: str, labels: Labels | None) -> str:
     """A response type in words."""
-    from lddyn.probes.probe_set import TYPES
-
-    return TYPES[kind].label if kind in TYPES else printable(kind)
+    return printable((labels or {}).get(kind, kind))
 
 
-def tell_dynamics(rows: Rows) -> list[str]:
-    """What a watched run did, in sentences; none of no rows."""
-    changes, levels = _series(rows, "change"), _series(rows, "log_prob")
-    said = []
+def explain_dynamics(rows: Rows, labels: Labels | None = None) -> list[str]:
+    """What a watched run did, in sentences; an empty list for no rows.
+
+    Args:
+        rows: `read_dynamics(FOLDER)`.
+        labels: Response type -> its name in words. Default: the type itself.
+    """
+    changes = _series(rows, "change")
+    if not changes:
+        return []
     names = [k for k in ("chosen", "rejected") if k in changes] or list(changes)[:2]
+    lines = [_explain_changes(rows, changes, names)]
+    others = [k for k in changes if k not in names and changes[k][-1][1] < 0]
+    if others and any(changes[k][-1][1] < 0 for k in names):
+        named = ", ".join(f"‘{_label(k, labels)}’ {signed(changes[k][-1][1])}" for k in others[:4])
+        lines.append(f"Responses of other kinds fell as well: {named} nats.")
+    greedy = _series(rows, "greedy")
+    for name in [k for k in names if k in greedy]:
+        gained = greedy[name][-1][1] - greedy[name][0][1]
+        if changes[name][-1][1] < 0 < gained:
+            lines.append(
+                f"Along {printable(name)} responses the likeliest tokens gained "
+                f"{signed(gained)[1:]} nats while the responses fell: their probability went to "
+                "tokens that were likely already (the squeezing effect)."
+            )
+    return [*lines, *_explain_first_order(rows)]
+
+
+def _explain_changes(
+    rows: Rows, changes: Mapping[str, list[tuple[float, float]]], names: Sequence[str]
+) -> str:
+    """How far log π of these response types rose or fell, as one sentence."""
+    levels, parts = _series(rows, "log_prob"), []
     for number, name in enumerate(names):
-        (last, change), (highest, top) = (
-            changes[name][-1],
-            max(changes[name], key=lambda pair: pair[1]),
-        )
+        last, change = changes[name][-1]
+        highest, top = max(changes[name], key=lambda point: point[1])
         moved = "did not move"
         if abs(change) >= 5e-7:
             moved = f"{'rose' if change > 0 else 'fell'} by {signed(abs(change))[1:]} nats"
@@ -102,37 +128,26 @@ def tell_dynamics(rows: Rows) -> list[str]:
             text += f" ({ends[0]} → {ends[1]})"
         if change < 0 and top > 0.05 * -change:
             text += f", after a rise of {signed(top)[1:]} until step {highest:.0f}"
-        said.append(text if number else f"Over {last:.0f} steps of the watched run, {text}")
-    if not said:
-        return []
-    lines = [", and ".join(said) + "."]
-    others = [k for k in changes if k not in names and changes[k][-1][1] < 0]
-    if others and any(changes[k][-1][1] < 0 for k in names):
-        named = ", ".join(f"‘{_label(k)}’ {signed(changes[k][-1][1])}" for k in others[:4])
-        lines.append(f"Responses of other kinds fell as well: {named} nats.")
-    greedy = _series(rows, "greedy")
-    for name in [k for k in names if k in greedy]:
-        moved_by = greedy[name][-1][1] - greedy[name][0][1]
-        if changes[name][-1][1] < 0 < moved_by:
-            lines.append(
-                f"Along {printable(name)} responses the likeliest tokens gained "
-                f"{signed(moved_by)[1:]} nats while the responses lost: the mass went to what was "
-                "likely already (the squeezing effect)."
-            )
+        parts.append(text if number else f"Over {last:.0f} steps of the watched run, {text}")
+    return ", and ".join(parts) + "."
+
+
+def _explain_first_order(rows: Rows) -> list[str]:
+    """How well J Δθ predicted what single steps did."""
     first, steps = _series(rows, "first_order"), _series(rows, "step")
     pairs = [(dict(first[k]).get(at), value) for k in steps if k in first for at, value in steps[k]]
     known = [(p, m) for p, m in pairs if p is not None]
     size = sum(abs(m) for _, m in known)
-    if size > 0:
-        error = sum(abs(p - m) for p, m in known) / size
-        lines.append(
-            f"What single steps did, J Δθ with the optimizer's own step foretold up to "
-            f"{100 * error:.0f}% ({len(known)} comparisons)."
-        )
-    return lines
+    if not size > 0:
+        return []
+    error = sum(abs(p - m) for p, m in known) / size
+    return [
+        "J Δθ, with the optimizer's own step Δθ, predicted the changes that single steps made "
+        f"with a relative error of {100 * error:.0f}% ({len(known)} comparisons)."
+    ]
 
 
-def curves(rows: Rows) -> list[dict[str, Any]]:
+def curves(rows: Rows, labels: Labels | None = None) -> list[dict[str, Any]]:
     """The charts, as the template draws them."""
     shown = []
     for what, (title, measure) in _CHARTS.items():
@@ -142,12 +157,16 @@ def curves(rows: Rows) -> list[dict[str, Any]]:
         far = max(reach, key=lambda kind: reach[kind], default="")
         rest = {kind: values for kind, values in series.items() if kind != far}
         if what == "change" and rest and reach[far] > 4 * max(reach[k] for k in rest):
-            shown.append((what, f"The same without {_label(far)}", measure, rest))
-    return [_chart(*chart) for chart in shown if any(len(v) > 1 for v in chart[3].values())]
+            shown.append((what, f"The same without {_label(far, labels)}", measure, rest))
+    return [_chart(*chart, labels) for chart in shown if any(len(v) > 1 for v in chart[3].values())]
 
 
 def _chart(
-    what: str, title: str, measure: str, series: Mapping[str, list[tuple[float, float]]]
+    what: str,
+    title: str,
+    measure: str,
+    series: Mapping[str, list[tuple[float, float]]],
+    labels: Labels | None,
 ) -> dict[str, Any]:
     flat = [point for values in series.values() for point in values]
     x, across = axis([s for s, _ in flat], 44, 286)
@@ -159,7 +178,7 @@ def _chart(
         start += len(values)
         lines.append(
             {
-                "name": _label(kind),
+                "name": _label(kind, labels),
                 "points": " ".join(f"{a},{b}" for a, b in own),
                 "end": own[-1],
                 "label": own[-1][1],
@@ -192,6 +211,7 @@ def write_dynamics(
     rows: Rows,
     path: str | Path,
     *,
+    labels: Labels | None = None,
     title: str = "What training did to its responses",
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -200,6 +220,7 @@ def write_dynamics(
     Args:
         rows: `read_dynamics(FOLDER)`, or `LearningDynamicsCallback.rows`.
         path: The file; its folder is made.
+        labels: Response type -> its name in words. Default: the type itself.
         title: Heading.
         extra: Facts for the table at the end.
 
@@ -215,9 +236,9 @@ def write_dynamics(
     text = render(
         "dynamics.html",
         title=title,
-        run=tell_dynamics(rows),
-        curves=curves(rows),
-        table=_table(rows),
+        run=explain_dynamics(rows, labels),
+        curves=curves(rows, labels),
+        table=_table(rows, labels),
         facts={**(extra or {}), **_cost(rows), "made with": versions()},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,13 +251,13 @@ def _cost(rows: Rows) -> dict[str, str]:
     return {"watching took": f"{100 * spent[-1]:.1f} % of the time of training"} if spent else {}
 
 
-def _table(rows: Rows) -> dict[str, Any]:
+def _table(rows: Rows, labels: Labels | None) -> dict[str, Any]:
     """Sums of log-probs by response type; of many passes some, evenly spread."""
     kinds = list(_series(rows, "log_prob"))
     count = min(len(rows), 40)
     kept = [rows[round(i * (len(rows) - 1) / max(count - 1, 1))] for i in range(count)]
     return {
-        "kinds": [_label(k) for k in kinds],
+        "kinds": [_label(k, labels) for k in kinds],
         "rows": [
             {
                 "step": int(row["step"]),

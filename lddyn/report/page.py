@@ -1,8 +1,8 @@
-"""What all pages share: one template, one look, a policy that lets nothing in and nothing out.
+"""The frame of all pages: template, style, and a policy that forbids the network.
 
-A page is one file that opens from file://. Everything it is given is untrusted: jinja escapes it,
-`readable` shows what would hide or reorder text, and the page's own policy forbids the network
-and every script but its own, which it names by hash.
+A page is one file that opens from file://. All its data is untrusted: jinja escapes it, `readable`
+shows characters that would hide or reorder text, and the page's own policy forbids the network and
+every script but its own, which it names by hash.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def word(value: float) -> str:
-    """The class of a number in the page: which colour it has."""
+    """Class of a number in the page, which sets its colour: "up", "down" or "zero"."""
     return "up" if value > 0 else "down" if value < 0 else "zero"
 
 
 def axis(
     values: Sequence[float], low: float, high: float, *, zero: bool = True
 ) -> tuple[list[float], list[dict[str, Any]]]:
-    """Places of values on an axis of a drawing, and its round ticks ("at", "text").
+    """Positions of values on an axis of a drawing, and its round ticks ("at", "text").
 
     Args:
         values: Finite numbers.
-        low: Where the least of them is, or near it.
-        high: Where the largest is.
+        low: Position of the least value, or near it.
+        high: Position of the largest value.
         zero: Whether 0 must be on the axis.
     """
     ends = [0.0, *values] if zero or not values else list(values)
@@ -56,28 +56,26 @@ def axis(
 
 
 def versions() -> str:
-    """Versions of what makes a page's numbers."""
-    found = []
+    """Versions of the packages that make a page's numbers."""
+    parts = []
     for name in ("lddyn", "torch", "transformers"):
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            parts.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return ", ".join(found)
+    return ", ".join(parts)
 
 
-def installation() -> dict[str, str]:
-    """What `lddyn env` tells, a line each."""
-    from lddyn.environment import env
+def installation(environment: Mapping[str, Any]) -> dict[str, str]:
+    """The facts of `lddyn.env()` that a page shows, a line each."""
 
-    def told(value: Any) -> str:
+    def line(value: Any) -> str:
         if isinstance(value, Mapping):
-            return ", ".join(f"{k} {told(v)}" for k, v in value.items())
-        return "; ".join(map(told, value)) if isinstance(value, list) else str(value)
+            return ", ".join(f"{k} {line(v)}" for k, v in value.items())
+        return "; ".join(map(line, value)) if isinstance(value, list) else str(value)
 
-    found = env()
     kept = ("versions", "system", "devices", "precision", "variables")
-    return {name: told(found[name]) for name in kept if found[name]}
+    return {name: line(environment[name]) for name in kept if environment.get(name)}
 
 
 @cache
@@ -94,9 +92,9 @@ def _environment() -> Any:
 
 
 def render(name: str, **values: Any) -> str:
-    """A page from a template of this package, in the common frame with its style and script.
+    """Renders a template of this package in the common frame, with its style and script.
 
-    What it is given is escaped, and a name that is not given is an error.
+    Values are escaped. A name of the template that has no value is an error.
     """
     from markupsafe import Markup
 

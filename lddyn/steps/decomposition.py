@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lddyn.files import replace_file
+from lddyn.files import plain, replace_file
+from lddyn.report.data import ResponseData, StepData
 from lddyn.steps.verify import Verification
 
 if TYPE_CHECKING:
@@ -111,6 +112,22 @@ class Observed:
         for name, value in self.parameters.items():
             blocks[_block_of(name)] = blocks.get(_block_of(name), 0.0) + value
         return blocks
+
+    def to_dict(self) -> ResponseData:
+        """All numbers and texts, JSON-safe, but for `vocabulary_shift` (M, V)."""
+        return {
+            "name": self.name,
+            "token_ids": list(self.token_ids),
+            "tokens": list(self.tokens),
+            "logp": plain(self.logp.tolist()),
+            "delta_logp": plain(self.delta_logp.tolist()),
+            "influence": plain(self.influence.tolist()),
+            "by_sequence": {k: plain(v.tolist()) for k, v in self.by_sequence().items()},
+            "by_parameter": plain(self.by_parameter()),
+            "by_block": plain(self.by_parameter("block")),
+            "error_estimate": plain(self.error_estimate.tolist()),
+            "agreement": plain(float(self.agreement)),
+        }
 
     def __str__(self) -> str:
         total = float(self.delta_logp.sum())
@@ -231,6 +248,49 @@ class Decomposition:
             ],
         }
 
+    def to_dict(self) -> StepData:
+        """All numbers and texts, JSON-safe, but for shifts of whole vocabularies.
+
+        Sentences, pictures and pages are made of this: `lddyn.report.explain_step(dec.to_dict())`.
+        """
+        sequences = self.observed[0].sequences if self.observed else {}
+        return {
+            "settings": plain(self.settings),
+            "lr": self.lr,
+            "loss": self.loss,
+            "rule": self.rule,
+            "sequences": {name: [at.start, at.stop] for name, at in sequences.items()},
+            "update_tokens": [
+                {
+                    "sequence": t.sequence,
+                    "index": t.index,
+                    "token_id": t.token_id,
+                    "text": t.text,
+                    "weight": t.weight,
+                }
+                for t in self.update_tokens
+            ],
+            "observed": [o.to_dict() for o in self.observed],
+        }
+
+    def explain(self, verification: Verification | None = None) -> str:
+        r"""The step in plain words, one sentence a line.
+
+        Args:
+            verification: Its check against real steps, `verify()`, if it was made.
+
+        Returns:
+            What the step was; what happened to each response, what caused it and through which
+            tokens; what that means for y+ and y−; how far the prediction can be trusted.
+
+        Example:
+            >>> # print(lddyn.decompose(model, {"chosen": good, "rejected": bad}, update).explain())
+        """
+        from lddyn.report.step import explain_step
+
+        check = None if verification is None else verification.to_dict()
+        return "\n".join(explain_step(self.to_dict(), check))
+
     def strongest(self, observed: Observed, count: int = 8) -> list[tuple[UpdateToken, float]]:
         """Update tokens with the largest total effect on a response, by magnitude, in nats."""
         totals = observed.influence.sum(0)
@@ -259,9 +319,9 @@ class Decomposition:
         Returns:
             The matplotlib figures.
         """
-        from lddyn.report import figures
+        from lddyn.report.figures import plot_step
 
-        return figures.plot_decomposition(self, directory)
+        return plot_step(self.to_dict(), directory)
 
     def save(self, path: str | Path) -> None:
         """Writes `path`.safetensors and `path`.json (tensors; names, tokens and settings)."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from lddyn.errors import UnsupportedModelError
 from lddyn.optimizers import (
     Direction,
 )
+from lddyn.report.data import CheckData
 
 ORDERS = {"start": 2, "midpoint": 3, "simpson": 5}  # of the error, in the learning rate
 
@@ -41,6 +43,33 @@ class Verification:
     def relative_error(self) -> float:
         """‖measured − predicted‖ / ‖measured‖ at the first learning rate."""
         return self.errors[0] / max(float(self.measured[0].norm()), 1e-300)
+
+    def to_dict(self) -> CheckData:
+        """All numbers, JSON-safe; a slope that is not known is None."""
+        return {
+            "lrs": list(self.lrs),
+            "errors": list(self.errors),
+            "relative_error": self.relative_error,
+            "slope": self.slope if math.isfinite(self.slope) else None,
+            "expected": self.expected,
+            "dtype": self.dtype,
+            "measured": self.measured.tolist(),
+            "predicted": self.predicted.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Verification:
+        """Makes a verification again of what `to_dict` returned."""
+        slope = values["slope"]
+        return cls(
+            lrs=list(values["lrs"]),
+            measured=torch.tensor(values["measured"], dtype=torch.float64),
+            predicted=torch.tensor(values["predicted"], dtype=torch.float64),
+            errors=list(values["errors"]),
+            slope=math.nan if slope is None else float(slope),
+            expected=int(values["expected"]),
+            dtype=str(values["dtype"]),
+        )
 
     def __str__(self) -> str:
         lines = [

@@ -136,7 +136,7 @@ def test_dpo_answers_as_the_library_does(model, data):
         assert told["measured"] == pytest.approx(told["delta_logp"], rel=0.1, abs=1e-4)
     assert document["verification"]["expected"] == 3
     assert document["optimizer"] == "AdamW" and document["row"] == 0
-    assert any("y+ (chosen)" in sentence for sentence in document["story"])
+    assert any("y+ (chosen)" in sentence for sentence in document["explanation"])
 
 
 def test_default_is_the_updates_own_responses(model, data):
@@ -239,19 +239,19 @@ def test_output_folder_can_be_rendered_again(model, data, tmp_path):
         assert part in result.stdout
     names = {p.name for p in out.iterdir()}
     assert {
-        "report.html",
+        "index.html",
         "summary.json",
         "decomposition.json",
         "decomposition.safetensors",
     } < names
     assert {"overview.png", "overview.pdf", "influence-1-other.png"} < names
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    page = (out / "report.html").read_text(encoding="utf-8")
-    (out / "report.html").unlink()
+    page = (out / "index.html").read_text(encoding="utf-8")
+    (out / "index.html").unlink()
     again = call("report", out)
     assert again.exit_code == 0, again.stderr
     assert "One DPO step" in again.stdout
-    same = (out / "report.html").read_text(encoding="utf-8") == page
+    same = (out / "index.html").read_text(encoding="utf-8") == page
     assert same  # and no diff of a megabyte
     assert json.loads((out / "summary.json").read_text(encoding="utf-8")) == summary
 
@@ -660,8 +660,8 @@ def test_demo(tmp_path, monkeypatch):
     told = {o["name"]: o["delta_logp"] for o in summary["dpo"]["observed"]}
     assert told["chosen"] == pytest.approx(taken["y+"], rel=0.05, abs=1e-3)
     assert told["rejected"] == pytest.approx(taken["y-"], rel=0.05, abs=1e-3)
-    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "demo" / "index.html").read_text(encoding="utf-8")
     assert page.count("<section>") == 2
     assert call("report", tmp_path / "demo").exit_code == 0
-    same = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8") == page
+    same = (tmp_path / "demo" / "index.html").read_text(encoding="utf-8") == page
     assert same

@@ -11,7 +11,9 @@ import torch
 
 from lddyn import report
 from lddyn.report import figures
+from lddyn.report.canvas import sequence_colours
 from lddyn.steps.decomposition import Decomposition, Observed, UpdateToken
+from lddyn.steps.folder import read_steps, write_steps
 from lddyn.steps.verify import Verification
 
 PAYLOADS = [
@@ -98,7 +100,7 @@ def test_plot_writes_stable_names(tmp_path):
 
 def test_influence_shows_the_table():
     dec = pair()
-    figure = figures.plot_influence(dec, dec[0])
+    figure = figures.plot_influence(dec.to_dict(), 0)
     heat = figure.axes[0]
     shown = [c.get_array() for c in heat.collections]
     at = dec[0].sequences
@@ -119,7 +121,7 @@ def test_influence_shows_the_table():
 def test_influence_is_readable_at_any_size(count):
     texts = [f"tok{i}" for i in range(count)]
     dec = made({"a": texts}, {"y+": texts, "y-": texts})
-    figure = figures.plot_influence(dec, dec[0])
+    figure = figures.plot_influence(dec.to_dict(), 0)
     width, height = figure.get_size_inches()
     assert width <= 22 and height <= 16
     figure.canvas.draw()
@@ -145,7 +147,7 @@ def test_zero_influence_is_drawn():
 
 def test_custom_objective_with_three_sequences_is_drawn():
     dec = made({"a": ["x", "y"]}, {"one": ["a"], "two": ["b"], "three": ["c"]})
-    assert len(set(figures.sequence_colours(["one", "two", "three", "history"]).values())) == 4
+    assert len(set(sequence_colours(["one", "two", "three", "history"]).values())) == 4
     assert len(dec.plot()) == 3
 
 
@@ -167,24 +169,24 @@ def test_tell_names_causes_and_tokens():
     chosen.influence[0, 0] = 0.42  # y+ " the"
     chosen.influence[1, 4] = -0.61  # y- " dog"
     chosen.influence[1, 5] = -0.12  # y- newline
-    said = "\n".join(report.tell(dec))
+    said = dec.explain()
     assert "y+ (chosen) fell by 0.31 nats" in said
     assert "+0.42 from y+ tokens, −0.73 from y− tokens" in said
     assert "84 % of the lowering by y− came through ‘␣dog’" in said
-    assert "y+ fell although the step pushes it up" in said
+    assert "y+ fell although the step raises it by itself" in said
     assert "margin" in said and "y− (rejected)" in said
     assert "not checked against a real step" in said
 
 
 def test_tell_with_verification():
     dec = pair()
-    said = report.tell(dec, checked(dec))[-1]
+    said = dec.explain(checked(dec)).splitlines()[-1]
     assert "slope 3.00 (expected 3)" in said and "A real step measured" in said
-    assert "slope" not in report.tell(dec, checked(dec, slope=math.nan))[-1]
+    assert "slope" not in dec.explain(checked(dec, slope=math.nan)).splitlines()[-1]
 
 
 def test_tell_of_an_optimizer_with_history():
-    said = "\n".join(report.tell(pair(history=True)))
+    said = pair(history=True).explain()
     assert "from the optimizer's history" in said and "from weight decay" in said
 
 
@@ -217,13 +219,13 @@ class Page(HTMLParser):
 
 def test_page_is_self_contained(tmp_path):
     dec = pair()
-    path = report.write_html(
-        dec,
+    path = report.write_step_page(
+        {"": dec.to_dict()},
         tmp_path / "new" / "page.html",
         title="A title",
-        verification=checked(dec),
-        story=["A sentence."],
-        extra={"model": "tiny"},
+        checks={"": checked(dec).to_dict()},
+        opening=["A sentence."],
+        facts={"model": "tiny"},
     )
     text = path.read_text(encoding="utf-8")
     page = Page(text)
@@ -243,8 +245,9 @@ def test_page_is_self_contained(tmp_path):
 
 def test_page_of_several_decompositions(tmp_path):
     decs = {"sft": made({"a": ["x"]}, {"a": ["x"]}), "dpo": pair()}
-    checks = {"dpo": checked(decs["dpo"])}
-    text = report.write_html(decs, tmp_path / "p.html", verification=checks).read_text("utf-8")
+    steps = {name: dec.to_dict() for name, dec in decs.items()}
+    checks = {"dpo": checked(decs["dpo"]).to_dict()}
+    text = report.write_step_page(steps, tmp_path / "p.html", checks=checks).read_text("utf-8")
     assert text.count("<section>") == 2 and text.count("Checked against real steps") == 1
 
 
@@ -257,8 +260,13 @@ def test_page_with_hostile_texts_does_nothing(tmp_path):
         words = PAYLOADS if hostile else ["w"] * len(PAYLOADS)
         extra = {words[0]: words[1], "k": words[2]}
         pictures = {name: [] for name in decs}
-        path = report.write_html(
-            decs, tmp_path / "p.html", title=words[1], story=words, extra=extra, figures=pictures
+        path = report.write_step_page(
+            {name: dec.to_dict() for name, dec in decs.items()},
+            tmp_path / "p.html",
+            title=words[1],
+            opening=words,
+            facts=extra,
+            figures=pictures,
         )
         return Page(path.read_text(encoding="utf-8"))
 
@@ -276,14 +284,15 @@ def test_page_with_hostile_texts_does_nothing(tmp_path):
 def test_run_is_written_and_read_back(tmp_path):
     decs = {"": pair()}
     checks = {"": checked(decs[""])}
-    report.write_run(tmp_path, decs, checks, title="T", story=["S"], facts={"row": 3})
+    path = write_steps(tmp_path, decs, checks, title="T", opening=["S"], facts={"row": 3})
+    assert path == tmp_path / "index.html"
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert summary["row"] == 3 and summary["title"] == "T"
     assert summary["verification"]["slope"] == 3.0
     assert summary["observed"][0]["measured"] == pytest.approx(
         float(checks[""].measured[0, :3].sum())
     )
-    back, again, facts = report.read_run(tmp_path)
+    back, again, facts = read_steps(tmp_path)
     assert torch.equal(back[""][0].influence, decs[""][0].influence)
     assert torch.equal(again[""].measured, checks[""].measured)
     assert again[""].slope == 3.0 and facts == summary
@@ -291,15 +300,15 @@ def test_run_is_written_and_read_back(tmp_path):
 
 def test_run_that_is_not_there_or_damaged(tmp_path):
     with pytest.raises(FileNotFoundError, match="no decomposition"):
-        report.read_run(tmp_path)
-    report.write_run(tmp_path, {"": pair()}, {"": None}, title="T")
+        read_steps(tmp_path)
+    write_steps(tmp_path, {"": pair()}, {"": None}, title="T")
     (tmp_path / "verification.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="not a verification"):
-        report.read_run(tmp_path)
+        read_steps(tmp_path)
     (tmp_path / "verification.json").unlink()
     (tmp_path / "decomposition.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="cannot read"):
-        report.read_run(tmp_path)
+        read_steps(tmp_path)
 
 
 def test_json_of_numbers_that_json_does_not_have():

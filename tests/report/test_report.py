@@ -15,6 +15,7 @@ import zoo
 
 import lddyn
 from lddyn import report
+from lddyn.probes.probe_set import LABELS
 from lddyn.sets.diagnosis import SCORES, assemble
 from lddyn.text import visible
 
@@ -602,16 +603,16 @@ def test_the_commands_write_pages(tmp_path):
 
 
 def test_a_run_in_words():
-    said = report.tell_dynamics(some_rows())
+    said = report.explain_dynamics(some_rows(), LABELS)
     assert said[0] == (
         "Over 11 steps of the watched run, log π(chosen) fell by 1.1 nats (−9 → −10.1), and log "
         "π(rejected) fell by 55 nats (−80 → −135)."
     )
     assert "‘chosen of another’ −3.3 nats" in said[1] and "squeezing" in said[2]
-    assert "up to 10%" in said[3]
-    assert report.tell_dynamics([]) == []
+    assert "a relative error of 10%" in said[3]
+    assert report.explain_dynamics([]) == []
     rows = [{"step": 0, "change/chosen": 0.0}, {"step": 2, "change/chosen": None}]
-    assert report.tell_dynamics(rows) == [
+    assert report.explain_dynamics(rows) == [
         "Over 0 steps of the watched run, log π(chosen) did not move."
     ]
     with pytest.raises(ValueError, match="at least one pass"):

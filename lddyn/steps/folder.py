@@ -1,0 +1,145 @@
+"""Decomposed steps as a folder: decompositions, checks, pictures, summary.json, and the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lddyn.files import plain, replace_file
+from lddyn.report.figures import plot_step
+from lddyn.report.step import measured_totals, write_step_page
+from lddyn.steps.decomposition import Decomposition
+from lddyn.steps.verify import Verification
+
+__all__ = ["read_steps", "summarise", "write_steps"]
+
+
+def summarise(dec: Decomposition, verification: Verification | None = None) -> dict[str, Any]:
+    """`dec.summary()` with its explanation and, in short, the verification; ready for JSON."""
+    lines = dec.explain(verification).split("\n")
+    summary: dict[str, Any] = {**dec.summary(), "explanation": lines}
+    if verification is not None:
+        check = verification.to_dict()
+        totals = {key: [sum(row) for row in check[key]] for key in ("measured", "predicted")}
+        summary["verification"] = {**check, **totals}
+        measured = measured_totals(dec.to_dict(), check)
+        for entry in summary["observed"]:
+            entry["measured"] = measured[entry["name"]]
+    return dict(plain(summary))
+
+
+def write_steps(
+    folder: str | Path,
+    decs: Mapping[str, Decomposition],
+    verifications: Mapping[str, Verification | None],
+    *,
+    title: str,
+    opening: Sequence[str] = (),
+    extra: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes decomposed steps: decompositions, verifications, summary, pictures, and the page.
+
+    Args:
+        folder: Created. A decomposition named "" goes there, others into a folder of their name.
+        decs: The decompositions by name.
+        verifications: Their verifications by the same names; None where there is none.
+        title: Heading of the page.
+        opening: Sentences at the top of the page.
+        extra: Rows of the page's last table.
+        facts: Further entries for summary.json.
+
+    Returns:
+        Path of the page, `index.html`.
+
+    Cost: the drawing, about a second per picture for the page and as much again for the pictures
+        in print resolution.
+    """
+    folder = Path(folder)
+    summary: dict[str, Any] = {
+        "title": title,
+        "opening": list(opening),
+        "extra": dict(extra or {}),
+        **(facts or {}),
+    }
+    pictures, checks = {}, {}
+    steps = {name: dec.to_dict() for name, dec in decs.items()}
+    for name, dec in decs.items():
+        place = folder / name
+        dec.save(place / "decomposition")
+        pictures[name] = plot_step(steps[name], place)
+        verification = verifications.get(name)
+        if verification is not None:
+            checks[name] = verification.to_dict()
+            _write(place / "verification.json", checks[name])
+        if name:
+            summary[name] = summarise(dec, verification)
+        else:
+            summary |= summarise(dec, verification)
+    _write(folder / "summary.json", summary)
+    return write_step_page(
+        steps,
+        folder / "index.html",
+        title=title,
+        checks=checks,
+        opening=opening,
+        facts=extra,
+        figures=pictures,
+    )
+
+
+def read_steps(
+    folder: str | Path,
+) -> tuple[dict[str, Decomposition], dict[str, Verification | None], dict[str, Any]]:
+    """Reads what `write_steps` wrote: decompositions, verifications, and summary.json.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        FileNotFoundError: If there is no decomposition in it.
+        ValueError: If a file is damaged.
+    """
+    folder = Path(folder)
+    files = [
+        folder / "decomposition.json",
+        *sorted(folder.glob("*/decomposition.json"), key=lambda p: p.stat().st_mtime_ns),
+    ]
+    places = {
+        "" if path.parent == folder else path.parent.name: path.parent
+        for path in files
+        if path.is_file()
+    }
+    if not places:
+        raise FileNotFoundError(
+            f"{folder}: no decomposition.json there, nor one folder below; `lddyn decompose "
+            "--out` writes it"
+        )
+    decs = {name: Decomposition.load(place / "decomposition") for name, place in places.items()}
+    verifications: dict[str, Verification | None] = {}
+    for name, place in places.items():
+        path = place / "verification.json"
+        verifications[name] = _read_verification(path) if path.is_file() else None
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        summary = {}
+    except ValueError as error:
+        raise ValueError(f"{folder / 'summary.json'}: not JSON ({error})") from error
+    return decs, verifications, summary
+
+
+def _read_verification(path: Path) -> Verification:
+    try:
+        return Verification.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a verification of lddyn ({error!r})") from error
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """JSON that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False)
+    replace_file(path, text + "\n")
