@@ -81,3 +81,8 @@ def _apart(stored: Any, given: Any) -> tuple[Any, Any]:
                 return one, other
         return len(stored), len(given)
     return stored, given
+
+
+def glimpse(value: object) -> str:
+    """Type and beginning of a value, for an error message."""
+    return "None" if value is None else f"{type(value).__name__} {value!r:.40}"

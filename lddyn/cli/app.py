@@ -668,7 +668,7 @@ def audit(
         columns: Any = "all" if fields == "all" else _split(fields) or None
         found = find(loaded, data, columns, max_length=max_length, config=config)
         if as_json:
-            _print_json(json.loads(found.to_json()))
+            _print_json(found.to_dict())
         else:
             _say(*str(found).splitlines())
 
@@ -959,7 +959,7 @@ def diagnose(
         )
         faults = {finding.row: finding.problem for finding in checked if finding.problem in _FAULTS}
         faulty = {i: faults[place] for i, place in enumerate(places) if place in faults}
-        document = found.to_dict(places, faulty) | {"audit": json.loads(checked.to_json())}
+        document = found.to_dict(places, faulty) | {"audit": checked.to_dict()}
         page = None
         if out is not None:
             _progress("writing the page …")

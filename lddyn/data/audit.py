@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from lddyn.data.encode import RowOptions, Truncation, eos_ids
+from lddyn.data.encode import EncodeOptions, TruncationMode
 from lddyn.data.example import Example
-from lddyn.data.read import iter_rows
-from lddyn.data.rows import row_jobs
+from lddyn.data.read import rows_or_errors
+from lddyn.data.rows import row_encoders
+from lddyn.data.tokenizer import Tokenizer, eos_ids
 from lddyn.errors import ExampleError
+from lddyn.files import replace_file
 
 __all__ = ["Audit", "Finding", "audit"]
 
-# problem: (what it means, whether the row cannot be used)
+# Code of each problem: (its meaning, whether the row cannot be used).
 _PROBLEMS: dict[str, tuple[str, bool]] = {
     "unreadable_row": ("the row cannot be read", True),
     "missing_column": ("a column is missing", True),
@@ -30,11 +33,12 @@ _PROBLEMS: dict[str, tuple[str, bool]] = {
     "empty_response": ("no response token; a trainer would train on a lone EOS", True),
     "identical_pair": ("chosen and rejected are the same: the gradient is exactly 0", True),
     "prompt_fills_max_length": ("the prompt leaves no room for a response", True),
+    "response_fills_max_length": ("the response leaves no room for a prompt", True),
     "over_context": ("longer than the model's context", True),
     "token_out_of_range": ("a token id that the model has no embedding for", True),
     "blank_response": ("the response is only white space", False),
-    "truncated_prompt": ("the prompt was cut", False),
-    "truncated_response": ("the response was cut", False),
+    "truncated_prompt": ("the prompt is cut", False),
+    "truncated_response": ("the response is cut", False),
     "eos_lost": ("truncation removed the EOS: the model is not taught to stop", False),
     "eos_not_counted": ("no EOS among the counted tokens: the model is not taught to stop", False),
     "pad_is_eos": ("pad and EOS are one token: a collator that masks pad masks EOS too", False),
@@ -46,13 +50,13 @@ _PROBLEMS: dict[str, tuple[str, bool]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the audit: what is wrong, and where.
+    """One problem of one row.
 
     Attributes:
-        row: Index of the row, from 0; -1 when it concerns the whole data set.
+        row: Index of the row, from 0; -1 when the problem concerns the whole data set.
         field: Column at fault, `""` for the whole row.
         problem: Code of the problem.
-        detail: What was found.
+        detail: The values at fault.
         severity: `"error"` when the row cannot be used, `"warning"` when it can.
     """
 
@@ -63,14 +67,16 @@ class Finding:
     severity: str = "warning"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit:
-    """What `audit` found in a data set: a table of findings, and the counts behind the shares.
+    """The problems of a data set: a table of findings, with the counts behind its shares.
+
+    `print(audit)` shows `explain()`.
 
     Attributes:
         n_rows: Rows read, unreadable ones included.
         n_responses: Responses that could be encoded.
-        n_eos_counted: Of these, how many have an EOS among the counted tokens.
+        n_eos_counted: Number of these with an EOS among the counted tokens.
         findings: The table, in row order.
     """
 
@@ -94,119 +100,146 @@ class Audit:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
+        """Whether there are no findings."""
         return not self.findings
 
     def of(self, problem: str) -> tuple[Finding, ...]:
         """Findings with the given code."""
         return tuple(f for f in self.findings if f.problem == problem)
 
-    def summary(self) -> dict[str, int]:
-        """Number of rows with each problem (1 for a problem of the whole set), worst first.
+    def counts(self) -> dict[str, int]:
+        """Number of rows with each problem (1 for a problem of the whole data set).
 
-        Errors come first, then the more frequent.
+        Errors come first, then the more frequent problems.
         """
-        affected: dict[str, set[int]] = {}
+        rows: dict[str, set[int]] = {}
         for finding in self.findings:
-            affected.setdefault(finding.problem, set()).add(finding.row)
-        counts = Counter({problem: len(found) for problem, found in affected.items()})
-        order = sorted(counts, key=lambda problem: (not _PROBLEMS[problem][1], -counts[problem]))
-        return {problem: counts[problem] for problem in order}
+            rows.setdefault(finding.problem, set()).add(finding.row)
+        order = sorted(rows, key=lambda problem: (not _PROBLEMS[problem][1], -len(rows[problem])))
+        return {problem: len(rows[problem]) for problem in order}
 
-    def to_json(self, *, indent: int | None = None) -> str:
-        """Return the audit as JSON text; `from_json` reads it back."""
-        payload = {
-            "n_rows": self.n_rows,
-            "n_responses": self.n_responses,
-            "n_eos_counted": self.n_eos_counted,
-            "unusable": list(self.unusable),
-            "summary": self.summary(),
-            "findings": [asdict(finding) for finding in self.findings],
+    def summary(self) -> dict[str, int]:
+        """Rows, responses, responses with EOS, unusable rows, and findings, as numbers."""
+        return {
+            "rows": self.n_rows,
+            "responses": self.n_responses,
+            "eos_counted": self.n_eos_counted,
+            "unusable": len(self.unusable),
+            "findings": len(self.findings),
         }
-        return json.dumps(payload, ensure_ascii=False, indent=indent)
 
-    @classmethod
-    def from_json(cls, text: str) -> Audit:
-        """Read back what `to_json` wrote."""
-        payload = json.loads(text)
-        findings = tuple(Finding(**finding) for finding in payload["findings"])
-        return cls(payload["n_rows"], payload["n_responses"], payload["n_eos_counted"], findings)
-
-    def __str__(self) -> str:
-        """The table, one line per problem with its first occurrence."""
-        head = f"audit: {self.n_rows} rows, {self.n_responses} responses"
-        if self.n_responses:
-            share = 100.0 * self.n_eos_counted / self.n_responses
-            head += f", EOS counted in {share:.1f} %"
-        head += f", {len(self.unusable)} rows unusable"
-        if not self.findings:
-            return head + "; nothing found"
-        lines = [head]
-        for problem, count in self.summary().items():
-            meaning, error = _PROBLEMS[problem]
+    def explain(self) -> str:
+        """The counts, then each problem with its meaning, number of rows and first occurrence."""
+        lines = [self._headline()]
+        for problem, count in self.counts().items():
+            meaning, is_error = _PROBLEMS[problem]
             first = self.of(problem)[0]
             place = "whole set" if first.row < 0 else f"row {first.row}"
             if first.field:
                 place += f" {first.field}"
-            mark = "error" if error else "warn "
-            lines.append(f"  {mark} {problem:<24}{count:>7}  {meaning}")
+            mark = "error" if is_error else "warn "
+            lines.append(f"  {mark} {problem:<25}{count:>6}  {meaning}")
             lines.append(f"          first: {place}: {first.detail}")
         return "\n".join(lines)
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of the audit, JSON-safe; `from_dict` reads it back."""
+        return {
+            "n_rows": self.n_rows,
+            "n_responses": self.n_responses,
+            "n_eos_counted": self.n_eos_counted,
+            "unusable": list(self.unusable),
+            "counts": self.counts(),
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Audit:
+        """The audit that `to_dict` described."""
+        findings = tuple(Finding(**finding) for finding in content["findings"])
+        return cls(content["n_rows"], content["n_responses"], content["n_eos_counted"], findings)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the audit as a JSON file."""
+        text = json.dumps(self.to_dict(), ensure_ascii=False, indent=1)
+        replace_file(Path(path), text + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Audit:
+        """Read a file that `save` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def _headline(self) -> str:
+        text = f"audit: {self.n_rows} rows, {self.n_responses} responses"
+        if self.n_responses:
+            text += f", EOS counted in {100.0 * self.n_eos_counted / self.n_responses:.1f} %"
+        text += f", {len(self.unusable)} rows unusable"
+        return text if self.findings else text + "; no problems"
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"Audit({self._headline().removeprefix('audit: ')}, {len(self)} findings)"
+
+    def __str__(self) -> str:
+        """`explain()`."""
+        return self.explain()
+
 
 def audit(
-    tokenizer: Any,
-    rows: Any,
+    tokenizer: Tokenizer | None,
+    rows: str | os.PathLike[str] | Iterable[Any],
     fields: Sequence[str] | Literal["all"] | None = None,
     *,
     add_eos: bool = True,
     max_length: int | None = None,
     max_prompt_length: int | None = None,
-    truncation: Truncation = "keep_end",
+    truncation_mode: TruncationMode = "keep_start",
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    tools: Sequence[Any] | None = None,
+    tools: Sequence[object] | None = None,
     assistant_only: bool = True,
     vocab_size: int | None = None,
     max_positions: int | None = None,
     config: Any = None,
 ) -> Audit:
-    """List what is wrong with a data set, as the trainer would see it; a bad row is a line.
+    """List the problems of a data set, as a trainer would see it.
 
-    Looks for rows that cannot be read or encoded, empty and blank responses, identical and
-    duplicate pairs, truncation and the EOS lost by it, responses whose EOS is not in the loss, pad
-    = EOS, tokens that merge across the end of the prompt, and examples that a model cannot read.
+    Reported are rows that cannot be read or encoded, empty and blank responses, identical and
+    duplicate pairs, truncation and the EOS lost by it, responses whose EOS is not in the loss, a
+    pad token that is also EOS, tokens that merge across the end of the prompt, and examples that
+    the model cannot read. A bad row is a finding; it never raises.
 
     Args:
-        tokenizer: A transformers tokenizer, or anything that behaves like one.
-        rows: The data, in anything that `lddyn.data.read.rows` reads.
+        tokenizer: A transformers tokenizer, or an object with the same methods. None is enough for
+            rows of token ids.
+        rows: The data: anything that `lddyn.rows` reads.
         fields: As in `encode_row`.
         add_eos: As in `encode`.
         max_length: As in `encode`.
         max_prompt_length: As in `encode`.
-        truncation: As in `encode`.
+        truncation_mode: As in `encode`.
         chat_template_kwargs: As in `encode`.
         tools: As in `encode`.
         assistant_only: As in `encode`.
-        vocab_size: Rows of the model's embedding. Default: from `config`, else not checked.
-        max_positions: The model's context. Default: from `config`, else not checked.
+        vocab_size: Rows of the model's embedding. None: that of `config`, or not checked.
+        max_positions: Longest sequence of the model. None: that of `config`, or not checked.
         config: A model's config, for `vocab_size` and `max_position_embeddings`.
 
     Returns:
-        The table; print it, or use `summary()`, `unusable`, `to_json()`.
+        The findings. Print it, or use `counts()`, `unusable`, `to_dict()`.
 
     Cost: two tokenisations per response.
 
     Example:
         >>> from lddyn.data.audit import audit
         >>> table = [{"prompt_ids": [1, 5], "chosen_ids": [6, 2], "rejected_ids": [6, 2]}]
-        >>> audit(None, table).summary()
+        >>> audit(None, table).counts()
         {'identical_pair': 1}
     """
-    options = RowOptions(
+    options = EncodeOptions(
         add_eos=add_eos,
         max_length=max_length,
         max_prompt_length=max_prompt_length,
-        truncation=truncation,
+        truncation_mode=truncation_mode,
         chat_template_kwargs=chat_template_kwargs,
         tools=tools,
         assistant_only=assistant_only,
@@ -218,76 +251,100 @@ def audit(
             vocab_size = getattr(text_config, "vocab_size", None)
         if max_positions is None:
             max_positions = getattr(text_config, "max_position_embeddings", None)
-    eos = eos_ids(tokenizer)
-    findings: dict[Finding, None] = {}  # ordered; the prompt's fault is one, not one a response
+    checks = _Checks(tokenizer, fields, options, vocab_size, max_positions)
+    for index, row in enumerate(rows_or_errors(rows)):
+        checks.check_row(index, row)
+    return Audit(checks.n_rows, checks.n_responses, checks.n_eos_counted, tuple(checks.findings))
 
-    def report(row: int, name: str, problem: str, detail: str) -> None:
-        severity = "error" if _PROBLEMS[problem][1] else "warning"
-        findings[Finding(row, name, problem, detail, severity)] = None
 
-    if eos and getattr(tokenizer, "pad_token_id", None) in eos:
-        report(-1, "tokenizer", "pad_is_eos", f"token id {tokenizer.pad_token_id} is both")
-    n_rows = n_responses = n_eos = 0
-    seen: dict[tuple[str, ...], int] = {}
-    for index, row in enumerate(iter_rows(rows)):
-        n_rows += 1
-        examples: dict[str, Example] = {}
+class _Checks:
+    """The checks of one audit, with what they have counted so far.
+
+    Attributes:
+        findings: The findings in order, as keys: a fault of the prompt, which every response of a
+            row meets, is one finding.
+        n_rows: As in `Audit`.
+        n_responses: As in `Audit`.
+        n_eos_counted: As in `Audit`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        fields: Sequence[str] | str | None,
+        options: EncodeOptions,
+        vocab_size: int | None,
+        max_positions: int | None,
+    ) -> None:
+        self.tokenizer, self.fields, self.options = tokenizer, fields, options
+        self.vocab_size, self.max_positions = vocab_size, max_positions
+        self.findings: dict[Finding, None] = {}
+        self.n_rows = self.n_responses = self.n_eos_counted = 0
+        self._eos = eos_ids(tokenizer)
+        self._first: dict[tuple[str, ...], int] = {}  # content of a row → its first index
+        pad = getattr(tokenizer, "pad_token_id", None)
+        if pad in self._eos:
+            self._report(-1, "tokenizer", "pad_is_eos", f"token id {pad} is both")
+
+    def check_row(self, index: int, row: Mapping[str, Any] | ExampleError) -> None:
+        """Encode a row and report each problem of it."""
+        self.n_rows += 1
+        if isinstance(row, ExampleError):
+            self._report_error(index, "", row)
+            return
         try:
-            if isinstance(row, ExampleError):
-                raise row
-            jobs = row_jobs(tokenizer, row, fields, options)
+            encoders = row_encoders(self.tokenizer, row, self.fields, self.options)
         except Exception as error:
-            report(index, *_as_finding(error, ""))
-            continue
-        for name, job in jobs:
+            self._report_error(index, "", error)
+            return
+        examples: dict[str, Example] = {}
+        for name, encoder in encoders:
             try:
-                examples[name] = job()
+                examples[name] = encoder()
             except Exception as error:  # a broken tokenizer or template is a finding too
-                report(index, *_as_finding(error, name))
+                self._report_error(index, name, error)
         for name, example in examples.items():
-            n_responses += 1
-            n_eos += bool(eos & set(example.targets))
-            for problem, detail in _check_example(tokenizer, example, eos):
-                report(index, name, problem, detail)
-            for vocabulary, context in ((vocab_size, None), (None, max_positions)):
-                try:
-                    example.check_model_limits(
-                        vocabulary if vocabulary is not None else 2**63, context
-                    )
-                except ExampleError as error:
-                    report(index, name, error.problem, str(error))
+            self._check_example(index, name, example)
         pair = [examples[name].content_id for name in ("chosen", "rejected") if name in examples]
         if len(pair) == 2 and pair[0] == pair[1]:
-            report(index, "rejected", "identical_pair", "chosen and rejected are the same")
-        if examples and len(examples) == len(jobs):
-            key = tuple(f"{name}:{example.content_id}" for name, example in examples.items())
-            first = seen.setdefault(key, index)
+            self._report(index, "rejected", "identical_pair", "chosen and rejected are the same")
+        if examples and len(examples) == len(encoders):
+            content = tuple(f"{name}:{example.content_id}" for name, example in examples.items())
+            first = self._first.setdefault(content, index)
             if first != index:
-                report(index, "", "duplicate", f"same as row {first}")
-    return Audit(n_rows, n_responses, n_eos, tuple(findings))
+                self._report(index, "", "duplicate", f"same as row {first}")
 
+    def _check_example(self, index: int, name: str, example: Example) -> None:
+        """Report the problems of a response that could be encoded."""
+        ended = bool(self._eos & set(example.targets))
+        self.n_responses += 1
+        self.n_eos_counted += ended
+        notes = dict(example.notes)
+        for code, detail in example.notes:
+            if code in _PROBLEMS:
+                self._report(index, name, code, detail)
+        if self.tokenizer is not None:
+            text = self.tokenizer.decode([t for t in example.targets if t not in self._eos])
+            if not text.strip():
+                self._report(index, name, "blank_response", f"{text!r}")
+        if self._eos and not ended and "eos_lost" not in notes:
+            last = example.response_ids[-1]
+            detail = f"the response ends in token id {last}, not in EOS {sorted(self._eos)}"
+            self._report(index, name, "eos_not_counted", detail)
+        for vocab_size, max_positions in ((self.vocab_size, None), (None, self.max_positions)):
+            try:
+                example.check_model_limits(vocab_size, max_positions)
+            except ExampleError as error:
+                self._report_error(index, name, error)
 
-def _as_finding(error: Exception, name: str) -> tuple[str, str, str]:
-    """(field, problem, detail) of an exception met while encoding `name`."""
-    if isinstance(error, ExampleError):
-        problem = error.problem if error.problem in _PROBLEMS else "invalid"
-        return error.field or name, problem, str(error)
-    return name, "invalid", f"{type(error).__name__}: {error}"
+    def _report_error(self, index: int, name: str, error: Exception) -> None:
+        """Report an exception met while reading or encoding the field `name`."""
+        if isinstance(error, ExampleError):
+            problem = error.problem if error.problem in _PROBLEMS else "invalid"
+            self._report(index, error.field or name, problem, str(error))
+        else:
+            self._report(index, name, "invalid", f"{type(error).__name__}: {error}")
 
-
-def _check_example(tokenizer: Any, example: Example, eos: set[int]) -> Iterator[tuple[str, str]]:
-    """Yield (problem, detail) of an example that could be encoded."""
-    codes = set()
-    for code, detail in example.notes:
-        codes.add(code)
-        if code in _PROBLEMS:
-            yield code, detail
-    if tokenizer is not None:
-        text = tokenizer.decode([t for t in example.targets if t not in eos])
-        if not text.strip():
-            yield "blank_response", f"{text!r}"
-    if eos and "eos_lost" not in codes and not eos & set(example.targets):
-        yield (
-            "eos_not_counted",
-            f"the response ends in token id {example.response_ids[-1]}, not in EOS {sorted(eos)}",
-        )
+    def _report(self, index: int, name: str, problem: str, detail: str) -> None:
+        severity = "error" if _PROBLEMS[problem][1] else "warning"
+        self.findings[Finding(index, name, problem, detail, severity)] = None

@@ -1,4 +1,8 @@
-"""One sequence χ = [x; y] as token ids, with its counted response tokens."""
+"""One sequence χ = [x; y] as token ids, with its counted response tokens.
+
+Response token y_k is predicted by the logit column at position `len(prompt) - 1 + k`.
+`Example.positions` and `Example.targets` hold that shift, so that no other code repeats it.
+"""
 
 from __future__ import annotations
 
@@ -14,50 +18,7 @@ from lddyn.errors import EmptyResponseError, ExampleError
 
 __all__ = ["Example"]
 
-
-def token_ids(name: str, values: Any) -> tuple[int, ...]:
-    """Return `values` as a tuple of non-negative Python ints, or say which entry is not one."""
-    if hasattr(values, "tolist"):  # tensor, array
-        values = values.tolist()
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise ExampleError(
-            f"{name} must be a sequence of token ids, got {type(values).__name__}: tokenise text "
-            "first (lddyn.encode)",
-            problem="bad_token_id",
-            field=name,
-        )
-    ids = []
-    for index, value in enumerate(values):
-        try:
-            if isinstance(value, bool):
-                raise TypeError
-            token = operator.index(value)
-        except TypeError:
-            raise ExampleError(
-                f"{name}[{index}] must be an integer token id, got {value!r} "
-                f"({type(value).__name__})",
-                problem="bad_token_id",
-                field=name,
-            ) from None
-        if token < 0:
-            hint = " (labels hold it; pass the input ids)" if token == IGNORED_LABEL else ""
-            raise ExampleError(
-                f"{name}[{index}] must be a token id >= 0, got {token}{hint}",
-                problem="bad_token_id",
-                field=name,
-            )
-        ids.append(token)
-    return tuple(ids)
-
-
-def _texts(name: str, values: Any, count: int) -> tuple[str, ...] | None:
-    """Return printable texts as a tuple of the right length, or None."""
-    if values is None:
-        return None
-    texts = tuple(str(value) for value in values)
-    if len(texts) != count:
-        raise ExampleError(f"{name} must have {count} entries, one per token, got {len(texts)}")
-    return texts
+IGNORED_LABEL = -100  # the label of a token that is not in the loss, in every trainer
 
 
 @dataclass(frozen=True)
@@ -75,7 +36,7 @@ class Example:
         name: What the response is, for example `"chosen"`.
         tokens: Printable text of each response token, for pictures. None: unknown.
         prompt_tokens: Printable text of each prompt token. None: unknown.
-        notes: What happened on the way here, as (code, detail) pairs: `"boundary_merge"`,
+        notes: What encoding changed or noticed, as (code, detail) pairs: `"boundary_merge"`,
             `"truncated_prompt"`, `"truncated_response"`, `"eos_lost"`, `"eos_added"`,
             `"template_rewrite"`. Not part of equality or of `content_id`.
 
@@ -105,7 +66,7 @@ class Example:
     notes: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Normalise every sequence to a tuple and refuse what has no log-probability."""
+        """Store every sequence as a tuple; raise for an example without a log-probability."""
         prompt = token_ids("prompt_ids", self.prompt_ids)
         response = token_ids("response_ids", self.response_ids)
         if not prompt:
@@ -120,30 +81,10 @@ class Example:
                 "response_ids must have at least 1 token, got 0: there is no log-probability to "
                 "measure; drop the row"
             )
-        mask = self.response_mask
-        if mask is not None:
-            values = mask.tolist() if hasattr(mask, "tolist") else mask
-            mask = tuple(bool(value) for value in values)
-            if len(mask) != len(response):
-                raise ExampleError(
-                    f"response_mask must have {len(response)} entries, one per response token, "
-                    f"got {len(mask)}",
-                    problem="bad_mask",
-                    field="response_mask",
-                )
-            if not any(mask):
-                raise ExampleError(
-                    f"response_mask must count at least 1 of the {len(response)} response tokens, "
-                    "got all False: no token is left to measure",
-                    problem="bad_mask",
-                    field="response_mask",
-                )
-            if all(mask):
-                mask = None
         for key, value in (
             ("prompt_ids", prompt),
             ("response_ids", response),
-            ("response_mask", mask),
+            ("response_mask", _mask(self.response_mask, len(response))),
             ("tokens", _texts("tokens", self.tokens, len(response))),
             ("prompt_tokens", _texts("prompt_tokens", self.prompt_tokens, len(prompt))),
             ("notes", tuple((str(code), str(detail)) for code, detail in self.notes)),
@@ -204,11 +145,11 @@ class Example:
             digest.update(part.tobytes())
         return digest.hexdigest()
 
-    def check_model_limits(self, vocab_size: int, max_positions: int | None = None) -> None:
+    def check_model_limits(self, vocab_size: int | None, max_positions: int | None = None) -> None:
         """Raise if a model cannot read this example.
 
         Args:
-            vocab_size: Rows of the model's embedding, V.
+            vocab_size: Rows of the model's embedding, V. None: not checked.
             max_positions: Longest sequence the model was built for. None: not checked.
 
         Raises:
@@ -224,7 +165,7 @@ class Example:
 prompt): the tokenizer does not belong to this model, or the embedding was not resized
         """
         for position, token in enumerate(self.ids):
-            if token >= vocab_size:
+            if vocab_size is not None and token >= vocab_size:
                 part = "prompt" if position < len(self.prompt_ids) else "response"
                 raise ExampleError(
                     f"ids[{position}] must be < vocab_size {vocab_size}, got token id {token} (in "
@@ -243,4 +184,79 @@ prompt): the tokenizer does not belong to this model, or the embedding was not r
             )
 
 
-IGNORED_LABEL = -100  # the value that masks a label out of the loss, everywhere in the ecosystem
+def entries(values: Any) -> list[Any]:
+    """The entries of a sequence, array or tensor as Python values."""
+    return list(values.tolist() if hasattr(values, "tolist") else values)
+
+
+def token_ids(name: str, values: object) -> tuple[int, ...]:
+    """Token ids as Python ints.
+
+    Args:
+        name: What the values are, for the error.
+        values: A sequence, array or tensor of one dimension.
+
+    Raises:
+        ExampleError: If an entry is no integer or is negative; the error names its index.
+    """
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ExampleError(
+            f"{name} must be a sequence of token ids, got {type(values).__name__}: tokenise text "
+            "first (lddyn.encode)",
+            problem="bad_token_id",
+            field=name,
+        )
+    ids = []
+    for index, value in enumerate(values):
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            token = operator.index(value)
+        except TypeError:
+            raise ExampleError(
+                f"{name}[{index}] must be an integer token id, got {value!r} "
+                f"({type(value).__name__})",
+                problem="bad_token_id",
+                field=name,
+            ) from None
+        if token < 0:
+            hint = " (labels hold it; pass the input ids)" if token == IGNORED_LABEL else ""
+            raise ExampleError(
+                f"{name}[{index}] must be a token id >= 0, got {token}{hint}",
+                problem="bad_token_id",
+                field=name,
+            )
+        ids.append(token)
+    return tuple(ids)
+
+
+def _mask(mask: Iterable[object] | None, count: int) -> tuple[bool, ...] | None:
+    """The mask as bools, one per response token; None when every token counts."""
+    if mask is None:
+        return None
+    counted = tuple(bool(value) for value in entries(mask))
+    if len(counted) != count:
+        raise ExampleError(
+            f"response_mask must have {count} entries, one per response token, got {len(counted)}",
+            problem="bad_mask",
+            field="response_mask",
+        )
+    if not any(counted):
+        raise ExampleError(
+            f"response_mask must count at least 1 of the {count} response tokens, got all False: "
+            "no token is left to measure",
+            problem="bad_mask",
+            field="response_mask",
+        )
+    return None if all(counted) else counted
+
+
+def _texts(name: str, values: Iterable[object] | None, count: int) -> tuple[str, ...] | None:
+    """The texts as a tuple, one per token, or None."""
+    if values is None:
+        return None
+    texts = tuple(str(value) for value in values)
+    if len(texts) != count:
+        raise ExampleError(f"{name} must have {count} entries, one per token, got {len(texts)}")
+    return texts

@@ -1,4 +1,4 @@
-"""Reading rows from files and data sets."""
+"""Data rows from files (JSONL, JSON, Parquet), data sets and iterables."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lddyn.data.encode import describe
-from lddyn.errors import ExampleError
+from lddyn.errors import ExampleError, glimpse
 
 __all__ = ["rows"]
 
@@ -35,7 +34,7 @@ def rows(source: Any, *, limit: int | None = None) -> list[dict[str, Any]]:
         [{'prompt': 'Is it red?', 'completion': ' Yes'}]
     """
     read: list[dict[str, Any]] = []
-    for row in iter_rows(source):
+    for row in rows_or_errors(source):
         if limit is not None and len(read) >= limit:
             break
         if isinstance(row, ExampleError):
@@ -49,7 +48,7 @@ def _unreadable(where: str, problem: str) -> ExampleError:
     return ExampleError(f"{where}: {problem}", problem="unreadable_row")
 
 
-def iter_rows(source: Any) -> Iterator[dict[str, Any] | ExampleError]:
+def rows_or_errors(source: Any) -> Iterator[dict[str, Any] | ExampleError]:
     """Yield rows, and an error in the place of each row that cannot be read."""
     if isinstance(source, str | os.PathLike):
         yield from _read_file(Path(source))
@@ -63,7 +62,7 @@ def iter_rows(source: Any) -> Iterator[dict[str, Any] | ExampleError]:
             problem="unreadable_row",
         )
     if not isinstance(source, Iterable):
-        raise TypeError(f"source must be a path or an iterable of rows, got {describe(source)}")
+        raise TypeError(f"source must be a path or an iterable of rows, got {glimpse(source)}")
     for index, row in enumerate(source):
         yield _as_row(row, f"row {index}")
 
@@ -71,7 +70,7 @@ def iter_rows(source: Any) -> Iterator[dict[str, Any] | ExampleError]:
 def _as_row(row: Any, where: str) -> dict[str, Any] | ExampleError:
     """Return a row as a dict, or the error that says why it is none."""
     if not isinstance(row, Mapping):
-        return _unreadable(where, f"a row must be a mapping of columns, got {describe(row)}")
+        return _unreadable(where, f"a row must be a mapping of columns, got {glimpse(row)}")
     return {str(key): value for key, value in row.items()}
 
 

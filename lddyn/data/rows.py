@@ -1,53 +1,45 @@
-"""One data row of any supported format to examples."""
+"""One data row of any supported format to examples: the format is recognised by its columns.
+
+Rows of token ids are in `lddyn.data.prepared`, how a text or conversation becomes token ids is in
+`lddyn.data.encode`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
+from lddyn.data.chat import common_prefix_length, is_messages
+from lddyn.data.columns import WHOLE, missing_column, require_columns
 from lddyn.data.encode import (
-    RowOptions,
-    Truncation,
-    append_eos,
-    check_messages,
-    common_prefix,
-    describe,
-    encode_chat,
-    encode_with,
-    finish,
-    is_messages,
-    tokenize_text,
+    EncodeOptions,
+    TruncationMode,
+    encode_response,
+    encode_whole,
+    not_text,
 )
-from lddyn.data.example import IGNORED_LABEL, Example, token_ids
-from lddyn.errors import EmptyResponseError, ExampleError
+from lddyn.data.example import Example
+from lddyn.data.prepared import Encoder, prepared_encoders
+from lddyn.data.tokenizer import Tokenizer
+from lddyn.errors import EmptyResponseError, ExampleError, glimpse
 
 __all__ = ["encode_row"]
 
-_ID_TRIPLES = (  # columns a preference trainer prepares, new and old spelling
-    ("prompt_ids", "chosen_ids", "rejected_ids"),
-    ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"),
-)
-
-_FORMATS = (
-    "{text} | {messages} | {prompt, completion} | {prompt, completion, label} | "
-    "{prompt, chosen, rejected} | {chosen, rejected} | "
-    "{input_ids, labels or completion_mask} | "
-    "{prompt_ids, chosen_ids, rejected_ids} | {prompt, plus the columns named in fields}"
-)
-
 
 def encode_row(
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
     row: Mapping[str, Any],
     fields: Sequence[str] | Literal["all"] | None = None,
     *,
     add_eos: bool = True,
     max_length: int | None = None,
     max_prompt_length: int | None = None,
-    truncation: Truncation = "keep_end",
+    truncation_mode: TruncationMode = "keep_start",
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    tools: Sequence[Any] | None = None,
+    tools: Sequence[object] | None = None,
     assistant_only: bool = True,
     skip_empty: bool = False,
 ) -> dict[str, Example]:
@@ -66,23 +58,24 @@ def encode_row(
 `rejected` |
 
     Args:
-        tokenizer: A transformers tokenizer, or anything that behaves like one.
-        row: The row. Its own `tools` and `chat_template_kwargs` columns are honoured.
+        tokenizer: A transformers tokenizer, or an object with the same methods. None is enough for
+            rows of token ids.
+        row: The row. Its own `tools` and `chat_template_kwargs` columns are used.
         fields: Further text columns to encode as responses to the same prompt (a probing set:
             `"irr_train"`, `"random_permute"`, ...); `"all"` for every text column. None: only the
-            format's own.
+            columns of the format.
         add_eos: As in `encode`.
         max_length: As in `encode`.
         max_prompt_length: As in `encode`.
-        truncation: As in `encode`.
+        truncation_mode: As in `encode`.
         chat_template_kwargs: As in `encode`.
         tools: As in `encode`.
         assistant_only: As in `encode`.
-        skip_empty: Leave out fields whose response is empty (sampled probing sets have some)
+        skip_empty: Leave out fields whose response is empty (a sampled probing set has some)
             instead of raising.
 
     Returns:
-        The examples by field; each carries its field as `Example.name`.
+        The examples by field; the field is also the `Example.name`.
 
     Raises:
         ExampleError: (a ValueError) If a column is missing or holds no text, or as in `encode`;
@@ -94,308 +87,153 @@ def encode_row(
         >>> encode_row(None, row)["rejected"].response_ids
         (7, 2)
     """
-    options = RowOptions(
+    options = EncodeOptions(
         add_eos=add_eos,
         max_length=max_length,
         max_prompt_length=max_prompt_length,
-        truncation=truncation,
+        truncation_mode=truncation_mode,
         chat_template_kwargs=chat_template_kwargs,
         tools=tools,
         assistant_only=assistant_only,
         texts=tokenizer is not None,
     )
-    encoded = {}
-    for name, job in row_jobs(tokenizer, row, fields, options):
+    examples = {}
+    for name, encoder in row_encoders(tokenizer, row, fields, options):
         try:
-            encoded[name] = job()
+            examples[name] = encoder()
         except EmptyResponseError:
             if not skip_empty:
                 raise
-    return encoded
+    return examples
 
 
-Jobs = list[tuple[str, Callable[[], Example]]]
+def row_encoders(
+    tokenizer: Tokenizer | None,
+    row: Mapping[str, Any],
+    fields: Sequence[str] | str | None,
+    options: EncodeOptions,
+) -> list[tuple[str, Encoder]]:
+    """Recognise a row's format and return (field, encoder) of each of its responses.
 
+    An encoder makes the field's `Example`. A field that cannot be encoded raises in its own
+    encoder and leaves the others usable.
 
-def row_jobs(
-    tokenizer: Any, row: Mapping[str, Any], fields: Sequence[str] | str | None, options: RowOptions
-) -> Jobs:
-    """Recognise the format; return (field, how to encode it), so that one failure stays one."""
-    prepared = _id_jobs(tokenizer, row, options)
+    Raises:
+        ExampleError: If the format is not recognised or one of its columns is missing.
+    """
+    prepared = prepared_encoders(tokenizer, row, options)
     if prepared:
         return prepared
-    options = _row_options(row, options)
-    own, extra, prompt, responses = _responses(row, fields)
-    jobs: Jobs = []
-    for name in (*own, *extra):
-        others = [responses[other] for other in own if other != name] if name in own else []
-        jobs.append((name, _text_job(tokenizer, prompt, responses[name], name, options, others)))
-    return jobs
+    options = _with_row_options(options, row)
+    content = _recognise(row, fields)
+    return [(name, content.encoder(tokenizer, name, options)) for name in content.responses]
 
 
-def _text_job(
-    tokenizer: Any, prompt: Any, response: Any, name: str, options: RowOptions, others: list[Any]
-) -> Callable[[], Example]:
-    """Encode one response later; `prompt` None means the whole text or conversation is given."""
+@dataclass(frozen=True)
+class _Content:
+    """Texts or conversations of a row.
 
-    def job() -> Example:
-        if prompt is not None:
-            return encode_with(tokenizer, prompt, response, name, options, others)
-        if isinstance(response, str):
-            return _encode_whole(tokenizer, response, name, options)
-        messages = check_messages(name, response) if is_messages(response) else []
-        if not messages:
-            raise ExampleError(
-                f"{name} must be text or a list of chat messages, got {describe(response)}",
-                problem="not_text",
-                field=name,
-            )
-        roles = [message["role"] for message in messages]
-        first = roles.index("assistant") if "assistant" in roles else len(roles)
-        return encode_chat(tokenizer, messages[:first], messages[first:], name, options)
+    Attributes:
+        prompt: Text or messages. None: each response is a whole text or conversation.
+        responses: Text or messages of each field.
+        paired: Fields whose responses have one prompt, to the token: chosen and rejected.
+    """
 
-    return job
+    prompt: object
+    responses: Mapping[str, object]
+    paired: Sequence[str] = ()
 
-
-def _encode_whole(tokenizer: Any, text: str, name: str, options: RowOptions) -> Example:
-    """Encode text without a prompt: every token after the first counts."""
-    notes: list[tuple[str, str]] = []
-    full = tokenize_text(tokenizer, text) if text else []
-    if full and options.add_eos:
-        append_eos(tokenizer, full, notes)
-    if len(full) < 2:
-        raise EmptyResponseError(
-            f"{name} must have at least 2 tokens (the first is only read), got {len(full)}: drop "
-            "the row",
-            field=name,
-        )
-    return finish(tokenizer, full, 1, None, notes, name, options)
+    def encoder(self, tokenizer: Any, name: str, options: EncodeOptions) -> Encoder:
+        """Encoder of one field."""
+        response = self.responses[name]
+        if self.prompt is None:
+            return partial(encode_whole, tokenizer, response, name, options)
+        others = [self.responses[k] for k in self.paired if k != name and name in self.paired]
+        return partial(encode_response, tokenizer, self.prompt, response, name, options, others)
 
 
-def _row_options(row: Mapping[str, Any], options: RowOptions) -> RowOptions:
-    """Options with the row's own tools and chat_template_kwargs."""
-    tools = row.get("tools") or options.tools
-    if isinstance(tools, str):
-        tools = json.loads(tools)
-    extra = row.get("chat_template_kwargs") or {}
-    if tools is options.tools and not extra:
-        return options
-    merged = {**dict(options.chat_template_kwargs or {}), **dict(extra)}
-    values = {**options.__dict__, "tools": tools, "chat_template_kwargs": merged or None}
-    return RowOptions(**values)
-
-
-def _missing(column: str, row: Mapping[str, Any]) -> ExampleError:
-    """Error for a column that is not there."""
-    return ExampleError(
-        f"row must have a column {column!r}, got {sorted(map(str, row))}; formats: {_FORMATS}",
-        problem="missing_column",
-        field=column,
-    )
-
-
-def _responses(
-    row: Mapping[str, Any], fields: Sequence[str] | str | None
-) -> tuple[list[str], list[str], Any, dict[str, Any]]:
-    """Recognise a text format: (own fields, further fields, prompt or None, response by field)."""
-    every = isinstance(fields, str) and fields == "all"
-    named = [] if every or fields is None else [fields] if isinstance(fields, str) else list(fields)
-    for name in named:
-        if name not in row:
-            raise _missing(name, row)
-    prompt = row.get("prompt")
-    own: list[str] = []
+def _recognise(row: Mapping[str, Any], fields: Sequence[str] | str | None) -> _Content:
+    """The content of a row of texts or messages, whose columns tell the format."""
+    every = fields == "all"
+    named = [] if fields is None or every else [fields] if isinstance(fields, str) else list(fields)
+    require_columns(row, *named)
     if "chosen" in row or "rejected" in row:
-        for column in ("chosen", "rejected"):
-            if column in row:
-                own.append(column)
-            elif not named:
-                raise _missing(column, row)
-        if len(own) == 2 and (
-            "prompt" not in row or (isinstance(prompt, str) and is_messages(row["chosen"]))
-        ):
-            prompt, chosen, rejected = _split_prompt(row["chosen"], row["rejected"])
-            responses = {**row, "chosen": chosen, "rejected": rejected}
-        else:
-            responses = dict(row)
-        if prompt is None and "prompt" not in row:
-            raise _missing("prompt", row)
-    elif "completion" in row or ("prompt" in row and (named or every)):
-        if "prompt" not in row:
-            raise _missing("prompt", row)
-        own, responses = (["completion"] if "completion" in row else []), dict(row)
+        content = _preference(row, one_is_enough=bool(named))
+    elif "completion" in row:
+        require_columns(row, "prompt")
+        content = _Content(row["prompt"], {"completion": row["completion"]})
     elif "prompt" in row:
-        raise _missing("completion", row)
+        if not (named or every):
+            raise missing_column("completion", row)
+        content = _Content(row["prompt"], {})
     else:
-        for column in ("messages", "conversations", "text"):
-            if column in row:
-                name = "text" if column == "text" else "messages"
-                if named:
-                    raise _missing("prompt", row)
-                return [name], [], None, {name: row[column]}
-        raise _missing("prompt", row)
-    if prompt is None:
-        raise ExampleError(
-            "prompt must be text or a list of chat messages, got None",
-            problem="not_text",
-            field="prompt",
-        )
+        column = next((c for c in WHOLE if c in row), None)
+        if column is None or named:
+            raise missing_column("prompt", row)
+        return _Content(None, {WHOLE[column]: row[column]})
+    if content.prompt is None:
+        raise not_text("prompt", None)
     if every:
         named = [name for name, value in row.items() if isinstance(value, str) and name != "prompt"]
-    extra = [name for name in dict.fromkeys(named) if name not in own]
-    return own, extra, prompt, responses
+    further = {name: row[name] for name in named if name not in content.responses}
+    return replace(content, responses={**content.responses, **further})
 
 
-def _split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """Split two full texts or conversations at the end of their common beginning."""
-    for name, value in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(value, str) and not is_messages(value):
-            raise ExampleError(
-                f"{name} must be text or a list of chat messages, got {describe(value)}",
-                problem="not_text",
-                field=name,
-            )
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise ExampleError(
-            f"chosen and rejected must both be text or both messages, got {describe(chosen)} and "
-            f"{describe(rejected)}",
-            problem="not_text",
-            field="rejected",
-        )
-    shared = common_prefix(chosen, rejected)
-    if chosen == rejected:
-        if isinstance(chosen, str):
+def _preference(row: Mapping[str, Any], one_is_enough: bool) -> _Content:
+    """Prompt, chosen and rejected; without a prompt column, their common beginning is the prompt.
+
+    Args:
+        row: A row with at least one of the columns chosen and rejected.
+        one_is_enough: Whether the other one may be missing.
+    """
+    own = [column for column in ("chosen", "rejected") if column in row]
+    if not one_is_enough:
+        require_columns(row, "chosen", "rejected")
+    responses = {name: row[name] for name in own}
+    prompt = row.get("prompt")
+    # A text beside whole conversations repeats their first turn.
+    beside = isinstance(prompt, str) and is_messages(responses.get("chosen"))
+    if len(own) == 2 and ("prompt" not in row or beside):
+        prompt, *split = _split_prompt(row["chosen"], row["rejected"])
+        return _Content(prompt, dict(zip(own, split, strict=True)), own)
+    require_columns(row, "prompt")
+    return _Content(prompt, responses, own)
+
+
+def _split_prompt(chosen: object, rejected: object) -> tuple[object, object, object]:
+    """(prompt, chosen, rejected) of two whole texts or conversations with a common beginning."""
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if chosen == rejected:
             raise ExampleError(
                 "chosen and rejected must differ when there is no prompt column, got identical "
                 "text: where the prompt ends cannot be told",
                 problem="identical_pair",
                 field="rejected",
             )
-        shared = len(chosen) - 1
-    elif isinstance(chosen, str):
+        shared = common_prefix_length(chosen, rejected)
         if shared and chosen[shared - 1] == " ":
             shared -= 1  # the space belongs to the response's first word
-    else:
-        shared = min(shared, len(chosen) - 1, len(rejected) - 1)
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+        return chosen[:shared], chosen[shared:], rejected[shared:]
+    if is_messages(chosen) and is_messages(rejected):
+        # Each response has a message at least, also where one conversation begins the other.
+        most = min(len(chosen), len(rejected)) - 1
+        shared = min(common_prefix_length(chosen, rejected), most)
+        return chosen[:shared], chosen[shared:], rejected[shared:]
+    for name, value in (("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(value, str) and not is_messages(value):
+            raise not_text(name, value)
+    raise ExampleError(
+        f"chosen and rejected must both be text or both messages, got {glimpse(chosen)} and "
+        f"{glimpse(rejected)}",
+        problem="not_text",
+        field="rejected",
+    )
 
 
-def _id_jobs(tokenizer: Any, row: Mapping[str, Any], options: RowOptions) -> Jobs:
-    """Recognise a pre-tokenised row; empty when it is none."""
-    for prompt, chosen, rejected in _ID_TRIPLES:
-        if chosen in row or rejected in row:
-            for column in (prompt, chosen, rejected):
-                if column not in row:
-                    raise _missing(column, row)
-            return [
-                ("chosen", _id_job(tokenizer, row[prompt], row[chosen], None, "chosen", options)),
-                (
-                    "rejected",
-                    _id_job(tokenizer, row[prompt], row[rejected], None, "rejected", options),
-                ),
-            ]
-    if "completion_ids" in row:
-        if "prompt_ids" not in row:
-            raise _missing("prompt_ids", row)
-        prompt, completion = row["prompt_ids"], row["completion_ids"]
-        return [("completion", _id_job(tokenizer, prompt, completion, None, "completion", options))]
-    if "input_ids" not in row:
-        return []
-    ids = token_ids("input_ids", row["input_ids"])
-    counted = _counted_tokens(row, ids)
-    pieces = _documents(row, len(ids))
-    jobs: Jobs = []
-    for index, (begin, end) in enumerate(pieces):
-        name = "input_ids" if len(pieces) == 1 else f"document_{index}"
-        job = _masked_job(tokenizer, ids[begin:end], counted[begin:end], name, options)
-        jobs.append((name, job))
-    return jobs
-
-
-def _id_job(
-    tokenizer: Any, prompt: Any, response: Any, mask: Any, name: str, options: RowOptions
-) -> Callable[[], Example]:
-    """Make one example of ids later."""
-
-    def job() -> Example:
-        left, right = token_ids("prompt_ids", prompt), token_ids(f"{name}_ids", response)
-        if not left or not right:  # Example says what is wrong
-            return Example(left, right, name=name)
-        return finish(tokenizer, [*left, *right], len(left), mask, [], name, options)
-
-    return job
-
-
-def _masked_job(
-    tokenizer: Any, ids: Sequence[int], counted: Sequence[bool], name: str, options: RowOptions
-) -> Callable[[], Example]:
-    """Make one example of ids and their loss mask later; the prompt ends where counting begins."""
-
-    def job() -> Example:
-        chosen = [index for index, value in enumerate(counted) if value and index > 0]
-        if not chosen:
-            raise EmptyResponseError(
-                f"{name} must count at least 1 token after the first, got none in {len(ids)}: the "
-                "loss mask is empty; drop the row",
-                field=name,
-            )
-        start, stop = chosen[0], chosen[-1] + 1  # nothing after the last counted token matters
-        mask = [bool(value) for value in counted[start:stop]]
-        return finish(tokenizer, list(ids[:stop]), start, mask, [], name, options)
-
-    return job
-
-
-def _counted_tokens(row: Mapping[str, Any], ids: tuple[int, ...]) -> list[bool]:
-    """Which tokens of a pre-tokenised row are in the loss, from its label and mask columns."""
-    columns = ("attention_mask", "labels", "completion_mask", "assistant_masks")
-    counted = [True] * len(ids)
-    for column in columns:
-        values = row.get(column)
-        if values is None:
-            continue
-        values = values.tolist() if hasattr(values, "tolist") else list(values)
-        if len(values) != len(ids):
-            raise ExampleError(
-                f"{column} must have {len(ids)} entries, one per input id, got {len(values)}",
-                problem="bad_mask",
-                field=column,
-            )
-        if column == "labels":
-            for index, (label, token) in enumerate(zip(values, ids, strict=True)):
-                if label not in (IGNORED_LABEL, token):
-                    raise ExampleError(
-                        f"labels[{index}] must be input_ids[{index}] = {token} or {IGNORED_LABEL},"
-                        f" got {label}: labels are not shifted in a data set",
-                        problem="bad_mask",
-                        field="labels",
-                    )
-            values = [label != IGNORED_LABEL for label in values]
-        counted = [a and bool(b) for a, b in zip(counted, values, strict=True)]
-    return counted
-
-
-def _documents(row: Mapping[str, Any], length: int) -> list[tuple[int, int]]:
-    """Where the documents of a packed row begin and end; one for a row that is not packed."""
-    lengths, starts = row.get("seq_lengths"), row.get("position_ids")
-    if lengths is not None:
-        ends, total = [], 0
-        for size in lengths:
-            total += int(size)
-            ends.append(total)
-        if total != length:
-            raise ExampleError(
-                f"seq_lengths must add up to {length} input ids, got {total}",
-                problem="bad_mask",
-                field="seq_lengths",
-            )
-        begins = [0, *ends[:-1]]
-    elif starts is not None:
-        values = starts.tolist() if hasattr(starts, "tolist") else list(starts)
-        begins = [index for index, value in enumerate(values) if value == 0] or [0]
-        if begins[0] != 0:
-            begins.insert(0, 0)
-        ends = [*begins[1:], length]
-    else:
-        begins, ends = [0], [length]
-    return [(begin, end) for begin, end in zip(begins, ends, strict=True) if end > begin]
+def _with_row_options(options: EncodeOptions, row: Mapping[str, Any]) -> EncodeOptions:
+    """Options with the row's own tools and chat_template_kwargs."""
+    tools = row.get("tools") or options.tools
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    kwargs = {**(options.chat_template_kwargs or {}), **(row.get("chat_template_kwargs") or {})}
+    return replace(options, tools=tools, chat_template_kwargs=kwargs or None)

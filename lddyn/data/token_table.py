@@ -1,4 +1,4 @@
-"""Which token each feature row belongs to."""
+"""The table that says which token, or which sequence, each row of features belongs to."""
 
 from __future__ import annotations
 
@@ -14,45 +14,21 @@ from lddyn.data.example import Example
 if TYPE_CHECKING:
     import pyarrow
 
-if TYPE_CHECKING:
-    import pyarrow
+__all__ = ["COLUMNS", "TokenTable"]
 
-__all__ = ["TokenTable"]
-
-
-def row_table(examples: Sequence[Example], by: str) -> TokenTable:
-    """Which token, or whole sequence, each row is, for rows of these examples in their order."""
-    if by == "sequence":
-        names = [e.content_id for e in examples]
-        return sequence_table(names, torch.arange(len(names)))
-    found = [token_columns(e) for e in examples]
-    columns = (
-        torch.tensor([x for each in found for x in each[name]], dtype=torch.int32)
-        for name in COLUMNS
-    )
-    return TokenTable(
-        [e.content_id for e in examples for _ in range(len(e))],
-        torch.tensor([i for i, e in enumerate(examples) for _ in range(len(e))]),
-        *columns,
-    )
-
-
-def sequence_table(names: list[str], index: Tensor) -> TokenTable:
-    """The same for rows of whole sequences: content ids and places."""
-    none = torch.full((len(names),), -1, dtype=torch.int32)
-    return TokenTable(names, index, none, none.clone(), none.clone())
+COLUMNS = ("response_index", "position", "token_id")  # what a row says of its token, int32 each
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """Which token each row is.
+    """Which token each row of features belongs to; of a whole sequence, only which example.
 
     Attributes:
         example_id: `Example.content_id` of each row, list of n.
-        example_index: Place of the example in the data set, (n,) int64.
-        response_index: Place of the token in the response, (n,) int32.
-        position: Logit column that predicts the token, (n,) int32.
-        token_id: The token, (n,) int32.
+        example_index: Index of the example in the data set, (n,) int64.
+        response_index: Index of the token in the response, (n,) int32; -1 for a sequence.
+        position: Logit column that predicts the token, (n,) int32; -1 for a sequence.
+        token_id: The token, (n,) int32; -1 for a sequence.
     """
 
     example_id: list[str]
@@ -66,17 +42,64 @@ class TokenTable:
         return len(self.example_id)
 
     def __getitem__(self, rows: slice) -> TokenTable:
-        """Some of the rows."""
+        """The table of some of the rows."""
         columns = (getattr(self, name)[rows] for name in ("example_index", *COLUMNS))
         return TokenTable(self.example_id[rows], *columns)
+
+
+def token_columns(example: Example) -> dict[str, Sequence[int]]:
+    """`response_index`, `position` and `token_id` of each counted response token."""
+    first = len(example.prompt_ids) - 1
+    return {
+        "response_index": [p - first for p in example.positions],
+        "position": example.positions,
+        "token_id": example.targets,
+    }
+
+
+def table_of(examples: Sequence[Example], by: str) -> TokenTable:
+    """Table of the rows of these examples, in their order.
+
+    Args:
+        examples: The examples.
+        by: "token" for a row per counted token, "sequence" for a row per example.
+    """
+    if by == "sequence":
+        return sequence_table([e.content_id for e in examples], torch.arange(len(examples)))
+    per_example = [token_columns(e) for e in examples]
+    columns = (
+        torch.tensor([x for columns in per_example for x in columns[name]], dtype=torch.int32)
+        for name in COLUMNS
+    )
+    return TokenTable(
+        [e.content_id for e in examples for _ in range(len(e))],
+        torch.tensor([i for i, e in enumerate(examples) for _ in range(len(e))]),
+        *columns,
+    )
+
+
+def sequence_table(example_id: list[str], example_index: Tensor) -> TokenTable:
+    """Table of rows that are whole sequences."""
+    none = torch.full((len(example_id),), -1, dtype=torch.int32)
+    return TokenTable(example_id, example_index, none, none.clone(), none.clone())
 
 
 def arrow_table(
     pieces: Iterable[tuple[TokenTable, Tensor]], width: int, dtype: torch.dtype | None
 ) -> pyarrow.Table:
-    """Token tables and rows of a dtype (None: without them) as an Arrow table, a chunk a piece.
+    """Token tables with their features as one Arrow table; each piece becomes a chunk.
 
-    The column of rows is a view of them; Arrow has no bfloat16, which is copied as float32.
+    Args:
+        pieces: Tables, each with its features (n, width).
+        width: Numbers per row.
+        dtype: Dtype of the features. None: the table has no column of features.
+
+    Returns:
+        The columns of `TokenTable` and `features`, which shares memory with the tensors; Arrow has
+        no bfloat16, which is copied as float32.
+
+    Raises:
+        ImportError: If pyarrow is missing.
     """
     try:
         import pyarrow as pa
@@ -101,16 +124,3 @@ def arrow_table(
             arrays.append(pa.FixedSizeListArray.from_arrays(flat, width))
         batches.append(pa.RecordBatch.from_arrays(arrays, schema=schema))
     return pa.Table.from_batches(batches, schema=schema)
-
-
-def token_columns(example: Example) -> dict[str, Sequence[int]]:
-    """`response_index`, `position` and `token_id` of each counted response token."""
-    first = len(example.prompt_ids) - 1
-    return {
-        "response_index": [p - first for p in example.positions],
-        "position": example.positions,
-        "token_id": example.targets,
-    }
-
-
-COLUMNS = ("response_index", "position", "token_id")

@@ -18,7 +18,7 @@ import torch
 
 from lddyn import ops
 from lddyn.data.example import Example
-from lddyn.data.token_table import row_table
+from lddyn.data.token_table import table_of
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.gram import Side, factored_gram, token_gram
 from lddyn.engine.guard import undisturbed
@@ -203,7 +203,7 @@ class Plan:
             first, last = int(at[0]), int(at[-1]) + 1
             one_piece = last - first == len(at) and bool((at.diff() == 1).all())
             found = made.rows[first:last] if one_piece else made.rows[at.to(made.rows.device)]
-            return Features(found, row_table(side, self.by), layout)
+            return Features(found, table_of(side, self.by), layout)
 
         return rows(self.observed).gram(rows(self.updated))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lddyn.data.example import Example
-from lddyn.data.token_table import row_table
+from lddyn.data.token_table import table_of
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.factors import HeadFactor
 from lddyn.engine.gram import Side
@@ -294,7 +294,7 @@ def features(
     if together:
         whole = _sequence_rows(anatomy, examples, weights, layout, budget, chunk, threads, bar)
         bar.close()
-        return Features(whole, row_table(examples, by), layout)
+        return Features(whole, table_of(examples, by), layout)
     height = sum(map(len, examples))
     rows: Tensor | None = None
     start = 0
@@ -322,7 +322,7 @@ def features(
         bar.update(len(example))
     bar.close()
     assert rows is not None
-    return Features(rows, row_table(examples, by), layout)
+    return Features(rows, table_of(examples, by), layout)
 
 
 def _sequence_rows(

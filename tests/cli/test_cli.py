@@ -379,7 +379,7 @@ def test_audit(model, data):
     for problem in ("unreadable_row", "identical_pair", "over_context", "token_out_of_range"):
         assert problem in result.stdout
     document = json.loads(call("audit", "--tokenizer", model, "--data", data, "--json").stdout)
-    assert document["n_rows"] == 8 and "over_context" not in document["summary"]
+    assert document["n_rows"] == 8 and "over_context" not in document["counts"]
     assert "give --model or --tokenizer" in errors("audit", "--data", data)
     assert "no such file" in errors("audit", "--data", "nowhere", "--model", model)
 

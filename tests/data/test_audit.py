@@ -42,12 +42,12 @@ def test_audit_finds(tokenizer, row, field, problem, severity):
     assert [(f.row, f.field, f.severity) for f in hits if f.field == field] == [
         (1, field, severity)
     ]
-    assert found.summary()[problem] == 1
+    assert found.counts()[problem] == 1
     assert (1 in found.unusable) == (severity == "error")
     assert not [f for f in found if f.row == 0]
     assert found.n_rows == 2
     assert problem in str(found)
-    assert Audit.from_json(found.to_json()) == found
+    assert Audit.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
 def test_audit_of_clean_data_finds_nothing(tokenizer):
@@ -55,7 +55,25 @@ def test_audit_of_clean_data_finds_nothing(tokenizer):
     assert found.ok
     assert len(found) == 0
     assert (found.n_rows, found.n_responses, found.n_eos_counted) == (2, 4, 4)
-    assert "nothing found" in str(found)
+    assert "no problems" in str(found)
+
+
+def test_audit_is_summarised_explained_saved_and_loaded(tokenizer, tmp_path):
+    table = audit(tokenizer, [pair(), pair(chosen=""), pair(chosen="  ")])
+    assert table.summary() == {
+        "rows": 3,
+        "responses": 5,
+        "eos_counted": 5,
+        "unusable": 1,
+        "findings": 2,
+    }
+    assert list(table.counts()) == ["empty_response", "blank_response"]  # errors first
+    assert str(table) == table.explain() and "row 1 chosen" in table.explain()
+    assert repr(table) == (
+        "Audit(3 rows, 5 responses, EOS counted in 100.0 %, 1 rows unusable, 2 findings)"
+    )
+    table.save(tmp_path / "audit.json")
+    assert Audit.load(tmp_path / "audit.json") == table
 
 
 def test_audit_finds_duplicates(tokenizer):
@@ -86,7 +104,7 @@ def test_audit_checks_the_model(tokenizer):
         max_position_embeddings = 10
 
     found = audit(tokenizer, [pair(prompt="cats"), pair()], config=Config())
-    assert {"token_out_of_range"} <= set(found.summary())
+    assert {"token_out_of_range"} <= set(found.counts())
     longest = encode(tokenizer, PROMPT, " There").length
     found = audit(
         tokenizer, [pair(prompt="cats"), pair()], vocab_size=400, max_positions=longest - 1
@@ -128,7 +146,7 @@ def test_real_rows_audit(hh):
     assert found.n_responses == 1300 - len(
         [f for f in found if f.problem in ("empty_response", "empty_prompt", "not_text")]
     )
-    assert set(found.summary()) <= {
+    assert set(found.counts()) <= {
         "pad_is_eos",
         "over_context",
         "empty_response",

@@ -3,7 +3,7 @@
 import pytest
 from chats import FORGETFUL_TEMPLATE, GENERATION_TEMPLATE, TEMPLATE, assistant, make_tokenizer, user
 
-from lddyn.data.encode import encode
+from lddyn.data.encode import cut_to_length, encode
 from lddyn.errors import EmptyResponseError, ExampleError
 
 
@@ -87,15 +87,50 @@ def test_encode_refuses_what_is_no_text(tokenizer, prompt, response, text):
     assert caught.value.problem == "not_text"
 
 
-def test_encode_truncates_the_prompt(tokenizer):
+def test_encode_truncates_the_prompt_and_keeps_its_end(tokenizer):
     prompt = "Human: Where do cats sleep? Assistant:"
     whole = encode(tokenizer, prompt, " Cats")
-    end = encode(tokenizer, prompt, " Cats", max_prompt_length=4)
-    start = encode(tokenizer, prompt, " Cats", max_prompt_length=4, truncation="keep_start")
-    assert end.prompt_ids == whole.prompt_ids[-4:]
-    assert start.prompt_ids == whole.prompt_ids[:4]
-    assert end.response_ids == start.response_ids == whole.response_ids
-    assert "truncated_prompt" in dict(end.notes)
+    for mode in ("keep_start", "keep_end"):
+        cut = encode(tokenizer, prompt, " Cats", max_prompt_length=4, truncation_mode=mode)
+        assert cut.prompt_ids == whole.prompt_ids[-4:]
+        assert cut.response_ids == whole.response_ids
+        assert "truncated_prompt" in dict(cut.notes)
+
+
+def test_encode_truncates_from_the_start_as_trl_does(tokenizer):
+    prompt = "Human: Where do cats sleep? Assistant:"
+    whole = encode(tokenizer, prompt, " Cats")
+    for length in range(len(whole.response_ids) + 1, whole.length + 1):
+        cut = encode(tokenizer, prompt, " Cats", max_length=length, truncation_mode="keep_end")
+        assert cut.ids == whole.ids[-length:]
+        assert cut.response_ids == whole.response_ids
+        assert len(cut.prompt_tokens) == len(cut.prompt_ids)
+    with pytest.raises(ExampleError, match="leave room for a prompt") as caught:
+        encode(tokenizer, prompt, " Cats in the sun", max_length=2, truncation_mode="keep_end")
+    assert caught.value.problem == "response_fills_max_length"
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("max_length", [None, 2, 3, 5, 6, 9])
+@pytest.mark.parametrize("max_prompt_length", [None, 1, 2, 7])
+def test_cut_to_length_is_a_slice_of_the_whole(mode, max_length, max_prompt_length):
+    prompt, response = [1, 2, 3], [4, 5, 6]
+    expected_prompt = prompt[-max_prompt_length:] if max_prompt_length else prompt
+    whole = [*expected_prompt, *response]
+    kept = whole if max_length is None else whole[:max_length]
+    if mode == "keep_end" and max_length is not None:
+        kept = whole[-max_length:]
+    left, right = [t for t in kept if t < 4], [t for t in kept if t > 3]
+    limits = {
+        "max_length": max_length,
+        "max_prompt_length": max_prompt_length,
+        "truncation_mode": mode,
+    }
+    if left and right:
+        assert cut_to_length(prompt, response, **limits) == (left, right)
+    else:
+        with pytest.raises(ExampleError, match="leave room"):
+            cut_to_length(prompt, response, **limits)
 
 
 def test_encode_truncates_the_response_and_notes_the_lost_eos(tokenizer):
@@ -117,7 +152,7 @@ def test_encode_refuses_a_prompt_that_fills_max_length(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"truncation": "keep_middle"}, {"max_length": 1}, {"max_prompt_length": 0}]
+    "kwargs", [{"truncation_mode": "keep_middle"}, {"max_length": 1}, {"max_prompt_length": 0}]
 )
 def test_encode_refuses_bad_options(tokenizer, kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):

@@ -749,7 +749,7 @@ def test_the_command_reweights(folder, tmp_path):
     assert written == rows and weights[2] == 1.0  # row 2 is no pair
     assert [w for i, w in enumerate(weights) if i != 2] == pytest.approx(document["shares"])
     assert document["run"]["schedule"] == "linear" and len(document["run"]["path_chosen"]) == 7
-    assert document["audit"]["summary"]["duplicate"] == 1
+    assert document["audit"]["counts"]["duplicate"] == 1
     assert document["validated"]["steps"] == 2 and "foretold to move" in " ".join(document["told"])
     again = {document["pairs"][a["pair"]]["row"]: a for a in document["actions"]}
     assert again[4]["action"] == "fix" and again[4]["why"] == "duplicate"

@@ -1,0 +1,73 @@
+"""What lddyn needs of a tokenizer: the ids of a text, its end tokens, the text of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+__all__ = ["Tokenizer"]
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that lddyn calls; an object that has it will do.
+
+    Attributes:
+        eos_token_id: Id, or ids, of the token that ends a sequence. None: the tokenizer has none.
+        pad_token_id: Id of the padding token. None: the tokenizer has none.
+        chat_template: Jinja template that renders messages. None: messages cannot be encoded.
+    """
+
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | None
+    chat_template: str | None
+
+    def __call__(self, *, text: str) -> Mapping[str, Sequence[int]]:
+        """`{"input_ids": token ids}` of a text, special tokens included."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of the tokens."""
+        ...
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> Sequence[str | None]:
+        """Vocabulary entry of each token."""
+        ...
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, Any]], **kwargs: Any
+    ) -> Mapping[str, Sequence[int]]:
+        """`{"input_ids": token ids}` of a conversation; `assistant_masks` too if required."""
+        ...
+
+
+def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text, with the special tokens that the tokenizer adds by default."""
+    return list(tokenizer(text=text)["input_ids"])
+
+
+def eos_ids(tokenizer: Tokenizer | None) -> set[int]:
+    """Ids that end a sequence; empty when the tokenizer has none."""
+    eos = getattr(tokenizer, "eos_token_id", None)
+    if eos is None:
+        return set()
+    return set(eos) if isinstance(eos, list | tuple | set) else {int(eos)}
+
+
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, ...]:
+    """Printable text of each token.
+
+    The decoded text; the vocabulary entry where a token is a part of a character, or nothing.
+    """
+    texts: dict[int, str] = {}
+    for token in ids:
+        if token in texts:
+            continue
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        piece = tokenizer.convert_ids_to_tokens([token])[0]
+        if isinstance(piece, str):
+            if "\ufffd" in text or not text:
+                text = piece
+            elif piece.startswith("\u2581") and not text.startswith(" "):
+                text = " " + text  # SentencePiece drops the space of a token decoded alone
+        texts[token] = text or f"<{token}>"
+    return tuple(texts[token] for token in ids)
