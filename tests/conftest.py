@@ -18,6 +18,8 @@ HERE = Path(__file__).parent
 # So that tests can `import zoo`, and what another test file defines.
 sys.path[:0] = [str(HERE), *(str(p) for p in sorted(HERE.iterdir()) if p.is_dir())]
 
+from covering import covering  # noqa: E402
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {
     "fp32": torch.float32,
@@ -43,13 +45,50 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """test_<op>_<property>(use): once per backend that the op has for this machine's device."""
+    """Parametrizes dtype, backend and the axes of @pytest.mark.covering, by covering pairs.
+
+    dtype is each of DTYPES. A test named test_<op>_<property> that has `use` runs on every backend
+    that its op has for this machine's device, in the dtypes that the backend takes.
+    @pytest.mark.covering(NAME=VALUES, ..., allowed=FUNCTION) adds axes, and drops cases for which
+    FUNCTION(**case) is False.
+    """
+    axes, rules = {}, []
+    for mark in metafunc.definition.iter_markers("covering"):
+        axes |= {name: values for name, values in mark.kwargs.items() if name != "allowed"}
+        rules += [mark.kwargs["allowed"]] if "allowed" in mark.kwargs else []
+    parametrized = {
+        name.strip()
+        for mark in metafunc.definition.iter_markers("parametrize")
+        for name in (mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])
+    }
+    if "dtype" in metafunc.fixturenames and "dtype" not in parametrized:
+        axes["dtype"] = DTYPES.values()
     if "use" in metafunc.fixturenames:
         test = metafunc.function.__name__.removeprefix("test_")
-        op = max((name for name in lddyn.ops.OPS if test.startswith(name)), key=len)
+        op = lddyn.ops.OPS[max((name for name in lddyn.ops.OPS if test.startswith(name)), key=len)]
         other = "cpp" if DEVICE == "cuda" else "cuda"
-        names = [name for name in lddyn.ops.OPS[op].implementations if name != other]
-        metafunc.parametrize("backend", names)
+        axes["backend"] = [name for name in op.implementations if name != other]
+        # A backend that is not here at all stays, so that its tests are skipped with the reason.
+        here = {x for x in axes["backend"] if not op.refusal(x, torch.device(DEVICE))}
+        rules.append(
+            lambda backend, dtype=None, **_: (
+                dtype is None
+                or backend not in here
+                or not op.refusal(backend, torch.device(DEVICE), dtype)
+            )
+        )
+    if axes:
+        cases = covering(axes, lambda **case: all(rule(**case) for rule in rules))
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        ids = ["-".join(names.get(x) or label(x) for x in case) for case in cases]
+        metafunc.parametrize(tuple(axes), cases, ids=ids)
+
+
+def label(value):
+    """Name of a parameter: (3, 700) → 3x700, ("gram", "cpp") → gram-cpp."""
+    if not isinstance(value, tuple):
+        return str(value)
+    return ("-" if isinstance(value[0], str) else "x").join(map(label, value))
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +99,6 @@ def seed():
 @pytest.fixture
 def device():
     return DEVICE
-
-
-@pytest.fixture(params=DTYPES)
-def dtype(request):
-    return DTYPES[request.param]
 
 
 @pytest.fixture

@@ -21,10 +21,6 @@ SHAPES = [
 ]
 
 
-def name(shape):
-    return "x".join(map(str, shape))
-
-
 def causal(t, s, window=None):
     """Query i sees keys up to i + s − t, the last `window` of them."""
     i, j = torch.arange(t)[:, None] + s - t, torch.arange(s)[None]
@@ -100,9 +96,7 @@ def alibi(h, t, s):
 # --------------------------------------------------------------------------- truth
 
 
-@pytest.mark.parametrize(
-    ("shape", "softcap"), [*((x, 0.0) for x in SHAPES), (SHAPES[2], 2.0), (SHAPES[3], 2.0)]
-)
+@pytest.mark.covering(shape=SHAPES, softcap=[0.0, 2.0])
 def test_attention_pullback_and_pushforward(shape, softcap, dtype, device, use, assert_accurate):
     forward, grads, tangents = make(shape, dtype, device)
     with use("attention_pullback", dtype):

@@ -22,10 +22,6 @@ SHAPES = [
 KERNELS = {"cuda": "_gram_cuda", "triton": "_gram_triton"}
 
 
-def name(shape):
-    return "x".join(map(str, shape))
-
-
 def make(shape, dtype, device, kind="random"):
     """Operands, and lengths: sorted and whole (causal), in any order, or the extremes."""
     s, t, d_in, d_out, m, n = shape
@@ -70,8 +66,7 @@ def push(monkeypatch):
     return fix
 
 
-@pytest.mark.parametrize("order", ["push_o", "push_u", "materialise"])
-@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.covering(shape=SHAPES, order=["push_o", "push_u", "materialise"])
 def test_gram_with_lengths(shape, order, dtype, device, use, push, assert_accurate):
     args, lengths = make(shape, dtype, device)
     args = filled(args, lengths, 0.0)

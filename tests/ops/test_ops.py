@@ -58,7 +58,7 @@ def double(args):
 # --------------------------------------------------------------------------- residual
 
 
-@pytest.mark.parametrize("shape", RESIDUAL_SHAPES, ids=name)
+@pytest.mark.covering(shape=RESIDUAL_SHAPES)
 def test_residual(shape, dtype, device, use, assert_accurate):
     args = make_residual(shape, dtype, device)
     with use("residual", dtype):
@@ -223,7 +223,7 @@ def test_residual_of_any_shape(n, vocabulary, scale):
 # --------------------------------------------------------------------------- gram
 
 
-@pytest.mark.parametrize("shape", GRAM_SHAPES, ids=name)
+@pytest.mark.covering(shape=GRAM_SHAPES)
 def test_gram(shape, dtype, device, use, assert_accurate):
     args = make_gram(shape, dtype, device)
     with use("gram", dtype):
@@ -232,7 +232,7 @@ def test_gram(shape, dtype, device, use, assert_accurate):
     assert_accurate(out, plain_gram(*double(args)), plain_gram(*args), dtype)
 
 
-@pytest.mark.parametrize("shape", GRAM_SHAPES, ids=name)
+@pytest.mark.covering(shape=GRAM_SHAPES)
 def test_gram_on_cpu_rounds_to_float32_only(shape, dtype, assert_accurate):
     """The CPU path widens low precision exactly: float32's floor holds for bfloat16 operands."""
     args = make_gram(shape, dtype)

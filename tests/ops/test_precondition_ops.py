@@ -34,7 +34,7 @@ def double(args):
     return [x.double() for x in args]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.covering(shape=SHAPES)
 def test_preconditioned_push(shape, dtype, device, use, assert_accurate):
     args = make(shape, dtype, device)
     with use("preconditioned_push", dtype):
@@ -43,7 +43,7 @@ def test_preconditioned_push(shape, dtype, device, use, assert_accurate):
     assert_accurate(out, plain(*double(args)), plain(*args), dtype)
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.covering(scale_dtype=[torch.float64, torch.float32, torch.bfloat16])
 def test_preconditioned_push_takes_a_scale_of_any_dtype(
     scale_dtype, dtype, device, use, assert_accurate
 ):

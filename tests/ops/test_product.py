@@ -36,20 +36,15 @@ def operands(shape, columns, dtype, transposed=False, strided=False):
     return x.to(dtype), weight.to(dtype)
 
 
-@pytest.fixture(params=["oneDNN", "plain"])
-def blas(request, monkeypatch):
-    """The two ways, where torch has both."""
-    if request.param == "plain":
+@pytest.mark.covering(
+    size=SHAPES, transposed=[False, True], strided=[False, True], blas=["oneDNN", "plain"]
+)
+def test_product(size, transposed, strided, dtype, blas, device, monkeypatch, assert_accurate):
+    if blas == "plain":
         monkeypatch.setattr(family, "_onednn", lambda: False)
     elif not family._onednn():
         pytest.skip("torch has no oneDNN here")
-    return request.param
-
-
-@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
-@pytest.mark.parametrize("transposed", [False, True], ids=["weight", "transposed"])
-@pytest.mark.parametrize(("shape", "columns"), SHAPES, ids=str)
-def test_product(shape, columns, transposed, strided, dtype, blas, device, assert_accurate):
+    shape, columns = size
     x, weight = operands(shape, columns, dtype, transposed, strided)
     x, weight = x.to(device), weight.to(device)
     before = x.clone(), weight.clone()

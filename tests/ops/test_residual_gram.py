@@ -16,10 +16,6 @@ INF = float("inf")
 SHAPES = [(16, 16, 64), (5, 7, 64), (5, 7, 37), (1, 1, 2), (0, 3, 5), (3, 0, 5), (3, 2, 2111)]
 
 
-def name(shape):
-    return "x".join(map(str, shape))
-
-
 def make(shape, dtype=torch.float32, device="cpu", scale=4.0):
     """Logits and targets of both sides; the first rows share their target."""
     m, n, vocabulary = shape
@@ -41,7 +37,7 @@ def error(out, args):
     return ((out - truth).abs() / norms[0][:, None] / norms[1]).nan_to_num(INF).max()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.covering(shape=SHAPES)
 def test_residual_gram(shape, dtype, device, use, assert_accurate):
     args = make(shape, dtype, device)
     with use("residual_gram", dtype):

@@ -113,7 +113,7 @@ def test_more_repeats_begin_with_the_same_signs():
     assert torch.equal(reference.signs(3, 0, 9, 5, 7)[:4], reference.signs(3, 0, 4, 5, 7))
 
 
-@pytest.mark.parametrize("sizes", [(16, 4, 5), (5, 3, 14), (70, 20, 2)], ids=str)
+@pytest.mark.covering(sizes=[(16, 4, 5), (5, 3, 14), (70, 20, 2)])
 def test_sketch_has_the_same_signs_on_every_backend(sizes, dtype, device, use):
     """Unit operands show S_out, then S_in, in the signs of the results."""
     width, seed = 18, -(2**62) - 12345
@@ -136,7 +136,7 @@ def test_sketch_has_the_same_signs_on_every_backend(sizes, dtype, device, use):
 # --------------------------------------------------------------------------- sums
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.covering(shape=SHAPES)
 def test_sketch(shape, dtype, device, use, assert_accurate):
     activations, grads, *sizes = make(shape, dtype, device)
     with use("sketch", dtype):
