@@ -15,7 +15,6 @@ import argparse
 import copy
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,12 @@ from torch import Tensor
 import lddyn
 from lddyn.data.read import rows
 from lddyn.data.rows import encode_row
-from lddyn.objectives import PREFERENCES, Pair
+from lddyn.objectives import Loss, Pair
 from lddyn.probes.measure import measure
 from lddyn.stats import spearman
 
 Pairs = list[tuple[lddyn.Example, lddyn.Example]]
-Loss = Callable[[Pair], Tensor]
+PairLoss = Callable[[Pair], Tensor]
 COMPARED = ("dpo", "ipo", "simpo", "dpop", "dpo+nll", "extend")
 
 
@@ -71,7 +70,7 @@ def finetune(
     epochs: int,
     rate: float,
     seed: int,
-    loss: Loss | None = None,
+    loss: PairLoss | None = None,
     shares: Tensor | None = None,
     reference: Tensor | None = None,
 ) -> None:
@@ -137,7 +136,7 @@ def objectives(
             if name == "extend":
                 finetune(trained, pairs, *settings, lambda p: -p.chosen - p.rejected)
                 reference = torch.stack([measure(trained, x).log_prob for x in sides])
-            loss = PREFERENCES["dpo" if name == "extend" else name]
+            loss = Loss("dpo" if name == "extend" else name)
             finetune(trained, pairs, *settings, loss, None, reference)
             after = torch.stack([measure(trained, x).log_prob for x in sides])
             change += (after - before) / seeds
@@ -189,7 +188,7 @@ def main() -> None:
     sides = [[p[side] for p in pairs] for side in (0, 1)]
     before = torch.stack([measure(model, x).log_prob for x in sides])
 
-    dpo = partial(PREFERENCES["dpo"], beta=args.beta)
+    dpo = Loss("dpo", beta=args.beta)
 
     def trained_on(gone: list[int], shares: Tensor, seed: int) -> Tensor:
         """What DPO without some pairs does to all of them, (2, N) nats."""

@@ -406,7 +406,7 @@ def measure_exactness(names: list[str], device: str) -> dict[str, Any]:
 
     def table(model: Any) -> tuple[Any, Any, Any]:
         pair = zoo.examples()
-        step = lddyn.decompose(model, pair[0], lddyn.SFT(pair[1]), lr=1.0)[0]
+        step = lddyn.decompose(model, pair[0], lddyn.SFT(pair[1], reduction="sum"), lr=1.0)[0]
         norms = [lddyn.ntk(model, x, x).gram().diagonal().double().sqrt().cpu() for x in pair]
         return (
             step.influence.double().cpu(),

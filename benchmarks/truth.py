@@ -57,7 +57,9 @@ def errors(model, attention: str) -> dict[str, float]:
         "paired": worst(token_gram([one], [other])),
         "pushed": worst(factored_gram([one], [other])),
     }
-    dec = lddyn.decompose(model, observed, lddyn.SFT(updated), lr=1.0, attention=attention)
+    dec = lddyn.decompose(
+        model, observed, lddyn.SFT(updated, reduction="sum"), lr=1.0, attention=attention
+    )
     found["influence"] = worst(dec[0].influence)
     step = {n: g for n, g in zip(names(model), split(model, rows[1].sum(0)), strict=True)}
     moved = exact_shift(model, observed, step)
@@ -155,7 +157,7 @@ def orders() -> list[dict]:
     # share: small enough for one power to dominate, large enough to stay above rounding.
     shares = {"start": 0.01, "midpoint": 0.01, "simpson": 0.05}
     for title, (kind, options, clip) in cases.items():
-        for update in (lddyn.SFT(updated), lddyn.DPO(updated, other, beta=0.5)):
+        for update in (lddyn.SFT(updated, reduction="sum"), lddyn.DPO(updated, other, beta=0.5)):
             model = zoo.build("llama").double()
             optimizer = kind(model.parameters(), lr=1e-5, **options)
 

@@ -35,6 +35,7 @@ _PUBLIC = {
     "Features": "sketches.features",
     "Forecast": "sets.forecast",
     "LowRank": "entk.lowrank",
+    "Loss": "objectives",
     "MassFlow": "steps.massflow",
     "NTK": "entk.operator",
     "NonFiniteError": "errors",

@@ -1,6 +1,10 @@
 """Losses and the weights they put on tokens, against closed forms and whole-model autograd."""
 
+import copy
+import dataclasses
 import math
+import pickle
+import re
 
 import pytest
 import torch
@@ -32,13 +36,13 @@ def weights_of(dec):
 
 def test_sft_weights():
     one, other = pair()
-    loss, weights = lddyn.SFT([one, other]).weights(log_probs())
+    loss, weights = lddyn.SFT([one, other], reduction="sum").weights(log_probs())
     assert loss == pytest.approx(-sum(summed(log_probs())))
     assert all(bool((w == -1).all()) for w in weights)
-    loss, weights = lddyn.SFT([one, other], reduction="mean").weights(log_probs())
+    loss, weights = lddyn.SFT([one, other]).weights(log_probs())
     assert loss == pytest.approx(-sum(summed(log_probs())) / 11)
     assert all(torch.allclose(w, torch.tensor(-1 / 11, dtype=torch.float64)) for w in weights)
-    with pytest.raises(ValueError, match="reduction must be 'sum' or 'mean', got 'max'"):
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', got 'max'"):
         lddyn.SFT(one, reduction="max")
 
 
@@ -144,10 +148,13 @@ def test_adapter_off_reference():
         ({"beta": 0.0}, "beta must be positive, got 0.0"),
         ({"beta": -1}, "beta must be positive, got -1"),
         ({"beta": float("nan")}, "beta must be positive, got nan"),
-        ({"reference": (1.0,)}, "two finite numbers"),
-        ({"reference": (1.0, float("nan"))}, "two finite numbers"),
-        ({"reference": (1.0, 2.0, 3.0)}, "two finite numbers"),
-        ({"reference": "base"}, "reference must be a model, 'adapter-off', 'self'"),
+        ({"reference": (1.0,)}, r"must have the shape \(2,\), got \(1,\)"),
+        ({"reference": (1.0, float("nan"))}, "must be finite numbers of nats"),
+        ({"reference": (1.0, 2.0, 3.0)}, r"must have the shape \(2,\), got \(3,\)"),
+        ({"reference": torch.zeros(2, 2)}, r"must have the shape \(2,\), got \(2, 2\)"),
+        ({"reference": "base"}, "reference must be a model, 'self', 'adapter-off', 'adapter:NAME'"),
+        ({"reference": "adapter:"}, "reference must be a model, 'self', 'adapter-off'"),
+        ({"reference": None}, "reference must be a model, .* got None"),
         ({"label_smoothing": 0.5}, "label_smoothing must be in"),
         ({"label_smoothing": -0.1}, "label_smoothing must be in"),
     ],
@@ -214,7 +221,97 @@ def test_bad_objectives():
         lddyn.decompose(zoo.build("gpt2"), pair()[0], pair()[1], lr=1e-3)
 
 
-# --------------------------------------------------------------------------- preference(name, …)
+# --------------------------------------------------------------------------- the table of losses
+
+
+def several(count=3):
+    """Pairs of different lengths, with log-probs of all chosen, then all rejected responses."""
+    generator = torch.Generator().manual_seed(7)
+    chosen = [lddyn.Example([1, 2], [3 + k] * (2 + k)) for k in range(count)]
+    rejected = [lddyn.Example([1, 2], [13 + k] * (5 - k)) for k in range(count)]
+    values = [
+        -3 * torch.rand(len(e), generator=generator, dtype=torch.float64)
+        for e in [*chosen, *rejected]
+    ]
+    reference = -8 * torch.rand(2, count, generator=generator, dtype=torch.float64)
+    return chosen, rejected, values, reference
+
+
+def test_a_loss_is_a_frozen_value():
+    loss = lddyn.Loss("cdpo", beta=0.2)
+    assert repr(loss) == "Loss('cdpo', beta=0.2, label_smoothing=0.1)"
+    assert loss == lddyn.Loss("cdpo", label_smoothing=0.1, beta=0.2) != lddyn.Loss("cdpo")
+    assert len({loss, lddyn.Loss(loss), lddyn.Loss(loss, beta=1)}) == 2
+    assert lddyn.Loss(loss, beta=1).parameters == {"beta": 1.0, "label_smoothing": 0.1}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        loss.name = "dpo"
+    loss.parameters["beta"] = 5.0
+    assert loss.parameters["beta"] == 0.2
+    assert copy.deepcopy(loss) == pickle.loads(pickle.dumps(loss)) == loss
+
+
+def test_the_table_in_the_documentation_is_the_table():
+    """Names, parameters and defaults in the docstring of Loss are those of LOSSES."""
+    rows = re.findall(r"^ *\| ([^|]+) \|.*\| ([^|]*) ?\|$", lddyn.Loss.__doc__, re.MULTILINE)[1:]
+    assert [name for name, _ in rows] == list(objectives.LOSSES)
+    for name, text in rows:
+        shown = {
+            key: float(value) for key, value in re.findall(r"(\w+)(?: \S+)? \(([\d.]+)\)", text)
+        }
+        assert shown == lddyn.Loss(name).parameters, name
+
+
+@pytest.mark.parametrize("name", list(objectives.LOSSES))
+def test_a_batch_is_the_mean_over_its_pairs(name):
+    chosen, rejected, values, reference = several()
+    batch = lddyn.preference(name, chosen, rejected, reference=reference)
+    loss, weights = batch.weights(values)
+    losses = []
+    for i, (good, bad) in enumerate(zip(chosen, rejected, strict=True)):
+        one = lddyn.preference(name, good, bad, reference=tuple(reference[:, i].tolist()))
+        each, (up, down) = one.weights([values[i], values[3 + i]])
+        losses.append(each)
+        assert torch.allclose(weights[i], up / 3, rtol=1e-12, atol=0)
+        assert torch.allclose(weights[3 + i], down / 3, rtol=1e-12, atol=0)
+    assert loss == pytest.approx(sum(losses) / 3, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", list(objectives.LOSSES))
+def test_weights_of_pairs_have_the_sign_of_the_objective(name):
+    """w = ∂L/∂log π, negative raises: one meaning for one pair, a batch and a whole set."""
+    chosen, rejected, values, reference = several()
+    sums = torch.stack([v.sum() for v in values]).view(2, 3)
+    lengths = torch.tensor([[len(e) for e in side] for side in (chosen, rejected)])
+    weights = lddyn.Loss(name).weights(sums, reference, lengths)
+    _, expected = lddyn.preference(name, chosen, rejected, reference=reference).weights(values)
+    for w, token_weights in zip(weights.flatten(), expected, strict=True):
+        assert torch.allclose(token_weights, (w / 3).expand_as(token_weights), rtol=1e-12)
+    assert not weights.requires_grad and not sums.requires_grad
+
+
+def test_a_batch_of_pairs_against_autograd_through_the_model():
+    model, reference = zoo.build("llama").eval(), zoo.build("llama", seed=3).eval()
+    one, other = pair()
+    third = lddyn.Example(prompt_ids=[5, 9, 12], response_ids=[7, 21])
+    chosen, rejected = [one, third, other], [other, one, third]
+    update = lddyn.DPO(chosen, rejected, beta=0.4, reference=reference)
+    dec = lddyn.decompose(model, one, update, lr=1e-3)
+
+    def gains(example):
+        with torch.no_grad():
+            ref = zoo.token_log_probs(reference, example).sum()
+        return zoo.token_log_probs(model, example).sum() - ref
+
+    margins = [0.4 * (gains(c) - gains(r)) for c, r in zip(chosen, rejected, strict=True)]
+    loss = -torch.nn.functional.logsigmoid(torch.stack(margins)).mean()
+    parameters = list(model.parameters())
+    flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+    jacobian = zoo.jacobian(zoo.token_log_probs(model, one), parameters)
+    assert dec.loss == pytest.approx(loss.item(), rel=1e-5)
+    error = float((dec[0].delta_logp / 1e-3 + jacobian @ flat).abs().max())
+    assert error <= 5e-6 * float((jacobian.norm(dim=1) * flat.norm()).max())
+    assert list(dec[0].by_sequence()) == ["y+ 0", "y+ 1", "y+ 2", "y- 0", "y- 1", "y- 2"]
+    assert torch.tensor(dec.settings["reference_log_probs"]).shape == (2, 3)
 
 
 def test_dpo_by_name_is_dpo():
@@ -222,15 +319,20 @@ def test_dpo_by_name_is_dpo():
     reference = (-7.0, -9.0)
     for name, smooth in (("dpo", 0.0), ("cdpo", 0.2)):
         extra = {"label_smoothing": smooth} if smooth else {}
-        found = lddyn.preference(name, chosen, rejected, reference=reference, beta=0.3, **extra)
-        expected = lddyn.DPO(chosen, rejected, 0.3, reference, smooth)
-        loss, weights = found.weights(log_probs())
-        assert loss == pytest.approx(expected.weights(log_probs())[0], rel=1e-12)
-        for w, v in zip(weights, expected.weights(log_probs())[1], strict=True):
-            assert torch.allclose(w, v, rtol=1e-12)
+        by_name = lddyn.preference(name, chosen, rejected, reference=reference, beta=0.3, **extra)
+        by_loss = lddyn.preference(
+            lddyn.Loss(name, beta=0.3, **extra), chosen, rejected, reference=reference
+        )
+        dpo = lddyn.DPO(chosen, rejected, 0.3, reference, smooth)
+        assert dpo.describe() == by_name.describe() == by_loss.describe()
+        for other in (by_name, by_loss):
+            loss, weights = other.weights(log_probs())
+            assert loss == dpo.weights(log_probs())[0]
+            for w, v in zip(weights, dpo.weights(log_probs())[1], strict=True):
+                assert torch.equal(w, v)
 
 
-@pytest.mark.parametrize("name", list(objectives.PREFERENCES))
+@pytest.mark.parametrize("name", list(objectives.LOSSES))
 def test_a_named_objective_can_be_decomposed(name):
     chosen, rejected = pair()
     objective = lddyn.preference(name, chosen, rejected)
@@ -251,5 +353,65 @@ def test_mistakes_in_a_named_objective_are_named():
         lddyn.preference("dpop", chosen, rejected, penalty=-1)
     with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 0.5\), got 0.5"):
         lddyn.preference("cdpo", chosen, rejected, label_smoothing=0.5)
+    with pytest.raises(ValueError, match="baseline must be finite, got inf"):
+        lddyn.Loss("kto", baseline=math.inf)
     with pytest.raises(RuntimeError, match="call prepare"):
         lddyn.preference("ipo", chosen, rejected).weights(log_probs())
+    with pytest.raises(ValueError, match="must be as many, got 2 and 1"):
+        lddyn.preference("ipo", [chosen, chosen], rejected)
+
+
+# --------------------------------------------------------------------------- references
+
+
+def sums_of(model):
+    return [float(zoo.token_log_probs(model.eval(), e).detach().sum()) for e in pair()]
+
+
+def reference_of(model, reference):
+    dec = lddyn.decompose(model, pair()[0], lddyn.DPO(*pair(), reference=reference), lr=1e-3)
+    return dec.settings["reference_log_probs"]
+
+
+def test_preparing_leaves_the_objective_as_it_is():
+    update = lddyn.DPO(*pair())
+    prepared = update.prepare(lddyn.Anatomy(zoo.build("llama")))
+    assert update.reference_log_probs is None and prepared.reference_log_probs.shape == (2, 1)
+    assert prepared.examples == update.examples and prepared.examples is not update.examples
+
+
+def test_every_kind_of_reference_of_one_model_is_the_same():
+    model, other = zoo.build("llama"), zoo.build("llama", seed=7)
+    expected = pytest.approx(sums_of(other), rel=1e-5)
+    given = reference_of(model, other)
+    assert given == expected
+    assert reference_of(model, lddyn.Anatomy(other)) == given
+    assert reference_of(model, torch.tensor(given)[:, None]) == pytest.approx(given)
+    assert reference_of(model, (torch.tensor([given[0]]), torch.tensor([given[1]]))) == given
+    assert reference_of(model, "self") == pytest.approx(sums_of(model), rel=1e-5)
+
+
+def test_an_adapter_by_name_is_the_reference():
+    model = zoo.lora("llama")
+    torch.manual_seed(5)
+    model.add_adapter("before", model.peft_config["default"])
+    for key, parameter in model.named_parameters():
+        if ".before." in key:
+            torch.nn.init.normal_(parameter, 0.0, 0.3)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    own = sums_of(model)
+    model.set_adapter("before")
+    expected = sums_of(model)
+    model.set_adapter("default")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags[name])
+    assert expected != pytest.approx(own, rel=1e-2)
+    assert reference_of(model, "adapter:before") == pytest.approx(expected, rel=1e-5)
+    assert reference_of(model, "adapter:default") == pytest.approx(own, rel=1e-5)
+    assert model.active_adapter == "default" and model.active_adapters == ["default"]
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert sums_of(model) == own
+    with pytest.raises(ValueError, match=r"must name an adapter .* has default, before: load it"):
+        reference_of(model, "adapter:after")
+    with pytest.raises(ValueError, match="'adapter:before' needs a peft model"):
+        reference_of(zoo.build("llama"), "adapter:before")

@@ -892,11 +892,11 @@ def diagnose(
         import lddyn
         from lddyn.files import replace_file
         from lddyn.memory import parse_memory
-        from lddyn.objectives import hyperparameters
+        from lddyn.objectives import Loss
 
         run = None if lr is None else lddyn.Run(lr, epochs, batch, schedule=schedule)
         given = {} if beta is None else {"beta": beta}
-        hyperparameters(objective.lower(), given)
+        Loss(objective.lower(), **given)
         _check_device(device)
         tokenizer, lm = _load(model, dtype, trust_remote_code, adapter, device)
         pairs, places, skipped = [], [], []

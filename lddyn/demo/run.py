@@ -75,7 +75,12 @@ def run(
     first = world.preference_pairs[0]
     watched = examples(first)
     taught = decompose(
-        world.model, watched, SFT(watched["chosen"]), lr=sft_lr, rule=rule, progress=progress
+        world.model,
+        watched,
+        SFT(watched["chosen"], reduction="sum"),
+        lr=sft_lr,
+        rule=rule,
+        progress=progress,
     )
     lrs = [sft_lr * 2.0**-k for k in range(2 if quick else 5)]
     taught_check = taught.verify(lrs)

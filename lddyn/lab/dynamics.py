@@ -415,7 +415,7 @@ def kernel_norms(
     Cost: one estimate of ‖K‖_F each, see NTK.frobenius; one forward pass each for the rest.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    loss = SFT(updated).loss([_token_log_probs(model, updated)[0]])
+    loss = SFT(updated, reduction="sum").loss([_token_log_probs(model, updated)[0]])
     gradient = torch.autograd.grad(loss, list(parameters.values()))
     step = {n: -lr * g for n, g in zip(parameters, gradient, strict=True)}
     moved = shifted_copy(model, step)

@@ -20,7 +20,7 @@ from torch import Tensor
 from lddyn.data.example import Example
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.shares import Share, verdict
-from lddyn.objectives import DPO, PREFERENCES, Objective, preference
+from lddyn.objectives import LOSSES, Objective, preference
 from lddyn.report.canvas import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 from lddyn.steps.massflow import softmax_step
 
@@ -163,9 +163,7 @@ def build(
     reference: tuple[float, float],
     parameters: Mapping[str, float],
 ) -> Objective:
-    """The library's objective: DPO's own class where there is one, else from the table."""
-    if name in ("dpo", "cdpo"):
-        return DPO(chosen, rejected, reference=reference, **parameters)
+    """The library's objective on one pair."""
     return preference(name, chosen, rejected, reference=reference, **parameters)
 
 
@@ -200,7 +198,7 @@ def check(lab: Lab, cases: int) -> list[dict[str, Any]]:
     """Coefficients and logit gradients by autograd against closed and printed forms."""
     size = 12
     rows = []
-    for name in lab.bar(PREFERENCES, "residuals"):
+    for name in lab.bar(LOSSES, "residuals"):
         generator = lab.generator("residuals", name)
         worst = printed = scale = outside = 0.0
         negative = flipped = 0
@@ -268,7 +266,7 @@ def at_margin(name: str, gains: tuple[float, float], reference: tuple[float, flo
 def scan(lab: Lab) -> list[dict[str, Any]]:
     """c± along the margin, r± = ±h/2, log π_ref = −2 of both."""
     rows = []
-    for name in lab.bar(PREFERENCES, "margins"):
+    for name in lab.bar(LOSSES, "margins"):
         for step in range(-24, 25):
             h = step / 4
             c = at_margin(name, (h / 2, -h / 2), (-2.0, -2.0))
@@ -340,7 +338,7 @@ def fields(lab: Lab, resolution: int = 12) -> dict[str, Any]:
     for where, point in STARTS.items():
         start = torch.tensor(point, dtype=torch.float64).log()
         found[where] = {}
-        for name in lab.bar(PREFERENCES, f"simplex, {where}"):
+        for name in lab.bar(LOSSES, f"simplex, {where}"):
             arrows = []
             for i in range(1, resolution):
                 for j in range(1, resolution - i):
@@ -371,7 +369,7 @@ def flows(lab: Lab, labels: int, steps: int) -> dict[str, Any]:
         star = order[0] if rejected != order[0] else order[1]
         others = torch.ones(labels, dtype=torch.bool)
         others[[star, chosen, rejected]] = False
-        for name in lab.bar(PREFERENCES, where):
+        for name in lab.bar(LOSSES, where):
             path = descend(name, start, chosen, rejected, steps, shared="same" in where)
             for step in range(0, steps + 1, max(1, steps // 25)):
                 now, c = path[step]
@@ -413,7 +411,7 @@ def _digits(value: float) -> float:
 def _panels(name: str, title: str, height: float = 7.4) -> tuple[Figure, dict[str, Axes]]:
     figure = blank_figure(11.0, height, name)
     axes = {}
-    for place, objective in enumerate(PREFERENCES):
+    for place, objective in enumerate(LOSSES):
         line, column = divmod(place, 4)
         axes[objective] = figure.add_axes((0.055 + 0.24 * column, 0.7 - 0.31 * line, 0.19, 0.2))
         axes[objective].set_title(
@@ -692,7 +690,7 @@ def _conclude(
             )
         )
     starts = {}
-    for name in PREFERENCES:
+    for name in LOSSES:
         c = at_margin(name, (0.0, 0.0), (-2.0, -2.0))[1]
         starts[name] = (c, strength_at_start(name, SETTINGS[name]))
     off = max(abs(a - b) for a, b in starts.values())
@@ -738,7 +736,7 @@ def _conclude(
             falling.interval,
         )
     )
-    flips = [n for n in PREFERENCES if any(r["c-"] < -1e-9 for r in scanned if r["objective"] == n)]
+    flips = [n for n in LOSSES if any(r["c-"] < -1e-9 for r in scanned if r["objective"] == n)]
     lab.claim(
         Claim(
             "sign flips",
@@ -752,7 +750,7 @@ def _conclude(
         )
     )
     rows = {(r["situation"], r["objective"]): r for r in summary}
-    pushing = [n for n in PREFERENCES if rows["valley", n]["c- at the start"] > 0]
+    pushing = [n for n in LOSSES if rows["valley", n]["c- at the start"] > 0]
     key = "change of log others"
     squeezed = [
         n for n in pushing if rows["valley", n][key] < 0 and rows["valley", n]["change of y*"] > 0

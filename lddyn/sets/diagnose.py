@@ -24,7 +24,7 @@ from lddyn.engine.trace import Trace
 from lddyn.entk.proxies import lbk
 from lddyn.errors import UnsupportedModelError
 from lddyn.memory import DEFAULT_MEMORY, parse_memory
-from lddyn.objectives import hyperparameters
+from lddyn.objectives import Loss
 from lddyn.sets.diagnosis import SCORES, Diagnosis, Pairs, Touched, assemble
 from lddyn.sets.forecast import Forecast, Run
 from lddyn.sets.validate import flat_parts, forward_rows, validate_without
@@ -54,7 +54,7 @@ def diagnose(
     Args:
         model: A causal LM of transformers; only parameters with requires_grad=True move.
         pairs: (chosen, rejected) examples.
-        objective: A loss of `lddyn.objectives.PREFERENCES`: dpo, ipo, simpo, …
+        objective: A name of the table in `lddyn.Loss`: dpo, ipo, simpo, …
         reference: The reference model, or its log-probs (2, N) in nats. None: the model itself, as
             when training begins.
         memory: Workspace for gradients. Where those of all sequences fit, the Gram is exact;
@@ -105,7 +105,7 @@ def diagnose(
         )
     if tokens < 0:
         raise ValueError(f"tokens must be a number of pairs, 0 or more, got {tokens}")
-    hyperparameters(objective, parameters)  # what is wrong with them is said before the work
+    Loss(objective, **parameters)  # what is wrong with them is said before the work
     examples = [p[0] for p in pairs] + [p[1] for p in pairs]
     config: Any = model.config
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]

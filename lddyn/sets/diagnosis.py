@@ -6,7 +6,7 @@ To first order a step of rate lr on pair j moves log π of sequence i by
 
 so three scalars a pair, ‖g+‖², ‖g−‖² and ⟨g+, g−⟩, say what it does to itself (Yuan et al., 2024,
 "gradient entanglement"), and the Gram of all sequences' gradients says what pairs do to each other.
-The objective enters through w alone: all of `PREFERENCES` are compared without training any.
+The objective enters through w alone: all of `LOSSES` are compared without training any.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lddyn.data.example import Example
 from lddyn.files import replace_file
-from lddyn.objectives import PREFERENCES, Pair, hyperparameters
+from lddyn.objectives import LOSSES, Loss
 from lddyn.sets.forecast import Forecast, Run, projected, simulate
 from lddyn.stats import spearman
 
@@ -234,7 +234,7 @@ class Diagnosis:
         return self.touched[pair]
 
     def under(self, objective: str, **parameters: float) -> Diagnosis:
-        """The same pairs under another loss of `PREFERENCES`; no model is needed."""
+        """The same pairs under another loss of `LOSSES`; no model is needed."""
         facts = {k: x for k, x in self.scores.items() if not k.startswith("run_")}
         return assemble(
             objective,
@@ -340,7 +340,7 @@ class Diagnosis:
             losses that begin as DPO does (DPOP) differ from it there alone.
         """
         found = []
-        for name in (*PREFERENCES, "extend"):
+        for name in (*LOSSES, "extend"):
             other = self if name in (self.objective, "extend") else self.under(name)
             weights = torch.ones_like(self.log_probs) if name == "extend" else other._weights()
             step = weights.flatten() / len(self)
@@ -699,10 +699,7 @@ def _weights(
 ) -> Tensor:
     """w± = −∂L/∂ log π(y±), (2, N), by autograd; a loss is of one pair, elementwise."""
     lengths = torch.tensor([[len(e) for e in pair] for pair in pairs]).T
-    with torch.enable_grad():
-        both = log_probs.clone().requires_grad_()
-        loss = PREFERENCES[objective](Pair(*both, *(both - reference), *lengths), **parameters)
-        return -torch.autograd.grad(loss.sum(), both)[0]
+    return -Loss(objective, **parameters).weights(log_probs, reference, lengths)
 
 
 def _effects(gram: Tensor, weights: Tensor) -> Tensor:
@@ -727,7 +724,7 @@ def assemble(
 ) -> Diagnosis:
     """The diagnosis under an objective, from what does not depend on it."""
     n = len(pairs)
-    parameters = hyperparameters(objective, parameters)
+    parameters = Loss(objective, **parameters).parameters
     weights = _weights(objective, parameters, pairs, log_probs, reference)
     effects = _effects(gram, weights)
     each, index = effects.mean(1), torch.arange(n)

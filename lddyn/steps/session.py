@@ -18,7 +18,6 @@ from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.gradient import gradient
 from lddyn.engine.gram import Side, factored_gram, factored_push, token_gram
 from lddyn.engine.guard import true_float64, undisturbed
-from lddyn.engine.logits import token_log_probs
 from lddyn.engine.pullback import Pullback, segments_down
 from lddyn.engine.pushforward import AlongDirection, Pushforward, delta_log_probs, pair_direction
 from lddyn.engine.streamed import is_streamed
@@ -65,9 +64,7 @@ class Session:
         progress: bool,
     ):
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper renames parameters
-        # A copy of the update, so that its reference stays that of this very step.
-        self.model, self.observed, self.update = model, observed, copy.copy(update)
-        self.update.examples, self.update.names = list(update.examples), list(update.names)
+        self.model, self.observed, self.update = model, observed, update
         self.max_grad_norm, self.rule, self.memory = max_grad_norm, rule, memory
         self.attention, self.progress = attention, progress
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -131,15 +128,13 @@ class Session:
             moved = Pushforward(trace, keep=False).logits(AlongDirection(direction))[0]
         return (rows * moved).sum(1)
 
-    def _token_log_probs(self, model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
-        return token_log_probs(Anatomy(model, self.attention, allow_frozen=True), examples)
-
     # ----- the decomposition
 
     @undisturbed
     def run(self) -> Decomposition:
         """Makes every pass of the decomposition, and the result."""
-        self.update.prepare(self.model, self._token_log_probs)
+        # The reference log-probs stay those of this very step, whatever is asked later.
+        self.update = self.update.prepare(Anatomy(self.model, self.attention))
         state = self.state(self.model, self.optimizer)
         direction = state.step.direction()
         weights = torch.cat(state.weights)

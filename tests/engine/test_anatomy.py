@@ -38,7 +38,7 @@ def influence_error(model, **options):
     """Error of decompose's influence under SGD against the explicit Jacobian, normalised."""
     observed, updated = zoo.examples()
     truth, scale = zoo.oracle_gram(model, observed, updated)
-    dec = lddyn.decompose(model, observed, lddyn.SFT(updated), lr=1e-3, **options)
+    dec = lddyn.decompose(model, observed, lddyn.SFT(updated, reduction="sum"), lr=1e-3, **options)
     return zoo.normalised_error(dec[0].influence / 1e-3, truth, scale)
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import lddyn
 from lddyn.demo import world as demo
+from lddyn.engine.gradient import gradient
 from lddyn.lab.dynamics import Preference, Supervised, train
 from lddyn.optimizers import make_optimizer
 
@@ -144,3 +145,77 @@ def test_dpo_is_that_of_trl(world, tmp_path, name, lr):
     trainer.train()
     ours(mine, rows, Preference(0.1), name, lr, reference=world.model)
     assert disagreement(mine, theirs, world.model) < 1e-4  # where this was written, 1e-5
+
+
+def gradient_of(trainer):
+    """Loss of the trainer's first batch, and its gradient, flat."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.eval()
+    loss = trainer.compute_loss(trainer.model, batch)
+    parts = torch.autograd.grad(loss, list(trainer.model.parameters()))
+    return float(loss.detach()), torch.cat([g.flatten() for g in parts])
+
+
+def gradient_by(model, update):
+    """Loss of an objective of lddyn, and its gradient, flat."""
+    anatomy = lddyn.Anatomy(model)
+    update = update.prepare(anatomy)
+    loss, weights = update.weights(lddyn.token_log_probs(model, update.examples))
+    parts = gradient(anatomy, update.examples, weights)
+    return loss, torch.cat([g.flatten() for g in parts.values()])
+
+
+def close(one, other):
+    assert one[0] == pytest.approx(other[0], rel=1e-5)
+    assert float((one[1] - other[1]).norm()) < 1e-4 * float(other[1].norm())
+
+
+def test_a_batch_of_dpo_is_that_of_trl(world, tmp_path):
+    """lddyn.DPO on several pairs is the loss of DPOTrainer: the mean over pairs."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    texts = [
+        {k: row[k] for k in ("prompt", "chosen", "rejected")} for row in world.preference_pairs[:3]
+    ]
+    reference = copy.deepcopy(world.model)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(1.02)
+    arguments = {**settings(tmp_path), "remove_unused_columns": True}
+    arguments["per_device_train_batch_size"] = 3
+    trainer = trl.DPOTrainer(
+        copy.deepcopy(world.model),
+        copy.deepcopy(reference),
+        trl.DPOConfig(beta=0.3, **arguments),
+        train_dataset=datasets.Dataset.from_list(texts),
+        processing_class=world.tokenizer,
+    )
+    chosen, rejected = (
+        [lddyn.Example(row["prompt_ids"], row[f"{term}_ids"]) for row in trainer.train_dataset]
+        for term in ("chosen", "rejected")
+    )
+    update = lddyn.DPO(chosen, rejected, 0.3, reference)
+    close(gradient_by(world.model, update), gradient_of(trainer))
+
+
+def test_a_batch_of_sft_is_that_of_trl(world, tmp_path):
+    """lddyn.SFT on several examples is the loss of SFTTrainer: the mean over counted tokens."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    texts = [
+        {"prompt": row["prompt"], "completion": row["chosen"]} for row in world.preference_pairs[:3]
+    ]
+    arguments = {**settings(tmp_path), "remove_unused_columns": True}
+    arguments["per_device_train_batch_size"] = 3
+    trainer = trl.SFTTrainer(
+        copy.deepcopy(world.model),
+        trl.SFTConfig(**arguments),
+        train_dataset=datasets.Dataset.from_list(texts),
+        processing_class=world.tokenizer,
+    )
+    examples = []
+    for row in trainer.train_dataset:
+        first = next(i for i, label in enumerate(row["labels"]) if label != -100)
+        examples.append(lddyn.Example(row["input_ids"][:first], row["input_ids"][first:]))
+    assert len({len(e) for e in examples}) > 1  # else a mean over examples would be the same
+    close(gradient_by(world.model, lddyn.SFT(examples)), gradient_of(trainer))

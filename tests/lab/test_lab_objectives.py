@@ -8,7 +8,7 @@ import torch
 
 import lddyn
 from lddyn.lab import objectives
-from lddyn.objectives import PREFERENCES
+from lddyn.objectives import LOSSES
 
 torch.set_num_threads(1)
 
@@ -25,7 +25,7 @@ def claims(results):
 
 def test_closed_forms_agree_with_autograd(results):
     rows = json.loads((results[1] / "tables/residuals.json").read_text())
-    assert [r["objective"] for r in rows] == list(PREFERENCES) and len(rows) == 12
+    assert [r["objective"] for r in rows] == list(LOSSES) and len(rows) == 12
     for row in rows:
         assert row["error of c"] <= 1e-8 and row["error of the logit gradient"] <= 1e-8, row
         assert 0 < row["negative margins"] < row["cases"]

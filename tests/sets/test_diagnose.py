@@ -14,7 +14,7 @@ import lddyn
 from lddyn import report
 from lddyn.cli.app import app
 from lddyn.errors import UnsupportedModelError
-from lddyn.objectives import PREFERENCES
+from lddyn.objectives import LOSSES
 from lddyn.sets.diagnose import edit_distance
 from lddyn.sets.forecast import projected
 from lddyn.steps.massflow import softmax_step
@@ -270,7 +270,7 @@ def test_edit_distance():
 
 def test_all_objectives_are_compared(found):
     rows = found.objectives()
-    assert [r["objective"] for r in rows] == [*PREFERENCES, "extend"]
+    assert [r["objective"] for r in rows] == [*LOSSES, "extend"]
     by_name = {r["objective"]: r for r in rows}
     assert by_name["sft"]["chosen_falls"] == 0 or by_name["sft"]["chosen"] > 0
     assert by_name["unlikelihood"]["rejected"] < 0
