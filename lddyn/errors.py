@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-__all__ = ["EmptyResponseError", "ExampleError"]
+__all__ = [
+    "DisagreementError",
+    "EmptyResponseError",
+    "ExampleError",
+    "NonFiniteError",
+    "StoreCorruptError",
+    "StoreError",
+    "StoreIdentityError",
+    "StoreLockedError",
+    "UnsupportedModelError",
+]
 
 
 class NonFiniteError(ValueError):
@@ -13,11 +22,11 @@ class NonFiniteError(ValueError):
 
 
 class UnsupportedModelError(ValueError):
-    """The model cannot be opened at its seams; the message names what could not be placed."""
+    """The model has a part that lddyn cannot analyse; the message names it."""
 
 
 class DisagreementError(RuntimeError):
-    """Two computations of one step differ: an operation has a wrong or silent derivative."""
+    """Two computations of one step differ: an operation has a wrong derivative, or none."""
 
 
 class StoreError(RuntimeError):
@@ -25,23 +34,23 @@ class StoreError(RuntimeError):
 
 
 class StoreCorruptError(StoreError):
-    """A file of the store is not what was written."""
+    """A file of the store differs from what was written."""
 
 
 class StoreLockedError(StoreError):
-    """Another process writes this store."""
+    """Another process is writing to this store."""
 
 
 class StoreIdentityError(StoreError):
-    """The store was made by something else than what it is opened for.
+    """The store was made with another model, data set or layout than it is opened for.
 
     Attributes:
-        fields: Name → (stored, given) of each field that differs; absent ones are `"absent"`.
+        fields: Name → (stored, given) of each field that differs; `"absent"` for a missing value.
     """
 
-    def __init__(self, path: Path, fields: dict[str, tuple[Any, Any]]) -> None:
-        """The message names all fields with both values, of lists what differs first."""
-        shown = {k: _apart(a, b) for k, (a, b) in fields.items()}
+    def __init__(self, path: Path, fields: dict[str, tuple[object, object]]) -> None:
+        """Name each field with both values; of two lists, the first entries that differ."""
+        shown = {k: _first_difference(a, b) for k, (a, b) in fields.items()}
         listed = "; ".join(f"{k}: stored {a!r}, given {b!r}" for k, (a, b) in shown.items())
         super().__init__(
             f"{path} belongs to something else: {listed} (open it with what made it, or make "
@@ -54,12 +63,12 @@ class ExampleError(ValueError):
     """A sequence or data row that cannot become an `Example`.
 
     Attributes:
-        problem: Short code of the problem, as in the table of `audit` (`"empty_prompt"`, ...).
-        field: The argument or column at fault, `""` when the whole row is.
+        problem: Code of the problem, as `audit` reports it (`"empty_prompt"`, ...).
+        field: Argument or column at fault; `""` when it is the whole row.
     """
 
     def __init__(self, message: str, *, problem: str = "invalid", field: str = "") -> None:
-        """Keep the message with the code and the field it is about."""
+        """Store the code and the field beside the message."""
         super().__init__(message)
         self.problem = problem
         self.field = field
@@ -69,12 +78,12 @@ class EmptyResponseError(ExampleError):
     """The response has no tokens: there is no log-probability to measure."""
 
     def __init__(self, message: str, *, field: str = "response_ids") -> None:
-        """Keep the message; the code is always `"empty_response"`."""
+        """Store the field; the code is `"empty_response"`."""
         super().__init__(message, problem="empty_response", field=field)
 
 
-def _apart(stored: Any, given: Any) -> tuple[Any, Any]:
-    """Of two lists the first entries that differ, or else their lengths."""
+def _first_difference(stored: object, given: object) -> tuple[object, object]:
+    """The two values; of two lists, the first entries that differ, or else their lengths."""
     if isinstance(stored, list) and isinstance(given, list):
         for one, other in zip(stored, given, strict=False):
             if one != other:

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old one or the new one; digests; JSON-safe values."""
+"""Files that a crash leaves whole, old or new; digests; values that JSON can hold."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from typing import Any
 
 from lddyn.errors import StoreCorruptError, StoreError
 
-__all__ = ["plain"]
+__all__ = ["canonical", "digest_of", "plain", "put", "replace_file"]
 
-TEMPORARY = "incoming.tmp"  # what a file is called until it is complete
+TEMPORARY = "incoming.tmp"  # name of a file until it is complete
 
 
 def digest_of(*parts: bytes | bytearray) -> str:
-    """128 bits of SHA-256, which processors compute at 2 GiB/s; 32 hex digits."""
+    """SHA-256 of the parts one after another, cut to 128 bits: 32 hex digits.
+
+    Cost: about 2 GiB/s, as processors compute SHA-256 themselves.
+    """
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -26,12 +29,16 @@ def digest_of(*parts: bytes | bytearray) -> str:
 
 
 def canonical(content: Any) -> bytes:
-    """The one JSON text of a content: what digests are taken of."""
+    """The JSON text of a value, the same for equal values: digests are taken of it.
+
+    Raises:
+        ValueError: If the value holds a NaN or an infinity.
+    """
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def write_all(fd: int, data: bytes | bytearray, offset: int = 0) -> None:
-    """Writes at an offset, however many calls the kernel wants for it."""
+    """Write all of the data at an offset; one call of the kernel may write only a part."""
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)
@@ -39,7 +46,7 @@ def write_all(fd: int, data: bytes | bytearray, offset: int = 0) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Makes names durable: a rename is lost with the power until its folder is synced."""
+    """Make renames in the folder durable: until then a loss of power undoes them."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -48,9 +55,12 @@ def sync_folder(path: Path) -> None:
 
 
 def put(path: Path, data: bytes | bytearray) -> None:
-    """Writes a file so that after any crash it is there as a whole or not at all."""
+    """Write a file that is whole or old after a crash of the process or a loss of power.
+
+    Cost: it waits for the disk, twice.
+    """
     temporary = path.with_name(TEMPORARY)
-    temporary.unlink(missing_ok=True)  # and O_EXCL: never through somebody's link
+    temporary.unlink(missing_ok=True)  # with O_EXCL below: never writes through a link
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         write_all(fd, data)
@@ -62,9 +72,13 @@ def put(path: Path, data: bytes | bytearray) -> None:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Writes a file that other processes see as it was or as it is, never in part.
+    """Write a file that other processes see whole: the old one or the new one.
 
-    Unlike `put` it does not wait for the disk: after a loss of power it may be the old one.
+    Unlike `put` it does not wait for the disk: after a loss of power the old one may be there.
+
+    Args:
+        path: The file; it may exist.
+        content: Its bytes, or its text (written as UTF-8).
     """
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -72,7 +86,17 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 def read(path: Path, offset: int = 0, limit: int | None = None) -> bytes:
-    """The file from an offset, as a StoreError if it cannot be read."""
+    """Bytes of a file of a store, from an offset to its end.
+
+    Args:
+        path: The file.
+        offset: First byte.
+        limit: Most bytes that the whole file may have. None: any.
+
+    Raises:
+        StoreCorruptError: If the file is missing or too large.
+        StoreError: If it cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             if limit is not None and os.fstat(file.fileno()).st_size > limit:
@@ -86,7 +110,7 @@ def read(path: Path, offset: int = 0, limit: int | None = None) -> bytes:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it: NaN and infinities become None, tuples lists."""
+    """The value as strict JSON can hold it: NaN and infinities are None, tuples lists, keys str."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Names that are imported when they are first used (PEP 562), for the package and its rooms."""
+"""Imports on first use (PEP 562), for the package and its rooms."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from typing import Any
 
 
 def attributes(
-    package: str, public: Mapping[str, str]
+    package: str, public: Mapping[str, str] | None = None
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package.
 
     Args:
         package: Name of the package.
-        public: Public name -> module that defines it, relative to the package.
+        public: Public name → module that defines it, relative to the package. None: no names.
 
     Returns:
-        Functions to assign to `__getattr__` and `__dir__`. A name that is neither public nor a
-        submodule raises AttributeError. Submodules are imported when they are named, so that
-        `import lddyn; lddyn.engine.anatomy` works as it is written.
+        Functions to assign to `__getattr__` and `__dir__`. The first imports public names and
+        submodules on first use, so that `import lddyn; lddyn.engine.anatomy` works as written, and
+        raises AttributeError for any other name.
     """
+    modules = public or {}
 
     def load(name: str) -> Any:
         module = sys.modules[package]
-        if name in public:
-            value = getattr(importlib.import_module(f"{package}.{public[name]}"), name)
+        if name in modules:
+            value = getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
             setattr(module, name, value)
             return value
         full = f"{package}.{name}"
@@ -39,6 +40,6 @@ def attributes(
     def names() -> list[str]:
         module = sys.modules[package]
         inside = (m.name for m in pkgutil.iter_modules(module.__path__))
-        return sorted({*vars(module), *public, *inside})
+        return sorted({*vars(module), *modules, *inside})
 
     return load, names

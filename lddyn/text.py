@@ -1,10 +1,9 @@
-"""Tokens and numbers as people read them; control characters and text direction escaped."""
+"""Tokens, running text and numbers for people: what is invisible or reorders text is escaped."""
 
 from __future__ import annotations
 
+import math
 import unicodedata
-
-import numpy as np
 
 __all__ = ["printable", "readable", "signed", "visible"]
 
@@ -14,14 +13,14 @@ _MARKS = str.maketrans(
 
 
 def visible(text: str, longest: int | None = None) -> str:
-    r"""A token's text with everything invisible made visible.
+    r"""A token's text with a sign for each invisible character.
 
-    Spaces (also the byte-level BPE mark Ġ and SentencePiece's ▁) become ␣, newlines ↵, tabs ⇥;
-    control characters, and those that reorder or join text, become escapes.
+    Spaces (also the mark Ġ of byte-level BPE and ▁ of SentencePiece) become ␣, newlines ↵, tabs ⇥.
+    Control characters, and characters that reorder or join text, become escapes. Empty text is ∅.
 
     Args:
         text: The token's text.
-        longest: Cut to this many characters, the last one being "…". None: never.
+        longest: Most characters; a longer text ends in "…". None: no limit.
 
     Example:
         >>> from lddyn.text import visible
@@ -35,7 +34,11 @@ def visible(text: str, longest: int | None = None) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that moves no cursor and reorders nothing: all but letters, signs and spaces escaped."""
+    """The text with escapes for control characters and for those that reorder or join text.
+
+    A terminal shows the result without moving its cursor. Letters, signs and the space stay; line
+    breaks and tabs are escaped too (`readable` keeps them).
+    """
     return "".join(
         c
         if c == " " or (unicodedata.category(c)[0] not in "CZ" and unicodedata.category(c) != "Me")
@@ -45,7 +48,11 @@ def printable(text: str) -> str:
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """A number of nats with its sign and a few significant digits; the minus is a real one.
+    """A number with its sign and a few significant digits; the minus sign is U+2212.
+
+    Args:
+        value: The number, for example of nats.
+        digits: Significant digits.
 
     Example:
         >>> from lddyn.text import signed
@@ -54,7 +61,7 @@ def signed(value: float, digits: int = 3) -> str:
     """
     if value == 0:
         return "0"
-    if not np.isfinite(value):
+    if not math.isfinite(value):
         return str(value)
     size = abs(value)
     if size >= 10**digits:
@@ -69,11 +76,11 @@ def signed(value: float, digits: int = 3) -> str:
 
 
 def readable(text: str, longest: int | None = None) -> str:
-    r"""Running text with its line breaks, and with escapes for what reorders, hides or controls.
+    r"""Running text: `printable`, but line breaks stay and a tab is four spaces.
 
     Args:
         text: Any text.
-        longest: Cut to this many characters, the last one being "…". None: never.
+        longest: Most characters; a longer text ends in "…". None: no limit.
 
     Example:
         >>> from lddyn.text import readable

@@ -2,4 +2,4 @@
 
 from lddyn.lazy import attributes
 
-__getattr__, __dir__ = attributes(__name__, {})
+__getattr__, __dir__ = attributes(__name__)
