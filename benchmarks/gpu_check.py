@@ -58,18 +58,28 @@ def has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+# Tests of the ops on a GPU; the other files of tests/ops are about the CPU's backends.
+OP_TESTS = ("test_ops", "test_gram_lengths", "test_residual_gram", "test_*_ops")
+
+
+def op_tests() -> list[Path]:
+    """The files of OP_TESTS, sorted."""
+    files = [p for pattern in OP_TESTS for p in (ROOT / "tests" / "ops").glob(f"{pattern}.py")]
+    return sorted(files)
+
+
 def test_step(small: bool) -> Step:
-    """Tests of the ops: those that the packages of this machine can run."""
-    files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if "ops" in p.read_text()]
-    wanted = re.compile(r"^(?:from|import) (hypothesis|peft|transformers)\b", re.MULTILINE)
-    names = ("test_ops", "test_gram_lengths", "test_residual_gram")
-    files = [p for p in files if p.stem in names or p.stem.endswith("_ops")]
-    lacking = [p.name for p in files if any(not has(m) for m in wanted.findall(p.read_text()))]
+    """Runs the tests of the ops; files whose packages are not installed are left out."""
+    optional = re.compile(r"^(?:from|import) (hypothesis|peft|transformers)\b", re.MULTILINE)
+    lacking = [
+        p for p in op_tests() if not all(has(name) for name in optional.findall(p.read_text()))
+    ]
     if lacking:
-        print(f"SKIPPED, for want of packages: {', '.join(lacking)}", flush=True)
+        names = ", ".join(p.name for p in lacking)
+        print(f"SKIPPED because packages are missing: {names}", flush=True)
     command = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-n", str(min(8, os.cpu_count() or 1))] if has("xdist") else []
-    command += [str(p) for p in files if p.name not in lacking]
+    command += [str(p) for p in op_tests() if p not in lacking]
     command += ["-k", "choose"] if small else []
     refusal = "" if has("pytest") else "pytest is not installed"
     return Step("tests", command, 180, refusal, {"OMP_NUM_THREADS": "1"})

@@ -52,3 +52,14 @@ def test_measuring_works_on_tiny_sizes(tmp_path):
         assert all(way["error"] < 0.02 and way["seconds"] > 0 for way in ways.values())
     assert found["engine small"]["result"]["flops"] > 0
     assert found["ceilings"]["made_by"]["torch"] == torch.__version__
+
+
+def test_the_tests_that_scripts_name_exist():
+    """A test file that was moved or renamed must not drop out of the GPU check or the matrix."""
+    import gpu_check
+    import matrix
+
+    folder = Path(__file__).parent
+    assert all(len(list(folder.glob(f"**/test_{name}.py"))) == 1 for name in matrix.TESTS)
+    stems = [p.stem for p in gpu_check.op_tests()]
+    assert len(stems) >= 7 and {"test_ops", "test_attention_ops"} <= set(stems)
