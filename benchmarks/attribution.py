@@ -13,18 +13,16 @@ its own `attribute` have nothing in common with exact ones here (rank correlatio
 
 from __future__ import annotations
 
-import argparse
 import copy
 import logging
 import warnings
 
 import torch
-import transformers
 from dattri.algorithm.base import BaseInnerProductAttributor
 from dattri.algorithm.logra import LoGraAttributor
 from dattri.metric import lds
 from dattri.task import AttributionTask
-from dropped_pairs import finetune, read
+from pairs import arguments, finetune, load, read
 from peer_methods import Row, batches, joined, losses
 from record import record
 from torch import Tensor
@@ -60,18 +58,14 @@ class Inner(BaseInnerProductAttributor):
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("pairs")
-    parser.add_argument("--out", required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--train", type=int, default=64)
     parser.add_argument("--test", type=int, default=32)
     parser.add_argument("--halves", type=int, default=32)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    start = transformers.AutoModelForCausalLM.from_pretrained(args.model).eval()
+    start, tokenizer = load(args.model)
     pairs = read(args.pairs, tokenizer, args.train + args.test, 160)
     train, test = pairs[: args.train], pairs[args.train :]
 
@@ -79,13 +73,13 @@ def main() -> None:
     for seed in range(args.halves):
         half = torch.randperm(len(train), generator=generator)[: len(train) // 2]
         model = copy.deepcopy(start)
-        finetune(model, [train[i] for i in half], 3, 1e-4, seed, 0.0)
+        finetune(model, [train[i] for i in half], 3, 1e-4, seed)
         halves.append(half)
         truth.append(measure(model, [p[0] for p in test]).log_prob)
         print(seed, float(truth[-1].mean()), flush=True)
     ground = torch.stack(truth).double(), torch.stack(halves)
     model = copy.deepcopy(start)
-    finetune(model, train, 3, 1e-4, 0, 0.0)
+    finetune(model, train, 3, 1e-4, 0)
 
     task = AttributionTask(
         lambda model, batch, device: losses(model, batch["input_ids"], batch["labels"]).sum(),

@@ -11,88 +11,23 @@ in lddyn was tuned on.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from pairs import BATCH, Pairs, arguments, finetune, load, read
 from record import record
 from torch import Tensor
 
 import lddyn
-from lddyn.data.read import rows
-from lddyn.data.rows import encode_row
-from lddyn.objectives import Loss, Pair
+from lddyn.lab.dynamics import log_probs
+from lddyn.objectives import Loss
 from lddyn.probes.measure import measure
 from lddyn.stats import spearman
 
-Pairs = list[tuple[lddyn.Example, lddyn.Example]]
-PairLoss = Callable[[Pair], Tensor]
 COMPARED = ("dpo", "ipo", "simpo", "dpop", "dpo+nll", "extend")
-
-
-def read(path: str, tokenizer: Any, count: int, longest: int, but: Pairs | None = None) -> Pairs:
-    """The first pairs that are no longer than `longest` tokens, and not among others."""
-    found: Pairs = []
-    others = {pair[0].content_id for pair in but or []}
-    for row in rows(path):
-        try:
-            pair = encode_row(tokenizer, {k: row[k] for k in ("prompt", "chosen", "rejected")})
-        except ValueError:  # an empty response
-            continue
-        fits = max(e.length for e in pair.values()) <= longest
-        if fits and pair["chosen"].content_id not in others:
-            found.append((pair["chosen"], pair["rejected"]))
-        if len(found) == count:
-            break
-    return found
-
-
-def log_probs(model: Any, examples: list[lddyn.Example]) -> Tensor:
-    """Sums over tokens (N,), with gradients."""
-    longest = max(e.length for e in examples)
-    ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    for i, e in enumerate(examples):
-        ids[i, : e.length] = torch.tensor(e.ids)
-    found = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
-    return torch.stack(
-        [found[i, list(e.positions), list(e.targets)].sum() for i, e in enumerate(examples)]
-    )
-
-
-def finetune(
-    model: Any,
-    pairs: Pairs,
-    epochs: int,
-    rate: float,
-    seed: int,
-    loss: PairLoss | None = None,
-    shares: Tensor | None = None,
-    reference: Tensor | None = None,
-) -> None:
-    """AdamW on a loss of pairs, against reference log-probs (2, N); None: SFT on y+, by tokens."""
-    shares = torch.ones(len(pairs)) if shares is None else shares
-    reference = torch.zeros(2, len(pairs)) if reference is None else reference
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    chosen, rejected = ([p[side] for p in pairs] for side in (0, 1))
-    lengths = torch.tensor([[len(e) for e in side] for side in (chosen, rejected)])
-    for _ in range(epochs):
-        for part in torch.randperm(len(pairs), generator=generator).split(8):
-            up = log_probs(model, [chosen[i] for i in part])
-            if loss is None:
-                total = -up.sum() / lengths[0, part].sum()
-            else:
-                both = torch.stack([up, log_probs(model, [rejected[i] for i in part])])
-                pair = Pair(*both, *(both - reference[:, part]), *lengths[:, part])
-                total = (shares[part] * loss(pair)).mean()
-            optimizer.zero_grad()
-            total.backward()
-            optimizer.step()
 
 
 def one_step(model: Any, pairs: Pairs, beta: float, rate: float) -> dict[str, Any]:
@@ -101,7 +36,7 @@ def one_step(model: Any, pairs: Pairs, beta: float, rate: float) -> dict[str, An
     moved, sides = copy.deepcopy(model), [[p[side] for p in pairs] for side in (0, 1)]
     optimizer = torch.optim.SGD(moved.parameters(), lr=rate)
     before = [measure(moved, x).log_prob for x in sides]
-    for part in torch.arange(len(pairs)).split(8):
+    for part in torch.arange(len(pairs)).split(BATCH):
         up, down = (log_probs(moved, [x[i] for i in part]) for x in sides)
         margin = (up - before[0][part]) - (down - before[1][part])
         (-torch.nn.functional.logsigmoid(beta * margin).sum() / len(pairs)).backward()
@@ -155,10 +90,7 @@ def objectives(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("pairs")
-    parser.add_argument("--out", required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--second", action="store_true", help="pairs that nothing was tuned on")
     parser.add_argument("--objectives", action="store_true", help="train on several losses")
     parser.add_argument(
@@ -172,17 +104,16 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--beta", type=float, default=0.1)
     args = parser.parse_args()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    model, tokenizer = load(args.model)
     pairs = read(args.pairs, tokenizer, args.count, 128)
     if args.second:
         pairs = read(
             args.pairs, tokenizer, args.count, 144, but=read(args.pairs, tokenizer, 64, 128)
         )
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model).eval()
     if not (args.second or args.again or args.objectives):
         record(args.out, "one step", one_step(model, pairs, args.beta, 1e-3))
     finetune(model, pairs, args.sft_epochs, 1e-3, 0)
-    run = lddyn.Run(lr=args.lr, epochs=args.epochs, batch=8)
+    run = lddyn.Run(lr=args.lr, epochs=args.epochs, batch=BATCH)
     found = lddyn.diagnose(model, pairs, "dpo", beta=args.beta, run=run, memory="6GiB")
     print("\n".join(found.tell()), flush=True)
     sides = [[p[side] for p in pairs] for side in (0, 1)]

@@ -11,6 +11,7 @@ taken, which no other benchmark reads. FOLDER keeps models, rows, report and run
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import subprocess
@@ -22,35 +23,12 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from pairs import QUIET, arguments, dpo_trainer, encoded_rows, load
 from record import record
 
 import lddyn
 from lddyn.data.read import rows
 from lddyn.integrations.trl import watch
-
-DEFAULTS = {
-    "per_device_train_batch_size": 8,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "save_strategy": "no",
-}
-
-
-def taken(path: str, tokenizer: Any, skip: int, count: int, longest: int) -> list[dict[str, str]]:
-    """Rows with two responses, both short enough."""
-    found: list[dict[str, str]] = []
-    for row in list(rows(path))[skip:]:
-        pair = {k: row[k] for k in ("prompt", "chosen", "rejected")}
-        try:
-            encoded = lddyn.encode_row(tokenizer, pair)
-        except ValueError:  # an empty response
-            continue
-        if len(found) < count and max(e.length for e in encoded.values()) <= longest:
-            found.append(pair)
-    return found
 
 
 def supervised(model: str, folder: Path, data: list[dict[str, str]], epochs: int) -> None:
@@ -62,7 +40,7 @@ def supervised(model: str, folder: Path, data: list[dict[str, str]], epochs: int
             num_train_epochs=epochs,
             learning_rate=1e-3,
             lr_scheduler_type="constant",
-            **DEFAULTS,
+            **QUIET,
         ),
         train_dataset=Dataset.from_list(
             [{"prompt": row["prompt"], "completion": row["chosen"]} for row in data]
@@ -82,20 +60,15 @@ def preferred(
     args: argparse.Namespace,
 ) -> dict[str, float]:
     """DPO, watched; what it did to the probes, mean nats, and to how many of them."""
-    transformers.set_seed(seed)
-    model, reference = (transformers.AutoModelForCausalLM.from_pretrained(start) for _ in range(2))
-    config = trl.DPOConfig(
-        str(folder),
+    trainer = dpo_trainer(
+        start,
+        folder,
+        data,
         num_train_epochs=args.epochs,
         learning_rate=args.lr,
         beta=args.beta,
         seed=seed,
         data_seed=seed,
-        **DEFAULTS,
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(start)
-    trainer = trl.DPOTrainer(
-        model, reference, config, train_dataset=Dataset.from_list(data), processing_class=tokenizer
     )
     # The last pass must be made: a run of seconds has no time to spare.
     watched = watch(trainer, probes, every=10**6, budget="10000%")
@@ -114,11 +87,7 @@ def preferred(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("pairs")
-    parser.add_argument("--folder", required=True, type=Path)
-    parser.add_argument("--out", required=True)
+    parser = arguments(__doc__, folder="keeps models, rows, report and runs")
     parser.add_argument("--skip", type=int, default=250)
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--drop", type=int, default=12)
@@ -128,8 +97,9 @@ def main() -> None:
     parser.add_argument("--beta", type=float, default=0.1)
     args = parser.parse_args()
     start, kept_file = args.folder / "sft", args.folder / "kept.jsonl"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    data = taken(args.pairs, tokenizer, args.skip, args.count, 144)
+    tokenizer = load(args.model)[1]
+    short = encoded_rows(args.pairs, tokenizer, 144, args.skip)
+    data = [row for row, _ in itertools.islice(short, args.count)]
     args.folder.mkdir(parents=True, exist_ok=True)
     file = args.folder / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in data), encoding="utf-8")

@@ -11,14 +11,12 @@ product of a response's features with those of the data, Σ (g+ − g−), the f
 
 from __future__ import annotations
 
-import argparse
 import copy
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from dropped_pairs import finetune, read
+from pairs import arguments, finetune, load, read
 from record import record
 from scipy.stats import spearmanr
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -76,35 +74,31 @@ def correlation(predicted: np.ndarray, target: np.ndarray, prompts: np.ndarray) 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("pairs")
-    parser.add_argument("--out", required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--learned", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model).eval()
+    model, tokenizer = load(args.model)
     pairs = read(args.pairs, tokenizer, args.count, 192)
     learned, others = pairs[: args.learned], [e for pair in pairs[args.learned :] for e in pair]
     prompts = np.arange(len(others)) // 2
-    finetune(model, learned, 3, 1e-3, 0, 0.0)
+    finetune(model, learned, 3, 1e-3, 0)
 
     feats = lddyn.features(model, others, lddyn.Sketch(k=8192), by="sequence")
-    up, down = (
-        lddyn.features(model, [p[side] for p in learned], by="sequence", layout=feats.layout)
-        for side in (0, 1)
-    )
+    sides = [[p[side] for p in learned] for side in (0, 1)]
+    up, down = (lddyn.features(model, side, by="sequence", layout=feats.layout) for side in sides)
     x = feats.vectors().numpy()
     step = (up.vectors() - down.vectors()).sum(0).numpy()
     words = TfidfVectorizer().fit_transform(tokenizer.decode(e.response_ids) for e in others)
     length = np.log([[len(e)] for e in others])
     before, moved = measure(model, others).log_prob, []
+    dpo = lddyn.Loss("dpo", beta=0.1)
+    reference = torch.stack([measure(model, side).log_prob for side in sides])
     for seed in range(args.seeds):
         trained = copy.deepcopy(model)
-        finetune(trained, learned, args.epochs, 1e-4, seed, 0.1)
+        finetune(trained, learned, args.epochs, 1e-4, seed, dpo, reference=reference)
         moved.append((measure(trained, others).log_prob - before).numpy())
     target = np.mean(moved, 0)
     first = x @ step

@@ -8,26 +8,21 @@ with what the rest of the run did to y+ beside what was foretold. FOLDER keeps m
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
+import itertools
 import json
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
-import trl
-from datasets import Dataset
-from dropped_pairs import Pairs, finetune, read
+from pairs import arguments, dpo_trainer, encoded_rows, finetune, load
 from record import record
 
 import lddyn
 from lddyn import report
-from lddyn.data.read import rows
 from lddyn.integrations.trl import watch
 from lddyn.probes.measure import measure
 from lddyn.probes.probe_set import LABELS
@@ -36,27 +31,16 @@ from lddyn.sets.diagnosis import Diagnosis, assemble
 
 def train(start: Path, folder: Path, data: list[dict[str, str]], steps: int, each: int) -> None:
     """DPO of the model in `start`, with a checkpoint every `each` steps, watched."""
-    transformers.set_seed(0)
-    model, reference = (transformers.AutoModelForCausalLM.from_pretrained(start) for _ in range(2))
-    trainer = trl.DPOTrainer(
-        model,
-        reference,
-        trl.DPOConfig(
-            str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=8,
-            learning_rate=1e-4,
-            lr_scheduler_type="constant",
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_steps=each,
-            save_only_model=True,
-            disable_tqdm=True,
-            use_cpu=True,
-        ),
-        train_dataset=Dataset.from_list(data),
-        processing_class=transformers.AutoTokenizer.from_pretrained(start),
+    trainer = dpo_trainer(
+        start,
+        folder,
+        data,
+        max_steps=steps,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        save_strategy="steps",
+        save_steps=each,
+        save_only_model=True,
     )
     watch(trainer, every=2, budget="300%", predict=4)  # a run of a minute has no time to spare
     trainer.train()
@@ -119,31 +103,18 @@ def pictures(page: Path, folder: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("pairs")
-    parser.add_argument("--folder", required=True, type=Path)
-    parser.add_argument("--out", required=True)
+    parser = arguments(__doc__, folder="keeps models and page")
     parser.add_argument("--pictures", type=Path, help="folder for those of docs/report.md")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--checkpoint", type=int, default=8)
     parser.add_argument("--beta", type=float, default=0.1)
     args = parser.parse_args()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    pairs: Pairs = read(args.pairs, tokenizer, args.count, 128)
-    kept = {pair[0].content_id for pair in pairs}
-    data = []
-    for row in rows(args.pairs):
-        pair = {k: row[k] for k in ("prompt", "chosen", "rejected")}
-        try:
-            if lddyn.encode_row(tokenizer, pair)["chosen"].content_id in kept:
-                data.append(pair)
-        except ValueError:  # an empty response
-            continue
+    model, tokenizer = load(args.model)
+    short = list(itertools.islice(encoded_rows(args.pairs, tokenizer, 128), args.count))
+    data, pairs = [row for row, _ in short], [pair for _, pair in short]
     start, run = args.folder / "sft", args.folder / "dpo"
     if not (run / f"checkpoint-{args.steps}").exists():
-        model = transformers.AutoModelForCausalLM.from_pretrained(args.model).eval()
         finetune(model, pairs, 3, 1e-3, 0)
         model.save_pretrained(start)
         tokenizer.save_pretrained(start)
@@ -151,14 +122,11 @@ def main() -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in data)
     (args.folder / "pairs.jsonl").write_text(text, encoding="utf-8")
 
-    def load(folder: Path) -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-
     sides = [[pair[side] for pair in pairs] for side in (0, 1)]
-    reference = torch.stack([measure(load(start), x).log_prob for x in sides])
-    model = load(run / f"checkpoint-{args.checkpoint}")
+    reference = torch.stack([measure(load(start)[0], x).log_prob for x in sides])
+    model = load(run / f"checkpoint-{args.checkpoint}")[0]
     found = lddyn.diagnose(model, pairs, "dpo", beta=args.beta, reference=reference)
-    end = load(run / f"checkpoint-{args.steps}")
+    end = load(run / f"checkpoint-{args.steps}")[0]
     moved = [measure(end, x).log_prob - found.log_probs[k] for k, x in enumerate(sides)]
     page = found.report(
         args.folder / "report" / "index.html",
