@@ -301,7 +301,7 @@ class Watcher:
 def _digest(probes: Encoded | None) -> str:
     """Of examples and fields: rows of other probes are not continued."""
     assert probes is not None
-    parts = [*probes.fields, *(e.content_id for e in probes.examples), str(probes.at.tolist())]
+    parts = [*probes.fields, *(e.content_id for e in probes.examples), str(probes.cells.tolist())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

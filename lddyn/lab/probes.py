@@ -71,13 +71,13 @@ def run(
     probes = setting.probes
     if endpoint:
         service = Endpoint(endpoint, endpoint_model, key_variable)
-        probes = write(probes, service, lab.path("written.jsonl"), bar=lab.bar)
+        probes = write(probes, service, lab.path("written.jsonl"), progress=lab.bar)
     probes.save(lab.path("probes.jsonl"))
     fields = [name for name in probes.fields if name != "chosen_selfr"]
     encoded = probes.encode(setting.tokenizer, fields=fields)
     with one_thread():
         found = lab.once("compare", lambda: compare(setting.model, encoded))
-        by_type = lab.once("types", lambda: _by_type(setting, encoded, probes.report()))
+        by_type = lab.once("types", lambda: _by_type(setting, encoded, probes.table()))
     lab.table("types", by_type)
     lab.table("pass", [found])
     lab.figure(

@@ -90,7 +90,7 @@ class Setting:
         """Rows that have all of these responses, encoded."""
         encoded = self.encode(rows, fields)
         found: dict[int, dict[str, Example]] = {}
-        for (row, column), example in zip(encoded.at.tolist(), encoded.examples, strict=True):
+        for (row, column), example in zip(encoded.cells.tolist(), encoded.examples, strict=True):
             found.setdefault(row, {})[fields[column]] = example
         return [pair for pair in found.values() if len(pair) == len(fields)]
 
@@ -372,7 +372,7 @@ def finetune(
             "means": {k: v.round(6).tolist() for k, v in means.items()},
             "losses": losses,
             "explained": parts,
-            "explained types": [some.fields[j] for j in some.at[:, 1].tolist()],
+            "explained types": [some.fields[j] for j in some.cells[:, 1].tolist()],
             "kernel": kernels,
             "seconds": {
                 "all": whole,

@@ -142,7 +142,7 @@ def _influence(setting: Setting, model: Any, prompts: int = 8) -> list[list[list
         own = encoded.select([prompt])
         gram = influence(model, own.examples).numpy()
         full = np.full((len(setting.fields), len(setting.fields)), np.nan)
-        at = own.at[:, 1].numpy()
+        at = own.cells[:, 1].numpy()
         full[np.ix_(at, at)] = gram / np.diag(gram)[:, None]
         found.append([[None if np.isnan(x) else float(x) for x in row] for row in full])
     return found

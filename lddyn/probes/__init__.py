@@ -1,4 +1,4 @@
-"""The probing set of Ren & Sutherland (2025, §4.1): building it, and measuring it in one pass."""
+"""Probing sets (Ren & Sutherland, ICLR 2025, §4.1): built, written by a service, measured."""
 
 from lddyn.lazy import attributes
 

@@ -11,17 +11,16 @@ import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lddyn.files import replace_file
-from lddyn.probes.build import like
+from lddyn.probes.build import joined_like
 from lddyn.probes.probe_set import ProbeSet
 
 __all__ = ["Endpoint", "write"]
 
 _SYSTEM = "You are a helpful assistant."
 
-# The paper's own words (App., Fig. 11).
+# The paper's own messages (appendix, Fig. 11).
 _KEEP_MEANING = (
     "Given the reference sentence, please generate an output sentence. Please use different words "
     "as much as possible while keeping the meaning of the reference sentence unchanged. Please "
@@ -36,7 +35,7 @@ _KEEP_FORMAT = (
 
 _SENTENCE = "Please generate a random sentence with {words} words."
 
-# field: (the field it is made from, what is asked)
+# Response type: (the field it is made from, the message).
 _WRITTEN = {
     "chosen_gptsemantic": ("chosen", _KEEP_MEANING),
     "chosen_gptformat": ("chosen", _KEEP_FORMAT),
@@ -48,17 +47,20 @@ _WRITTEN = {
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A chat service with OpenAI's interface, named by the user: there is no default.
+    """A chat service with OpenAI's interface. There is no default: the user names it.
 
     Attributes:
-        url: Up to and without /chat/completions: "http://localhost:8000/v1".
-        model: Its name there.
-        key_variable: Environment variable that holds the key; empty: none is sent.
-        temperature: The paper's 0.7.
-        timeout: Seconds until an attempt is given up.
-        attempts: How often a request is tried that failed for a passing reason: no connection,
-            time over, status 408, 429 or 5xx.
-        wait: Seconds before the second attempt; doubled each time.
+        url: Address without /chat/completions, such as "http://localhost:8000/v1".
+        model: Name of the model at the service.
+        key_variable: Environment variable with the key of the service. Empty: no key is sent.
+        temperature: Sampling temperature; the paper's is 0.7.
+        timeout: Seconds after which an attempt counts as failed.
+        attempts: Most attempts of a request that fails for a passing reason: no connection,
+            timeout, status 408, 429 or 5xx.
+        wait: Seconds before the second attempt; each further wait is twice as long.
+
+    Raises:
+        ValueError: If the address is not http or https.
     """
 
     url: str
@@ -74,10 +76,11 @@ class Endpoint:
             raise ValueError(f"the endpoint must be an http(s) address, got {self.url!r}")
 
     def ask(self, text: str) -> str:
-        """The answer to one message.
+        """The service's answer to one message.
 
         Raises:
-            RuntimeError: If the service refuses, or answers with something else; or keeps failing.
+            RuntimeError: If the environment has no key, if the service refuses, if its answer is
+                no chat completion, or if all attempts fail.
         """
         headers = {"Content-Type": "application/json"}
         if self.key_variable:
@@ -121,54 +124,89 @@ def write(
     journal: str | os.PathLike[str],
     *,
     fields: Sequence[str] = tuple(_WRITTEN),
-    bar: Callable[[list[Any], str], Iterable[Any]] | None = None,
+    progress: Progress | None = None,
 ) -> ProbeSet:
-    """Has the service write the responses that are missing.
+    """Let the service write the responses that are missing.
 
     Args:
-        probes: A set; what it has is kept.
-        endpoint: Who is asked. The text of "chosen" and "rejected" is sent there.
-        journal: JSONL to which every answer is appended as it comes: run again after an
-            interruption, it asks only for the rest.
-        fields: Which types.
-        bar: Wraps a list of requests and a label in a progress bar.
+        probes: A probing set; the responses that it has are kept.
+        endpoint: The service. The texts of "chosen" and "rejected" are sent to it.
+        journal: JSONL file to which each answer is appended as it comes. After an interruption,
+            the same call asks only for the rest.
+        fields: Response types to write.
+        progress: Wraps the list of requests and a label in a progress bar.
 
     Returns:
-        The set, complete.
+        The set with the written responses.
 
     Raises:
-        ValueError: If a field is not one that is written so.
-        RuntimeError: If the service fails; the journal keeps what there is.
+        ValueError: If a field is not among those that a service writes.
+        RuntimeError: If the service fails; the journal keeps the answers so far.
+
+    Cost: one request for each missing response.
     """
     unknown = [name for name in fields if name not in _WRITTEN]
     if unknown:
         raise ValueError(f"fields must be among {', '.join(_WRITTEN)}, got {unknown}")
+    requests = _missing(probes, endpoint, fields)
+    rows = [dict(row) for row in probes.rows]
     journal = Path(journal)
-    known: dict[str, str] = {}
-    if journal.exists():
-        text = journal.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]  # a line that was cut short is asked for again
-        for line in whole.splitlines():
-            entry = json.loads(line)
-            known[entry["key"]] = entry["text"]
-        if whole != text:
-            replace_file(journal, whole)
+    answers = _read_journal(journal)
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    with journal.open("a", encoding="utf-8") as file:
+        for request in progress(requests, "asking") if progress else requests:
+            if request.key not in answers:
+                answers[request.key] = endpoint.ask(request.text)
+                line = {"key": request.key, "text": answers[request.key]}
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+            row = rows[request.row]
+            row[request.field] = joined_like(row["chosen"], answers[request.key].split(" "))
+    return ProbeSet(rows)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response that the service is to write.
+
+    Attributes:
+        row: Index of the row.
+        field: Response type.
+        text: Message to the service.
+        key: Digest of the request, under which the journal keeps the answer.
+    """
+
+    row: int
+    field: str
+    text: str
+    key: str
+
+
+Progress = Callable[[list[Request], str], Iterable[Request]]
+
+
+def _missing(probes: ProbeSet, endpoint: Endpoint, fields: Sequence[str]) -> list[Request]:
+    """A request for each response that a row lacks and whose source it has."""
     requests = []
     for index, row in enumerate(probes.rows):
         for name in fields:
             source, template = _WRITTEN[name]
             if row.get(name) or not row.get(source):
                 continue
-            asked = template.format(text=row[source].strip(), words=len(row[source].split()))
-            content = json.dumps([index, name, asked, endpoint.model, endpoint.temperature])
-            requests.append((index, name, asked, hashlib.sha256(content.encode()).hexdigest()))
-    rows = [dict(row) for row in probes.rows]
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    with journal.open("a", encoding="utf-8") as out:
-        for index, name, asked, key in bar(requests, "asking") if bar else requests:
-            if key not in known:
-                known[key] = endpoint.ask(asked)
-                out.write(json.dumps({"key": key, "text": known[key]}) + "\n")
-                out.flush()
-            rows[index][name] = like(rows[index]["chosen"], known[key].split(" "))
-    return ProbeSet(rows)
+            text = template.format(text=row[source].strip(), words=len(row[source].split()))
+            content = json.dumps([index, name, text, endpoint.model, endpoint.temperature])
+            key = hashlib.sha256(content.encode()).hexdigest()
+            requests.append(Request(index, name, text, key))
+    return requests
+
+
+def _read_journal(path: Path) -> dict[str, str]:
+    """Answers by key; a last line without its end is removed from the file."""
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        replace_file(path, whole)
+    entries = map(json.loads, whole.splitlines())
+    return {entry["key"]: entry["text"] for entry in entries}

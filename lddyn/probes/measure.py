@@ -1,4 +1,4 @@
-"""Log-probs of every response of a probing set, each prompt read once."""
+"""One pass over many responses: log-probs, confidence and entropy of each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lddyn import ops
 from lddyn.data.example import Example
+from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.guard import evaluating
 from lddyn.engine.logits import response_logits
 from lddyn.probes.probe_set import Encoded
@@ -17,18 +18,21 @@ from lddyn.probes.probe_set import Encoded
 __all__ = ["Measured", "measure"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measured:
-    """Sums over the counted tokens of each example, (N,), float64; nats.
+    """What a model believes of each example: sums over its counted tokens.
+
+    All attributes are tensors (N,), float64. y_m is a counted token, π the prediction of it, G_m =
+    π − e_{y_m}, A_m = I − 1πᵀ, V the size of the vocabulary; logarithms and entropies are in nats.
 
     Attributes:
         tokens: Number of counted tokens.
-        log_prob: Σ log π(y_m).
-        greedy: Σ log max_v π: confidence of the greedy choice along the teacher-forced prefix.
-        rest: Σ log(1 − max_v π), from a logsumexp over the others: finite when π saturates.
-        entropy: Σ H(π).
-        peakiness: ‖A‖_F² = Σ (V − 2 + V ‖π‖²).
-        energy: ‖G‖_F² = Σ ‖π − e_y‖².
+        log_prob: Σ_m log π(y_m).
+        greedy: Σ_m log max_v π(v): confidence of the greedy choice after the true prefix.
+        rest: Σ_m log(1 − max_v π(v)). A logsumexp over the other tokens, finite when π saturates.
+        entropy: Σ_m H(π).
+        peakiness: Σ_m ‖A_m‖_F² = Σ_m (V − 2 + V ‖π‖²).
+        energy: Σ_m ‖G_m‖².
     """
 
     tokens: Tensor
@@ -41,8 +45,25 @@ class Measured:
 
     @property
     def mean_log_prob(self) -> Tensor:
-        """Per token."""
+        """Mean log π(y_m) over the counted tokens of each example, (N,), nats."""
         return self.log_prob / self.tokens
+
+    def summary(self) -> dict[str, float]:
+        """Number of examples and tokens; log π, confidence and entropy per token, in nats."""
+        count = float(self.tokens.sum())
+        return {
+            "examples": len(self.tokens),
+            "tokens": int(count),
+            "log_prob": float(self.log_prob.sum()) / count,
+            "greedy": float(self.greedy.sum()) / count,
+            "entropy": float(self.entropy.sum()) / count,
+        }
+
+    def __repr__(self) -> str:
+        """One line."""
+        of = self.summary() if len(self.tokens) else {}
+        shown = "".join(f", {k} {of[k]:.4g}" for k in ("log_prob", "greedy", "entropy") if k in of)
+        return f"Measured({len(self.tokens)} examples{shown and shown + ' nats per token'})"
 
 
 _SUMS = ("log_prob", "greedy", "rest", "entropy", "peakiness", "energy")
@@ -50,20 +71,20 @@ _SUMS = ("log_prob", "greedy", "rest", "entropy", "peakiness", "energy")
 
 @torch.no_grad()  # not inference mode: FSDP2 keeps the buffers of its first forward
 def measure(
-    model: nn.Module, probes: Encoded | Sequence[Example], *, tokens: int | None = None
+    model: nn.Module | Anatomy, probes: Encoded | Sequence[Example], *, tokens: int | None = None
 ) -> Measured:
-    """One teacher-forced pass over many responses, whose equal prompts are read once.
+    """Measure responses in one pass that reads equal prompts once.
 
-    Prompts and responses are packed into sequences without padding, see `lddyn.engine.logits`.
-    The head sees the response's positions only.
+    Prompts and responses are packed into sequences without padding (`lddyn.engine.logits`); the
+    head sees the positions of the responses only.
 
     Args:
-        model: A causal LM of transformers; taken in evaluation mode.
-        probes: A probing set, encoded, or examples in any order.
-        tokens: Most tokens in one forward. None: so many that logits stay below a quarter GiB.
+        model: A causal LM of transformers, or its Anatomy. It is measured in evaluation mode.
+        probes: An encoded probing set, or examples in any order.
+        tokens: Most tokens in one forward pass. None: as many as keep the logits below 256 MiB.
 
     Returns:
-        Measured, aligned with the examples.
+        The sums of each example, in the order of the examples.
 
     Cost: 2 N FLOPs per prompt token, once per distinct prompt, and per response token.
 
@@ -77,6 +98,7 @@ def measure(
         >>> measure(model, examples).tokens
         tensor([3., 2.], dtype=torch.float64)
     """
+    model = model.model if isinstance(model, Anatomy) else model
     examples = probes.examples if isinstance(probes, Encoded) else list(probes)
     sums = torch.zeros(len(examples), len(_SUMS), dtype=torch.float64)
     with evaluating(model), torch.compiler.set_stance("force_eager"):
@@ -87,17 +109,17 @@ def measure(
 
 
 def _statistics(logits: Tensor, targets: Tensor) -> Tensor:
-    """(n, 6) in float64, in the order of _SUMS."""
+    """The terms of the sums for each token: (n, 6) in float64, in the order of _SUMS."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
     residual, log_prob, entropy, squared_norm, top = ops.residual(z, targets)
     best = top[:, :1]
     total = z.gather(1, targets[:, None]) - log_prob[:, None].to(z)  # log Σ exp z
     greedy = (z.gather(1, best) - total)[:, 0]
-    # 1 − max π has no digits left where π saturates: there it is summed over the others.
+    # Where π saturates, 1 − max π has no correct digit: there the other tokens are summed.
     rest = torch.log1p(-greedy.exp())
-    near = (greedy > -0.7).nonzero()[:, 0]
-    others = z[near].scatter_(1, best[near], -torch.inf)
-    rest[near] = others.logsumexp(1) - total[near, 0]
+    saturated = (greedy > -0.7).nonzero()[:, 0]
+    others = z[saturated].scatter_(1, best[saturated], -torch.inf)
+    rest[saturated] = others.logsumexp(1) - total[saturated, 0]
     vocabulary = z.shape[1]
     peakiness = vocabulary - 2 + vocabulary * squared_norm.double()
     energy = torch.linalg.vector_norm(residual, dim=1).double() ** 2

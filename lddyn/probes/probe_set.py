@@ -1,18 +1,16 @@
-"""The probing set of Ren & Sutherland (ICLR 2025, §4.1), and one fast pass over it.
+"""The probing set of Ren & Sutherland (ICLR 2025, §4.1): prompts with responses of many types.
 
-A probing set asks, for every prompt x_u, about a dozen responses y: what was learned, the same said
-otherwise, answers to other questions, words without grammar. Fields have the authors' names, so
-that their files are read as they are:
+For each prompt x_u a probing set has about a dozen responses y: the learned response, the same in
+other words, responses to other prompts, random words. Fields have the authors' names, so that
+their files can be read unchanged:
 
     chosen, chosen_initial, chosen_selfr, chosen_gptsemantic, chosen_gptformat,
     rejected, reject_gptsemantic, reject_gptformat,
     irr_train, irr_test, irr_hum, random_permute, random_nonhum
 
-`build` makes the free ones offline: permutations, other prompts' answers, random words, samples of
-the model. Those that another model writes come from a file, or from an endpoint that the user names
-(`write`); nothing is sent anywhere otherwise.
-
-`measure` is the pass: every prompt is read once (`lddyn.engine.logits`).
+`lddyn.probes.build` makes the types that need only the data and the model. The types that another
+model writes come from a file, or from a service that the user names (`lddyn.probes.endpoint`).
+`lddyn.probes.measure` measures a set in one pass.
 """
 
 from __future__ import annotations
@@ -31,6 +29,7 @@ from torch import Tensor
 from lddyn.data.encode import encode
 from lddyn.data.example import Example
 from lddyn.data.read import rows as read_rows
+from lddyn.data.tokenizer import Tokenizer
 from lddyn.errors import EmptyResponseError
 from lddyn.files import replace_file
 
@@ -39,14 +38,14 @@ __all__ = ["LABELS", "TYPES", "Encoded", "ProbeSet", "ResponseType"]
 
 @dataclass(frozen=True)
 class ResponseType:
-    """One kind of response.
+    """One response type.
 
     Attributes:
-        symbol: The paper's.
+        symbol: The paper's symbol.
         group: "answers" (Y_IF: follows the instruction), "other" (Y_non-IF: language, but no
             answer to this prompt) or "noise" (Y_non-hum: not language).
-        label: A few words for pictures.
-        made: How.
+        label: Name in a few words, for pictures.
+        made: How it is made, in a few words.
     """
 
     symbol: str
@@ -71,16 +70,19 @@ TYPES: dict[str, ResponseType] = {
     "random_nonhum": ResponseType("y_rnd", "noise", "random words", "random words"),
 }
 
-LABELS = {name: kind.label for name, kind in TYPES.items()}  # type -> its name in words
+LABELS = {name: kind.label for name, kind in TYPES.items()}  # field → its name in words
 
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """Prompts with their responses.
+    """Prompts with their responses, as texts.
 
     Attributes:
-        rows: One mapping per prompt: "prompt", and the text of each field that it has.
-        fields: The response types that occur, in the order of `TYPES`.
+        rows: One mapping per prompt: "prompt", and the text of each response that it has.
+        fields: Response types that occur, in the order of `TYPES`.
+
+    Raises:
+        ValueError: If there is no row, if a row has no prompt, or if no row has a response.
 
     Example:
         >>> from lddyn.probes.probe_set import ProbeSet
@@ -94,16 +96,16 @@ class ProbeSet:
     def __post_init__(self) -> None:
         if not self.rows:
             raise ValueError("a probing set needs at least one row, got none")
-        for at, row in enumerate(self.rows):
+        for index, row in enumerate(self.rows):
             if not isinstance(row.get("prompt"), str) or not row["prompt"]:
-                raise ValueError(f"row {at} of the probing set has no text under 'prompt'")
+                raise ValueError(f"row {index} of the probing set has no text under 'prompt'")
             for name in TYPES:
                 if not isinstance(row.get(name, ""), str):
-                    raise ValueError(f"{name} of row {at} must be text, got {row[name]!r:.40}")
-        found = tuple(name for name in TYPES if any(row.get(name) for row in self.rows))
-        if not found:
+                    raise ValueError(f"{name} of row {index} must be text, got {row[name]!r:.40}")
+        fields = tuple(name for name in TYPES if any(row.get(name) for row in self.rows))
+        if not fields:
             raise ValueError(f"the rows hold none of the response fields {', '.join(TYPES)}")
-        object.__setattr__(self, "fields", found)
+        object.__setattr__(self, "fields", fields)
 
     def __len__(self) -> int:
         """Number of prompts."""
@@ -111,24 +113,28 @@ class ProbeSet:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], limit: int | None = None) -> ProbeSet:
-        """Reads JSONL, JSON or Parquet; the authors' files as they are.
+        """Read a JSONL, JSON or Parquet file; the authors' files need no change.
+
+        Args:
+            path: The file.
+            limit: Most rows to read. None: all.
 
         Raises:
-            ValueError: If a row cannot be used; names it.
+            ValueError: If a row cannot be used; the message names it.
         """
         return cls(read_rows(path, limit=limit))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSONL that `read` reads."""
+        """Write the rows as JSONL, which `read` reads back."""
         lines = [json.dumps(dict(row), ensure_ascii=False) for row in self.rows]
         replace_file(Path(path), "\n".join(lines) + "\n")
 
     def split(self, held_out: float, seed: int = 0) -> tuple[ProbeSet, ProbeSet]:
-        """Train and test prompts: equal prompts go to the same side.
+        """(train, test): two sets without a common prompt.
 
         Args:
-            held_out: Share of the distinct prompts that is kept for the test.
-            seed: Which.
+            held_out: Share of the distinct prompts that goes to the test set.
+            seed: Seed of the choice.
 
         Raises:
             ValueError: If one side would be empty.
@@ -146,32 +152,35 @@ class ProbeSet:
 
     def encode(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         fields: Sequence[str] | None = None,
         max_length: int = 512,
         max_prompt_length: int = 256,
     ) -> Encoded:
-        """Tokenises every response that is not empty; EOS is appended.
+        """Tokenise each response that is not empty; EOS is appended.
 
-        Whether the prompt is cut is decided for every response by its own length: prompt, then
-        response, are cut where both together are longer than max_length. (The authors' code decides
-        by the longest of all responses, so that a long probe changes what all others are given.)
+        A sequence longer than `max_length` has its prompt cut to its last `max_prompt_length`
+        tokens, and then its response cut at `max_length`. Each sequence is cut by its own length.
+        (The authors' code cuts all sequences by the longest one, so that one long response changes
+        the prompt of every other.)
 
         Args:
-            tokenizer: Of transformers.
-            fields: Which types. None: all that occur.
-            max_length: Most tokens in all.
-            max_prompt_length: Tokens of a prompt that are kept, from its end, where it is cut.
+            tokenizer: A transformers tokenizer.
+            fields: Response types to encode. None: all that occur.
+            max_length: Most tokens of prompt and response.
+            max_prompt_length: Most tokens of the prompt of a sequence that is cut.
 
         Raises:
             ValueError: If a field is unknown.
+
+        Cost: two tokenisations per response.
         """
         names = tuple(fields) if fields is not None else self.fields
         unknown = [name for name in names if name not in TYPES]
         if unknown:
             raise ValueError(f"fields must be among {', '.join(TYPES)}, got {unknown}")
-        examples, at = [], []
+        examples, cells = [], []
         for i, row in enumerate(self.rows):
             for j, name in enumerate(names):
                 try:
@@ -188,16 +197,16 @@ class ProbeSet:
                         max_prompt_length=max_prompt_length,
                     )
                 examples.append(ex)
-                at.append((i, j))
-        return Encoded(examples, torch.tensor(at).view(-1, 2), len(self.rows), names)
+                cells.append((i, j))
+        return Encoded(examples, torch.tensor(cells).view(-1, 2), len(self.rows), names)
 
-    def report(self) -> list[dict[str, Any]]:
-        """Per type: how many, how many empty, mean number of words."""
-        found = []
+    def table(self) -> list[dict[str, Any]]:
+        """One row per type: "count" of responses, number of "empty" ones, mean "words" of one."""
+        table = []
         for name in self.fields:
             texts = [row.get(name) or "" for row in self.rows]
             words = [len(text.split()) for text in texts if text.strip()]
-            found.append(
+            table.append(
                 {
                     "type": name,
                     "symbol": TYPES[name].symbol,
@@ -207,41 +216,52 @@ class ProbeSet:
                     "words": sum(words) / max(1, len(words)),
                 }
             )
-        return found
+        return table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Encoded:
-    """Examples of a probing set, and which prompt and type each is.
+    """A probing set as examples, each with its cell in the grid of prompts and response types.
 
     Attributes:
-        examples: N of them.
-        at: (N, 2) int64: prompt and field.
-        prompts: Number of prompts P.
-        fields: Names of the F types.
+        examples: The N examples.
+        cells: (N, 2) int64: index of the prompt, and of the response type, of each example.
+        prompts: Number of prompts, P.
+        fields: Names of the F response types.
     """
 
     examples: list[Example]
-    at: Tensor
+    cells: Tensor
     prompts: int
     fields: tuple[str, ...]
 
     def grid(self, values: Tensor) -> Tensor:
-        """(N,) → (P, F) in float64, NaN where a prompt has no such response."""
+        """One number per example, (N,), as a grid (P, F) in float64; NaN for missing responses."""
         out = torch.full((self.prompts, len(self.fields)), float("nan"), dtype=torch.float64)
-        out[self.at[:, 0], self.at[:, 1]] = values.double().cpu()
+        out[self.cells[:, 0], self.cells[:, 1]] = values.double().cpu()
         return out
 
     def select(self, prompts: Sequence[int], fields: Sequence[str] | None = None) -> Encoded:
-        """Some prompts, renumbered in this order, and some types."""
+        """Some of the prompts and response types.
+
+        Args:
+            prompts: Indices of prompts; the result numbers them in this order.
+            fields: Names of response types, in the order of the result. None: all.
+        """
         names = tuple(fields) if fields is not None else self.fields
         row = {prompt: i for i, prompt in enumerate(prompts)}
         column = {self.fields.index(name): j for j, name in enumerate(names)}
-        kept = [
+        kept = sorted(
             (row[i], column[j], k)
-            for k, (i, j) in enumerate(self.at.tolist())
+            for k, (i, j) in enumerate(self.cells.tolist())
             if i in row and j in column
-        ]
-        kept.sort()
-        at = torch.tensor([k[:2] for k in kept], dtype=torch.int64).view(-1, 2)
-        return Encoded([self.examples[k] for *_, k in kept], at, len(prompts), names)
+        )
+        cells = torch.tensor([(i, j) for i, j, _ in kept], dtype=torch.int64).view(-1, 2)
+        return Encoded([self.examples[k] for *_, k in kept], cells, len(prompts), names)
+
+    def __repr__(self) -> str:
+        """One line."""
+        return (
+            f"Encoded({len(self.examples)} examples: {self.prompts} prompts, types "
+            f"{', '.join(self.fields)})"
+        )

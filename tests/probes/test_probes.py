@@ -84,7 +84,7 @@ def test_read_and_save(tmp_path, probes):
     probes.save(tmp_path / "p.jsonl")
     assert ProbeSet.read(tmp_path / "p.jsonl").rows == list(probes.rows)
     assert len(ProbeSet.read(tmp_path / "p.jsonl", limit=3)) == 3
-    assert {row["empty"] for row in probes.report() if row["group"] != "answers"} == {0}
+    assert {row["empty"] for row in probes.table() if row["group"] != "answers"} == {0}
     with pytest.raises(ValueError, match="row 0 of the probing set has no text under 'prompt'"):
         ProbeSet([{"chosen": "a"}])
     with pytest.raises(ValueError, match="none of the response fields"):
@@ -244,8 +244,25 @@ def test_the_authors_file_is_read_as_it_is():
         pytest.skip(f"the authors' probing set is not at {AUTHORS} (LDDYN_HH_PROBES names it)")
     probes = ProbeSet.read(AUTHORS)
     assert len(probes) == 500 and probes.fields == tuple(TYPES)
-    empty = {row["type"]: row["empty"] for row in probes.report()}
+    empty = {row["type"]: row["empty"] for row in probes.table()}
     assert empty["chosen_initial"] == 21 and empty["rejected"] == 1
+
+
+def test_measure_takes_an_anatomy_and_says_little(world, probes):
+    import lddyn
+
+    encoded = probes.encode(world.tokenizer)
+    measured = measure(world.model, encoded)
+    again = measure(lddyn.Anatomy(world.model), encoded)
+    assert torch.equal(measured.log_prob, again.log_prob)
+    assert measured.summary()["log_prob"] == pytest.approx(
+        float(measured.log_prob.sum() / measured.tokens.sum())
+    )
+    assert json.loads(json.dumps(measured.summary()))["examples"] == len(encoded.examples)
+    assert repr(measured).startswith(f"Measured({len(encoded.examples)} examples, log_prob -")
+    assert repr(measure(world.model, [])) == "Measured(0 examples)"
+    assert repr(encoded).startswith(f"Encoded({len(encoded.examples)} examples: 8 prompts, types ")
+    assert len(repr(measured)) < 120 and len(repr(encoded)) < 250
 
 
 def test_measure_leaves_every_module_in_its_own_mode(world, probes):
