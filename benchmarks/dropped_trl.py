@@ -2,7 +2,7 @@
 
     python benchmarks/dropped_trl.py MODEL PAIRS.jsonl --folder FOLDER --out FILE.json
 
-SFT by TRL's SFTTrainer, the command `lddyn diagnose … --drop N --write kept.jsonl`, then DPOTrainer
+SFT by TRL's SFTTrainer, the command `lddyn diagnose`, then `lddyn filter --drop N`, then DPOTrainer
 at its defaults with all pairs, with the kept ones, and with as many less at random, in several
 orders. Measured by `watch(trainer, …)` on all pairs, trained on or not; the rows from --skip on are
 taken, which no other benchmark reads. FOLDER keeps models, rows, report and runs.
@@ -85,6 +85,12 @@ def preferred(
     }
 
 
+def _lddyn(*words: object) -> bytes:
+    """What a command of lddyn prints."""
+    command = [sys.executable, "-m", "lddyn", *map(str, words)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+
+
 def main() -> None:
     """Command line."""
     parser = arguments(__doc__, folder="keeps models, rows, report and runs")
@@ -96,7 +102,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-4, help="at its start; falls to 0")
     parser.add_argument("--beta", type=float, default=0.1)
     args = parser.parse_args()
-    start, kept_file = args.folder / "sft", args.folder / "kept.jsonl"
+    start = args.folder / "sft"
     tokenizer = load(args.model)[1]
     short = encoded_rows(args.pairs, tokenizer, 144, args.skip)
     data = [row for row, _ in itertools.islice(short, args.count)]
@@ -114,28 +120,23 @@ def main() -> None:
         file,
         "--beta",
         args.beta,
+        "--forecast",
         "--lr",
         args.lr,
         "--epochs",
         args.epochs,
         "--schedule",
         "linear",
-        "--drop",
-        args.drop,
-        "--write",
-        kept_file,
         "--out",
         args.folder / "report",
         "--memory",
         "6GiB",
         "--json",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "lddyn", *map(str, command)], check=True, stdout=subprocess.PIPE
-    )
-    told = json.loads(done.stdout)
+    told = json.loads(_lddyn(*command))
     print("\n".join(told["told"]), flush=True)
-    kept = list(rows(kept_file))
+    _lddyn("filter", args.folder / "report", "--drop", args.drop, "--out", args.folder / "filtered")
+    kept = list(rows(args.folder / "filtered" / "kept.jsonl"))
     encoded = [lddyn.encode_row(tokenizer, row) for row in data]
     probes = {side: [pair[side] for pair in encoded] for side in ("chosen", "rejected")}
     runs: list[dict[str, Any]] = []

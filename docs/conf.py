@@ -42,7 +42,7 @@ html_show_copyright = False
 
 def commands():
     """Every command of `lddyn` with its options, as typer writes them."""
-    typer = [sys.executable, "-m", "typer", "lddyn.cli", "utils", "docs", "--name", "lddyn"]
+    typer = [sys.executable, "-m", "typer", "lddyn.cli.app", "utils", "docs", "--name", "lddyn"]
     text = subprocess.run(typer, check=True, capture_output=True, text=True).stdout
     text = re.sub(r"^# .*\n", "", text).replace("```console\n$ ", "```\n")
     text = re.sub(r"(?<![`\w-])--[a-z-]+(?![^`\n]*`:)", r"`\g<0>`", text)  # not a dash

@@ -2,7 +2,8 @@
 
     python examples/diagnose_pairs.py
 
-`lddyn diagnose --model … --data pairs.jsonl --drop 4 --write kept.jsonl` does the same.
+`lddyn diagnose --model … --data pairs.jsonl --out report`, then `lddyn filter report --drop 4 --out
+kept`, does the same.
 """
 
 import json

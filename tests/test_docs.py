@@ -289,7 +289,18 @@ def test_commands_exist(page):
         check(line)
 
 
-RUN = ("decompose", "audit", "diagnose", "plan", "features", "env", "report")
+RUN = (
+    "decompose",
+    "massflow",
+    "ntk",
+    "audit",
+    "diagnose",
+    "filter",
+    "plan",
+    "features",
+    "env",
+    "report",
+)
 SHELLS = {
     page: found
     for page, text in PAGES.items()

@@ -1,19 +1,69 @@
-"""How commands speak of trouble: one line on standard error, and an exit status."""
+"""What commands print: answers on standard output, warnings and errors on standard error."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 _LOG = logging.getLogger("lddyn")
+
+# Exceptions whose text was written for users; others show their class, too.
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, KeyError, IndexError)
+
+
+def safe(text: str) -> str:
+    """The text with escapes for every character that could move the terminal's cursor."""
+    from lddyn.text import printable
+
+    return printable(text)
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Prints one JSON document; NaN and infinities become null."""
+    from lddyn.files import plain
+
+    typer.echo(json.dumps(plain(document), ensure_ascii=False, indent=1, allow_nan=False))
+
+
+def print_parts(parts: Iterable[str | Table]) -> None:
+    """Prints lines of text and tables, in order."""
+    for part in parts:
+        if isinstance(part, str):
+            for line in part.split("\n"):
+                typer.echo(safe(line))
+        else:
+            from rich.console import Console
+
+            width = None if sys.stdout.isatty() else 160
+            Console(highlight=False, markup=False, width=width).print(part)
+
+
+def warn(message: str) -> None:
+    """Prints a warning on standard error."""
+    typer.echo(f"warning: {safe(message)}", err=True)
+
+
+def say_progress(message: str) -> None:
+    """Says on standard error what is being done, if somebody sees it."""
+    if sys.stderr.isatty():
+        typer.echo(message, err=True)
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn an exception into one line on standard error and an exit status."""
+    """Turns an exception into one line on standard error and an exit status.
+
+    The status is 2 for what the user can put right, 130 for an interrupt, 1 for all else.
+    """
     try:
         yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
@@ -22,21 +72,28 @@ def one_line_errors() -> Iterator[None]:
         typer.echo("stopped", err=True)
         raise typer.Exit(130) from None
     except Exception as error:
-        if _LOG.isEnabledFor(logging.DEBUG):
-            _LOG.debug("traceback", exc_info=True)
-        expected = (ValueError, TypeError, OSError, ImportError, RuntimeError, KeyError, IndexError)
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        message = lines[0] if lines else type(error).__name__
-        if isinstance(error, KeyError):
-            message = f"KeyError: {message}"
-        if not isinstance(error, expected):
-            message = f"{type(error).__name__}: {message} (LDDYN_LOG=DEBUG shows the traceback)"
-        typer.echo(f"error: {safe(message)}", err=True)
-        raise typer.Exit(2 if isinstance(error, expected) else 1) from None
+        if type(error).__name__ == "NoArgsIsHelpError":  # typer's own: it prints the help
+            raise
+        _LOG.debug("traceback", exc_info=True)
+        typer.echo(f"error: {safe(_message(error))}", err=True)
+        raise typer.Exit(2 if isinstance(error, (*_EXPECTED, _USAGE_ERROR)) else 1) from None
 
 
-def safe(text: str) -> str:
-    """Text that cannot move the terminal's cursor."""
-    from lddyn.text import printable
+# What typer raises for a wrong option or value; not exported by itself.
+_USAGE_ERROR = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
 
-    return printable(text)
+
+def _message(error: Exception) -> str:
+    """The first line of an exception's text, with its class where that is news."""
+    if isinstance(error, _USAGE_ERROR):
+        path = getattr(getattr(error, "ctx", None), "command_path", "lddyn")
+        text = str(error.format_message()).strip()  # type: ignore[attr-defined]
+        text = text.replace("Value error, ", "").rstrip(".")
+        return f"{text} ({path} --help lists the options)"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = lines[0] if lines else type(error).__name__
+    if isinstance(error, KeyError):
+        return f"KeyError: {message}"
+    if not isinstance(error, _EXPECTED):
+        return f"{type(error).__name__}: {message} (LDDYN_LOG=DEBUG shows the traceback)"
+    return message

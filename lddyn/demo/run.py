@@ -52,7 +52,8 @@ def run(
 
     Returns:
         What summary.json holds: the sentences in `"explanation"`, both steps under `"sft"` and
-        `"dpo"`, the change of y+ and y- in every DPO step under `"steps"`, `"seconds"` per stage.
+        `"dpo"`, the change of y+ and y- in every DPO step under `"steps"`, `"seconds"` per stage;
+        and the path of the page in `"page"`.
 
     Cost: about a minute and a half on two cores the first time.
     """
@@ -132,7 +133,7 @@ def run(
     }
     decs = {"sft": taught, "dpo": preferred}
     checks = {"sft": taught_check, "dpo": check}
-    write_steps(
+    page = write_steps(
         Path(out_dir),
         decs,
         checks,
@@ -143,6 +144,7 @@ def run(
     )
     return {
         **facts,
+        "page": str(page),
         **{name: summarise(dec, checks[name]) for name, dec in decs.items()},
         "seconds": dict(clock.stop()),
     }

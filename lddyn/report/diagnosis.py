@@ -509,8 +509,8 @@ def warnings(
             "act" if heavy and share > 0.4 else "note",
             f"{len(top)} of {_count(n)} do{'es' if len(top) == 1 else ''} {_percent(share)} of the "
             "harm to all chosen responses",
-            f"Read them ({_named(top, places)}). To leave out: lddyn diagnose … --drop {len(top)} "
-            "--write kept.jsonl",
+            f"Read them ({_named(top, places)}). To leave out: lddyn filter FOLDER "
+            f"--drop {len(top)} --out OTHER",
             "foretold" if found.foretold else sure,
         )
     else:

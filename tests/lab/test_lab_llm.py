@@ -310,7 +310,7 @@ def test_extend(tmp_path):
 
 def test_probes_command_builds_reads_and_compares(tmp_path, small_world):
     runner = CliRunner()
-    flags = ["probes", "--out", str(tmp_path), "--rows", "20", "--prompts", "3", "--json"]
+    flags = ["probes", "--out", str(tmp_path), "--limit", "20", "--prompts", "3", "--json"]
     found = runner.invoke(app, flags)
     assert found.exit_code == 0, found.output
     document = json.loads(found.stdout)
@@ -318,7 +318,7 @@ def test_probes_command_builds_reads_and_compares(tmp_path, small_world):
     assert len(ProbeSet.read(tmp_path / "probes.jsonl")) == 3
     table = json.loads((tmp_path / "tables" / "pass.json").read_text())[0]
     assert max(table["largest difference"].values()) < 1e-5
-    refused = runner.invoke(app, ["probes", "--out", str(tmp_path), "--rows", "21"])
+    refused = runner.invoke(app, ["probes", "--out", str(tmp_path), "--limit", "21"])
     assert refused.exit_code == 2 and "rows (there 20, now 21)" in refused.stderr
 
 

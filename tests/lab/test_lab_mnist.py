@@ -328,7 +328,7 @@ def test_the_command(tmp_path):
         "40",
         "--probes",
         "2",
-        "--data",
+        "--images",
         str(tmp_path / "set"),
     ]
     assert any(command.name == "mnist" for command in app.registered_commands)  # `lab all` finds it

@@ -1,0 +1,58 @@
+"""`lddyn audit`: what is wrong with a data set, before it is trained on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from lddyn.cli.command import Answer
+from lddyn.cli.options import DATA, FileOptions, TrustRemoteCode, split
+
+
+def audit(
+    rows: FileOptions,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub name of a model: check against its tokenizer, vocabulary and "
+            "context.",
+            show_default=False,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub name of a tokenizer, instead of the model's.", show_default=False
+        ),
+    ] = None,
+    fields: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD,FIELD,…|all",
+            help="Further fields (columns with a response) to check.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> Answer:
+    """List rows that would train badly: empty, cut, merged, identical, or without an end token."""
+    name = tokenizer or model
+    if name is None:
+        raise ValueError("give --model or --tokenizer: what is found depends on the tokens")
+    from lddyn.data.audit import audit as find
+    from lddyn.loading import load_config, load_tokenizer
+
+    columns: Any = "all" if fields == "all" else split(fields) or None
+    config = None
+    if model is not None:
+        config = load_config(model, trust_remote_code=trust_remote_code)
+    found = find(
+        load_tokenizer(name, trust_remote_code=trust_remote_code),
+        rows.data,
+        columns,
+        max_length=rows.max_length,
+        config=config,
+    )
+    return Answer(found.to_dict(), [str(found)])

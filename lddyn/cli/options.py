@@ -1,0 +1,319 @@
+"""Options that several commands share: each is declared once and means one thing everywhere.
+
+A dataclass here is a group of options. A command that has it as a parameter gets all its fields as
+options (`lddyn.cli.command`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lddyn.cli.command import OUTPUT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lddyn.data.example import Example
+    from lddyn.objectives import Objective
+
+MODEL, DATA, STEP, SKETCH, COMPUTATION = "Model", "Data", "Step", "Sketch", "Computation"
+
+FloatType = Literal["float32", "bfloat16", "float16", "float64"]
+
+# The names of `lddyn.objectives.LOSSES`; that module imports torch, which --help must not.
+ObjectiveName = Literal[
+    "sft",
+    "unlikelihood",
+    "dpo",
+    "cdpo",
+    "ipo",
+    "slic",
+    "sppo",
+    "kto",
+    "simpo",
+    "dpop",
+    "dpo+nll",
+    "cal-dpo",
+]
+
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for everything that the command writes.",
+        file_okay=False,
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+RequiredOut = Annotated[
+    Path,
+    typer.Option(
+        help="Folder for everything that the command writes.",
+        file_okay=False,
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the model.",
+        rich_help_panel=MODEL,
+    ),
+]
+
+Memory = Annotated[
+    str,
+    typer.Option(
+        help="Memory for intermediate results beyond the model, such as 2GiB. auto: 4GiB, or a "
+        "third of the free memory of a GPU.",
+        rich_help_panel=COMPUTATION,
+    ),
+]
+
+Attention = Annotated[
+    Literal["lddyn", "eager"],
+    typer.Option(
+        help="Attention of the analysed model: lddyn's own, or transformers' eager.",
+        rich_help_panel=COMPUTATION,
+    ),
+]
+
+By = Annotated[
+    Literal["token", "sequence"],
+    typer.Option(
+        help="Compare single response tokens, or whole responses (sums over tokens).",
+        rich_help_panel=COMPUTATION,
+    ),
+]
+
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.", rich_help_panel=COMPUTATION)]
+
+SketchKind = Literal["twosided", "lowrank", "sjlt", "rademacher", "gaussian", "tensorsketch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The model that a command reads, and how it is loaded."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Folder or hub name of a causal LM.", show_default=False, rich_help_panel=MODEL
+        ),
+    ]
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub name of a peft adapter; then a step moves the adapter alone.",
+            show_default=False,
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    dtype: Annotated[
+        FloatType, typer.Option(help="Number type of the weights.", rich_help_panel=MODEL)
+    ] = "float32"
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE",
+            help="Where the model runs: cpu, cuda, cuda:1, …",
+            rich_help_panel=MODEL,
+        ),
+    ] = "cpu"
+    trust_remote_code: TrustRemoteCode = False
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        from lddyn.loading import load_tokenizer
+
+        return load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
+
+    def load(self) -> Any:
+        """The model, with its adapter."""
+        return self.load_other(self.model, self.adapter)
+
+    def load_other(self, name: str, adapter: str | None = None) -> Any:
+        """Another model in the same number type and on the same device."""
+        from lddyn.loading import check_device, load_model
+
+        check_device(self.device)
+        return load_model(
+            name,
+            dtype=self.dtype,
+            device=self.device,
+            adapter=adapter,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions:
+    """A data file, and how its rows become token sequences."""
+
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Data file: JSONL, JSON or Parquet, in any format of TRL, or `prompt` and one "
+            "column per response.",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ]
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cut sequences to this many tokens, as trainers do.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions(FileOptions):
+    """One row of a data file."""
+
+    row: Annotated[
+        int, typer.Option(min=0, help="Which row of the data, from 0.", rich_help_panel=DATA)
+    ] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(FileOptions):
+    """The rows of a data file."""
+
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Read only this many rows, from the first.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseOptions(DataOptions):
+    """Some responses of every row of a data file."""
+
+    fields: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD,FIELD,…|all",
+            help="Fields (columns with a response) to read. Default: those of the data format.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None
+    skip: Annotated[
+        bool,
+        typer.Option(
+            "--skip",
+            help="Leave out responses that are too long or cannot be encoded. Default: stop with "
+            "an error.",
+            rich_help_panel=DATA,
+        ),
+    ] = False
+
+    @property
+    def names(self) -> list[str] | Literal["all"] | None:
+        """The fields. None: those of the data format."""
+        return "all" if self.fields == "all" else split(self.fields) or None
+
+
+Beta = Annotated[
+    float | None,
+    typer.Option(
+        help="β of the objective. Default: the objective's own (0.1 for dpo).",
+        show_default=False,
+        rich_help_panel=STEP,
+    ),
+]
+
+Reference = Annotated[
+    str,
+    typer.Option(
+        metavar="PATH|self|adapter-off",
+        help="Reference model π_ref of the objective: a folder or hub name; self: the model "
+        "before the step; adapter-off: the model without its adapter.",
+        rich_help_panel=STEP,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """One finetuning step on one row of a data file."""
+
+    objective: Annotated[
+        ObjectiveName,
+        typer.Option(help="Loss of the step; sft is the mean over tokens.", rich_help_panel=STEP),
+    ] = "sft"
+    update: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD[,FIELD]",
+            help="Fields (columns with a response) that the step learns from: one for sft, chosen "
+            "and rejected for the other losses. Default: those of the data format.",
+            show_default=False,
+            rich_help_panel=STEP,
+        ),
+    ] = None
+    observe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD,FIELD,…",
+            help="Fields whose log-probs are watched. Default: those of --update.",
+            show_default=False,
+            rich_help_panel=STEP,
+        ),
+    ] = None
+    lr: Annotated[float, typer.Option(help="Learning rate η.", rich_help_panel=STEP)] = 1e-4
+    optimizer: Annotated[
+        Literal["sgd", "adam", "adamw", "rmsprop"],
+        typer.Option(help="Optimizer of the step, in its initial state.", rich_help_panel=STEP),
+    ] = "sgd"
+    max_grad_norm: Annotated[
+        float | None,
+        typer.Option(
+            help="Clip the gradient to this norm first, as trainers do.",
+            show_default=False,
+            rich_help_panel=STEP,
+        ),
+    ] = None
+    beta: Beta = None
+    reference: Reference = "self"
+
+    @property
+    def responses(self) -> int:
+        """How many responses the objective learns from."""
+        return 1 if self.objective == "sft" else 2
+
+    def make(self, examples: Sequence[Example], model: ModelOptions) -> Objective:
+        """The objective on the examples that the step learns from."""
+        from lddyn.objectives import SFT, preference
+
+        if self.objective == "sft":
+            return SFT(examples[0])
+        reference = self.reference
+        if reference not in ("self", "adapter-off"):
+            reference = model.load_other(reference)
+        given = {} if self.beta is None else {"beta": self.beta}
+        return preference(self.objective, *examples, reference=reference, **given)
+
+
+def split(text: str | None) -> list[str]:
+    """The names between commas, each once."""
+    return list(dict.fromkeys(f.strip() for f in (text or "").split(",") if f.strip()))

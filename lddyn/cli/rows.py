@@ -1,0 +1,159 @@
+"""From rows of a data file to token sequences, with errors that name the row and the column."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lddyn.cli.options import RowOptions, split
+
+if TYPE_CHECKING:
+    from lddyn.data.audit import Audit, Finding
+    from lddyn.data.example import Example
+
+# Columns that an SFT step learns from by default, the first one that a row has.
+_RESPONSES = ("completion", "chosen", "messages", "conversations", "text", "input_ids")
+
+
+def read_row(options: RowOptions) -> dict[str, Any]:
+    """The row that --row names.
+
+    Raises:
+        ValueError: If the file has fewer rows.
+    """
+    from lddyn.data.read import rows
+
+    read = rows(options.data, limit=options.row + 1)
+    if options.row >= len(read):
+        raise ValueError(
+            f"--row must be below {len(read)}, the number of rows in {options.data}, got "
+            f"{options.row}"
+        )
+    return read[options.row]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a row a step concerns.
+
+    Attributes:
+        update: Those that it learns from; empty: the first one that is encoded.
+        observe: Those that are watched; empty: those of `update`.
+        named: Those that must be encoded by name; empty: what the data format has.
+    """
+
+    update: tuple[str, ...]
+    observe: tuple[str, ...]
+    named: tuple[str, ...]
+
+
+def choose_columns(
+    row: Mapping[str, Any], number: int, update: str | None, observe: str | None, count: int
+) -> Columns:
+    """The columns that --update and --observe name, or those of the data format.
+
+    Args:
+        row: The row.
+        number: Its number, for messages.
+        update: The option --update.
+        observe: The option --observe.
+        count: How many responses the objective learns from, 1 or 2.
+
+    Raises:
+        ValueError: If --update has another number of columns, or the row lacks one.
+    """
+    learned, watched = split(update), split(observe)
+    if learned and len(learned) != count:
+        raise ValueError(
+            f"--update must name {count} field{'s' if count > 1 else ''} for this objective, got "
+            f"{', '.join(learned)}"
+        )
+    there = [name for name in row if name != "prompt"]
+    if not learned and count == 2:
+        learned = ["chosen", "rejected"]
+    elif not learned:
+        learned = [name for name in _RESPONSES if name in row][:1]
+        learned = ["messages"] if learned == ["conversations"] else learned
+        if not learned and "prompt" in row:
+            raise ValueError(
+                f"row {number} has no completion or chosen: name the response to learn from with "
+                f"--update; there are: {', '.join(there)}"
+            )
+    named = tuple(dict.fromkeys((*learned, *watched)))
+    tokenized = any(name.endswith("_ids") for name in row)
+    absent = [name for name in named if name not in row]
+    if absent and not tokenized and absent != ["messages"]:
+        raise ValueError(
+            f"row {number} has no field {absent[0]!r}; there are: {', '.join(there) or 'none'}"
+        )
+    whole = not {"prompt", "chosen", "rejected"} & set(row)  # text or messages without a prompt
+    return Columns(tuple(learned), tuple(watched), () if tokenized or whole else named)
+
+
+def encode_columns(
+    tokenizer: Any, row: Mapping[str, Any], options: RowOptions, columns: Columns
+) -> tuple[dict[str, Example], list[str], list[str]]:
+    """The responses of a row as token sequences.
+
+    Returns:
+        Column → example; the columns that the step learns from; the columns that are watched.
+
+    Raises:
+        ValueError: If a response is empty, absent or cannot be encoded.
+    """
+    from lddyn.data.rows import encode_row
+    from lddyn.errors import EmptyResponseError, ExampleError
+
+    number, named = options.row, list(columns.named)
+    try:
+        examples = encode_row(
+            tokenizer, row, named or None, max_length=options.max_length, skip_empty=bool(named)
+        )
+    except EmptyResponseError as error:
+        raise ValueError(f"row {number}: {error}") from error
+    except ExampleError as error:
+        where = f"row {number}, {error.field}" if error.field else f"row {number}"
+        raise ValueError(f"{where}: {error}") from error
+    for name in named:
+        if name not in examples:
+            raise ValueError(
+                f"row {number}, {name}: the response is empty: there is no log-probability to "
+                "measure"
+            )
+    learned = list(columns.update) or list(examples)[:1]
+    watched = list(columns.observe) or learned
+    absent = [name for name in (*learned, *watched) if name not in examples]
+    if absent:
+        raise ValueError(
+            f"row {number} of {options.data} has no field {absent[0]!r}; there are: "
+            + ", ".join(sorted(examples))
+        )
+    return examples, learned, watched
+
+
+def check_fits(example: Example, name: str, config: Any) -> None:
+    """Raises a ValueError if the model cannot read the example: too long, or an unknown token."""
+    text = getattr(config, "text_config", None) or config
+    vocabulary = getattr(text, "vocab_size", None)
+    context = getattr(text, "max_position_embeddings", None)
+    try:
+        example.check_model_limits(vocabulary if isinstance(vocabulary, int) else 2**62, context)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def finding_to_dict(finding: Finding, row: int) -> dict[str, Any]:
+    """A finding of the audit of one row, by its number in the file."""
+    return {**vars(finding), "row": row if finding.row >= 0 else None}
+
+
+def audit_lines(audit: Audit, row: int) -> list[str]:
+    """What the audit of one row found."""
+    if audit.ok:
+        return [f"audit of row {row}: nothing found"]
+    lines = [f"audit of row {row}:"]
+    for finding in audit:
+        place = finding.field or "the row"
+        lines.append(f"  {finding.severity}: {finding.problem} ({place}): {finding.detail}")
+    return lines

@@ -1,0 +1,473 @@
+"""`lddyn diagnose | filter`: what a preference set does to its own responses, and a better set."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lddyn.cli.command import OUTPUT, Answer
+from lddyn.cli.console import say_progress, warn
+from lddyn.cli.options import (
+    STEP,
+    Beta,
+    DataOptions,
+    Memory,
+    ModelOptions,
+    ObjectiveName,
+    Out,
+    Reference,
+    RequiredOut,
+)
+from lddyn.cli.rows import check_fits
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lddyn.data.example import Example
+    from lddyn.sets.diagnosis import Diagnosis
+    from lddyn.sets.forecast import Run
+
+RUN = "Forecast of a training run"
+
+# Findings of an audit that make a pair one to fix.
+_FAULTS = ("identical_pair", "duplicate", "blank_response")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """The loss of a preference set."""
+
+    objective: Annotated[
+        ObjectiveName, typer.Option(help="Loss of the training.", rich_help_panel=STEP)
+    ] = "dpo"
+    beta: Beta = None
+    reference: Reference = "self"
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Hyper-parameters that were given."""
+        return {} if self.beta is None else {"beta": self.beta}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """A training run that is predicted, not made."""
+
+    forecast: Annotated[
+        bool,
+        typer.Option(
+            "--forecast",
+            help="Predict a whole run of AdamW, from the gradients of its start; needs --lr.",
+            rich_help_panel=RUN,
+        ),
+    ] = False
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate η of the run.", show_default=False, rich_help_panel=RUN),
+    ] = None
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the run.", rich_help_panel=RUN)] = 1
+    batch: Annotated[
+        int, typer.Option(min=1, help="Pairs in a batch of the run.", rich_help_panel=RUN)
+    ] = 8
+    schedule: Annotated[
+        Literal["constant", "linear"],
+        typer.Option(
+            help="Learning rate over the run: constant, or falling linearly to 0.",
+            rich_help_panel=RUN,
+        ),
+    ] = "constant"
+
+    def make(self) -> Run | None:
+        """The run. None: no forecast is wanted."""
+        from lddyn.sets.forecast import Run
+
+        if self.forecast and self.lr is None:
+            raise ValueError("--forecast needs --lr, the learning rate of the run")
+        if self.lr is not None and not self.forecast:
+            raise ValueError(
+                f"--lr {self.lr:g} is the learning rate of a run that --forecast predicts: give "
+                "--forecast, too"
+            )
+        if self.lr is None:
+            return None
+        return Run(self.lr, self.epochs, self.batch, schedule=self.schedule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageOptions:
+    """What the page shows beside the diagnosis."""
+
+    watched: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a watched run: its curves are shown on the page.",
+            exists=True,
+            file_okay=False,
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None
+    after: Annotated[
+        str | None,
+        typer.Option(
+            help="A later checkpoint: the page compares the diagnosis with what it did.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None
+    out: Out = None
+
+    def check(self) -> None:
+        """Says what cannot be written or read before the work begins."""
+        if self.out is None and (self.watched is not None or self.after is not None):
+            raise ValueError("--watched and --after are for the page: give --out FOLDER, too")
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.out, os.W_OK):
+                raise ValueError(f"{self.out}: no right to write there")
+        if self.watched is not None:
+            from lddyn.report import read_dynamics
+
+            read_dynamics(self.watched)
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """The rows of a file that are pairs.
+
+    Attributes:
+        pairs: (chosen, rejected).
+        rows: The number of each pair's row.
+        skipped: Rows that are no pair, with the reason.
+        faults: Pair → what the audit found in its row, where it is to be fixed.
+        audit: The audit of all rows.
+    """
+
+    pairs: list[tuple[Example, Example]]
+    rows: list[int]
+    skipped: list[tuple[int, str]]
+    faults: dict[int, str]
+    audit: Any
+
+
+def encode_pairs(
+    tokenizer: Any,
+    config: Any,
+    content: Sequence[Mapping[str, Any]],
+    max_length: int | None,
+    max_prompt_length: int | None,
+) -> PairSet:
+    """The rows that are pairs, as token sequences, and what is wrong with the rows."""
+    from lddyn.data.audit import audit
+    from lddyn.data.rows import encode_row
+
+    lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    pairs, rows, skipped = [], [], []
+    for number, row in enumerate(content):
+        try:
+            encoded = encode_row(tokenizer, row, **lengths)  # type: ignore[arg-type]
+            for side in ("chosen", "rejected"):
+                check_fits(encoded[side], side, config)
+            pairs.append((encoded["chosen"], encoded["rejected"]))
+            rows.append(number)
+        except (ValueError, KeyError) as error:
+            skipped.append((number, str(error)))
+    found = audit(tokenizer, content, config=config, **lengths)  # type: ignore[arg-type]
+    faulty = {f.row: f.problem for f in found if f.problem in _FAULTS}
+    faults = {i: faulty[row] for i, row in enumerate(rows) if row in faulty}
+    return PairSet(pairs, rows, skipped, faults, found)
+
+
+def diagnose(
+    model: ModelOptions,
+    rows: DataOptions,
+    loss: LossOptions,
+    run: RunOptions,
+    page: PageOptions,
+    max_prompt_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cut prompts to this many tokens where a row is longer than --max-length.",
+            show_default=False,
+        ),
+    ] = None,
+    validate: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Take this many real steps on a copy, and compare every score with what they did.",
+        ),
+    ] = 0,
+    close_ups: Annotated[
+        int, typer.Option(min=0, help="Look at the tokens of this many of the worst pairs.")
+    ] = 4,
+    memory: Memory = "auto",
+) -> Answer:
+    """Why the chosen log-probs of a preference set fall: which pairs do it, under which loss.
+
+    --out FOLDER gets the page index.html and its tables; `lddyn filter FOLDER` then leaves out the
+    worst pairs.
+    """
+    page.check()
+    import lddyn
+    from lddyn.data.read import rows as read_rows
+    from lddyn.objectives import Loss
+
+    planned = run.make()
+    Loss(loss.objective, **loss.given)  # a wrong parameter is an error before the work
+    content = read_rows(rows.data, limit=rows.limit)
+    tokenizer, lm = model.load_tokenizer(), model.load()
+    given = encode_pairs(tokenizer, lm.config, content, rows.max_length, max_prompt_length)
+    _warn_of_skipped(given, rows.data)
+    if planned is None:
+        _warn_of_estimates(lm, len(given.pairs), memory)
+    moved = _log_probs_after(page.after, model, given.pairs)
+    found = lddyn.diagnose(
+        lm,
+        given.pairs,
+        loss.objective,
+        reference=None if loss.reference == "self" else model.load_other(loss.reference),
+        memory=memory,
+        run=planned,
+        tokens=close_ups,
+        validate=validate,
+        progress=True,
+        **loss.given,
+    )
+    document = found.to_dict(given.rows, given.faults)
+    document |= {"audit": given.audit.to_dict()}
+    written = None
+    if page.out is not None:
+        extra = _extra(model, rows, loss, page, given)
+        written = _write_page(found, page, given, (lm, tokenizer), moved, extra, rows.data)
+    return Answer(document, _tell(document, found, given.audit, close_ups, written))
+
+
+def filter(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="What `diagnose --out` wrote.", exists=True, file_okay=False, show_default=False
+        ),
+    ],
+    out: RequiredOut,
+    drop: Annotated[
+        int, typer.Option(min=0, help="Leave out this many of the most harmful pairs.")
+    ] = 0,
+    reweight: Annotated[
+        bool,
+        typer.Option(
+            "--reweight",
+            help="Add a column `weight` to every row: how much its loss should count.",
+        ),
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="The diagnosed data file, if it is not where it was.",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+        ),
+    ] = None,
+) -> Answer:
+    """Leave the most harmful pairs out of a data file, or weight its rows; needs no model.
+
+    --out FOLDER gets kept.jsonl (rows to train on, in their order) and dropped.jsonl. Rows that
+    were not diagnosed are kept.
+    """
+    from lddyn.data.read import rows
+    from lddyn.sets.filter import check_source, filter_rows
+
+    if not drop and not reweight:
+        raise ValueError("give --drop N, --reweight, or both: what is to change?")
+    file = check_source(folder, data)
+    if (out / "kept.jsonl").resolve() == file.resolve():
+        raise ValueError(f"{out}: kept.jsonl there is the data file itself; give another --out")
+    diagnosis = json.loads((folder / "diagnosis.json").read_text(encoding="utf-8"))
+    filtered = filter_rows(rows(file), diagnosis, drop=drop, reweight=reweight)
+    if filtered.helpful:
+        warn(
+            f"only {drop - filtered.helpful} of the {drop} dropped pairs pull chosen responses down"
+        )
+    filtered.write(out)
+    document = {
+        "data": str(file),
+        "kept": filtered.kept_rows,
+        "dropped": filtered.dropped_rows,
+        "weights": [row["weight"] for row in filtered.kept] if reweight else None,
+        "file": str(out / "kept.jsonl"),
+    }
+    line = f"{document['file']}: {len(filtered.kept)} rows kept, {len(filtered.dropped)} dropped"
+    named = ", ".join(map(str, filtered.dropped_rows))
+    return Answer(document, [line + (f" (rows {named})" if named else "")])
+
+
+def _warn_of_skipped(given: PairSet, data: Path) -> None:
+    """Says which rows are left out; an error if all are."""
+    if not given.pairs:
+        why = given.skipped[0][1] if given.skipped else "there is none"
+        raise ValueError(f"{data}: no row is a pair of chosen and rejected ({why})")
+    for number, why in given.skipped[:3]:
+        warn(f"row {number} is not diagnosed: {why}")
+    if len(given.skipped) > 3:
+        warn(f"{len(given.skipped)} rows in all are not diagnosed")
+
+
+def _warn_of_estimates(model: Any, pairs: int, memory: str) -> None:
+    """Says when the gradients do not fit, so that inner products are estimated."""
+    from lddyn.memory import parse_memory
+
+    size = 8 * pairs * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if size > parse_memory(memory):
+        warn(
+            f"the gradients of {pairs} pairs take {size / 2**30:.3g} GiB, more than --memory "
+            f"{memory}: inner products between pairs are estimated"
+        )
+
+
+def _log_probs_after(
+    after: str | None, model: ModelOptions, pairs: Sequence[tuple[Example, Example]]
+) -> Any:
+    """Log π of the chosen responses under a later checkpoint (N,), nats. None: there is none."""
+    if after is None:
+        return None
+    from lddyn.probes.measure import measure
+
+    return measure(model.load_other(after), [chosen for chosen, _ in pairs]).log_prob.cpu()
+
+
+def _extra(
+    model: ModelOptions, rows: DataOptions, loss: LossOptions, page: PageOptions, given: PairSet
+) -> dict[str, Any]:
+    """Facts for the page's last table."""
+    extra: dict[str, Any] = {"model": model.model, "data": str(rows.data)}
+    extra["rows left out"] = len(given.skipped)
+    extra |= {} if loss.reference == "self" else {"reference": loss.reference}
+    return extra | ({} if page.after is None else {"after": page.after})
+
+
+def _write_page(
+    found: Diagnosis,
+    page: PageOptions,
+    given: PairSet,
+    loaded: tuple[Any, Any],
+    moved: Any,
+    extra: Mapping[str, Any],
+    data: Path,
+) -> Path:
+    from lddyn.sets.filter import write_source
+
+    say_progress("writing the page …")
+    assert page.out is not None
+    write_source(page.out, data)
+    return found.report(
+        page.out / "index.html",
+        *loaded,
+        watched=page.watched,
+        measured=None if moved is None else moved - found.log_probs[0],
+        places=given.rows,
+        faults=given.faults,
+        extra=extra,
+    )
+
+
+def _tell(
+    document: Mapping[str, Any],
+    found: Diagnosis,
+    audit: Any,
+    close_ups: int,
+    page: Path | None,
+) -> Iterator[str | Table]:
+    """The audit, the diagnosis in sentences, and its tables."""
+    yield str(audit)
+    yield from document["told"]
+    yield _actions(document)
+    yield _tokens(document, found.worst(close_ups))
+    yield _objectives(document)
+    if found.validated is not None:
+        yield from _validated(found.validated)
+    if page is not None:
+        yield f"page: {page} (open it in a browser; its tables are beside it)"
+
+
+def _actions(document: Mapping[str, Any], count: int = 10) -> Table:
+    """The pairs to act on first."""
+    from rich.table import Table
+
+    table = Table("row", "do", "weight", "gives", "own chosen", "log π(y+)", "log π(y−)", "")
+    for action in document["actions"][:count]:
+        row = document["pairs"][action["pair"]]
+        values = (row[k] for k in ("own_chosen", "log_prob_chosen", "log_prob_rejected"))
+        table.add_row(
+            str(row["row"]),
+            action["action"],
+            f"{action['share']:.2f}",
+            f"{action['gives']:+.3g}",
+            *(f"{v:+.3g}" for v in values),
+            action["why"] if action["action"] == "fix" else row["fate"],
+        )
+    return table
+
+
+def _tokens(document: Mapping[str, Any], pairs: Sequence[int]) -> Table:
+    """The three most harmful tokens of each of the worst pairs."""
+    from rich.table import Table
+
+    table = Table("row", "of", "token", "gives", "own chosen", "NTHR", "log π")
+    for entry in [e for e in document["tokens"] if e["pair"] in pairs]:
+        order = sorted(entry["tokens"], key=lambda token: float(token["gives"]))
+        for token in order[:3]:
+            values = (token[k] for k in ("gives", "own_chosen", "nthr", "log_prob"))
+            table.add_row(
+                str(entry["row"]),
+                "y+" if token["response"] == "chosen" else "y−",
+                repr(token["text"]),
+                *(f"{v:+.3g}" for v in values),
+            )
+    return table
+
+
+def _objectives(document: Mapping[str, Any]) -> Table:
+    """What a step of each loss would do, and a run of it where one was predicted."""
+    from rich.table import Table
+
+    run = document["run"] is not None
+    ahead = ("linear run: y+", "linear run: y−", "y+ falls") if run else ()
+    table = Table("loss", "y+ per unit", "y− per unit", "y+ falls", *ahead)
+    for row in document["objectives"]:
+        cells = [f"{row[k]:+.3g}" for k in ("chosen", "rejected")]
+        cells.append(f"{row['chosen_falls']:.0%}")
+        if run:
+            cells += [f"{row[k]:+.3g}" for k in ("run_chosen", "run_rejected")]
+            cells.append(f"{row['run_chosen_falls']:.0%}")
+        table.add_row(row["objective"], *cells)
+    return table
+
+
+def _validated(found: Mapping[str, Any]) -> Iterator[str | Table]:
+    """How every score compares with what real steps did."""
+    from rich.table import Table
+
+    errors = [f"{found[k]['error']:.1%}" for k in ("own", "others")]
+    yield (
+        f"{found['steps']} real steps on {found['batch']} pairs each, lr {found['lr']:.3g}: "
+        f"foretold and measured Δ log π(y+) differ by {errors[0]} for the pairs of the batch and "
+        f"{errors[1]} for the others. Rank correlations with it, and 95 % intervals:"
+    )
+    table = Table("score", "own batch", "", "other batches", "")
+    varied = [row for row in found["scores"] if row["own"]["low"] < row["own"]["high"]]
+    for row in sorted(varied, key=lambda row: -abs(row["own"]["rho"])):
+        cells = []
+        for name in ("own", "others"):
+            x = row[name]
+            cells += [f"{x['rho']:+.2f}", f"{x['low']:+.2f} to {x['high']:+.2f}"]
+        table.add_row(row["score"], *cells)
+    yield table

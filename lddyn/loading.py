@@ -1,0 +1,173 @@
+"""Models, tokenizers and configurations from a folder or the hub; errors name what is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["add_adapter", "check_device", "load_config", "load_model", "load_tokenizer"]
+
+_LOG = logging.getLogger("lddyn")
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Args:
+        name: Folder with the tokenizer's files, or name of a model on the hub.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        ValueError: If the folder does not exist or the tokenizer cannot be loaded.
+    """
+    check_folder("tokenizer", name)
+    from transformers import AutoTokenizer
+
+    with _quiet_transformers(), _named_errors("tokenizer", name):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a model, without its weights.
+
+    Args:
+        name: Folder with config.json, or name of a model on the hub.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        ValueError: If the folder or its config.json does not exist, or the file cannot be read.
+    """
+    check_folder("model", name, needs="config.json")
+    from transformers import AutoConfig
+
+    with _quiet_transformers(), _named_errors("config", name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype | str = "float32",
+    device: torch.device | str = "cpu",
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel | nn.Module:
+    """A causal LM in evaluation mode.
+
+    Args:
+        name: Folder with config.json and weights, or name of a model on the hub.
+        dtype: Of the weights, a torch.dtype or its name.
+        device: Where the weights are put.
+        adapter: Folder or hub name of a peft adapter; then only the adapter is trainable.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        ValueError: If the folder does not exist, the model cannot be loaded, or a weight is not in
+            its files (transformers would draw it at random).
+        ImportError: If an adapter is given and peft is not installed.
+    """
+    check_folder("model", name, needs="config.json")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    number_type = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with _quiet_transformers(), _named_errors("model", name):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=number_type, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    missing = sorted(map(str, info.get("missing_keys") or []))
+    if missing:
+        raise ValueError(
+            f"model {name}: {len(missing)} weights are not in its files and would be random, the "
+            f"first is {missing[0]}: save the model with all its weights"
+        )
+    model = model if adapter is None else add_adapter(model, adapter)
+    return model.to(device).eval()
+
+
+def add_adapter(model: nn.Module, adapter: str) -> nn.Module:
+    """The model with a peft adapter on it; only the adapter is trainable.
+
+    Args:
+        model: A causal LM.
+        adapter: Folder with adapter_config.json, or name of an adapter on the hub.
+
+    Raises:
+        ValueError: If the folder does not exist or the adapter cannot be loaded.
+        ImportError: If peft is not installed.
+    """
+    check_folder("adapter", adapter, needs="adapter_config.json")
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ImportError("an adapter needs peft: pip install peft") from None
+    with _quiet_transformers(), _named_errors("adapter", adapter):
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True)  # type: ignore[no-any-return, unused-ignore]
+
+
+def check_device(device: str) -> None:
+    """Raises a ValueError if torch cannot put a tensor on this device."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(
+            f"device must be one of this machine, such as cpu or cuda:0, got {device!r}"
+        ) from None
+
+
+def check_folder(what: str, name: str, needs: str | None = None) -> None:
+    """Raises a ValueError for a path that is no folder, before anybody looks for it on a hub.
+
+    Args:
+        what: What is to be loaded, for the message.
+        name: A path, or a name on the hub: the latter has at most one slash.
+        needs: A file that the folder must have.
+    """
+    path = Path(name).expanduser()
+    is_path = name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1 or "\\" in name
+    if is_path and not path.exists():
+        raise ValueError(f"{what} {name}: no such folder")
+    if path.is_file():
+        raise ValueError(f"{what} {name}: this is a file; give the folder that it is in")
+    if path.is_dir() and needs is not None and not (path / needs).is_file():
+        raise ValueError(f"{what} {name}: this folder has no {needs}")
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice from transformers, unless lddyn logs at level DEBUG."""
+    from transformers.utils import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    if not _LOG.isEnabledFor(logging.DEBUG):
+        theirs.set_verbosity_error()
+        theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _named_errors(what: str, name: str) -> Iterator[None]:
+    """Turns any exception into a ValueError that says what could not be loaded, and why."""
+    try:
+        yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        place = "" if Path(name).exists() else ": there is no such folder, and the hub did not help"
+        raise ValueError(f"cannot load the {what} {name}{place}: {reason}") from error

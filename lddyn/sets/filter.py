@@ -1,0 +1,140 @@
+"""Leaving out or weighting the rows of a preference set, by what a diagnosis says of its pairs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lddyn.files import digest_of, replace_file
+
+__all__ = ["Filtered", "check_source", "filter_rows", "write_source"]
+
+_SOURCE = "source.json"
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """Rows that are kept and rows that are not, in their order.
+
+    Attributes:
+        kept: The rows to train on, with a `"weight"` each where weights were asked for.
+        kept_rows: Their numbers in the data set, from 0.
+        dropped: The rows that are left out, the most harmful pair first.
+        dropped_rows: Their numbers.
+        helpful: How many of the dropped pairs raise the chosen responses: they are dropped because
+            more pairs were to be dropped than lower them.
+    """
+
+    kept: list[dict[str, Any]]
+    kept_rows: list[int]
+    dropped: list[dict[str, Any]]
+    dropped_rows: list[int]
+    helpful: int
+
+    def write(self, folder: str | Path) -> None:
+        """Writes kept.jsonl and dropped.jsonl into a folder, one row a line, as they were."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in (("kept", self.kept), ("dropped", self.dropped)):
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            replace_file(folder / f"{name}.jsonl", text)
+
+
+def filter_rows(
+    rows: Sequence[Mapping[str, Any]],
+    diagnosis: Mapping[str, Any],
+    *,
+    drop: int = 0,
+    reweight: bool = False,
+) -> Filtered:
+    """The rows without the most harmful pairs, or with a weight for each.
+
+    Args:
+        rows: All rows of the data set. Rows that were not diagnosed are kept, with weight 1.
+        diagnosis: `Diagnosis.to_dict()`, with the row of every pair, or what diagnosis.json holds.
+        drop: How many pairs to leave out, the most harmful first (`Diagnosis.worst`).
+        reweight: Give every kept row a `"weight"`: how much its loss should count
+            (`Diagnosis.shares`).
+
+    Raises:
+        ValueError: If more pairs are to be dropped than there are or no row would be kept, or a
+            row has a `"weight"` already.
+
+    Example:
+        >>> from lddyn.sets.filter import filter_rows
+        >>> rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
+        >>> pairs = [{"row": 0, "gives": 0.1}, {"row": 2, "gives": -0.2}]
+        >>> diagnosis = {"worst": [1, 0], "shares": [1.3, 0.7], "pairs": pairs}
+        >>> filter_rows(rows, diagnosis, drop=1).kept
+        [{'prompt': 'a'}, {'prompt': 'b'}]
+        >>> [row["weight"] for row in filter_rows(rows, diagnosis, reweight=True).kept]
+        [1.3, 1.0, 0.7]
+    """
+    pairs = diagnosis["pairs"]
+    if not 0 <= drop <= len(pairs) or drop == len(rows):
+        raise ValueError(
+            f"drop must be from 0 to {len(pairs)}, the number of pairs, and leave a row, got {drop}"
+        )
+    weighted = [number for number, row in enumerate(rows) if "weight" in row]
+    if reweight and weighted:
+        raise ValueError(
+            f"row {weighted[0]} has a weight already: rename that column, or no new weights"
+        )
+    numbers = [int(pair["row"]) for pair in pairs]
+    gone = diagnosis["worst"][:drop]
+    dropped = [numbers[pair] for pair in gone]
+    kept = [number for number in range(len(rows)) if number not in set(dropped)]
+    weights = dict(zip(numbers, diagnosis["shares"], strict=True)) if reweight else {}
+    return Filtered(
+        kept=[
+            {**rows[number]} | ({"weight": weights.get(number, 1.0)} if reweight else {})
+            for number in kept
+        ],
+        kept_rows=kept,
+        dropped=[dict(rows[number]) for number in dropped],
+        dropped_rows=dropped,
+        helpful=sum(_contribution(pairs[pair]) >= 0 for pair in gone),
+    )
+
+
+def _contribution(pair: Mapping[str, Any]) -> float:
+    """What a pair does to all chosen responses: in the run, where one was predicted."""
+    return float(pair.get("run_gives", pair["gives"]))
+
+
+def write_source(folder: str | Path, data: str | Path) -> None:
+    """Notes in the folder of a diagnosis which file it is of, and the file's digest."""
+    data = Path(data).resolve()
+    source = {"data": str(data), "digest": digest_of(data.read_bytes())}
+    replace_file(Path(folder) / _SOURCE, json.dumps(source, indent=1) + "\n")
+
+
+def check_source(folder: str | Path, data: str | Path | None = None) -> Path:
+    """The data file that a diagnosis in a folder is of.
+
+    Args:
+        folder: Of the diagnosis.
+        data: Where the file is now. None: where it was.
+
+    Raises:
+        FileNotFoundError: If the folder has no diagnosis, or the file is gone.
+        ValueError: If the file is not the one that was diagnosed.
+    """
+    path = Path(folder) / _SOURCE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder}: no {_SOURCE} here; expected a folder that lddyn diagnose --out wrote"
+        )
+    source = json.loads(path.read_text(encoding="utf-8"))
+    file = Path(source["data"] if data is None else data)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; --data says where the rows are now")
+    if digest_of(file.read_bytes()) != source["digest"]:
+        raise ValueError(
+            f"{file}: not the rows that were diagnosed ({source['data']} at that time): diagnose "
+            "these rows first"
+        )
+    return file

@@ -1,0 +1,159 @@
+"""`lddyn diagnose | filter`, end to end."""
+
+import json
+
+import pytest
+from commands import call, errors
+
+import lddyn
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Five pairs, and in row 2 none."""
+    rows = [
+        {"prompt": "a b ?", "chosen": f" {c} d", "rejected": f" {r} e f", "id": i}
+        for i, (c, r) in enumerate(zip("ghijk", "lmnop", strict=True))
+    ]
+    rows.insert(2, {"prompt": "a b ?", "chosen": " c", "id": 9})
+    return write(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def diagnose(model, data, *more):
+    return call("diagnose", "--model", model, "--data", data, *more)
+
+
+@pytest.fixture(scope="module")
+def diagnosed(model, data, tmp_path_factory):
+    """What `diagnose --out` left, and its JSON document."""
+    out = tmp_path_factory.mktemp("diagnosed")
+    result = diagnose(model, data, "--out", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "row 2 is not diagnosed" in result.stderr
+    return out, json.loads(result.stdout)
+
+
+def test_a_diagnosis_knows_its_rows(diagnosed):
+    out, document = diagnosed
+    assert [row["row"] for row in document["pairs"]] == [0, 1, 3, 4, 5]
+    assert json.loads((out / "diagnosis.json").read_text())["told"]
+    assert (out / "index.html").is_file()
+
+
+def test_diagnose_speaks(model, data):
+    result = diagnose(model, data, "--objective", "ipo", "--beta", "0.2")
+    assert result.exit_code == 0, result.output
+    assert "A small ipo step on all 5 pairs" in result.stdout and "own chosen" in result.stdout
+    assert "audit: 6 rows" in result.stdout and "missing_column" in result.stdout
+    assert "simpo" in result.stdout and "run: y+" not in result.stdout
+    unknown = errors(
+        "diagnose", "--model", model, "--data", data, "--objective", "sft", "--beta", 1
+    )
+    assert "sft has the parameters [], got 'beta'" in unknown
+
+
+def test_a_forecast(model, data, tmp_path):
+    rows = read(data)
+    rows[4] = rows[3] | {"id": 7}
+    twice = write(tmp_path / "pairs.jsonl", rows)
+    run = ("--forecast", "--lr", "1e-4", "--epochs", 2, "--batch", 2, "--schedule", "linear")
+    out = tmp_path / "out"
+    result = diagnose(model, twice, *run, "--json", "--validate", 2, "--out", out)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["run"]["schedule"] == "linear" and len(document["run"]["path_chosen"]) == 7
+    assert document["audit"]["summary"]["duplicate"] == 1
+    assert document["validated"]["steps"] == 2 and "foretold to move" in " ".join(document["told"])
+    actions = {document["pairs"][a["pair"]]["row"]: a for a in document["actions"]}
+    assert actions[4]["action"] == "fix" and actions[4]["why"] == "duplicate"
+    assert "run_chosen" in document["objectives"][0]
+    spoken = diagnose(model, twice, "--forecast", "--lr", "1e-4", "--validate", 2, "--limit", 5)
+    assert spoken.exit_code == 0, spoken.output
+    assert "2 real steps on 2 pairs each" in spoken.stdout and "run: y+" in spoken.stdout
+
+    done = call("filter", out, "--reweight", "--out", tmp_path / "weighted", "--json")
+    assert done.exit_code == 0, done.stderr
+    weighted = read(tmp_path / "weighted" / "kept.jsonl")
+    weights = [row.pop("weight") for row in weighted]
+    assert weighted == rows and weights[2] == 1.0  # row 2 is no pair
+    assert [w for i, w in enumerate(weights) if i != 2] == pytest.approx(document["shares"])
+    assert json.loads(done.stdout)["weights"] == weights
+    # a second time, the column is there
+    assert diagnose(model, tmp_path / "weighted" / "kept.jsonl", "--out", out).exit_code == 0
+    refused = errors("filter", out, "--reweight", "--out", tmp_path / "more")
+    assert "row 0 has a weight already" in refused
+
+
+def test_filter_drops_the_worst(diagnosed, data, tmp_path):
+    out, document = diagnosed
+    result = call("filter", out, "--drop", 2, "--out", tmp_path / "new" / "left")
+    assert result.exit_code == 0, result.stderr
+    worst = [document["pairs"][i]["row"] for i in document["worst"][:2]]
+    assert f"4 rows kept, 2 dropped (rows {worst[0]}, {worst[1]})" in result.stdout
+    rows = read(data)
+    kept = read(tmp_path / "new" / "left" / "kept.jsonl")
+    assert kept == [row for number, row in enumerate(rows) if number not in worst]
+    assert read(tmp_path / "new" / "left" / "dropped.jsonl") == [rows[i] for i in worst]
+
+
+def test_filter_loses_no_rows(model, data, tmp_path):
+    own = write(tmp_path / "kept.jsonl", read(data))
+    out = tmp_path / "out"
+    assert diagnose(model, own, "--limit", 2, "--out", out).exit_code == 0
+    assert "kept.jsonl there is the data file" in errors(
+        "filter", out, "--drop", 1, "--out", tmp_path
+    )
+    result = call("filter", out, "--drop", 2, "--out", tmp_path / "left")
+    assert result.exit_code == 0, result.stderr  # rows beyond the limit are kept
+    assert [row["id"] for row in read(tmp_path / "left" / "kept.jsonl")] == [9, 2, 3, 4]
+    assert "of the 2 dropped pairs pull chosen responses down" in result.stderr
+    too_many = errors("filter", out, "--drop", 3, "--out", tmp_path / "left")
+    assert "drop must be from 0 to 2, the number of pairs, and leave a row, got 3" in too_many
+    assert len(read(tmp_path / "left" / "kept.jsonl")) == 4
+    own.write_text("\n".join(own.read_text().splitlines()[:3]))
+    changed = errors("filter", out, "--drop", 1, "--out", tmp_path / "left")
+    assert "not the rows that were diagnosed" in changed
+    own.unlink()
+    assert "--data says where" in errors("filter", out, "--drop", 1, "--out", tmp_path / "left")
+    assert "give --drop N, --reweight, or both" in errors("filter", out, "--out", tmp_path / "left")
+    no_diagnosis = errors("filter", tmp_path / "left", "--drop", 1, "--out", out)
+    assert "expected a folder that lddyn diagnose --out wrote" in no_diagnosis
+
+
+def test_what_cannot_end_well_is_said_before_the_work(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(lddyn, "diagnose", lambda *_, **__: pytest.fail("it went to work"))
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    for more, message in (
+        (("--out", blocked), "is a file"),
+        (("--out", blocked / "o"), "Not a directory"),
+        (("--out", tmp_path / "o", "--watched", tmp_path), "no dynamics.jsonl"),
+        (("--out", tmp_path / "o", "--after", tmp_path / "none"), "none"),
+        (("--watched", tmp_path), "--watched and --after are for the page: give --out"),
+        (("--forecast",), "--forecast needs --lr"),
+        (("--lr", "1e-4"), "--lr 0.0001 is the learning rate of a run that --forecast predicts"),
+        (("--close-ups", -1), "greater than or equal to 0"),
+        (("--objective", "ppo"), "'ppo' is not one of 'sft'"),
+    ):
+        assert message in errors("diagnose", "--model", model, "--data", data, *more)
+
+
+def test_a_row_that_is_too_long_does_not_stop_the_others(model, data, tmp_path):
+    long = {"prompt": "a " * 600, "chosen": " c", "rejected": " d"}
+    longer = write(tmp_path / "pairs.jsonl", [*read(data), long])
+    result = diagnose(model, longer, "--close-ups", 0)
+    assert result.exit_code == 0, result.output
+    assert "row 6 is not diagnosed: chosen: length must be <=" in result.stderr
+    assert "are estimated" not in result.stderr
+    small = diagnose(model, longer, "--close-ups", 0, "--memory", "400KB")
+    assert "the gradients of 5 pairs take" in small.stderr, small.output
+    assert "\\u000a" not in result.stdout
