@@ -259,7 +259,7 @@ class StepOptions:
 
     objective: Annotated[
         ObjectiveName,
-        typer.Option(help="Loss of the step; sft is the mean over tokens.", rich_help_panel=STEP),
+        typer.Option(help="Loss of the step; sft: mean over tokens.", rich_help_panel=STEP),
     ] = "sft"
     update: Annotated[
         str | None,
@@ -303,15 +303,15 @@ class StepOptions:
 
     def make(self, examples: Sequence[Example], model: ModelOptions) -> Objective:
         """The objective on the examples that the step learns from."""
-        from lddyn.objectives import SFT, preference
+        from lddyn.objectives import SFT, Loss, preference
 
         if self.objective == "sft":
             return SFT(examples[0])
         reference = self.reference
         if reference not in ("self", "adapter-off"):
             reference = model.load_other(reference)
-        given = {} if self.beta is None else {"beta": self.beta}
-        return preference(self.objective, *examples, reference=reference, **given)
+        loss = Loss(self.objective, **({} if self.beta is None else {"beta": self.beta}))
+        return preference(loss, examples[0], examples[1], reference=reference)
 
 
 def split(text: str | None) -> list[str]:

@@ -71,7 +71,7 @@ def test_a_forecast(model, data, tmp_path):
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert document["run"]["schedule"] == "linear" and len(document["run"]["path_chosen"]) == 7
-    assert document["audit"]["summary"]["duplicate"] == 1
+    assert document["audit"]["counts"]["duplicate"] == 1
     assert document["validated"]["steps"] == 2 and "foretold to move" in " ".join(document["told"])
     actions = {document["pairs"][a["pair"]]["row"]: a for a in document["actions"]}
     assert actions[4]["action"] == "fix" and actions[4]["why"] == "duplicate"

@@ -151,7 +151,7 @@ def test_output_folder_can_be_rendered_again(model, data, tmp_path):
         out,
     )
     assert result.exit_code == 0, result.stderr
-    for part in ("audit of row 0", "chosen", "One DPO step", "slope", "page:"):
+    for part in ("audit of row 0", "chosen", "One dpo step", "slope", "page:"):
         assert part in result.stdout
     names = {p.name for p in out.iterdir()}
     assert {
@@ -166,7 +166,7 @@ def test_output_folder_can_be_rendered_again(model, data, tmp_path):
     (out / "index.html").unlink()
     again = call("report", out)
     assert again.exit_code == 0, again.stderr
-    assert "One DPO step" in again.stdout
+    assert "One dpo step" in again.stdout
     same = (out / "index.html").read_text(encoding="utf-8") == page
     assert same  # and no diff of a megabyte
     assert json.loads((out / "summary.json").read_text(encoding="utf-8")) == summary
