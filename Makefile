@@ -24,7 +24,7 @@ demo: .venv/installed
 	$(BIN)/lddyn demo
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -q
 
 # Other versions of Python, torch, transformers and TRL (docs/versions.md); gigabytes a row.
 matrix:

@@ -1,12 +1,14 @@
 """What every test shares: seeds, the interpreter switch, NaN poison, backends and error bounds."""
 
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 # Before lddyn (and triton) are imported: without a GPU, Triton kernels run in the interpreter.
 if not torch.cuda.is_available():
@@ -112,6 +114,29 @@ def use(backend, device):
         return lddyn.backend(backend)
 
     return enter
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """Function (name, make) -> folder that make(folder) filled, once for all workers of a session.
+
+    Other workers wait for the one that makes it: a test that asks for it needs a timeout that
+    allows for a busy machine, which pytest's default for a test does not.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+    def get(name, make):
+        folder = base / name
+        with FileLock(base / f"{name}.lock"):
+            if not (folder / "made").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                (folder / "made").touch()
+        return folder
+
+    return get
 
 
 @pytest.fixture

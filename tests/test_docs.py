@@ -27,10 +27,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 PAGES = {str(p.relative_to(ROOT)): p.read_text() for p in PAGES if "_build" not in p.parts}
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
-pytestmark = [
-    pytest.mark.xdist_group("docs"),
-    pytest.mark.filterwarnings("error:lddyn stopped"),  # an example that watches nothing
-]
+# An example that watches nothing must fail.
+pytestmark = pytest.mark.filterwarnings("error:lddyn stopped")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ def call(*args):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
     )
 
 
@@ -40,6 +40,7 @@ def test_without_a_gpu_nothing_runs_and_it_says_so():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_measuring_works_on_tiny_sizes(tmp_path):
     out = tmp_path / "results.json"
     for worker in ("ops", "engine small"):

@@ -6,6 +6,7 @@ of tensor cores and the pipeline's waits are shown right here.
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import mmap
 import re
@@ -21,6 +22,7 @@ from lddyn import reference
 
 family = importlib.import_module("lddyn.ops.gram")
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(1200)  # g++ on a machine with much other work
 DRIVER = """
 #include "gram.cu"
 extern "C" int gram(const lddyn::Gram* p) { return lddyn::gram_cuda(*p, 0); }
@@ -49,7 +51,7 @@ class Gram(ctypes.Structure):
 
 
 def build(name, driver, launches, folder):
-    """csrc/NAME.cu as host code: launches become calls, CUDA's headers are empty."""
+    """Compile csrc/NAME.cu as host code: launches become calls, CUDA's headers are empty."""
     compiler = shutil.which("g++") or pytest.skip("NO g++: the CUDA kernels were not emulated")
     source = (ROOT / "csrc" / f"{name}.cu").read_text()
     shared = "extern __shared__ __align__(16) unsigned char dynamic_shared[]"
@@ -63,18 +65,23 @@ def build(name, driver, launches, folder):
     (folder / "warp.cuh").write_text('#include "emulate.h"\n')
     (folder / "driver.cpp").write_text(driver)
     target = folder / "emulated.so"
-    includes = [f"-I{path}" for path in (folder, ROOT / "tests", ROOT / "csrc")]
+    includes = [f"-I{path}" for path in (folder, ROOT / "tests" / "ops", ROOT / "csrc")]
     command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", *includes]
     done = subprocess.run(
         [*command, folder / "driver.cpp", "-o", target], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(target))
+
+
+def load(name, driver, launches, made_once):
+    """The library that `build` makes, compiled once for all workers."""
+    folder = made_once(f"emulated-{name}", functools.partial(build, name, driver, launches))
+    return ctypes.CDLL(str(folder / "emulated.so"))
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return build("gram", DRIVER, 3, tmp_path_factory.mktemp("gram"))
+def library(made_once):
+    return load("gram", DRIVER, 3, made_once)
 
 
 @pytest.fixture
@@ -211,8 +218,8 @@ class Sketch(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def sketch_library(tmp_path_factory):
-    return build("sketch", SKETCH_DRIVER, 2, tmp_path_factory.mktemp("sketch"))
+def sketch_library(made_once):
+    return load("sketch", SKETCH_DRIVER, 2, made_once)
 
 
 @pytest.fixture

@@ -395,6 +395,7 @@ def test_a_fake_result_has_the_real_layout(op):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_compile_fullgraph(device):
     """Both ops in one graph: most of the time is the compiler's start."""
     pairs, logits = ([x.to(device) for x in CALLS[op]()] for op in ("gram", "residual"))

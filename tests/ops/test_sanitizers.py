@@ -57,8 +57,11 @@ print(" ".join(sorted(ran)))
 """
 
 
+pytestmark = pytest.mark.timeout(1800)  # g++ and the sanitizers on a machine with much other work
+
+
 @pytest.fixture(scope="module")
-def probe(tmp_path_factory):
+def probe(made_once):
     """Runs PROBE on a sanitized build of csrc/*.cpp."""
     compiler = shutil.which("g++") or pytest.skip("NO g++: the C++ ops were not sanitized")
     pybind11 = pytest.importorskip("pybind11")
@@ -67,17 +70,20 @@ def probe(tmp_path_factory):
     ).stdout.strip()
     if not Path(runtime).is_absolute():
         pytest.skip("NO libasan: the C++ ops were not sanitized")
-    target = tmp_path_factory.mktemp("sanitized") / "_C.so"
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     command = [compiler, *FLAGS.split(), *SANITIZERS.split(), '-DLDDYN_CUDA_ARCHS=""', *includes]
     sources = sorted((ROOT / "csrc").glob("*.cpp"))
-    objects = [target.with_name(f"{source.stem}.o") for source in sources]
-    compiling = [
-        subprocess.Popen([*(x for x in command if x != "-shared"), "-c", source, "-o", to])
-        for source, to in zip(sources, objects, strict=True)
-    ]
-    assert [process.wait() for process in compiling] == [0] * len(sources)
-    subprocess.run([*command, *objects, "-o", target], check=True)
+
+    def build(folder):
+        objects = [folder / f"{source.stem}.o" for source in sources]
+        compiling = [
+            subprocess.Popen([*(x for x in command if x != "-shared"), "-c", source, "-o", to])
+            for source, to in zip(sources, objects, strict=True)
+        ]
+        assert [process.wait() for process in compiling] == [0] * len(sources)
+        subprocess.run([*command, *objects, "-o", folder / "_C.so"], check=True)
+
+    target = made_once("sanitized", build) / "_C.so"
 
     def run(what):
         options = "detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0"
@@ -88,7 +94,6 @@ def probe(tmp_path_factory):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=280,
         )
 
     return run
