@@ -118,6 +118,17 @@ def test_no_module_is_named_like_a_public_name():
     assert not names & set(lddyn.__all__)
 
 
+def test_a_module_is_reached_by_attribute_after_import_lddyn():
+    """`import lddyn; lddyn.steps.verify`: every package imports its modules when they are named.
+
+    lddyn.ops imports all of its modules at once: lddyn.ops.gram is the op.
+    """
+    for path in SOURCES:
+        if path.name == "__init__.py" and path.parent.name != "ops":
+            source = path.read_text()
+            assert "__getattr__, __dir__ = attributes(__name__" in source, path
+
+
 def test_tests_are_laid_out_like_the_rooms():
     folders = {p.name for p in (ROOT / "tests").iterdir() if any(p.glob("test_*.py"))}
     assert folders <= {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}

@@ -4,6 +4,8 @@ Each module is one experiment and has `run(out, *, seed, progress, …) -> resul
 calls it. `record` is what they share: folders, tables, figures, claims, the page.
 """
 
+from lddyn.lazy import attributes
+
 EXPERIMENTS = {
     "mnist": "handwritten digits: one step, accumulated influence, the kernel over training",
     "squeeze": "where the probability goes when one label is pushed down",
@@ -14,3 +16,5 @@ EXPERIMENTS = {
     "extend": "SFT on both responses before DPO, against SFT on the chosen one",
     "objectives": "the residuals of twelve objectives and where they push",
 }
+
+__getattr__, __dir__ = attributes(__name__)

@@ -1,6 +1,7 @@
 """Sentences, pictures and self-contained HTML pages, made of plain data alone: `docs/report.md`."""
 
 from lddyn.files import plain
+from lddyn.lazy import attributes
 from lddyn.report.diagnosis import CloseUp, look_closer, tell_diagnosis, warnings, write_diagnosis
 from lddyn.report.dynamics import explain_dynamics, read_dynamics, write_dynamics
 from lddyn.report.figures import plot_step
@@ -24,3 +25,5 @@ __all__ = [
     "write_dynamics",
     "write_step_page",
 ]
+
+__getattr__, __dir__ = attributes(__name__)
