@@ -57,9 +57,8 @@ def errors(model, attention: str) -> dict[str, float]:
         "paired": worst(token_gram([one], [other])),
         "pushed": worst(factored_gram([one], [other])),
     }
-    dec = lddyn.decompose(
-        model, observed, lddyn.SFT(updated, reduction="sum"), lr=1.0, attention=attention
-    )
+    opened = lddyn.Anatomy(model, attention)
+    dec = lddyn.decompose(opened, observed, lddyn.SFT(updated, reduction="sum"), lr=1.0)
     found["influence"] = worst(dec[0].influence)
     step = {n: g for n, g in zip(names(model), split(model, rows[1].sum(0)), strict=True)}
     moved = exact_shift(model, observed, step)

@@ -51,7 +51,7 @@ _PUBLIC = {
     "StoreIdentityError": "errors",
     "StoreLockedError": "errors",
     "UnsupportedModelError": "errors",
-    "Verification": "steps.verify",
+    "Verification": "steps.verification",
     "audit": "data.audit",
     "backend": "ops",
     "backends": "ops",

@@ -1,22 +1,29 @@
-"""A number that was sampled, and how far it may be off."""
+"""A number that was sampled, with its standard error."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from lddyn.files import plain
+from lddyn.results import Result, load_result, save_result
 
-@dataclass(frozen=True)
-class Estimate:
-    """An unbiased estimate with its standard error, elementwise.
+
+@dataclass(frozen=True, repr=False)
+class Estimate(Result):
+    """Unbiased estimates with their standard errors, entry by entry.
 
     Attributes:
-        value: The estimate, any shape.
-        stderr: Its standard error, same shape; zero where the value is exact.
-        samples: Independent repeats behind `stderr`, for the quantiles of Student's t; None: many.
+        value: The estimates, any shape.
+        stderr: Their standard errors, same shape; zero where the value is exact.
+        samples: Number of independent repeats behind `stderr`, for the quantiles of Student's t.
+            None: so many that the normal distribution holds.
+
+    Raises:
+        ValueError: If the shapes differ, or there are fewer than two samples.
 
     Example:
         >>> import torch
@@ -24,6 +31,8 @@ class Estimate:
         >>> low, high = estimate.interval(0.95)
         >>> round(float(low), 2), round(float(high), 2)
         (0.85, 3.15)
+        >>> print(estimate)
+        2 ± 0.5 (standard error of 9 samples)
     """
 
     value: Tensor
@@ -40,10 +49,13 @@ class Estimate:
             raise ValueError(f"a standard error needs two samples or more, got {self.samples}")
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Bounds that hold the truth with this probability, by Student's t.
+        """Lower and upper bounds that hold the truth with this probability, by Student's t.
+
+        Args:
+            level: The probability, between 0 and 1.
 
         Raises:
-            ValueError: If level is not in (0, 1).
+            ValueError: If level is not between 0 and 1.
         """
         if not 0 < level < 1:
             raise ValueError(f"level must be between 0 and 1, got {level}")
@@ -55,25 +67,64 @@ class Estimate:
         return self.value - reach, self.value + reach
 
     def __getitem__(self, index: object) -> Estimate:
-        """Some of the entries."""
+        """Some of the entries, by an index of torch."""
         return Estimate(self.value[index], self.stderr[index], self.samples)  # type: ignore[index]
+
+    def summary(self) -> dict[str, Any]:
+        """Shape, samples, mean of the values, and the largest standard error.
+
+        `largest_relative_stderr` is the largest |stderr / value|, None if a value is zero.
+        """
+        value, stderr = self.value.double(), self.stderr.double()
+        empty = value.numel() == 0
+        return plain(  # type: ignore[no-any-return]
+            {
+                "shape": list(value.shape),
+                "samples": self.samples,
+                "mean": None if empty else float(value.mean()),
+                "largest_stderr": None if empty else float(stderr.max()),
+                "largest_relative_stderr": (
+                    None
+                    if empty
+                    else float((stderr / value.abs()).nan_to_num(0.0, posinf=float("inf")).max())
+                ),
+            }
+        )
+
+    def explain(self) -> str:
+        """The number with its standard error; of several numbers their range and largest error."""
+        of = "" if self.samples is None else f" of {self.samples} samples"
+        if self.value.numel() == 0:
+            return f"no entries, shape {tuple(self.value.shape)}"
+        if self.value.numel() == 1:
+            value, stderr = float(self.value.reshape(())), float(self.stderr.reshape(()))
+            if stderr == 0:
+                return f"{value:.6g} (exact)"
+            return f"{value:.4g} ± {stderr:.2g} (standard error{of})"
+        low, high = float(self.value.min()), float(self.value.max())
+        error = float(self.stderr.max())
+        ending = "exact" if error == 0 else f"standard errors{of} up to {error:.2g}"
+        return f"{tuple(self.value.shape)} estimates from {low:.4g} to {high:.4g}, {ending}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values and standard errors as nested lists, and samples; JSON-safe."""
+        return {
+            "value": plain(self.value.tolist()),
+            "stderr": plain(self.stderr.tolist()),
+            "samples": self.samples,
+        }
 
     def save(self, path: str | Path) -> None:
         """Writes `path`.safetensors and `path`.json."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"value": self.value.contiguous(), "stderr": self.stderr.contiguous()}
-        save_file(tensors, path.with_name(path.name + ".safetensors"))
-        path.with_name(path.name + ".json").write_text(json.dumps({"samples": self.samples}))
+        tensors = {"value": self.value, "stderr": self.stderr}
+        save_result(path, "lddyn.Estimate", 1, tensors, {"samples": self.samples})
 
     @classmethod
     def load(cls, path: str | Path) -> Estimate:
-        """Reads what `save` wrote."""
-        from safetensors.torch import load_file
+        """Reads what `save` wrote.
 
-        path = Path(path)
-        tensors = load_file(path.with_name(path.name + ".safetensors"))
-        meta = json.loads(path.with_name(path.name + ".json").read_text(encoding="utf-8"))
-        return cls(tensors["value"], tensors["stderr"], meta["samples"])
+        Raises:
+            ValueError: If a file is missing, damaged or of another format.
+        """
+        tensors, facts = load_result(path, "lddyn.Estimate", 1)
+        return cls(tensors["value"], tensors["stderr"], facts["samples"])

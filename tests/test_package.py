@@ -21,9 +21,10 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Rooms, lowest first. A room may import rooms of lower rows only, TYPE_CHECKING included; `kernels`
 # and `csrc` know nothing of lddyn. CONTRIBUTING.md says in one line what each room is for.
 ROOMS = [
-    {"lazy", "errors", "text", "stats", "estimate", "reference", "loading"},
+    {"lazy", "errors", "text", "stats", "reference", "loading"},
     {"files", "memory", "ops"},
-    {"data", "optimizers", "environment", "report"},
+    {"results"},
+    {"data", "optimizers", "environment", "estimate", "report"},
     {"engine"},
     {"objectives"},
     {"entk", "sketches", "probes"},

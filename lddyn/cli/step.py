@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from lddyn.data.example import Example
     from lddyn.steps.decomposition import Decomposition
     from lddyn.steps.massflow import MassFlow
-    from lddyn.steps.verify import Verification
+    from lddyn.steps.verification import Verification
 
 Rule = Annotated[
     Literal["start", "midpoint", "simpson"],
@@ -194,7 +194,7 @@ def decompose(
     seconds = {"load": given.seconds}
     with _timed(seconds, "decompose"), _true_float64(model.dtype):
         dec = lddyn.decompose(
-            given.model,
+            lddyn.Anatomy(given.model, attention),
             given.observed,
             step.make(given.learned, model),
             step.lr,
@@ -202,7 +202,6 @@ def decompose(
             max_grad_norm=step.max_grad_norm,
             rule=rule,
             memory=memory,
-            attention=attention,
             progress=True,
         )
     checked: Verification | None = None
@@ -352,9 +351,10 @@ def massflow(
     update = step.make(given.learned, model)
     flows: dict[str, MassFlow] = {}
     with _timed(seconds, "massflow"), _true_float64(model.dtype):
+        opened = lddyn.Anatomy(given.model, attention)
         for name, example in given.observed.items():
             flows[name] = lddyn.massflow(
-                given.model,
+                opened,
                 example,
                 update,
                 lr=step.lr,
@@ -363,7 +363,6 @@ def massflow(
                 top=top,
                 tokenizer=given.tokenizer,
                 memory=memory,
-                attention=attention,
                 progress=True,
             )
     document = _facts(model, rows, given, seconds)

@@ -654,7 +654,6 @@ def ntk(
     updated: Example,
     *,
     memory: int | str = DEFAULT_MEMORY,
-    attention: str = "lddyn",
     progress: bool = False,
 ) -> NTK:
     """The empirical NTK between the response logits of two sequences, as a lazy operator.
@@ -667,7 +666,6 @@ def ntk(
         observed: χo, M counted response tokens.
         updated: χu, L counted response tokens.
         memory: Workspace in bytes or as "2GiB"; "auto" is 4 GiB, a third of what is free on a GPU.
-        attention: "lddyn" or "eager", see Anatomy; an Anatomy has its own.
         progress: Show progress bars.
 
     Returns:
@@ -683,7 +681,7 @@ def ntk(
         >>> K.shape, K.gram().shape
         ((3, 50, 3, 50), torch.Size([3, 3]))
     """
-    anatomy = model if isinstance(model, Anatomy) else Anatomy(model, attention)
+    anatomy = Anatomy.of(model)
     first = anatomy.trace(observed)
     second = first if updated is observed else anatomy.trace(updated)
     return NTK(first, second, memory, progress)

@@ -32,7 +32,7 @@ from lddyn.objectives import SFT
 from lddyn.optimizers import Direction, optimizer_step
 from lddyn.probes.measure import Measured, measure
 from lddyn.probes.probe_set import Encoded
-from lddyn.steps.verify import shifted_copy
+from lddyn.steps.setup import shifted_copy
 
 __all__ = [
     "Batch",

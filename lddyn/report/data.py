@@ -86,6 +86,8 @@ class CheckData(TypedDict):
         dtype: Of the copy that took the steps.
         measured: Per learning rate Δ log π of all observed tokens, nats.
         predicted: Likewise.
+        answer_error: Distance of the decomposition's own numbers from the real step at its own
+            rate, nats; None where that rate was not taken.
     """
 
     lrs: list[float]
@@ -96,6 +98,7 @@ class CheckData(TypedDict):
     dtype: str
     measured: list[list[float]]
     predicted: list[list[float]]
+    answer_error: float | None
 
 
 Steps = Mapping[str, StepData]

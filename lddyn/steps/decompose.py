@@ -10,22 +10,24 @@ pushing the whole step forward, and the two must agree.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from lddyn.data.example import Example
+from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.guard import undisturbed
 from lddyn.memory import DEFAULT_MEMORY
 from lddyn.objectives import Objective
 from lddyn.steps.decomposition import Decomposition
-from lddyn.steps.session import Session, unused
-from lddyn.steps.verify import RULES
+from lddyn.steps.passes import make_passes
+from lddyn.steps.setup import make_setup
 
 
+@undisturbed
 def decompose(
-    model: nn.Module,
+    model: nn.Module | Anatomy,
     observed: Example | Sequence[Example] | Mapping[str, Example],
     update: Objective,
     lr: float | None = None,
@@ -34,17 +36,17 @@ def decompose(
     max_grad_norm: float | None = None,
     rule: str = "start",
     memory: int | str = DEFAULT_MEMORY,
-    attention: str = "lddyn",
     progress: bool = False,
 ) -> Decomposition:
-    """Decomposes one finetuning step of `model` on `update` into what each token did to each other.
+    """Decomposes one finetuning step: what each update token did to each observed token.
 
         Δ log π(y_m | χo) = −η Σ_l w_l ⟨∇ log π(y_m | χo), P ∇ log π(y_l | χu)⟩ + history + decay
 
     Args:
-        model: A causal LM of transformers, with or without a LoRA adapter. Not changed.
+        model: A causal LM of transformers, with or without a LoRA adapter, or its Anatomy. Not
+            changed.
         observed: Responses to watch; a mapping names them.
-        update: SFT(...), DPO(...) or any Objective.
+        update: SFT(...), DPO(...), preference(...) or any Objective.
         lr: Learning rate η; may be left out when `optimizer` is an object with its own.
         optimizer: "sgd", "adamw", "adam", "rmsprop" (fresh), or a torch.optim object at its real
             state (SGD, Adam, AdamW, RMSprop).
@@ -52,13 +54,13 @@ def decompose(
         rule: Where on the step the observed gradients are taken: "start", "midpoint", "simpson";
             the error against the real step falls as η², η³, η⁵.
         memory: Workspace in bytes or as "2GiB", beyond the model, one gradient, and the result.
-        attention: "lddyn" or "eager", see Anatomy.
         progress: Show progress bars.
 
     Returns:
         Decomposition, with one Observed per response.
 
     Raises:
+        TypeError: If the update is no Objective, or the optimizer is not one of those.
         ValueError: For a bad argument, token id, or loss; the message says which.
         UnsupportedModelError: If the model cannot be opened.
         NonFiniteError: If a weight, activation or logit is NaN or infinite.
@@ -79,39 +81,6 @@ def decompose(
         >>> dec[0].influence.shape, bool(dec[0].delta_logp.sum() > 0)
         (torch.Size([3, 3]), True)
     """
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {sorted(RULES)}, got {rule!r}")
-    if not isinstance(update, Objective):
-        raise TypeError(
-            "update must be lddyn.SFT(...), DPO(...) or Objective(...), got "
-            f"{type(update).__name__}"
-        )
-    if lr is not None and not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr must be a positive number, got {lr}")
-    session = Session(
-        model,
-        _named(observed),
-        update,
-        lr,
-        optimizer,
-        max_grad_norm,
-        rule,
-        memory,
-        attention,
-        progress,
+    return make_passes(
+        make_setup(model, observed, update, lr, optimizer, max_grad_norm, rule, memory, progress)
     )
-    return session.run()
-
-
-def _named(observed: Example | Sequence[Example] | Mapping[str, Example]) -> dict[str, Example]:
-    if isinstance(observed, Example):
-        observed = [observed]
-    if isinstance(observed, Mapping):
-        named = dict(observed)
-    else:
-        named = {}
-        for i, example in enumerate(observed):
-            named[unused(example.name or f"observed {i}", named)] = example
-    if not named:
-        raise ValueError("observed must hold at least one Example, got none")
-    return named

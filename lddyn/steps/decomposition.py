@@ -1,27 +1,76 @@
-"""Results of `decompose`: per observed sequence, and for the whole step."""
+"""Results of `decompose`: per observed response, and for the whole step."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
-from lddyn.files import plain, replace_file
+from lddyn.files import plain
 from lddyn.report.data import ResponseData, StepData
-from lddyn.steps.verify import Verification
+from lddyn.results import Result, load_result, save_result
+from lddyn.steps.verification import Verification
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+KIND, FORMAT = "lddyn.Decomposition", 1
+
+
+class Questions(Protocol):
+    """Who answers questions about a step after it was decomposed: `lddyn.steps.session.Session`."""
+
+    def token_effects(self, observed: Observed, index: int) -> Tensor:
+        """See `Observed.token_effects`."""
+
+    def verify(
+        self, dec: Decomposition, lrs: Sequence[float] | None, dtype: torch.dtype | None
+    ) -> Verification:
+        """See `Decomposition.verify`."""
+
+    def real_step(self, dtype: torch.dtype | None) -> list[tuple[Tensor, Tensor]]:
+        """Log π before and after a real step, (M, V) each, for every observed response."""
+
+
+class FromDisk:
+    """Refuses questions that need the model, of a decomposition that was read from disk."""
+
+    def token_effects(self, observed: Observed, index: int) -> Tensor:
+        """Raises."""
+        self._refuse("token_effects")
+
+    def verify(
+        self, dec: Decomposition, lrs: Sequence[float] | None, dtype: torch.dtype | None
+    ) -> Verification:
+        """Raises."""
+        self._refuse("verify")
+
+    def real_step(self, dtype: torch.dtype | None) -> list[tuple[Tensor, Tensor]]:
+        """Raises."""
+        self._refuse("real_step")
+
+    def _refuse(self, name: str) -> NoReturn:
+        raise RuntimeError(
+            f"{name}() needs the model: this decomposition was read from disk, which has only what "
+            "was saved; decompose again"
+        )
+
 
 @dataclass(frozen=True)
 class UpdateToken:
-    """One token of an update sequence: where it is, what it says, and w_l = ∂L/∂log π(y_l)."""
+    """One token of the update.
+
+    Attributes:
+        sequence: Name of its update sequence.
+        index: Its place among the counted tokens of that sequence.
+        token_id: Its id.
+        text: Its text.
+        weight: w_l = ∂L/∂log π(y_l); negative raises the token.
+    """
 
     sequence: str
     index: int
@@ -30,15 +79,23 @@ class UpdateToken:
     weight: float
 
 
-@dataclass
-class Observed:
-    """What the step did to one observed response, in nats.
+@dataclass(repr=False)
+class Observed(Result):
+    """What the step did to one observed response of M tokens, by the L update tokens, in nats.
 
-    influence (M, L): Δ log π(y_m) caused by update token l; positive = raised.
-    history, weight_decay (M,): parts that no token of this update made (optimizer state, decay).
-    delta_logp (M,): row sums of influence + history + weight_decay.
-    error_estimate (M,): prediction at the start minus prediction at the midpoint of the step.
-    logp (M,): log π(y_m) before the step.
+    Attributes:
+        name: Name of the response.
+        token_ids: Its M counted tokens.
+        tokens: Their texts.
+        influence: (M, L): Δ log π(y_m) caused by update token l; positive = raised.
+        history: (M,): the part that the optimizer's state made.
+        weight_decay: (M,): the part that weight decay made.
+        error_estimate: (M,): prediction at the start minus prediction at the midpoint of the step.
+        logp: (M,): log π(y_m) before the step.
+        sequences: Update sequence → its columns of `influence`.
+        parameters: Parameter → part of Σ_m delta_logp that went through it.
+        agreement: Largest difference between the two computations, relative to the largest row.
+        vocabulary_shift: (M, V): what `delta_log_probs` returns.
     """
 
     name: str
@@ -53,18 +110,18 @@ class Observed:
     parameters: dict[str, float]
     agreement: float
     vocabulary_shift: Tensor
-    _effects: Any = field(default=None, repr=False, compare=False)
+    _session: Questions = field(default_factory=FromDisk, compare=False)
 
     @property
     def delta_logp(self) -> Tensor:
-        """Predicted Δ log π(y_m), (M,) nats."""
+        """Predicted Δ log π(y_m), (M,) nats: row sums of influence, plus history and decay."""
         return self.influence.sum(1) + self.history + self.weight_decay
 
     def by_sequence(self) -> dict[str, Tensor]:
-        """What each update sequence did to each observed token: name -> (M,) nats.
+        """What each update sequence did to each observed token: name → (M,) nats.
 
-        For DPO: "y+" and "y-", the two terms of the paper's Eq. 7; "history" and "weight decay" are
-        added when the optimizer has them.
+        For DPO on one pair: "y+" and "y-", the two terms of the paper's Eq. 7. "history" and
+        "weight decay" are added when the optimizer has them.
         """
         parts = {name: self.influence[:, at].sum(1) for name, at in self.sequences.items()}
         if bool(self.history.any()):
@@ -89,20 +146,19 @@ class Observed:
             RuntimeError: If the model has changed since, or the result was read from disk.
             IndexError: If index is not a token of the update.
 
-        Cost: one pullback of one cotangent and one push, computed when asked.
+        Cost: a forward and a backward pass of the update, one pullback of one cotangent, and one
+        push for each point of the rule.
         """
-        if self._effects is None:
-            raise RuntimeError(
-                "token_effects() needs the model: a loaded decomposition has only what was saved"
-            )
-        result: Tensor = self._effects(self, index)
-        return result
+        return self._session.token_effects(self, index)
 
     def by_parameter(self, level: str = "parameter") -> dict[str, float]:
-        """Share of Σ_m delta_logp that went through each parameter (or block): name -> nats.
+        """Part of Σ_m delta_logp that went through each parameter (or block): name → nats.
 
         Args:
             level: "parameter" or "block" ("embedding", "block 0", …, "head and final norm").
+
+        Raises:
+            ValueError: If level is neither.
         """
         if level == "parameter":
             return dict(self.parameters)
@@ -112,6 +168,31 @@ class Observed:
         for name, value in self.parameters.items():
             blocks[_block_of(name)] = blocks.get(_block_of(name), 0.0) + value
         return blocks
+
+    def summary(self) -> dict[str, Any]:
+        """Totals over the response's tokens, in nats, JSON-safe."""
+        return plain(  # type: ignore[no-any-return]
+            {
+                "name": self.name,
+                "tokens": len(self.token_ids),
+                "logp": float(self.logp.sum()),
+                "delta_logp": float(self.delta_logp.sum()),
+                "by_sequence": {k: float(v.sum()) for k, v in self.by_sequence().items()},
+                "by_block": self.by_parameter("block"),
+                "error_estimate": float(self.error_estimate.sum()),
+                "agreement": self.agreement,
+            }
+        )
+
+    def explain(self) -> str:
+        """One sentence: log π before and after, and what each update sequence did to it."""
+        total = float(self.delta_logp.sum())
+        parts = ", ".join(f"{v.sum():+.4g} from {k}" for k, v in self.by_sequence().items())
+        before = float(self.logp.sum())
+        return (
+            f"{self.name}: log π {before:.4f} → {before + total:.4f}, {total:+.4g} nats ({parts}); "
+            f"start − midpoint {float(self.error_estimate.sum()):+.1g}"
+        )
 
     def to_dict(self) -> ResponseData:
         """All numbers and texts, JSON-safe, but for `vocabulary_shift` (M, V)."""
@@ -129,15 +210,6 @@ class Observed:
             "agreement": plain(float(self.agreement)),
         }
 
-    def __str__(self) -> str:
-        total = float(self.delta_logp.sum())
-        parts = ", ".join(f"{v.sum():+.4g} from {k}" for k, v in self.by_sequence().items())
-        before = float(self.logp.sum())
-        return (
-            f"{self.name}: log π {before:.4f} → {before + total:.4f}, {total:+.4g} nats ({parts}); "
-            f"start − midpoint {float(self.error_estimate.sum()):+.1g}"
-        )
-
 
 def _block_of(parameter: str) -> str:
     parts = parameter.split(".")
@@ -150,9 +222,18 @@ def _block_of(parameter: str) -> str:
     return "head and final norm"
 
 
-@dataclass
-class Decomposition:
-    """The answer of `decompose`: one `Observed` per observed response, by index or by name."""
+@dataclass(repr=False)
+class Decomposition(Result):
+    """The result of `decompose`: one `Observed` per observed response, by index or by name.
+
+    Attributes:
+        observed: The observed responses.
+        update_tokens: The L tokens of the update, in the order of the columns of `influence`.
+        loss: The loss before the step.
+        lr: Learning rate.
+        rule: "start", "midpoint" or "simpson".
+        settings: Objective, optimizer and their parameters.
+    """
 
     observed: list[Observed]
     update_tokens: list[UpdateToken]
@@ -160,7 +241,7 @@ class Decomposition:
     lr: float
     rule: str
     settings: dict[str, Any]
-    _session: Any = field(default=None, repr=False, compare=False)
+    _session: Questions = field(default_factory=FromDisk, compare=False)
 
     def __getitem__(self, key: int | str) -> Observed:
         if isinstance(key, int):
@@ -182,20 +263,18 @@ class Decomposition:
         """Takes real optimizer steps on a copy of the model and compares.
 
         Args:
-            lrs: Learning rates; default: this step's and five halvings.
-            dtype: float64 shows the order of the error far below float32's rounding; None keeps
-                the model's own dtype.
+            lrs: Learning rates. None: this step's and five halvings.
+            dtype: Of the copy. float64 shows the order of the error far below float32's rounding;
+                None keeps the model's own dtype.
 
         Raises:
+            ValueError: If a learning rate is not positive.
             RuntimeError: If the model changed since, or the decomposition was read from disk.
 
         Cost: per learning rate one optimizer step, one forward pass per observed response and the
         pushes of the rule; one copy of the model (in `dtype`).
         """
-        if self._session is None:
-            raise RuntimeError("verify() needs the model: this decomposition was read from disk")
-        result: Verification = self._session.verify(self, lrs, dtype)
-        return result
+        return self._session.verify(self, lrs, dtype)
 
     def real_step(
         self, dtype: torch.dtype | None = torch.float64
@@ -206,7 +285,7 @@ class Decomposition:
             dtype: Of the copy, as for `verify`; None keeps the model's own.
 
         Returns:
-            Observed response -> (log π before, log π after), (M, V) float64 each, in nats.
+            Observed response → (log π before, log π after), (M, V) float64 each, in nats.
 
         Raises:
             RuntimeError: If the model changed since, or the decomposition was read from disk.
@@ -216,37 +295,47 @@ class Decomposition:
         Example:
             >>> # before, after = lddyn.decompose(model, ex, update, lr).real_step()["chosen"]
         """
-        if self._session is None:
-            raise RuntimeError("real_step() needs the model: a loaded decomposition has none")
-        return dict(
-            zip([o.name for o in self.observed], self._session.real_step(dtype), strict=True)
-        )
+        names = [o.name for o in self.observed]
+        return dict(zip(names, self._session.real_step(dtype), strict=True))
 
     def summary(self) -> dict[str, Any]:
-        """Plain numbers for JSON: settings, and per observed response its changes and causes."""
+        """Settings, and per observed response its totals and strongest causes, JSON-safe."""
+        observed = [
+            {
+                **o.summary(),
+                "strongest": [
+                    {"token": t.text, "sequence": t.sequence, "index": t.index, "nats": v}
+                    for t, v in self.strongest(o)
+                ],
+            }
+            for o in self.observed
+        ]
+        settings = plain(self.settings)
         return {
-            **self.settings,
-            "loss": self.loss,
+            **settings,
+            "loss": plain(self.loss),
             "lr": self.lr,
             "rule": self.rule,
-            "observed": [
-                {
-                    "name": o.name,
-                    "tokens": len(o.token_ids),
-                    "logp": float(o.logp.sum()),
-                    "delta_logp": float(o.delta_logp.sum()),
-                    "by_sequence": {k: float(v.sum()) for k, v in o.by_sequence().items()},
-                    "by_block": o.by_parameter("block"),
-                    "error_estimate": float(o.error_estimate.sum()),
-                    "agreement": o.agreement,
-                    "strongest": [
-                        {"token": t.text, "sequence": t.sequence, "index": t.index, "nats": v}
-                        for t, v in self.strongest(o)
-                    ],
-                }
-                for o in self.observed
-            ],
+            "observed": plain(observed),
         }
+
+    def explain(self, verification: Verification | None = None) -> str:
+        r"""The step in plain words, one sentence a line.
+
+        Args:
+            verification: Its check against real steps, `verify()`, if it was made.
+
+        Returns:
+            What the step was; what happened to each response, what caused it and through which
+            tokens; what that means for y+ and y−; how far the prediction can be trusted.
+
+        Example:
+            >>> # print(lddyn.decompose(model, {"chosen": good, "rejected": bad}, update).explain())
+        """
+        from lddyn.report.step import explain_step
+
+        check = None if verification is None else verification.to_dict()
+        return "\n".join(explain_step(self.to_dict(), check))
 
     def to_dict(self) -> StepData:
         """All numbers and texts, JSON-safe, but for shifts of whole vocabularies.
@@ -273,41 +362,21 @@ class Decomposition:
             "observed": [o.to_dict() for o in self.observed],
         }
 
-    def explain(self, verification: Verification | None = None) -> str:
-        r"""The step in plain words, one sentence a line.
-
-        Args:
-            verification: Its check against real steps, `verify()`, if it was made.
-
-        Returns:
-            What the step was; what happened to each response, what caused it and through which
-            tokens; what that means for y+ and y−; how far the prediction can be trusted.
-
-        Example:
-            >>> # print(lddyn.decompose(model, {"chosen": good, "rejected": bad}, update).explain())
-        """
-        from lddyn.report.step import explain_step
-
-        check = None if verification is None else verification.to_dict()
-        return "\n".join(explain_step(self.to_dict(), check))
-
     def strongest(self, observed: Observed, count: int = 8) -> list[tuple[UpdateToken, float]]:
         """Update tokens with the largest total effect on a response, by magnitude, in nats."""
         totals = observed.influence.sum(0)
         order = totals.abs().argsort(descending=True)[:count].tolist()
         return [(self.update_tokens[i], float(totals[i])) for i in order]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [
-            f"{self.settings.get('objective', 'step')} with {self.settings.get('optimizer')}, "
-            f"lr {self.lr:g}, loss {self.loss:.4g}, rule {self.rule!r}"
+            f"Decomposition({self.settings.get('objective', 'step')} with "
+            f"{self.settings.get('optimizer')}, lr {self.lr:g}, loss {self.loss:.4g}, "
+            f"rule {self.rule!r})"
         ]
-        lines += [f"  {o}" for o in self.observed]
-        for o in self.observed[:1]:
-            named = ", ".join(
-                f"{t.text!r} ({t.sequence}[{t.index}]) {v:+.3g}" for t, v in self.strongest(o, 5)
-            )
-            lines.append(f"  strongest on {o.name}: {named}")
+        lines += [f"  {o.explain()}" for o in self.observed[:8]]
+        if len(self.observed) > 8:
+            lines.append(f"  … and {len(self.observed) - 8} more responses")
         return "\n".join(lines)
 
     def plot(self, directory: str | Path | None = None) -> list[Figure]:
@@ -325,22 +394,15 @@ class Decomposition:
 
     def save(self, path: str | Path) -> None:
         """Writes `path`.safetensors and `path`.json (tensors; names, tokens and settings)."""
-        from safetensors.torch import save
-
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
-            f"{i}.{key}": getattr(o, key).contiguous().clone()
-            for i, o in enumerate(self.observed)
-            for key in _TENSORS
+            f"{i}.{key}": getattr(o, key) for i, o in enumerate(self.observed) for key in _TENSORS
         }
-        meta = {
-            "format": 1,
+        facts = {
             "loss": self.loss,
             "lr": self.lr,
             "rule": self.rule,
             "settings": self.settings,
-            "update_tokens": [vars(t) for t in self.update_tokens],
+            "update_tokens": [asdict(t) for t in self.update_tokens],
             "observed": [
                 {
                     "name": o.name,
@@ -353,25 +415,17 @@ class Decomposition:
                 for o in self.observed
             ],
         }
-        contents = {".safetensors": save(tensors), ".json": json.dumps(meta, indent=1).encode()}
-        for suffix, content in contents.items():
-            replace_file(path.with_name(path.name + suffix), content)
+        save_result(path, KIND, FORMAT, tensors, facts)
 
     @classmethod
     def load(cls, path: str | Path) -> Decomposition:
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, to the bit; it answers no questions that need the model.
 
         Raises:
             ValueError: If a file is missing, damaged or of another format.
         """
-        from safetensors.torch import load_file
-
-        path = Path(path)
+        tensors, facts = load_result(path, KIND, FORMAT)
         try:
-            tensors = load_file(path.with_name(path.name + ".safetensors"))
-            meta = json.loads(path.with_name(path.name + ".json").read_text(encoding="utf-8"))
-            if meta["format"] != 1:
-                raise ValueError(f"format must be 1, got {meta['format']}")
             observed = [
                 Observed(
                     name=o["name"],
@@ -380,14 +434,20 @@ class Decomposition:
                     sequences={k: slice(*v) for k, v in o["sequences"].items()},
                     parameters=o["parameters"],
                     agreement=o["agreement"],
-                    **{key: tensors[f"{i}.{key}"] for key in _TENSORS},
+                    influence=tensors[f"{i}.influence"],
+                    history=tensors[f"{i}.history"],
+                    weight_decay=tensors[f"{i}.weight_decay"],
+                    error_estimate=tensors[f"{i}.error_estimate"],
+                    logp=tensors[f"{i}.logp"],
+                    vocabulary_shift=tensors[f"{i}.vocabulary_shift"],
                 )
-                for i, o in enumerate(meta["observed"])
+                for i, o in enumerate(facts["observed"])
             ]
-            tokens = [UpdateToken(**t) for t in meta["update_tokens"]]
-        except Exception as error:
-            raise ValueError(f"cannot read a decomposition from {path}: {error}") from error
-        return cls(observed, tokens, meta["loss"], meta["lr"], meta["rule"], meta["settings"])
+            tokens = [UpdateToken(**t) for t in facts["update_tokens"]]
+            step = (facts["loss"], facts["lr"], facts["rule"], facts["settings"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: cannot be read as {KIND}: {error!r}") from error
+        return cls(observed, tokens, *step)
 
 
 _TENSORS = (

@@ -11,7 +11,7 @@ from lddyn.files import plain, replace_file
 from lddyn.report.figures import plot_step
 from lddyn.report.step import measured_totals, write_step_page
 from lddyn.steps.decomposition import Decomposition
-from lddyn.steps.verify import Verification
+from lddyn.steps.verification import Verification
 
 __all__ = ["read_steps", "summarise", "write_steps"]
 
@@ -73,7 +73,7 @@ def write_steps(
         verification = verifications.get(name)
         if verification is not None:
             checks[name] = verification.to_dict()
-            _write(place / "verification.json", checks[name])
+            verification.save(place / "verification.json")
         if name:
             summary[name] = summarise(dec, verification)
         else:
@@ -121,7 +121,7 @@ def read_steps(
     verifications: dict[str, Verification | None] = {}
     for name, place in places.items():
         path = place / "verification.json"
-        verifications[name] = _read_verification(path) if path.is_file() else None
+        verifications[name] = Verification.load(path) if path.is_file() else None
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -129,13 +129,6 @@ def read_steps(
     except ValueError as error:
         raise ValueError(f"{folder / 'summary.json'}: not JSON ({error})") from error
     return decs, verifications, summary
-
-
-def _read_verification(path: Path) -> Verification:
-    try:
-        return Verification.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a verification of lddyn ({error!r})") from error
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lddyn.data.example import Example
+from lddyn.engine.anatomy import Anatomy
 from lddyn.memory import DEFAULT_MEMORY
 from lddyn.objectives import Objective
 from lddyn.steps.decompose import decompose
@@ -392,18 +393,17 @@ def _mean(values: Tensor) -> float:
 
 
 def massflow(
-    model: nn.Module,
+    model: nn.Module | Anatomy,
     example: Example,
     update: Objective,
-    *,
     lr: float | None = None,
+    *,
     optimizer: str | torch.optim.Optimizer = "sgd",
     max_grad_norm: float | None = None,
     top: int = 10,
     tokenizer: Any = None,
     dtype: torch.dtype | None = torch.float64,
     memory: int | str = DEFAULT_MEMORY,
-    attention: str = "lddyn",
     progress: bool = False,
 ) -> MassFlow:
     """Where the probability went at every position of `example`, predicted and measured.
@@ -426,7 +426,6 @@ def massflow(
         dtype: Of the copy that takes the real step; None keeps the model's own, whose rounding is
             then in the measured change.
         memory: Workspace of the decomposition.
-        attention: "lddyn" or "eager", see Anatomy.
         progress: Show progress bars.
 
     Returns:
@@ -463,7 +462,6 @@ def massflow(
         optimizer=optimizer,
         max_grad_norm=max_grad_norm,
         memory=memory,
-        attention=attention,
         progress=progress,
     )
     observed = dec[0]

@@ -14,7 +14,7 @@ from lddyn.report import figures
 from lddyn.report.canvas import sequence_colours
 from lddyn.steps.decomposition import Decomposition, Observed, UpdateToken
 from lddyn.steps.folder import read_steps, write_steps
-from lddyn.steps.verify import Verification
+from lddyn.steps.verification import Verification
 
 PAYLOADS = [
     "<script>alert(1)</script>",

@@ -1,0 +1,238 @@
+"""What one decomposition was asked for, fixed when it was asked; and the update at one point."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lddyn.data.example import Example
+from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.gradient import gradient
+from lddyn.engine.streamed import is_streamed
+from lddyn.engine.trace import Trace
+from lddyn.errors import UnsupportedModelError
+from lddyn.objectives import Objective
+from lddyn.optimizers import (
+    Direction,
+    Step,
+    copy_optimizer,
+    make_optimizer,
+    optimizer_kind,
+    optimizer_step,
+)
+from lddyn.steps.rules import Rule, rule_named
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The question of one decomposition; nothing in it changes when the caller's objects do.
+
+    Attributes:
+        anatomy: The opened model, at the parameters before the step.
+        observed: Name → observed response.
+        update: The objective, prepared: its reference log-probs are those before the step.
+        optimizer: A copy of the optimizer with its state, over the model's parameters.
+        lr: Learning rate of the step.
+        max_grad_norm: Norm to which the gradient is clipped first, or None.
+        rule: Name of the rule in `RULES`.
+        memory: Workspace in bytes, or as "2GiB".
+        progress: Whether to show progress bars.
+    """
+
+    anatomy: Anatomy
+    observed: dict[str, Example]
+    update: Objective
+    optimizer: torch.optim.Optimizer
+    lr: float
+    max_grad_norm: float | None
+    rule: str
+    memory: int | str
+    progress: bool
+
+    @property
+    def quadrature(self) -> Rule:
+        """The rule itself."""
+        return rule_named(self.rule)
+
+    def open(self, model: nn.Module) -> Anatomy:
+        """Opens a copy of the model as the model itself was opened."""
+        return Anatomy(model, self.anatomy.attention)
+
+
+def make_setup(
+    model: nn.Module | Anatomy,
+    observed: Example | Sequence[Example] | Mapping[str, Example],
+    update: Objective,
+    lr: float | None,
+    optimizer: str | torch.optim.Optimizer,
+    max_grad_norm: float | None,
+    rule: str,
+    memory: int | str,
+    progress: bool,
+) -> Setup:
+    """Checks the arguments of `decompose`, opens the model, and fixes optimizer and objective.
+
+    Raises:
+        TypeError: If the update is no Objective, or the optimizer none of torch's that are known.
+        ValueError: If an argument is out of range; the message says which.
+        UnsupportedModelError: If the model cannot be opened, or streamed weights are trainable.
+    """
+    rule_named(rule)
+    if not isinstance(update, Objective):
+        raise TypeError(
+            "update must be lddyn.SFT(...), DPO(...) or Objective(...), got "
+            f"{type(update).__name__}"
+        )
+    if lr is not None and not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr must be a positive number, got {lr}")
+    named = _named(observed)
+    anatomy = Anatomy.of(model)
+    _refuse_streamed(anatomy.trainable)
+    fixed, rate = _fixed_optimizer(optimizer, lr, anatomy.trainable)
+    prepared = update.prepare(anatomy)
+    return Setup(anatomy, named, prepared, fixed, rate, max_grad_norm, rule, memory, progress)
+
+
+def _named(observed: Example | Sequence[Example] | Mapping[str, Example]) -> dict[str, Example]:
+    """Observed responses by unique names."""
+    if isinstance(observed, Example):
+        observed = [observed]
+    if isinstance(observed, Mapping):
+        named = dict(observed)
+    else:
+        named = {}
+        for i, example in enumerate(observed):
+            named[unused(example.name or f"observed {i}", named)] = example
+    if not named:
+        raise ValueError("observed must hold at least one Example, got none")
+    return named
+
+
+def unused(name: str, taken: Container[str]) -> str:
+    """The name, with a number behind it where it is taken."""
+    candidates = (f"{name} ({i})" for i in itertools.count(1))
+    return name if name not in taken else next(c for c in candidates if c not in taken)
+
+
+def _refuse_streamed(trainable: Mapping[str, Tensor]) -> None:
+    streamed = {n: p for n, p in trainable.items() if is_streamed(p)}
+    if streamed:
+        size = sum(p.nbytes for p in streamed.values())
+        raise UnsupportedModelError(
+            f"{len(streamed)} streamed weights are trainable, {next(iter(streamed))} first: a "
+            "decomposition holds their gradient, the step and a shifted copy, "
+            f"{3 * size:,} bytes; train an adapter instead, or use lddyn.ntk, which holds none"
+        )
+
+
+def _fixed_optimizer(
+    optimizer: str | torch.optim.Optimizer, lr: float | None, trainable: Mapping[str, Tensor]
+) -> tuple[torch.optim.Optimizer, float]:
+    """A copy of the optimizer at this learning rate, which later steps do not change; and lr."""
+    if isinstance(optimizer, str):
+        if lr is None:
+            raise ValueError(f"lr is needed with optimizer={optimizer!r}")
+        return make_optimizer(optimizer, list(trainable.values()), lr), lr
+    optimizer_kind(optimizer)
+    rates = {float(g["lr"]) for g in optimizer.param_groups}
+    if lr is None or rates == {lr}:
+        return copy_optimizer(optimizer, trainable, trainable), max(rates) if lr is None else lr
+    if len(rates) > 1:
+        raise ValueError(
+            f"the optimizer's groups have several learning rates {sorted(rates)}: leave lr out to "
+            "use them"
+        )
+    if not max(rates) > 0:
+        raise ValueError(
+            "the optimizer's learning rate is 0, so lr cannot rescale it: set the group's lr, or "
+            "leave lr out"
+        )
+    return copy_optimizer(optimizer, trainable, trainable, lr / max(rates)), lr
+
+
+# ---------------------------------------------------------------------------------------------
+# The update at one parameter point
+
+
+@dataclass(frozen=True)
+class UpdateState:
+    """The update at one parameter point.
+
+    Attributes:
+        anatomy: The model at that point.
+        traces: A trace of each update sequence.
+        loss: The loss.
+        weights: w_l = ∂L/∂log π(y_l), one (L_i,) tensor per sequence.
+        step: The optimizer's step on the gradient, not taken.
+    """
+
+    anatomy: Anatomy
+    traces: list[Trace]
+    loss: float
+    weights: list[Tensor]
+    step: Step
+
+    @classmethod
+    def at(cls, setup: Setup, anatomy: Anatomy, optimizer: torch.optim.Optimizer) -> UpdateState:
+        """Forward and backward of the update at the parameters of `anatomy`.
+
+        Cost: a forward and a backward pass per update sequence, and one gradient in memory.
+        """
+        update = setup.update
+        traces = [anatomy.trace(example) for example in update.examples]
+        loss, weights = update.weights([trace.log_probs() for trace in traces])
+        total = gradient(anatomy, update.examples, weights)
+        step = optimizer_step(optimizer, anatomy.trainable, total, setup.max_grad_norm)
+        return cls(anatomy, traces, loss, weights, step)
+
+    def locate(self, token: int) -> tuple[int, int]:
+        """Sequence, and index in it, of an update token counted over all sequences."""
+        for sequence, weights in enumerate(self.weights):
+            if token < len(weights):
+                return sequence, token
+            token -= len(weights)
+        raise IndexError(f"there are only {sum(map(len, self.weights))} update tokens")
+
+
+def shifted_copy(model: nn.Module, shift: Direction | None, scale: float = 1.0) -> nn.Module:
+    """A copy of the model at θ + scale · Δθ that shares frozen parameters and buffers.
+
+    Args:
+        model: Any module. Not changed.
+        shift: Δθ, parameter name → tensor of its shape; None: the parameters as they are.
+        scale: Factor on it.
+
+    Raises:
+        UnsupportedModelError: If a module's forward was replaced by a plain function, which in the
+            copy would still use the original's weights.
+    """
+    memo = {id(p): p for p in model.parameters() if not p.requires_grad}
+    memo |= {id(b): b for b in model.buffers()}  # type: ignore[misc]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        moved = copy.deepcopy(model, memo)
+    finally:
+        for parameter, grad in gradients:
+            parameter.grad = grad
+    for (name, old), new in zip(model.named_modules(), moved.modules(), strict=True):
+        own = old.__dict__.get("forward")
+        if own is not None and new.__dict__["forward"] is own:
+            raise UnsupportedModelError(
+                f"the forward of {name or type(model).__name__} was replaced by a plain function, "
+                "which in a copy of the model would still run the original's weights: use "
+                "types.MethodType or functools.partial"
+            )
+    if shift:
+        with torch.no_grad():
+            for name, parameter in moved.named_parameters():
+                if name in shift:
+                    parameter.add_(shift[name], alpha=scale)
+    return moved
