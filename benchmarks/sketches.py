@@ -21,7 +21,7 @@ from record import record
 import lddyn
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.pullback import Pullback, segments_down
-from lddyn.sketches.divide import plan_layout
+from lddyn.sketches.allocation import choose_layout
 from lddyn.sketches.layout import Layout
 from lddyn.sketches.projections import Stream, Term, contractions, low_rank
 
@@ -174,7 +174,7 @@ def cost(model, example) -> dict:
 
     calls = {"pullback": pull}
     for kind in ("twosided", "lowrank", "tensorsketch", "sjlt"):
-        layout = plan_layout(anatomy, [example], lddyn.Sketch(kind))
+        layout = choose_layout(anatomy, [example], lddyn.Sketch(kind))
         calls[kind] = partial(lddyn.features, anatomy, [example], layout=layout)
     seconds = {}
     for name, call in calls.items():
@@ -229,7 +229,7 @@ def measure(model, examples) -> dict:
         for k in sizes:
             start = time.perf_counter()
             sketch = lddyn.Sketch(kind, k=k, rank=int(more or 1))
-            layout = plan_layout(model, examples, sketch)
+            layout = choose_layout(model, examples, sketch)
             wide = Layout(replace(sketch, k=k * SEEDS, repeats=REPEATS * SEEDS), layout.parts)
             feats = lddyn.features(model, examples, layout=wide)
             samples = wide.samples(feats.rows, feats.rows).double()

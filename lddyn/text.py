@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import unicodedata
 
-__all__ = ["printable", "readable", "signed", "visible"]
+__all__ = ["bytes_text", "printable", "readable", "seconds_text", "signed", "visible"]
 
 _MARKS = str.maketrans(
     {" ": "␣", "Ġ": "␣", "▁": "␣", "\n": "↵", "Ċ": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "␣"}
@@ -89,3 +89,31 @@ def readable(text: str, longest: int | None = None) -> str:
     """
     shown = "\n".join(printable(line.replace("\t", "    ")) for line in text.split("\n"))
     return shown if longest is None or len(shown) <= longest else shown[: longest - 1] + "…"
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes with three digits and a binary unit.
+
+    Example:
+        >>> from lddyn.text import bytes_text
+        >>> bytes_text(640), bytes_text(3 * 2**20), bytes_text(2**40 * 5)
+        ('640 B', '3 MiB', '5 TiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
+def seconds_text(value: float) -> str:
+    """A time in seconds, minutes or hours.
+
+    Example:
+        >>> from lddyn.text import seconds_text
+        >>> seconds_text(0.0312), seconds_text(600), seconds_text(9000)
+        ('0.031 s', '10 min', '2.5 h')
+    """
+    if value < 120:
+        return f"{value:.2g} s"
+    return f"{value / 60:.3g} min" if value < 7200 else f"{value / 3600:.3g} h"

@@ -169,7 +169,7 @@ def plan(
     way = lddyn.plan(
         anatomy, list(examples.values()), by=by, rtol=rtol, memory=memory, sketch=sketch
     )
-    return Answer(way.to_json() | {"left_out": len(left_out)}, [way.explain()])
+    return Answer(way.to_dict() | {"left_out": len(left_out)}, [way.explain()])
 
 
 def query(

@@ -28,7 +28,7 @@ from lddyn.objectives import Loss
 from lddyn.sets.diagnosis import SCORES, Diagnosis, Pairs, Touched, assemble
 from lddyn.sets.forecast import Forecast, Run
 from lddyn.sets.validate import flat_parts, forward_rows, validate_without
-from lddyn.sketches.rows import features
+from lddyn.sketches.features import features
 from lddyn.sketches.sketch import Sketch
 
 __all__ = ["diagnose"]

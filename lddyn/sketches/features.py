@@ -1,212 +1,233 @@
-"""Token features: one row of numbers per response token, whose inner products estimate the NTK.
+"""Computing feature rows: every token's gradient, sketched as soon as it is pulled back.
 
-N sequences cost N passes, not N² pairs: every token's gradient is pulled back once, block by block,
-sketched where it stands, and forgotten.
+N sequences cost N passes, not N² pairs: a gradient is sketched segment by segment and dropped.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from lddyn.data.token_table import COLUMNS, TokenTable, arrow_table
-from lddyn.estimate import Estimate
-from lddyn.sketches.layout import Layout, Part
-from lddyn.sketches.projections import (
-    haar,
-    hashed,
+from lddyn.data.example import Example
+from lddyn.data.token_table import table_of
+from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.gram import Side
+from lddyn.engine.guard import undisturbed
+from lddyn.memory import DEFAULT_MEMORY, cpu_threads, parse_memory
+from lddyn.sketches.allocation import choose_layout
+from lddyn.sketches.gradients import (
+    CHUNK,
+    Batching,
+    chunk_bytes,
+    visit_sequences,
+    visit_tokens,
 )
+from lddyn.sketches.layout import Layout, by_sequence
+from lddyn.sketches.result import Features
+from lddyn.sketches.sketch import Sketch
+from lddyn.sketches.writer import RowWriter
 
 if TYPE_CHECKING:
-    import pyarrow
-
-from lddyn.data.token_table import sequence_table
-
-CHUNK = 16
-
-PAIRS = 1 << 22  # of tokens, times repeats, that are compared at a time
+    from torch import nn
 
 
-@dataclass(frozen=True)
-class Features:
-    """Rows of token gradients, what tokens they are, and how they are compared. See `features`.
+@undisturbed
+def features(
+    model: nn.Module | Anatomy,
+    examples: Sequence[Example],
+    sketch: Sketch | None = None,
+    *,
+    by: str = "token",
+    weights: Sequence[Tensor] | None = None,
+    layout: Layout | None = None,
+    memory: int | str = DEFAULT_MEMORY,
+    progress: bool = False,
+    chunk: int = CHUNK,
+    threads: int | None = 1,
+) -> Features:
+    """Rows whose inner products estimate those of token gradients, ⟨∇ log π(y_m), ∇ log π(y_l)⟩.
 
-    `rows.numpy()`, DLPack (`jax.dlpack.from_dlpack(rows)`) and `to_arrow()` share its memory;
-    `vectors()` are what a tool for plain vectors takes.
+    Every trainable parameter counts. Each example takes one forward pass, and each of its tokens is
+    pulled back once; the factors of one segment and one chunk are held at a time.
 
-    Attributes:
-        rows: (N, layout.width).
-        tokens: Example, place, position and id of each row; −1 for whole sequences.
-        layout: How two rows make an inner product.
+    Args:
+        model: A causal LM of transformers, or its Anatomy.
+        examples: Sequences; each of their counted response tokens is a row.
+        sketch: How gradients are sketched; default `Sketch()`. Not with `layout`.
+        by: `"token"`; or `"sequence"`: a row is the gradient of a whole sequence's log-prob,
+            Σ_m w_m ∇ log π(y_m), by one plain backward pass, for many sequences in a batch.
+        weights: w (tokens,) for each example: row m is w_m ∇ log π(y_m). None: 1.
+        layout: The layout of earlier rows, to compare with them. None: `choose_layout` of these
+            examples, which depends on their order.
+        memory: Workspace in bytes or as "2GiB", beyond the model, for rows and one chunk.
+        progress: Show a bar over tokens.
+        chunk: Tokens, or whole sequences, that are pulled back together. Fewer sequences are where
+            memory does not hold the graph of their forward pass; for one sequence whose graph does
+            not fit, segments are computed again.
+        threads: CPU threads; None: torch's number. Several processes with one thread each are
+            faster than one process with several (`lddyn features build` under torchrun).
+
+    On a CPU, the same seed, layout, chunk and threads give the same bits, whatever the other
+    examples, their order or the memory; by sequence also whatever the chunk. Another chunk, more
+    threads or another device change only the rounding, and so does a second run on a GPU.
+
+    Returns:
+        Features of N rows, float32 (float64 for float64 models).
+
+    Raises:
+        ValueError: If there is no example, weights do not fit, the layout belongs to another model,
+            k is too small, or memory does not hold a chunk of the longest example.
+        UnsupportedModelError: If the model cannot be opened, or its parameters not be sketched.
+
+    Cost: 2 N_θ Σ (p_m + 1) FLOPs for pulling back, N_θ the block-linear parameters and p_m the
+    position of token m, and the FLOPs of `Sketch.apply` for every layer. By sequence 4 N_θ T each,
+    and 2 N_θ T more where segments are computed again.
+
+    Example:
+        >>> import lddyn, transformers
+        >>> config = transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32,
+        ...     num_hidden_layers=2, num_attention_heads=2, pad_token_id=None)
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> ex = lddyn.Example(prompt_ids=[1, 2], response_ids=[3, 4, 5])
+        >>> feats = lddyn.features(model, [ex], lddyn.Sketch(k=1024, seed=0))
+        >>> feats
+        Features(3 tokens of 1 sequences, 1,168 numbers each, float32; twosided, k = 1,024)
+        >>> estimate = feats.gram()
+        >>> estimate.value.shape, estimate.samples
+        (torch.Size([3, 3]), 8)
     """
+    examples, together = list(examples), by_sequence(by)
+    if not examples:
+        raise ValueError("examples must hold at least one Example, got none")
+    if sketch is not None and layout is not None and sketch != layout.sketch:
+        raise ValueError(f"sketch is not that of layout: got {sketch} and {layout.sketch}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1 or None, got {threads}")
+    if weights is not None:
+        _check_weights(weights, examples)
+    budget = parse_memory(memory)
+    anatomy = Anatomy.of(model)
+    if layout is None:
+        layout = choose_layout(anatomy, examples, sketch or Sketch(), by)
+    _check_layout(layout, anatomy, together)
+    bar = tqdm(
+        total=sum(map(len, examples)),
+        desc="features",
+        unit="token",
+        disable=None if progress else True,
+        leave=False,
+    )
+    compute = _sequence_rows if together else _token_rows
+    with bar:
+        rows = compute(anatomy, examples, weights, layout, budget, chunk, threads, bar)
+    return Features(rows, table_of(examples, by), layout)
 
-    rows: Tensor
-    tokens: TokenTable
-    layout: Layout
 
-    def __len__(self) -> int:
-        """N, number of rows."""
-        return len(self.rows)
-
-    def gram(self, other: Features | None = None) -> Estimate:
-        """⟨gradient of row i, gradient of row j⟩ of these rows with themselves, or with others.
-
-        Args:
-            other: Features of the same layout.
-
-        Returns:
-            Estimate (N, N'), with standard errors.
-
-        Raises:
-            ValueError: If the layouts differ: such rows cannot be compared.
-
-        Cost: 4 N N' width FLOPs.
-        """
-        other = self if other is None else other
-        if other.layout != self.layout:
+def _token_rows(
+    anatomy: Anatomy,
+    examples: Sequence[Example],
+    weights: Sequence[Tensor] | None,
+    layout: Layout,
+    budget: int,
+    chunk: int,
+    threads: int | None,
+    bar: tqdm,
+) -> Tensor:
+    """One row for each counted token, example by example."""
+    blocks: list[Tensor] = []
+    for index, example in enumerate(examples):
+        with cpu_threads(threads):
+            trace = anatomy.trace(example)
+        element, count = trace.logits.element_size(), min(chunk, len(example))
+        total = sum(map(len, examples)) * layout.width * element
+        work = chunk_bytes(layout, Side(trace).bytes_per_cotangent(), count, element)
+        if total + work > budget:
             raise ValueError(
-                "other has another layout, so its rows cannot be compared with these: make both "
-                "with the same layout=…"
+                f"memory must be at least {total + work} bytes, {total} for all rows and {work} "
+                f"for a chunk of {count} tokens of a sequence of "
+                f"{trace.length}, got {budget}: raise it, lower chunk, or give fewer examples at a "
+                "time with one layout"
             )
-        step = max(1, PAIRS // (self.layout.sketch.repeats * max(1, len(other))))
-        found = [self.layout.estimate(part, other.rows) for part in self.rows.split(step)]
-        return Estimate(
-            torch.cat([e.value for e in found]),
-            torch.cat([e.stderr for e in found]),
-            found[0].samples,
+        if not blocks:
+            rows = trace.logits.new_zeros(sum(map(len, examples)), layout.width)
+            blocks = list(rows.split([len(e) for e in examples]))
+        given = None if weights is None else weights[index].to(trace.logits)
+        with cpu_threads(threads):
+            visit_tokens(trace, given, None, chunk, RowWriter(blocks[index], layout, False))
+        bar.update(len(example))
+    return rows
+
+
+def _sequence_rows(
+    anatomy: Anatomy,
+    examples: Sequence[Example],
+    weights: Sequence[Tensor] | None,
+    layout: Layout,
+    budget: int,
+    chunk: int,
+    threads: int | None,
+    bar: tqdm,
+) -> Tensor:
+    """One row for each sequence, many sequences in a batch."""
+    with cpu_threads(threads):
+        trace = anatomy.trace(max(examples, key=lambda e: e.length))
+        total = len(examples) * layout.width * trace.logits.element_size()
+        batching = Batching.of(trace, max(map(len, examples)), chunk, budget - total, layout)
+        if total + batching.least > budget:
+            raise ValueError(
+                f"memory must be at least {total + batching.least} bytes, {total} for all rows and "
+                f"{batching.least} for a sequence of {trace.length} tokens, got {budget}: raise "
+                "it, or give fewer examples at a time with one layout"
+            )
+        rows = trace.logits.new_zeros(len(examples), layout.width)
+        given = None if weights is None else [w.to(rows) for w in weights]
+        visit_sequences(anatomy, examples, given, batching, RowWriter(rows, layout, True), bar)
+    return rows
+
+
+def _check_weights(weights: Sequence[Tensor], examples: Sequence[Example]) -> None:
+    """A ValueError unless each example has a finite weight for each token."""
+    shapes, expected = [tuple(w.shape) for w in weights], [(len(e),) for e in examples]
+    if shapes != expected:
+        raise ValueError(
+            f"weights must be a (tokens,) tensor per example, {expected[:4]}…, got {shapes[:4]}…"
+        )
+    wrong = [i for i, w in enumerate(weights) if not bool(w.isfinite().all())]
+    if wrong:
+        raise ValueError(
+            f"weights must be finite, got {weights[wrong[0]].tolist()[:4]}… for example "
+            f"{wrong[0]} ({len(wrong)} such examples): 0 leaves a token out"
         )
 
-    def vectors(self) -> Tensor:
-        """Plain vectors (N, width) whose inner products are `gram().value`, for other tools.
 
-        Where there are no sketched parts this is `rows` itself, no copy.
-
-        Raises:
-            ValueError: If there are none: rows of tokens keep outer products (make them with
-                `by="sequence"`, or sum them with `per_sequence`; or use `gram` as a kernel).
-
-        Example:
-            >>> import lddyn, transformers
-            >>> config = transformers.LlamaConfig(vocab_size=50, hidden_size=16,
-            ...     intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-            >>> model = transformers.LlamaForCausalLM(config)
-            >>> exs = [lddyn.Example(prompt_ids=[1, 2], response_ids=[i, 5]) for i in (3, 4)]
-            >>> feats = lddyn.features(model, exs, lddyn.Sketch(k=1024), by="sequence")
-            >>> x = feats.vectors().numpy()
-            >>> bool((abs(x @ x.T - feats.gram().value.numpy()) < 1e-4 * abs(x @ x.T).max()).all())
-            True
-        """
-        layout = self.layout
-        if not layout.linear or any(part.kind == "minus" for part in layout.parts):
-            raise ValueError(
-                "vectors needs rows of whole sequences: their inner product is a plain one; these "
-                'keep outer products of tokens: features(…, by="sequence"), or per_sequence()'
-            )
-        exact = layout.exact(self.rows)
-        if exact.shape[1] == layout.width:
-            return self.rows
-        sketched = layout.repeated(self.rows).flatten(1) / layout.sketch.repeats**0.5
-        return torch.cat([exact, sketched], 1)
-
-    def to_arrow(self) -> pyarrow.Table:
-        """Token table and rows as an Arrow table of one chunk, as by `Store.to_arrow`.
-
-        The column `features` is a view of `rows` on the CPU.
-
-        Raises:
-            ImportError: If pyarrow is not installed.
-        """
-        return arrow_table([(self.tokens, self.rows)], self.layout.width, self.rows.dtype)
-
-    def per_sequence(self) -> Features:
-        """The rows of whole sequences: sums over their tokens, of Σ_m w_m ∇ log π(y_m).
-
-        Returns:
-            Features with one row an example, in order, of the layout `layout.summed()`.
-        """
-        layout, new = self.layout, self.layout.summed()
-        owner, index = torch.unique(self.tokens.example_index, return_inverse=True)
-        index = index.to(self.rows.device)
-
-        def total(x: Tensor) -> Tensor:
-            return x.new_zeros(len(owner), *x.shape[1:]).index_add_(0, index, x)
-
-        rows = self.rows.new_zeros(len(owner), new.width)
-        new.exact(rows)[:] = total(layout.exact(self.rows))
-        for part in new.parts:
-            place = new.repeated(rows)[..., new.places[part.name, part.kind]]
-            if part.kind == "summed" and (part.name, "summed") not in layout.places:
-                outer = next(p for p in layout.parts if p.name == part.name)
-                place[:] = self._summed(outer, part.sizes, index, len(owner))
-            elif part.kind != "exact":
-                old = layout.places[part.name, part.kind]
-                place[:] = total(layout.repeated(self.rows)[..., old])
-        first = [int((self.tokens.example_index == i).nonzero()[0]) for i in owner]
-        names = [self.tokens.example_id[i] for i in first]
-        return Features(rows, sequence_table(names, owner), new)
-
-    def _summed(self, part: Part, sizes: tuple[int, int], index: Tensor, count: int) -> Tensor:
-        """Σ_m (S v_m) ⊗ (S' h_m) of each sequence (count, R, numbers), for one outer product."""
-        sketch, name = self.layout.sketch, f"{part.name}\0sum"
-        v, h = self.layout.pair(self.rows, part)
-        frames = haar(sketch.seed, name, "right", sketch.repeats, sizes[1], part.shape[1]).to(h)
-        where, sign = hashed(sketch.seed, name, "left hash", sketch.repeats, sizes[0], v.shape[2])
-        out = h.new_zeros(count, sketch.repeats, sizes[0] * sizes[1])
-        for repeat in range(sketch.repeats):
-            left = v[:, repeat % v.shape[1]]
-            if sizes[0] < v.shape[2]:
-                moved = left.new_zeros(len(left), sizes[0])
-                signed = left * sign[repeat].to(left)
-                left = moved.index_add_(1, where[repeat].to(left.device), signed)
-            both = left[:, :, None] * (h[:, 0] @ frames[repeat].T)[:, None, :]
-            out[:, repeat].index_add_(0, index, both.flatten(1))
-        return out
-
-    def save(self, path: str | Path) -> None:
-        """Writes `path`.safetensors (rows and token table) and `path`.json (layout, examples)."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        columns = {name: getattr(self.tokens, name) for name in _COLUMNS}
-        tensors = {"rows": self.rows} | columns
-        save_file(
-            {name: x.contiguous().cpu() for name, x in tensors.items()},
-            path.with_name(path.name + ".safetensors"),
+def _check_layout(layout: Layout, anatomy: Anatomy, together: bool) -> None:
+    """A ValueError unless a layout belongs to this model and to this kind of row."""
+    expected = {n: p.numel() for n, p in anatomy.trainable.items()}
+    bias = any(part.name == anatomy.head_bias for part in layout.parts)
+    if anatomy.head_weight and anatomy.head_bias and not bias:  # one part for both
+        expected[anatomy.head_weight] += expected.pop(anatomy.head_bias)
+    stored: dict[str, int] = {}
+    for part in layout.parts:
+        size, parameter = part.shape[0] * part.shape[1], anatomy.trainable.get(part.name)
+        if part.kind == "sketch" and parameter is not None and parameter.dim() == 3:
+            size *= parameter.shape[0]
+        stored[part.name] = max(size, stored.get(part.name, 0))
+    wrong = [n for n in {**expected, **stored} if expected.get(n) != stored.get(n)]
+    if wrong:
+        raise ValueError(
+            f"layout was made for another model: {wrong[0]} has {expected.get(wrong[0], 0)} "
+            f"trainable numbers here, {stored.get(wrong[0], 0)} there ({len(wrong)} such "
+            "parameters)"
         )
-        described = {"layout": self.layout.to_json(), "example_id": self.tokens.example_id}
-        path.with_name(path.name + ".json").write_text(json.dumps(described), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Features:
-        """Reads what `save` wrote.
-
-        Raises:
-            FileNotFoundError: If one of the two files is not there.
-            ValueError: If they do not fit each other, or are of another version.
-        """
-        from safetensors.torch import load_file
-
-        path = Path(path)
-        text = path.with_name(path.name + ".json").read_text(encoding="utf-8")
-        tensors = load_file(path.with_name(path.name + ".safetensors"))
-        described = json.loads(text)
-        layout = Layout.from_json(described["layout"])
-        names, rows = described["example_id"], tensors["rows"]
-        if tuple(rows.shape) != (len(names), layout.width):
-            raise ValueError(
-                f"{path}: rows must be ({len(names)}, {layout.width}) by its JSON file, got "
-                f"{tuple(rows.shape)}; the two files are not of one save"
-            )
-        return cls(rows, TokenTable(names, *(tensors[name] for name in _COLUMNS)), layout)
-
-
-_COLUMNS = ("example_index", *COLUMNS)
-
-
-WINDOW = 64  # whole sequences that are made before a store has them: enough for batches
+    if together and not layout.linear:
+        raise ValueError(
+            "layout must be one of sequences, this one stores outer products of tokens: make it "
+            "with choose_layout(…, by='sequence')"
+        )
+    if not together and any(part.kind == "summed" for part in layout.parts):
+        raise ValueError("layout is one of sequences: give by='sequence', or a layout of tokens")

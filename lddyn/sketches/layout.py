@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -21,18 +22,25 @@ _PIECE = 1 << 12  # columns of one product
 
 @dataclass(frozen=True)
 class Part:
-    """What a row holds of one parameter.
+    """What a row stores of one parameter's gradient.
+
+    | kind | stored |
+    |---|---|
+    | `"exact"` | the gradient itself |
+    | `"outer"` | U and V, where the gradient, or its low-rank part, is U Vᵀ |
+    | `"head"` | h itself and R count sketches of v, where the gradient is v ⊗ h |
+    | `"sketch"` | R sketches of a matrix |
+    | `"vector"` | R sketches of a vector |
+    | `"onehot"` | R sketches of a matrix whose rows are token ids, as an embedding's |
+    | `"minus"` | R sketches of what an "outer" or "head" part stores, to be subtracted |
+    | `"summed"` | R sketches of a sum of outer products over tokens |
 
     Attributes:
         name: Canonical parameter name.
-        kind: `"exact"`: the gradient as it is. `"outer"`: U and V of a part U Vᵀ of it.
-            R sketches: `"sketch"`, `"vector"` (one column), `"onehot"` (its rows are token ids),
-            `"minus"` (of what an "outer" or "head" stands for: it is taken off again),
-            `"summed"` (of outer products, for sums over tokens). `"head"`: h as it is and R count
-            sketches of v, for v ⊗ h.
+        kind: One of the above.
         shape: The gradient as a matrix (rows, columns).
-        sizes: Numbers of one repeat (left, right); of "exact" (all, 1), of "outer" (ρ, 1), of
-            "head" (of v, 1).
+        sizes: Numbers in one repeat (left, right); (all, 1) for "exact", (ρ, 1) for "outer",
+            (numbers of v, 1) for "head".
     """
 
     name: str
@@ -48,21 +56,21 @@ _REPEATED = ("sketch", "vector", "onehot", "minus", "summed")
 class Layout:
     """What a row of features is made of, and how two rows are compared.
 
-    A row: the exact parts, then the sketched ones repeat by repeat, then outer products. In each
-    repeat r
+    A row holds the exact parts, then the sketched ones repeat by repeat, then outer products. In
+    each repeat r
 
         x_r = Σ_exact ⟨a, b⟩ + Σ_outer ⟨UVᵀ, U'V'ᵀ⟩ + Σ_sketched ± ⟨a_r, b_r⟩ + ⟨h, h'⟩⟨v_r, v'_r⟩
 
-    is an unbiased estimate of the inner product of two token gradients; x = mean x_r with standard
-    error sd(x_r) / √R and Student's t.
+    is an unbiased estimate of the inner product of two token gradients. The estimate is the mean of
+    the x_r; its standard error is sd(x_r) / √R, with Student's t of R − 1 degrees of freedom.
+
+    Made by `choose_layout`, or by `from_json` from what `to_json` returned.
 
     Attributes:
-        sketch: How the parts were made.
+        sketch: How gradients are projected.
         parts: One or more for each trainable parameter.
         width: Numbers in a row.
-        linear: Whether the sum of rows is the row of the sum: no outer products.
-
-    Made by `plan_layout`, or by `from_json` from what `to_json` wrote.
+        linear: Whether the sum of rows is the row of the sum: true without outer products.
 
     Example:
         >>> import lddyn
@@ -70,20 +78,45 @@ class Layout:
         >>> layout = Layout(lddyn.Sketch(k=64, repeats=8), (Part("w", "sketch", (6, 5), (2, 4)),))
         >>> layout.width, layout.linear, Layout.from_json(layout.to_json()) == layout
         (64, True, True)
+        >>> layout
+        Layout(64 numbers a row for 1 parameters (1 sketch); twosided, k = 64, R = 8)
     """
 
     sketch: Sketch
     parts: tuple[Part, ...]
 
+    def __repr__(self) -> str:
+        counts = collections.Counter(part.kind for part in self.parts)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        sketch = self.sketch
+        return (
+            f"Layout({self.width:,} numbers a row for {len({p.name for p in self.parts})} "
+            f"parameters ({kinds}); {sketch.kind}, k = {sketch.k:,}, R = {sketch.repeats})"
+        )
+
+    def explain(self) -> str:
+        """How many parameters are sketched, and how many are stored without error; one line."""
+        names = {part.name for part in self.parts}
+        sketched = {part.name for part in self.parts if part.kind not in ("exact", "outer")}
+        return (
+            f"of {len(names)} parameters {len(sketched)} are sketched ({self.sketch.kind}, "
+            f"k = {self.sketch.k:,} in {self.sketch.repeats} repeats) and "
+            f"{len(names - sketched)} are stored without error"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """`to_json`, under the name that all results share."""
+        return self.to_json()
+
     @functools.cached_property
     def _lengths(self) -> tuple[int, int]:
-        """Numbers of the exact parts, and of one repeat of the sketched ones."""
+        """(numbers of all exact parts, numbers of one repeat of all sketched parts)."""
         exact = sum(p.sizes[0] for p in self.parts if p.kind == "exact")
         return exact, sum(p.sizes[0] * p.sizes[1] for p in self.parts if p.kind in _REPEATED)
 
     @functools.cached_property
     def places(self) -> dict[tuple[str, str], slice]:
-        """(name, kind) -> where a part is: in the row, or, if it is repeated, in a repeat."""
+        """(name, kind) → columns of a part: in the row, or in a repeat for a sketched part."""
         places = {}
         exact, repeated = self._lengths
         ends = [0, 0, exact + self.sketch.repeats * repeated]
@@ -110,14 +143,14 @@ class Layout:
 
     @property
     def linear(self) -> bool:
-        """Whether the sum of rows is the row of the sum."""
+        """Whether the sum of rows is the row of the sum: true without outer products."""
         return not any(part.kind in ("head", "outer") for part in self.parts)
 
     def summed(self) -> Layout:
-        """The layout of sums of rows over tokens, which is linear.
+        """The layout of sums of rows over tokens; it is linear.
 
-        Low-rank parts are left to their sketch; outer products that had none, such as the head's
-        v ⊗ h, are sketched with k / R numbers each.
+        Low-rank parts are dropped, because a sketch of the same gradient is in the row. Outer
+        products without a sketch, such as the head's v ⊗ h, get one of k / R numbers a repeat.
         """
         size = max(1, self.sketch.k // self.sketch.repeats)
         corrected = {part.name for part in self.parts if part.kind == "minus"}
@@ -142,9 +175,9 @@ class Layout:
         return rows[:, exact:end].view(len(rows), self.sketch.repeats, repeated)
 
     def pair(self, rows: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-        """Both factors of an outer product, views: U (n, ρ, rows), V (n, ρ, columns).
+        """Views of both factors of an outer product: U (n, ρ, rows) and V (n, ρ, columns).
 
-        Of the head: the sketches of v (n, R, numbers), and h (n, 1, columns).
+        For a "head" part: the sketches of v (n, R, numbers) and h (n, 1, columns).
         """
         inside = rows[:, self.places[part.name, part.kind]]
         ranks = 1 if part.kind == "head" else part.sizes[0]
@@ -155,17 +188,18 @@ class Layout:
         return left, inside[:, :right].unflatten(1, (ranks, part.shape[1]))
 
     def _check(self, **given: Tensor) -> list[Tensor]:
+        """The rows in one floating dtype; a ValueError if some have another width."""
         for name, rows in given.items():
             if rows.dim() != 2 or rows.shape[1] != self.width:
                 raise ValueError(
                     f"{name} must be (n, {self.width}) rows of this layout, got {tuple(rows.shape)}"
                 )
-        found = list(given.values())
-        dtype = functools.reduce(torch.promote_types, [x.dtype for x in found], torch.float32)
-        return [x.to(dtype) for x in found]
+        dtypes = [rows.dtype for rows in given.values()]
+        dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        return [rows.to(dtype) for rows in given.values()]
 
     def _signed(self, rows: Tensor) -> Tensor:
-        """The sketched parts, those that are to be taken off with a minus."""
+        """The sketched parts (n, R, numbers), with "minus" parts negated."""
         weights = rows.new_ones(self._lengths[1])
         for part in self.parts:
             if part.kind == "minus":
@@ -173,7 +207,7 @@ class Layout:
         return self.repeated(rows) * weights
 
     def _unsampled(self, a: Tensor, b: Tensor) -> Tensor:
-        """What every repeat has in common (n, m)."""
+        """The part of the estimate that is the same in every repeat (n, m)."""
         # In pieces: one float32 sum over all parameters of a model would lose two digits.
         pieces = zip(self.exact(a).split(_PIECE, 1), self.exact(b).split(_PIECE, 1), strict=True)
         out = a.new_zeros(len(a), len(b))
@@ -188,7 +222,7 @@ class Layout:
         return out
 
     def _sampled(self, a: Tensor, b: Tensor) -> Tensor:
-        """What differs between the repeats (R, n, m)."""
+        """The part of the estimate that differs between the repeats (R, n, m)."""
         x = self._signed(a).transpose(0, 1) @ self.repeated(b).permute(1, 2, 0)
         for part in self.parts:
             if part.kind == "head":
@@ -220,7 +254,7 @@ class Layout:
         return out / self.sketch.repeats + self._unsampled(a, b)
 
     def as_query(self, rows: Tensor) -> Tensor:
-        """Rows (n, width) whose plain inner product with others is `value`: for vector indices.
+        """Vectors (n, width) whose plain inner product with rows is `value`, for vector indices.
 
         Raises:
             ValueError: If the layout is not linear, or a row has another width.
@@ -235,19 +269,19 @@ class Layout:
         return torch.cat([self.exact(a), sketched], 1)
 
     def samples(self, rows_a: Tensor, rows_b: Tensor) -> Tensor:
-        """The R independent estimates x_r (R, n, m) whose mean is `value`; arguments as there."""
+        """The R independent estimates x_r (R, n, m), whose mean is `value`; arguments as there."""
         a, b = self._check(rows_a=rows_a, rows_b=rows_b)
         return self._sampled(a, b) + self._unsampled(a, b)
 
     def estimate(self, rows_a: Tensor, rows_b: Tensor) -> Estimate:
-        """The same with standard errors: the spread of the R samples over √R.
+        """Estimated inner products with their standard errors, the spread of the R samples over √R.
 
         Args:
             rows_a: (n, width).
             rows_b: (m, width).
 
         Returns:
-            Estimate (n, m) with `samples` = R. Its standard error is zero where all is exact.
+            Estimate (n, m) with `samples` = R. Its standard error is 0 where nothing is sketched.
 
         Raises:
             ValueError: If a row has another width.
@@ -260,16 +294,16 @@ class Layout:
         return Estimate(x.mean(0) + self._unsampled(a, b), stderr.to(x), self.sketch.repeats)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that defines the layout, for `from_json`."""
+        """Everything that defines the layout, JSON-safe, for `from_json`."""
         parts = [[p.name, p.kind, list(p.shape), list(p.sizes)] for p in self.parts]
         return {"format": FORMAT, "sketch": dataclasses.asdict(self.sketch), "parts": parts}
 
     @classmethod
     def from_json(cls, described: Mapping[str, Any]) -> Layout:
-        """The layout that `to_json` described.
+        """The layout from what `to_json` returned.
 
         Raises:
-            ValueError: If it describes no layout of this version.
+            ValueError: If the content is not a layout of this format version.
         """
         try:
             if described["format"] != FORMAT:

@@ -1,8 +1,8 @@
 """Random projections of matrices given as sums of outer products, and their exact variances.
 
-A token's gradient of one weight is A = Σ_t l_t ⊗ r_t, a x b in the weight's own shape. A projection
-S keeps k numbers of it, such that ⟨S A, S B⟩ has the mean ⟨A, B⟩ and a known variance. All numbers
-come from SplitMix64 under a key of (seed, parameter, stream): the same on any device.
+A token's gradient with respect to one weight is A = Σ_t l_t ⊗ r_t, (rows, columns) as the weight. A
+projection S maps it to k numbers, such that ⟨S A, S B⟩ has the mean ⟨A, B⟩ and a known variance.
+Random numbers come from SplitMix64 with a key of (seed, parameter, stream): the same on any device.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ _BLOCK = 1 << 22  # numbers of a dense projection that are made at a time
 
 @dataclass(frozen=True)
 class Term:
-    """Σ_t left[t] ⊗ right[t] for each of c cotangents.
+    """A sum of outer products Σ_t left[t] ⊗ right[t] for each of c cotangents.
 
-    left, right: (T, size), which all cotangents share, or (c, T, size). left may be the rows (T,)
-    or (c, T) of a one-hot matrix instead, as token ids are.
+    Attributes:
+        left: (T, rows), shared by all cotangents, or (c, T, rows). Integers (T,) or (c, T) are the
+            row indices of a one-hot matrix, such as token ids.
+        right: (T, columns), shared by all cotangents, or (c, T, columns).
     """
 
     left: Tensor
@@ -36,32 +38,32 @@ class Term:
 
     @property
     def one_hot(self) -> bool:
-        """Whether `left` are the rows of a one-hot matrix."""
+        """Whether `left` holds the row indices of a one-hot matrix."""
         return not self.left.is_floating_point()
 
     @property
     def apart(self) -> bool:
-        """Whether cotangents share neither side: each has the bits that it has alone."""
+        """Whether cotangents share neither side: each then gets the bits that it gets alone."""
         return self.left.dim() == 3 - self.one_hot and self.right.dim() == 3
 
     def __len__(self) -> int:
-        """Cotangents."""
+        """Number of cotangents."""
         return len(self.left) if self.left.dim() == 3 else len(self.right)
 
     def one(self, c: int) -> tuple[Tensor, Tensor]:
-        """Both sides of one cotangent."""
+        """(left, right) of cotangent c."""
         left = self.left[c] if self.left.dim() == 3 - self.one_hot else self.left
         return left, self.right[c] if self.right.dim() == 3 else self.right
 
     def dense(self, c: int, rows: int) -> Tensor:
-        """The matrix of one cotangent, materialised (rows, b)."""
+        """The matrix (rows, columns) of cotangent c."""
         left, right = self.one(c)
         out = right.new_zeros(rows, right.shape[1])
         return out.index_add_(0, left, right) if self.one_hot else out.addmm_(left.T, right)
 
 
 def weigh(terms: Sequence[Term], c: int, rows: int) -> Tensor:
-    """One cotangent's matrix (rows, b), from all its terms."""
+    """The matrix (rows, columns) of cotangent c, the sum of all its terms."""
     out = terms[0].dense(c, rows)
     for term in terms[1:]:
         out = out + term.dense(c, rows)
@@ -72,25 +74,25 @@ def weigh(terms: Sequence[Term], c: int, rows: int) -> Tensor:
 
 
 def key(seed: int, name: str, stream: str) -> int:
-    """A signed 64-bit key, independent for every argument; SHA-256, not Python's hash."""
+    """A signed 64-bit key: SHA-256 of the arguments, independent for each of them."""
     text = f"{seed}\0{name}\0{stream}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little", signed=True)
 
 
 def _uniform(k: int, count: int) -> Tensor:
-    """Uniform float64 in (0, 1)."""
+    """Uniform float64 numbers (count,) in (0, 1)."""
     return ((words(k, count) >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)
 
 
 def normals(k: int, count: int) -> Tensor:
-    """Standard normal float64 by Box and Muller."""
+    """Standard normal float64 numbers (count,), by Box and Muller."""
     u = _uniform(k, count + count % 2).view(-1, 2)
     radius, angle = u[:, 0].log().mul_(-2).sqrt_(), u[:, 1] * (2 * math.pi)
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).flatten()[:count]
 
 
 def signs(k: int, count: int) -> Tensor:
-    """Signs ±1 float64: 64 of each word."""
+    """Random signs ±1 (count,) float64, 64 from each word."""
     word = words(k, -(-count // 64))
     bit = (word[:, None] >> torch.arange(64, device="cpu")) & 1
     return (1 - 2 * bit).flatten()[:count].double()
@@ -134,7 +136,7 @@ def hashed(
 def _bags(
     seed: int, name: str, stream: str, repeats: int, size: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, bucket by bucket of all repeats: its columns, their signs, and where it starts."""
+    """`hashed` as bags for `embedding_bag`: columns sorted by bucket, their signs, bag starts."""
     where, sign = hashed(seed, name, stream, repeats, size, width)
     bucket = (where + size * torch.arange(repeats, device="cpu")[:, None]).flatten()
     order = bucket.argsort(stable=True)
@@ -147,7 +149,7 @@ def _bags(
 
 @dataclass(frozen=True)
 class Stream:
-    """Which numbers a projection uses."""
+    """Which random numbers a projection uses."""
 
     seed: int
     name: str
@@ -155,9 +157,9 @@ class Stream:
 
 
 def count_sketch(stream: Stream, vectors: Tensor, size: int, use: str = "hash") -> Tensor:
-    """Count sketches (c, R, size) of vectors (c, n), by the hash of this use.
+    """Count sketches (c, R, size) of vectors (c, n); each use has a hash of its own.
 
-    As sums of rows of the transposed: what goes to one bucket is read and added as it is.
+    Computed as sums of rows of the transposed vectors: the entries of one bucket are whole rows.
     """
     table = _bags(stream.seed, stream.name, use, stream.repeats, size, vectors.shape[1])
     columns, sign, starts = (x.to(vectors.device) for x in table)
@@ -172,9 +174,9 @@ def count_sketch(stream: Stream, vectors: Tensor, size: int, use: str = "hash") 
 def two_sided(
     stream: Stream, terms: Sequence[Term], shape: tuple[int, int], sizes: tuple[int, int]
 ) -> Tensor:
-    """Σ_t (S l_t) ⊗ (S' r_t) (c, R, sizes[0], sizes[1]); S and S' orthogonal sides.
+    """Two-sided sketches Σ_t (S l_t) ⊗ (S' r_t), (c, R, sizes[0], sizes[1]).
 
-    One-hot rows take a count sketch for S: it is exact on each of them.
+    S and S' are Haar frames. For one-hot rows S is a count sketch, which is exact on each of them.
     """
     repeats, (size, size_r) = stream.repeats, sizes
     out = terms[0].right.new_zeros(len(terms[0]), repeats, size, size_r)
@@ -196,7 +198,7 @@ def two_sided(
 
 
 def _onto(stream: Stream, side: str, x: Tensor, size: int, apart: bool = False) -> Tensor:
-    """Rows (·, t, n) onto the frames of one side: (·, R, t, size)."""
+    """Projects rows (·, t, n) onto the frames of one side: (·, R, t, size)."""
     frames = haar(stream.seed, stream.name, side, stream.repeats, size, x.shape[-1])
     across = frames.to(x).flatten(0, 1).T
     projected = ops.product(x, across, x.shape[-2] if apart else None)
@@ -211,9 +213,14 @@ def hashed_rows(
     sizes: tuple[int, int],
     whole: bool = False,
 ) -> Tensor:
-    """`two_sided` over one-hot rows of Σ_t left[t] ⊗ right[t]: left (c, t, rows), right (c, t, b).
+    """`two_sided` of Σ_t left[t] ⊗ right[t] with the hash of one-hot rows.
 
-    whole: there are as many buckets as rows, which stay where they are.
+    Args:
+        stream: Which random numbers.
+        left: (c, t, rows).
+        right: (c, t, columns).
+        sizes: Numbers of one repeat (left, right).
+        whole: Whether there is a number for each row, so that rows are not hashed.
     """
     projected = _onto(stream, "right", right, sizes[1])
     if whole:
@@ -226,9 +233,9 @@ def hashed_rows(
 def dense(
     stream: Stream, terms: Sequence[Term], shape: tuple[int, int], size: int, gaussian: bool
 ) -> Tensor:
-    """(c, R, size): every number is the inner product with a random matrix of independent entries.
+    """Sketches (c, R, size): inner products with random matrices of independent entries.
 
-    Cost: 2 c R size a b FLOPs, and making R size a b random numbers.
+    Cost: 2 c R size rows columns FLOPs, and drawing R size rows columns random numbers.
     """
     draw = normals if gaussian else signs
     count = shape[0] * shape[1]
@@ -246,10 +253,11 @@ def dense(
 
 
 def sparse(stream: Stream, terms: Sequence[Term], shape: tuple[int, int], size: int) -> Tensor:
-    """(c, R, size): each entry of the matrix goes to one bucket of each repeat, with a sign.
+    """Sketches (c, R, size): each entry is added, with a sign, to one bucket of each repeat.
 
     The repeats together are the block form of SJLT (Kane & Nelson 2014) with R nonzeros a column.
-    Cost: 2 T a b FLOPs to materialise a gradient, R a b additions, and making R a b numbers.
+    Cost: 2 T rows columns FLOPs to materialise a gradient, R rows columns additions, and drawing as
+    many random numbers.
     """
     count = shape[0] * shape[1]
     whole = torch.stack([weigh(terms, c, shape[0]).flatten() for c in range(len(terms[0]))])
@@ -263,9 +271,10 @@ def sparse(stream: Stream, terms: Sequence[Term], shape: tuple[int, int], size: 
 def tensor_sketch(
     stream: Stream, terms: Sequence[Term], shape: tuple[int, int], size: int
 ) -> Tensor:
-    """(c, R, size) with size odd: entry (i, j) goes to bucket h(i) + h'(j) mod size (Pham & Pagh).
+    """TensorSketches (c, R, size), size odd: entry (i, j) is added to bucket h(i) + h'(j) mod size.
 
-    Σ_t of circular convolutions of two count sketches, by FFT.
+    Computed as Σ_t of circular convolutions of two count sketches, by FFT. Source: Pham and Pagh
+    2013.
     """
     outs, sides = [], ("left", "right")
 
@@ -297,10 +306,14 @@ def tensor_sketch(
 def low_rank(
     stream: Stream, terms: Sequence[Term], shape: tuple[int, int], rank: int
 ) -> tuple[Tensor, Tensor]:
-    """A rank-ρ part U Vᵀ of each matrix A, near its best: U (c, ρ, a) orthonormal, V (c, ρ, b).
+    """A nearly best part U Vᵀ of rank ρ of each matrix A.
 
     U spans (A Aᵀ)² A Ω for normal Ω, and V = Aᵀ U. A single outer product is returned as it is.
-    Cost: 12 ρ T (a + b) FLOPs a cotangent.
+
+    Returns:
+        U (c, ρ, rows), orthonormal, and V (c, ρ, columns).
+
+    Cost: 12 ρ T (rows + columns) FLOPs a cotangent.
     """
     if rank == 1 and single(terms):
         return terms[0].left, terms[0].right.expand(len(terms[0]), 1, -1)
@@ -320,8 +333,8 @@ def single(terms: Sequence[Term]) -> bool:
 
 # --------------------------------------------------------------------------- variances
 #
-# ⟨S A, S B⟩⟨S C, S D⟩ has the mean Σ W[p, q] T[p, q]: T pairs the rows of the four matrices by one
-# pattern and their columns by another, W says what a projection makes of such a pair.
+# ⟨S A, S B⟩⟨S C, S D⟩ has the mean Σ W[p, q] T[p, q]. T[p, q] pairs the rows of the four matrices
+# by pattern p and their columns by pattern q; W[p, q] is the factor of a projection for this pair.
 
 _PATTERNS = (("ii", "kk"), ("ik", "ik"), ("ik", "ki"), ("ii", "ii"))  # rows of (A, B), (C, D)
 
@@ -329,7 +342,7 @@ _PATTERNS = (("ii", "kk"), ("ik", "ik"), ("ik", "ki"), ("ii", "ii"))  # rows of 
 def contractions(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     """T (4, 4) float64: Σ a b c d over rows and columns that pair as AB|CD, AC|BD, AD|BC, ABCD.
 
-    Cost: 16 contractions of at most 4 rows columns min(rows, columns) FLOPs.
+    Cost: 16 contractions of at most 4 rows columns min(rows, columns) FLOPs each.
     """
     given = [x.double().cpu().numpy() for x in (a, b, c, d)]
     table = torch.empty(4, 4, dtype=torch.float64)
@@ -351,17 +364,17 @@ def frame_moments(size: int, width: int) -> Tensor:
 
 
 def sign_moments(size: int) -> Tensor:
-    """The same for independent signs, or for a count sketch."""
+    """`frame_moments` of independent signs, and of a count sketch."""
     return torch.tensor([1.0, 1 / size, 1 / size, -2 / size], dtype=torch.float64)
 
 
 def normal_moments(size: int) -> Tensor:
-    """The same for independent normals."""
+    """`frame_moments` of independent normals."""
     return torch.tensor([1.0, 1 / size, 1 / size, 0.0], dtype=torch.float64)
 
 
 def tensor_sketch_moments(size: int) -> Tensor:
-    """W (4, 4) of a TensorSketch of odd size: the chance that a pattern's entries collide."""
+    """W (4, 4) of a TensorSketch of odd size: the probability that a pattern's entries collide."""
     # "All equal" is part of the other three; made disjoint, every pattern has one chance.
     disjoint = torch.eye(4, dtype=torch.float64)
     disjoint[:3, 3] = -1

@@ -1,8 +1,4 @@
-"""Sketches of token gradients: what is kept of each parameter, and how two rows are compared.
-
-`Sketch` says how a matrix gradient Σ_t δ[t] ⊗ x[t] is projected; `Layout` how the numbers of all
-parameters make one row, and how two rows make an unbiased inner product with its standard error.
-"""
+"""How a matrix gradient Σ_t δ[t] ⊗ x[t] is projected to a few numbers: kinds, sizes, variances."""
 
 from __future__ import annotations
 
@@ -36,17 +32,23 @@ KINDS = ("twosided", "lowrank", "sjlt", "rademacher", "gaussian", "tensorsketch"
 class Sketch:
     """How token gradients are projected: R independent repeats of S with E⟨S A, S B⟩ = ⟨A, B⟩.
 
+    | kind | S A |
+    |---|---|
+    | `"twosided"` | S A S'ᵀ with random frames S and S', computed from the factors δ and x alone |
+    | `"lowrank"` | A_ρ, the part of rank ρ, is stored; the rest is estimated, without bias, by \
+⟨S A, S B⟩ − ⟨S A_ρ, S B_ρ⟩, two-sided |
+    | `"sjlt"` | every entry of A is added, with a sign, to one bucket of each repeat |
+    | `"rademacher"`, `"gaussian"` | a dense random matrix S times A |
+    | `"tensorsketch"` | count sketches of both factors, convolved |
+
     Attributes:
-        kind: `"twosided"`: S A S'ᵀ with random frames S and S', from the factors alone; `"sjlt"`:
-            every entry of A to one bucket of each repeat; `"rademacher"`, `"gaussian"`: dense S;
-            `"tensorsketch"`: count sketches of both factors, convolved; `"lowrank"`: a part A_ρ of
-            rank ρ is kept as it is, and ⟨S A, S B⟩ − ⟨S A_ρ, S B_ρ⟩, two-sided, stands for the rest
-            without bias.
-        k: Numbers per token for all that is sketched: all layers and repeats together. They are
-            divided by the layers' shares of the squared norm (`plan_layout`).
-        seed: Any integer. Streams are keyed by (seed, parameter name, use).
+        kind: One of the above.
+        k: Numbers per token for all sketched gradients, all layers and repeats together.
+            `choose_layout` divides them in proportion to the layers' squared gradient norms.
+        seed: Any integer. Random streams are keyed by (seed, parameter name, use).
         repeats: R. The standard error has R − 1 degrees of freedom.
-        sides: Of a two-sided sketch: `"orthogonal"` (Haar frames) or `"sign"` (the op `sketch`).
+        sides: Frames of two-sided sketches: `"orthogonal"` (Haar frames) or `"sign"` (the op
+            `sketch`).
         rank: ρ of `"lowrank"`.
 
     Raises:
@@ -91,8 +93,9 @@ class Sketch:
     def sizes(self, shape: Sequence[int], size: int) -> tuple[int, int]:
         """Numbers of one repeat for a (rows, columns) gradient, as (left, right); at most `size`.
 
-        Two-sided: the pair that is best where one side's cosine is 1/2. TensorSketch: odd, or the
-        variance has terms without a closed form. Otherwise (size, 1).
+        Two-sided: the pair with the least variance where the cosine of one side's factors is 1/2.
+        TensorSketch: an odd number, because only then all of the variance has a closed form.
+        Otherwise (size, 1).
         """
         rows, columns = shape
         if self.kind == "tensorsketch" and columns > 1:
@@ -109,7 +112,8 @@ class Sketch:
         Args:
             parameter_name: Canonical name; every layer must have its own.
             activations: Layer input (T, d_in); or (c, d_in), each cotangent's own row.
-            grads: Cotangents at the layer's output (c, T, d_out); or (c, d_out) with own rows.
+            grads: Cotangents at the layer's output (c, T, d_out); or (c, d_out) where each
+                cotangent has its own row.
             size: Numbers of one repeat; default k // R, as if this were the only layer.
 
         Returns:
@@ -119,8 +123,8 @@ class Sketch:
         Raises:
             ValueError: If shapes disagree, or size is below 1.
 
-        Cost: two-sided 2 T R (κ_o d_out + κ_i d_in + κ_o κ_i) FLOPs a token, the part of d_in once
-        for all; others as in `docs/sketches.md`.
+        Cost: two-sided 2 T R (κ_o d_out + κ_i d_in + κ_o κ_i) FLOPs a token, of which the term with
+        d_in is shared by all tokens; other kinds as in `docs/sketches.md`.
         """
         own_rows = grads.dim() == 2
         if activations.dim() != 2 or grads.dim() not in (2, 3):
@@ -146,7 +150,14 @@ class Sketch:
     def project(
         self, name: str, terms: Sequence[Term], shape: tuple[int, int], sizes: tuple[int, int]
     ) -> Tensor:
-        """Sketches (c, R, sizes[0] sizes[1]) of sums of terms."""
+        """Sketches (c, R, sizes[0] sizes[1]) of the gradients that are sums of these terms.
+
+        Args:
+            name: Parameter name, the key of the random streams.
+            terms: Terms of each of c gradients.
+            shape: (rows, columns) of a gradient.
+            sizes: Numbers of one repeat (left, right); see `sizes`.
+        """
         stream, size = Stream(self.seed, name, self.repeats), sizes[0]
         one_hot = any(term.one_hot for term in terms)
         vector = shape[1] == 1
@@ -161,7 +172,7 @@ class Sketch:
         return dense(stream, terms, shape, size, self.kind == "gaussian")
 
     def _signed(self, stream: Stream, terms: Sequence[Term], sizes: tuple[int, int]) -> Tensor:
-        """By the op `sketch`, one call for all cotangents where they share their inputs."""
+        """Sketches by the op `sketch`: one call for all cotangents that share their inputs."""
         seed = key(self.seed, stream.name, "op")
         parts = []
         for term in terms:
@@ -174,9 +185,12 @@ class Sketch:
         return torch.stack(parts).sum(0).flatten(2)
 
     def moments(self, kind: str, shape: tuple[int, int], sizes: tuple[int, int]) -> Tensor:
-        """W (4, 4): E⟨S A, S B⟩² = Σ W[p, q] T[p, q], T the pairings of `projections.contractions`.
+        """W (4, 4) with E⟨S A, S B⟩² = Σ W[p, q] T[p, q] in one repeat, T of `contractions`.
 
-        The table of all variances, of one repeat; `kind` is that of a `Part`.
+        Args:
+            kind: Kind of a `Part`.
+            shape: (rows, columns) of A and B.
+            sizes: Numbers of one repeat (left, right).
         """
         if kind in ("onehot", "head", "summed"):
             left, right = sign_moments(sizes[0]), frame_moments(sizes[1], shape[1])
@@ -198,7 +212,7 @@ class Sketch:
 
             gaussian                (N + c²) / k
             rademacher, sjlt        (N + c² − 2g) / k
-            twosided, tensorsketch  a sum over the ways in which row and column indices pair
+            twosided, tensorsketch  a sum over the pairings of row and column indices
                                     (`docs/sketches.md`)
 
         all divided by R.
@@ -225,15 +239,16 @@ class Sketch:
 
 
 def best_sizes(rows: int, columns: int, size: int) -> tuple[int, int]:
-    """(left, right) with left right <= size: least (β_l + β_r) / 4 + β_l β_r, β = 1/size − 1/width.
+    """(left, right) with left × right <= size and the least two-sided variance.
 
-    The variance over ‖A‖²‖B‖², where the squared cosine of one side's factors is 1/4.
+    The variance over ‖A‖²‖B‖² is (β_l + β_r) / 4 + β_l β_r with β = 1/size − 1/width, where the
+    squared cosine of one side's factors is 1/4.
     """
-    best, found = math.inf, (1, 1)
+    least, best = math.inf, (1, 1)
     for left in range(1, min(rows, size) + 1):
         right = min(columns, size // left)
         beta_l, beta_r = 1 / left - 1 / rows, 1 / right - 1 / columns
         score = (beta_l + beta_r) / 4 + beta_l * beta_r
-        if score < best:
-            best, found = score, (left, right)
-    return found
+        if score < least:
+            least, best = score, (left, right)
+    return best

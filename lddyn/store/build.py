@@ -19,10 +19,10 @@ from lddyn.data.token_table import token_columns
 from lddyn.engine.anatomy import Anatomy
 from lddyn.errors import StoreIdentityError
 from lddyn.memory import DEFAULT_MEMORY
-from lddyn.sketches.divide import plan_layout
-from lddyn.sketches.features import WINDOW
+from lddyn.sketches.allocation import choose_layout
+from lddyn.sketches.features import features
+from lddyn.sketches.gradients import WINDOW
 from lddyn.sketches.layout import Layout
-from lddyn.sketches.rows import features
 from lddyn.sketches.sketch import Sketch
 from lddyn.store.identity import identify
 from lddyn.store.manifest import MANIFEST
@@ -166,7 +166,7 @@ def build_store(
         # that all processes find alike, because it depends on the whole data set.
         layout = _stored_layout([path, *parts], sketch)
         if layout is None:
-            layout = plan_layout(anatomy, list(examples.values()), sketch, by)
+            layout = choose_layout(anatomy, list(examples.values()), sketch, by)
         missing, before = _missing(examples, path, identity, layout, dtype)
         mine = {i: e for n, (i, e) in enumerate(examples.items()) if n % ranks.world == ranks.rank}
         if missing:
@@ -232,7 +232,7 @@ def store_features(
         model: A causal LM of transformers, or its Anatomy.
         examples: Index in the data set → example. Examples that the store has are left out, and so
             are duplicates.
-        layout: Layout of the rows; see `plan_layout`.
+        layout: Layout of the rows; see `choose_layout`.
         by: `"token"`, or `"sequence"`: one row an example, entered under its first token.
         memory: Workspace for the rows and a chunk of one example, or of 64 whole sequences.
         progress: Show a bar over tokens.

@@ -9,8 +9,8 @@ from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.gradient import gradient
 from lddyn.engine.sequences import batches, keeps_apart, pass_together, pull_sequences
 from lddyn.errors import NonFiniteError, UnsupportedModelError
-from lddyn.sketches.divide import plan_layout
-from lddyn.sketches.gradients import Room
+from lddyn.sketches.allocation import choose_layout
+from lddyn.sketches.gradients import Batching
 
 ROUTED = {"mixtral", "qwen3_moe", "olmoe", "gpt_oss"}
 ALONE = ROUTED | {"falcon"}  # whose biases are added beside the products
@@ -28,7 +28,7 @@ def mixed(count=9):
 @pytest.mark.parametrize("name", zoo.ARCHITECTURES)
 def test_bits_do_not_depend_on_the_batch(name, monkeypatch):
     anatomy, examples = Anatomy(zoo.build(name).eval()), mixed()
-    layout = plan_layout(anatomy, examples, lddyn.Sketch(k=2400), by="sequence")
+    layout = choose_layout(anatomy, examples, lddyn.Sketch(k=2400), by="sequence")
 
     def rows(some, **settings):
         return lddyn.features(anatomy, some, by="sequence", layout=layout, **settings).rows
@@ -43,7 +43,7 @@ def test_bits_do_not_depend_on_the_batch(name, monkeypatch):
     assert torch.equal(rows(examples[2:], chunk=3), whole[2:])
     assert torch.equal(torch.cat([rows([e]) for e in examples[:3]]), whole[:3])
     monkeypatch.setattr(
-        Room, "of", lambda *_: Room(2, keep=False, least=0)
+        Batching, "of", lambda *_: Batching(2, keep_graphs=False, least=0)
     )  # segments are made again
     assert torch.equal(rows(examples), whole)
 
@@ -124,7 +124,7 @@ def test_angles_that_depend_on_the_length_are_those_of_the_sequence():
     # The first tokens of a long one count alone: at one token, angles would not tell.
     first = lddyn.Example([5], list(range(4, 43)), [i < 7 for i in range(39)])
     assert list(batches(anatomy, [first], 16)) == [(40, [0])]
-    layout = plan_layout(anatomy, [first], lddyn.Sketch(k=400_000), by="sequence")
+    layout = choose_layout(anatomy, [first], lddyn.Sketch(k=400_000), by="sequence")
     norm = lddyn.features(anatomy, [first], by="sequence", layout=layout).gram().value
     weights = gradient(anatomy, [first], [torch.ones(7)]).values()
     torch.testing.assert_close(
@@ -148,7 +148,7 @@ def test_a_model_whose_bits_depend_on_the_batch_is_not_given_one():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.endswith("bias"))
     anatomy, examples = Anatomy(model), mixed()
-    layout = plan_layout(anatomy, examples, lddyn.Sketch(k=2400), by="sequence")
+    layout = choose_layout(anatomy, examples, lddyn.Sketch(k=2400), by="sequence")
     whole, *each = (
         lddyn.features(anatomy, some, by="sequence", layout=layout).rows
         for some in (examples, *([e] for e in examples))
@@ -184,7 +184,7 @@ def test_rows_that_a_probe_did_not_show_are_refused(monkeypatch):
         return out
 
     monkeypatch.setattr(mlp, "forward", some)
-    layout = plan_layout(model, examples[:3], lddyn.Sketch(k=2400), by="sequence")
+    layout = choose_layout(model, examples[:3], lddyn.Sketch(k=2400), by="sequence")
     with pytest.raises(UnsupportedModelError, match=r"cannot be told apart: give chunk=1"):
         lddyn.features(model, examples, by="sequence", layout=layout)
     rows = lddyn.features(model, examples, by="sequence", layout=layout, chunk=1).rows
@@ -193,7 +193,7 @@ def test_rows_that_a_probe_did_not_show_are_refused(monkeypatch):
 
 def test_what_is_not_finite_is_named(monkeypatch):
     model, examples = zoo.build("llama").eval(), mixed(4)
-    layout = plan_layout(model, examples, lddyn.Sketch(k=2400), by="sequence")
+    layout = choose_layout(model, examples, lddyn.Sketch(k=2400), by="sequence")
     anatomy = Anatomy(model)
     lddyn.features(anatomy, examples, by="sequence", layout=layout)
     with torch.no_grad():

@@ -12,7 +12,7 @@ import zoo
 import lddyn
 from lddyn.engine.anatomy import Anatomy
 from lddyn.errors import UnsupportedModelError
-from lddyn.sketches.divide import plan_layout
+from lddyn.sketches.allocation import choose_layout
 from lddyn.sketches.layout import Layout, Part
 from lddyn.sketches.sketch import KINDS
 from lddyn.store.build import store_features
@@ -54,7 +54,7 @@ def scale(gram):
 def repeated(name, sketch, repeats=REPEATS):
     """Features with the layout of a sketch, and many more repeats."""
     lm, examples = model(name), zoo.examples()
-    parts = plan_layout(lm, examples, sketch).parts
+    parts = choose_layout(lm, examples, sketch).parts
     more = replace(sketch, k=sketch.k * repeats // sketch.repeats, repeats=repeats)
     return lddyn.features(lm, examples, layout=Layout(more, parts))
 
@@ -184,7 +184,7 @@ def test_errors_on_a_trained_model_are_those_of_theory(monkeypatch):
 
 def test_features_have_the_same_bits_however_they_are_split():
     one, other = zoo.examples()
-    layout = plan_layout(model("llama"), [one, other], lddyn.Sketch(k=2000))
+    layout = choose_layout(model("llama"), [one, other], lddyn.Sketch(k=2000))
     both = lddyn.features(model("llama"), [one, other], layout=layout)
     again = lddyn.features(model("llama"), [other, one], layout=layout)
     alone = lddyn.features(Anatomy(model("llama")), [other], layout=layout, memory="3MB")
@@ -211,7 +211,7 @@ def test_chunks_move_rounding_alone():
 
 
 def test_a_layout_does_not_depend_on_the_order_of_layers_or_runs():
-    layouts = [plan_layout(model("gpt2"), zoo.examples(), lddyn.Sketch(k=2000)) for _ in range(2)]
+    layouts = [choose_layout(model("gpt2"), zoo.examples(), lddyn.Sketch(k=2000)) for _ in range(2)]
     assert layouts[0] == layouts[1]
     assert Layout.from_json(layouts[0].to_json()) == layouts[0]
 
@@ -219,7 +219,7 @@ def test_a_layout_does_not_depend_on_the_order_of_layers_or_runs():
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_k_is_what_is_sketched(name):
     for k in (1000, 3000):
-        layout = plan_layout(model(name), zoo.examples(), lddyn.Sketch(k=k))
+        layout = choose_layout(model(name), zoo.examples(), lddyn.Sketch(k=k))
         repeated = layout.repeated(torch.zeros(1, layout.width)).numel()
         assert 0.55 * k < repeated <= k
 
@@ -294,7 +294,7 @@ def sequence_truth(name):
 def test_whole_sequences_are_unbiased(name, kind):
     """One backward pass each; every parameter counts once."""
     lm, examples = model(name), zoo.examples()
-    layout = plan_layout(lm, examples, lddyn.Sketch(kind, k=1200, seed=2), by="sequence")
+    layout = choose_layout(lm, examples, lddyn.Sketch(kind, k=1200, seed=2), by="sequence")
     more = replace(layout.sketch, k=layout.sketch.k * REPEATS // 8, repeats=REPEATS)
     feats = lddyn.features(lm, examples, by="sequence", layout=Layout(more, layout.parts))
     assert feats.layout.linear and feats.tokens.example_id == [e.content_id for e in examples]
@@ -327,13 +327,13 @@ def test_weights_of_whole_sequences():
 
 def test_layouts_of_tokens_and_of_sequences_are_not_mixed():
     lm, examples = model("llama"), zoo.examples()
-    layouts = {by: plan_layout(lm, examples, lddyn.Sketch(k=2000), by) for by in _BY}
-    with pytest.raises(ValueError, match="make it with plan_layout"):
+    layouts = {by: choose_layout(lm, examples, lddyn.Sketch(k=2000), by) for by in _BY}
+    with pytest.raises(ValueError, match="make it with choose_layout"):
         lddyn.features(lm, examples, by="sequence", layout=layouts["token"])
     with pytest.raises(ValueError, match="layout is one of sequences"):
         lddyn.features(lm, examples, layout=layouts["sequence"])
     with pytest.raises(ValueError, match="by must be 'token' or 'sequence', got 'row'"):
-        plan_layout(lm, examples, lddyn.Sketch(), "row")
+        choose_layout(lm, examples, lddyn.Sketch(), "row")
 
 
 _BY = ("token", "sequence")
@@ -406,7 +406,7 @@ def test_features_refuse(tmp_path):
 
 def test_a_layout_that_keeps_nothing_of_a_parameter_is_refused():
     lm, examples = model("llama"), zoo.examples()
-    layout = plan_layout(lm, examples, lddyn.Sketch(k=2000))
+    layout = choose_layout(lm, examples, lddyn.Sketch(k=2000))
     name = "model.layers.0.self_attn.q_proj.weight"
     parts = tuple(
         Part(p.name, "vector", p.shape, p.sizes) if p.name == name else p for p in layout.parts
@@ -417,7 +417,7 @@ def test_a_layout_that_keeps_nothing_of_a_parameter_is_refused():
 
 def test_what_is_kept_as_an_outer_product_must_be_one():
     lm, examples = model("llama"), zoo.examples()
-    layout = plan_layout(lm, examples, lddyn.Sketch(k=2000))
+    layout = choose_layout(lm, examples, lddyn.Sketch(k=2000))
     name = "model.layers.0.self_attn.q_proj.weight"
     parts = tuple(
         Part(p.name, "outer", p.shape, (1, 1)) if p.name == name else p for p in layout.parts
@@ -432,7 +432,7 @@ def test_faiss_finds_what_query_finds(tmp_path):
         zoo.build("llama"),
         [lddyn.Example([1, 2 + i], [3, 4 + i, 5, 7 + 2 * i]) for i in range(9)],
     )
-    stored = plan_layout(model, examples, lddyn.Sketch(k=2048), by="sequence")
+    stored = choose_layout(model, examples, lddyn.Sketch(k=2048), by="sequence")
     with lddyn.Store.create(tmp_path / "s", {}, stored, exist_ok=True) as store:
         store_features(store, model, dict(enumerate(examples)), stored, by="sequence")
     store = lddyn.Store.open(tmp_path / "s", layout=stored)
@@ -441,7 +441,7 @@ def test_faiss_finds_what_query_finds(tmp_path):
     hits = store.query(rows, 4, sign="up")
     assert torch.equal(torch.from_numpy(found), hits.index)
     torch.testing.assert_close(torch.from_numpy(values), hits.estimate.value)
-    layout = plan_layout(model, examples, lddyn.Sketch(k=2048))
+    layout = choose_layout(model, examples, lddyn.Sketch(k=2048))
     with pytest.raises(ValueError, match="linear layout"):
         layout.as_query(torch.zeros(1, layout.width))
 
@@ -449,7 +449,7 @@ def test_faiss_finds_what_query_finds(tmp_path):
 @pytest.mark.parametrize("by", ["token", "sequence"])
 def test_a_store_takes_an_example_that_is_there_twice_once(tmp_path, by):
     lm, (one, other) = model("llama"), zoo.examples()
-    layout = plan_layout(lm, [one, other], lddyn.Sketch(k=1000), by=by)
+    layout = choose_layout(lm, [one, other], lddyn.Sketch(k=1000), by=by)
     with lddyn.Store.create(tmp_path / "s", {}, layout) as store:
         assert store_features(store, lm, {0: one, 1: one, 2: other}, layout, by=by) == 2
         assert store.example_ids == [one.content_id, other.content_id]
@@ -458,7 +458,7 @@ def test_a_store_takes_an_example_that_is_there_twice_once(tmp_path, by):
 def test_another_layout_is_told_in_few_words(tmp_path):
     """Not as all its parts: what was asked for in another way is told beside them."""
     examples = zoo.examples()
-    layouts = [plan_layout(model("llama"), examples, lddyn.Sketch(k=k)) for k in (1000, 3000)]
+    layouts = [choose_layout(model("llama"), examples, lddyn.Sketch(k=k)) for k in (1000, 3000)]
     lddyn.Store.create(tmp_path / "s", {}, layouts[0]).close()
     with pytest.raises(lddyn.StoreIdentityError) as caught:
         lddyn.Store.create(tmp_path / "s", {}, layouts[1], exist_ok=True)

@@ -169,7 +169,7 @@ def test_a_pair_that_drowns_in_noise_is_planned():
         for rtol in (0.1, 10.0):
             way = lddyn.plan(anatomy, *pair, rtol=rtol, sketch=lddyn.Sketch(k=300))
             assert way.chosen is not None
-            json.dumps(way.to_json(), allow_nan=False)
+            json.dumps(way.to_dict(), allow_nan=False)
 
 
 def test_whole_sequences_are_planned():
@@ -184,9 +184,9 @@ def test_whole_sequences_are_planned():
         table = dataclasses.replace(way, chosen=candidate).run()
         assert table.value[0, 1] == pytest.approx(float(truth), rel=1e-4, abs=1e-4)
         assert table.value.shape == (4, 3) and not table.stderr.any()
-    assert "4 x 3 sequence pairs" in way.explain() and way.to_json()["by"] == "sequence"
+    assert "4 x 3 sequence pairs" in way.explain() and way.to_dict()["by"] == "sequence"
     stored = next(c for c in way.candidates if c.method == "store")
-    with pytest.raises(RuntimeError, match="--by sequence, and ask it"):
+    with pytest.raises(RuntimeError, match="--by sequence, and search it"):
         dataclasses.replace(way, chosen=stored).run()
 
 
@@ -300,7 +300,7 @@ def test_what_cannot_be_planned_says_so():
 
 def test_the_plan_is_told_as_text_and_json():
     way = lddyn.plan(Anatomy(zoo.build("llama")), examples(2), rtol=0.3)
-    text, document = way.explain(), json.loads(json.dumps(way.to_json()))
+    text, document = way.explain(), json.loads(json.dumps(way.to_dict()))
     assert "12 x 12 token pairs of 2 and 2 sequences, within 30 %" in text
     assert sum(row["chosen"] for row in document["candidates"]) == 1
     for row in document["candidates"]:
