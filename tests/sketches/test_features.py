@@ -404,14 +404,14 @@ def test_features_refuse(tmp_path):
         feats.gram(lddyn.features(lm, examples, lddyn.Sketch(k=2000, seed=1)))
 
 
-def test_a_layout_that_keeps_nothing_of_a_parameter_is_refused():
+def test_a_layout_without_a_part_for_a_parameter_is_refused():
     lm, examples = model("llama"), zoo.examples()
     layout = choose_layout(lm, examples, lddyn.Sketch(k=2000))
     name = "model.layers.0.self_attn.q_proj.weight"
     parts = tuple(
         Part(p.name, "vector", p.shape, p.sizes) if p.name == name else p for p in layout.parts
     )
-    with pytest.raises(UnsupportedModelError, match=f"the layout keeps nothing of {name}"):
+    with pytest.raises(UnsupportedModelError, match=f"the layout has no part for {name}"):
         lddyn.features(lm, examples, layout=Layout(layout.sketch, parts))
 
 
