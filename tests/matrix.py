@@ -35,7 +35,7 @@ ROWS = {
     "oldest": (
         "3.11",
         "torch==2.11.0 transformers==4.57.0 trl==0.24.0 peft==0.18.0 accelerate==1.11.0 "
-        "datasets==4.0.0 safetensors==0.6.1 numpy==1.26.4 scipy==1.11.4 typer==0.16.0 rich==13.9.4 "
+        "datasets==4.0.0 safetensors==0.6.1 numpy==1.26.4 scipy==1.11.4 typer==0.19.2 rich==13.9.4 "
         "jinja2==3.1.4 matplotlib==3.8.4 tqdm==4.67.0 pyarrow==18.1.0 pandas==2.2.3",
     ),
     "llama-factory": (

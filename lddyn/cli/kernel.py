@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -60,12 +60,13 @@ class KernelOptions:
         ),
     ] = None
     norms: Annotated[
-        bool,
+        Literal["whole", "tokens", "none"],
         typer.Option(
-            help="Estimate the norm of K between every two tokens, and that of the whole kernel.",
+            help="Estimate the norm of the whole kernel (about 50 passes), or also the norms "
+            "between every two tokens (as many passes as tokens times the hidden size, at most).",
             rich_help_panel=KERNEL,
         ),
-    ] = True
+    ] = "whole"
     rtol: Annotated[
         float, typer.Option(help="Relative standard error of the norms.", rich_help_panel=KERNEL)
     ] = 0.05
@@ -102,9 +103,10 @@ class Kernel:
     def of(cls, kernel: NTK, options: KernelOptions, seed: int) -> Kernel:
         """Computes what the options ask for."""
         norms = whole = factors = None
-        if options.norms:
-            norms = kernel.frobenius(options.rtol, seed=seed)
+        if options.norms != "none":
             whole = kernel.frobenius(options.rtol, reduce="all", seed=seed)
+        if options.norms == "tokens":
+            norms = kernel.frobenius(options.rtol, seed=seed)
         if options.rank is not None:
             factors = kernel.lowrank(options.rank, seed=seed)
         return cls(kernel.gram(), norms, whole, factors)

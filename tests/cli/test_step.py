@@ -263,3 +263,43 @@ def test_identical_pair_is_reported(model, data):
     found = decomposed(model, data, "--row", 1, "--objective", "dpo", "--no-verify")
     assert {f["problem"] for f in found["audit"]} >= {"identical_pair"}
     assert found["observed"][0]["delta_logp"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_massflow_answers_as_the_library_does(model, data, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    given = ("--objective", "dpo", "--lr", 1e-3, "--top", 3)
+    result = call("massflow", "--model", model, "--data", data, *given, "--out", tmp_path, "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert list(document["responses"]) == ["chosen", "rejected"]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ex = lddyn.encode_row(tokenizer, ROW)
+    flow = lddyn.massflow(
+        AutoModelForCausalLM.from_pretrained(model).eval(),
+        ex["rejected"],
+        lddyn.DPO(ex["chosen"], ex["rejected"]),
+        lr=1e-3,
+        top=3,
+    )
+    told, truth = document["responses"]["rejected"]["summary"], flow.summary()
+    for key in ("label", "argmax", "top", "rest", "entropy"):
+        assert told["measured"][key] == pytest.approx(truth["measured"][key], abs=1e-6)
+    entry = document["responses"]["rejected"]["by_position"][0]
+    assert len(entry["top"]) == 3 and entry["token"] == ex["rejected"].token_texts[0]
+    assert json.loads((tmp_path / "massflow.json").read_text()) == document
+
+
+def test_massflow_speaks(model, data):
+    arguments = ("--objective", "ipo", "--beta", 0.2, "--observe", "other")
+    result = call("massflow", "--model", model, "--data", data, *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "other: Δπ measured (predicted)" in result.stdout
+    assert "the response's own tokens moved by" in result.stdout
+
+
+@pytest.mark.parametrize("objective", ["ipo", "simpo", "dpo+nll"])
+def test_every_loss_of_the_table_can_be_decomposed(model, data, objective):
+    found = decomposed(model, data, "--objective", objective, "--no-verify")
+    assert found["objective"] == objective
+    assert [o["name"] for o in found["observed"]] == ["chosen", "rejected"]
