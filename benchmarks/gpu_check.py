@@ -100,7 +100,7 @@ def plan(device: str, capability: str, small: bool, out: str) -> list[Step]:
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
         Step("build", build, 240, "", cuda),
-        Step("self-test", [*PYTHON, "-m", "lddyn.environment"], 90),
+        Step("self-test", [*PYTHON, "-m", "lddyn", "env", "--selftest"], 90),
         Step("ops", [*me, "--worker", "ops"], 120),
         *(
             Step(f"engine {name}", [*me, "--worker", f"engine {name}"], 100)

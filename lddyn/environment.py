@@ -1,4 +1,4 @@
-"""What lddyn runs on: versions, devices, backends and why not others, known traps, a self-test."""
+"""What an installation of lddyn runs on: versions, devices, backends, known traps, a self-test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lddyn import ops, reference
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rich.console import Console
+    Trap = Callable[[str, object, str, str], None]  # name, got, expected, what to do
 
 _PACKAGES = (
     *("lddyn", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "typer"),
@@ -31,7 +31,7 @@ _TESTED = {
     "trl": ("0.24", "1.16"),
     "peft": ("0.18", "0.21"),
 }
-# What of /proc/cpuinfo decides how fast a product is.
+# Flags of /proc/cpuinfo that decide how fast a product is.
 _FLAGS = (
     "fma",
     "f16c",
@@ -51,23 +51,29 @@ _BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def env() -> dict[str, Any]:
-    """Versions, devices, compiled parts and backends of this installation, ready for a bug report.
+    """Versions, devices, compiled parts and backends of this installation, for a bug report.
 
     Returns:
-        A dict that JSON can hold: ``versions``, ``system`` and ``devices`` (memory in bytes),
-        ``compiled``, ``backends`` (per op, device and backend the reason against it; empty means
-        available), ``others`` (backends of other packages: their ops, or why not), ``precision``,
-        ``variables`` (those in effect) and ``warnings``: known traps found here, each with
-        ``name``, ``got``, ``expected`` and ``do``. No path and no user name.
+        A dict that JSON can hold, without paths and user names:
 
-    Cost: no kernel runs; importing nothing but torch.
+        - `versions`: package → version, or "not installed".
+        - `system`, `devices`: processor and GPUs; memory in bytes.
+        - `compiled`: compiled part → "built", or the reason why not.
+        - `backends`: op → device → backend → the reason why it cannot run; "" means that it can.
+        - `others`: backends of other packages → their ops, or the reason why there are none.
+        - `precision`: torch's settings that change results.
+        - `variables`: environment variables of lddyn that are set.
+        - `warnings`: known traps that this installation is in, each with `name`, `got`, `expected`
+          and `do`.
+
+    Cost: a tenth of a second; no kernel runs, and nothing but torch is imported.
 
     Example:
         >>> import lddyn
         >>> lddyn.env()["backends"]["gram"]["cpu"]["reference"]
         ''
     """
-    found = {
+    report = {
         "versions": {name: _version(name) for name in _PACKAGES} | _python(),
         "system": _system(),
         "devices": _devices(),
@@ -84,7 +90,7 @@ def env() -> dict[str, Any]:
             if name.startswith("LDDYN_") or name in _WORDS
         },
     }
-    return found | {"warnings": _traps(found)}
+    return report | {"warnings": _traps(report)}
 
 
 def _version(package: str) -> str:
@@ -128,7 +134,7 @@ def _system() -> dict[str, Any]:
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """Number of processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -151,14 +157,23 @@ def _devices() -> list[dict[str, Any]]:
     return devices
 
 
-def _traps(found: dict[str, Any]) -> list[dict[str, str]]:
-    """What is known to go wrong and can be seen from here."""
+def _traps(report: dict[str, Any]) -> list[dict[str, str]]:
+    """Known traps that this report shows, each with what to do."""
     traps: list[dict[str, str]] = []
 
-    def trap(name: str, got: Any, expected: str, do: str) -> None:
+    def trap(name: str, got: object, expected: str, do: str) -> None:
         traps.append({"name": name, "got": str(got), "expected": expected, "do": do})
 
-    versions, system, gpu = found["versions"], found["system"], found["devices"]
+    _version_traps(report["versions"], trap)
+    _unmet(trap)
+    _system_traps(report, trap)
+    _variable_traps(trap)
+    _gpu_traps(report, trap)
+    return traps
+
+
+def _version_traps(versions: dict[str, str], trap: Trap) -> None:
+    """Packages that are older or newer than those that were tested."""
     for name, (low, high) in _TESTED.items():
         if versions[name] != "not installed":
             short = ".".join(versions[name].split(".")[:2])
@@ -166,11 +181,15 @@ def _traps(found: dict[str, Any]) -> list[dict[str, str]]:
             if any(order):
                 do = "upgrade it" if order[0] else "run lddyn env --selftest; report what differs"
                 trap(name, versions[name], f"{low} to {high}, which are tested", do)
-    _unmet(trap)
-    if found["compiled"]["cpu"] != "built":
+
+
+def _system_traps(report: dict[str, Any], trap: Trap) -> None:
+    """Processor, memory and precision."""
+    system = report["system"]
+    if report["compiled"]["cpu"] != "built":
         trap(
             "compiled module",
-            found["compiled"]["cpu"],
+            report["compiled"]["cpu"],
             "built: plain torch is slow at its work",
             "install a C++ compiler, then reinstall lddyn with pip --no-cache-dir",
         )
@@ -188,13 +207,17 @@ def _traps(found: dict[str, Any]) -> list[dict[str, str]]:
             "1 GiB or more",
             'give lddyn less: memory="512MiB"',
         )
-    if found["precision"]["float32_matmul"] != "highest":
+    if report["precision"]["float32_matmul"] != "highest":
         trap(
             "float32 products",
-            found["precision"]["float32_matmul"],
+            report["precision"]["float32_matmul"],
             "highest: others round to TF32 or bfloat16",
             'torch.set_float32_matmul_precision("highest")',
         )
+
+
+def _variable_traps(trap: Trap) -> None:
+    """Environment variables that are for tests."""
     if backend := os.environ.get("LDDYN_BACKEND"):
         trap(
             "LDDYN_BACKEND",
@@ -204,6 +227,11 @@ def _traps(found: dict[str, Any]) -> list[dict[str, str]]:
         )
     if os.environ.get("TRITON_INTERPRET") == "1":
         trap("TRITON_INTERPRET", "1", "unset: the interpreter is for tests, and slow", "unset it")
+
+
+def _gpu_traps(report: dict[str, Any], trap: Trap) -> None:
+    """GPUs that are missing, too old, or without kernels."""
+    versions, compiled, gpu = report["versions"], report["compiled"], report["devices"]
     if not gpu and torch.version.cuda:
         driver = shutil.which("nvidia-smi") is not None
         trap(
@@ -224,22 +252,21 @@ def _traps(found: dict[str, Any]) -> list[dict[str, str]]:
             )
     if gpu and versions["triton"] == "not installed":
         trap("triton", "not installed", "installed, for lddyn's kernels", "pip install triton")
-    if gpu and found["compiled"]["cpu"] == "built" and "sm_" not in found["compiled"]["cuda"]:
+    if gpu and compiled["cpu"] == "built" and "sm_" not in compiled["cuda"]:
         trap(
             "CUDA kernels",
-            found["compiled"]["cuda"],
+            compiled["cuda"],
             "built for this GPU",
             "put nvcc on PATH, or set CUDA_HOME, and reinstall with LDDYN_CUDA=1",
         )
-    return traps
 
 
 def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
-def _unmet(trap: Callable[[str, Any, str, str], None]) -> None:
-    """Packages that were installed beside others than they need, as pip check finds them."""
+def _unmet(trap: Trap) -> None:
+    """Packages whose requirements the installed versions do not meet, as `pip check` finds them."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     for package in (*_PACKAGES[1:], "torchvision", "torchaudio"):
@@ -266,11 +293,11 @@ def _unmet(trap: Callable[[str, Any, str, str], None]) -> None:
 
 
 def selftest() -> list[dict[str, Any]]:
-    """Every op, backend and dtype that can run here, against float64 on odd shapes.
+    """Errors of every op with every backend and dtype that can run here, against float64.
 
     Returns:
-        One row per case: ``op``, ``device``, ``backend``, ``dtype``, ``error`` (relative, in the
-        norm), ``bound`` and ``ok``. An error of NaN is not ok.
+        One dict for each case: `op`, `device`, `backend`, `dtype`, `error` (relative, in the norm),
+        `bound` and `ok`. An error of NaN is not ok.
 
     Cost: a second on CPU; the first call of a Triton kernel compiles it.
 
@@ -316,76 +343,3 @@ def _case(op: str, device: str, backend: str, dtype: torch.dtype) -> dict[str, A
         "bound": bound,
         "ok": error <= bound,
     }
-
-
-def print_env(console: Console | None = None) -> None:
-    """Print `env` as tables.
-
-    Args:
-        console: Where to print. Default: standard output.
-    """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = console or Console()
-    found = env()
-    for title in ("versions", "system", "compiled", "others", "precision", "variables"):
-        table = Table("", "", title=title, show_header=False, title_justify="left")
-        for name, value in found[title].items():
-            if name.startswith("memory"):
-                value = f"{value / 2**30:.1f} GiB"
-            table.add_row(name, " ".join(value) if isinstance(value, list) else str(value))
-        console.print(table if found[title] else f"{title}: none")
-    for device in found["devices"]:
-        gib = device["memory"] / 2**30
-        console.print(f"{device['name']}, {device['capability']}, {gib:.0f} GiB", markup=False)
-    if not found["devices"]:
-        console.print("devices: no GPU, cpu only")
-    table = Table("op", "device", *ops.BACKENDS, title="backends", title_justify="left")
-    against: dict[str, str] = {}  # the same for all ops: said once
-    for op, devices in found["backends"].items():
-        for name, reasons in devices.items():
-            cells = []
-            for backend, reason in reasons.items():
-                absent = reason.startswith(f"{op} has no")
-                if reason and not absent:
-                    against[f"no {backend} on {name}"] = reason
-                cells.append("–" if absent else "[red]no[/red]" if reason else "[green]yes[/green]")
-            table.add_row(op, name, *cells)
-    console.print(table)
-    for what, reason in against.items():
-        console.print(f"{what}: {reason}", markup=False, highlight=False)
-    for trap in found["warnings"]:
-        console.print(f"[yellow]warning[/yellow] {escape(trap['name'])}")
-        for word, key in (("got", "got"), ("expected", "expected"), ("do this", "do")):
-            console.print(f"  {word + ':':<9} {trap[key]}", markup=False, highlight=False)
-    if not found["warnings"]:
-        console.print("warnings: none")
-
-
-def print_selftest(console: Console | None = None) -> bool:
-    """Run `selftest`, print its rows, and say whether all passed.
-
-    Args:
-        console: Where to print. Default: standard output.
-
-    Returns:
-        True if every case is within its bound.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    rows = selftest()
-    table = Table("op", "device", "backend", "dtype", "error", "bound", "", title="self-test")
-    for row in rows:
-        verdict = "[green]ok[/green]" if row["ok"] else "[red]FAILED[/red]"
-        numbers = f"{row['error']:.1e}", f"{row['bound']:.0e}"
-        table.add_row(row["op"], row["device"], row["backend"], row["dtype"], *numbers, verdict)
-    (console or Console()).print(table)
-    return all(row["ok"] for row in rows)
-
-
-if __name__ == "__main__":
-    print_env()
-    raise SystemExit(not print_selftest())

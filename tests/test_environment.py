@@ -1,16 +1,16 @@
 """The report of an installation, and its self-test."""
 
 import getpass
-import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 import lddyn
 from lddyn import environment, ops
+from lddyn.cli.console import print_parts
+from lddyn.cli.environment import env_parts, selftest_parts
 
 
 def test_env_is_json_and_complete():
@@ -47,12 +47,19 @@ def test_selftest_catches_a_wrong_backend(monkeypatch):
     assert not all(row["ok"] for row in lddyn.selftest())
 
 
-def test_the_tables_print():
-    console = Console(file=io.StringIO(), width=120)
-    environment.print_env(console)
-    assert environment.print_selftest(console)
-    text = console.file.getvalue()
-    assert "reference" in text and "FAILED" not in text
+def printed(capsys, parts):
+    print_parts(parts)
+    return capsys.readouterr().out
+
+
+def test_the_tables_print(capsys):
+    text = printed(capsys, [*env_parts(lddyn.env()), *selftest_parts(lddyn.selftest())])
+    assert "reference" in text and "FAILED" not in text and "[green]" not in text
+
+
+def test_a_failed_case_is_shown(capsys):
+    (row, *_) = lddyn.selftest()
+    assert "FAILED" in printed(capsys, selftest_parts([row | {"ok": False}]))
 
 
 # --------------------------------------------------------------------------- known traps
@@ -119,13 +126,11 @@ def test_packages_that_do_not_fit_are_named(monkeypatch):
     assert trap["got"] == "tokenizers 0.0.1" and trap["expected"].startswith("tokenizers")
 
 
-def test_forced_backends_are_named(monkeypatch):
+def test_forced_backends_are_named(monkeypatch, capsys):
     monkeypatch.setenv("LDDYN_BACKEND", "reference")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert traps()["LDDYN_BACKEND"]["got"] == "reference" and "TRITON_INTERPRET" in traps()
-    console = Console(file=io.StringIO(), width=120)
-    environment.print_env(console)
-    text = console.file.getvalue()
+    text = printed(capsys, env_parts(lddyn.env()))
     assert "warning LDDYN_BACKEND\n  got:      reference\n  expected: unset" in text
     assert "\n  do this:  unset it" in text
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lddyn.cli.command import OUTPUT, Answer
+from lddyn.cli.environment import env_parts, selftest_parts
 from lddyn.cli.options import Seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from rich.table import Table
 
 
 def env(
@@ -29,19 +29,12 @@ def env(
     rows = environment.selftest() if selftest else []
     document |= {"selftest": rows} if selftest else {}
 
-    def tell() -> Iterator[str]:
-        yield _printed(environment.print_env)
+    def tell() -> Iterator[str | Table]:
+        yield from env_parts(document)
         if selftest:
-            yield _printed(environment.print_selftest)
+            yield from selftest_parts(rows)
 
     return Answer(document, tell(), passed=all(row["ok"] for row in rows))
-
-
-def _printed(function: Callable[[], object]) -> str:
-    """What a function prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        function()
-    return text.getvalue().rstrip("\n")
 
 
 def demo(
