@@ -240,6 +240,18 @@ class Anatomy:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
+    @contextlib.contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """Within an analysis: every trainable parameter requires its gradient."""
+        parameters = list(self.trainable.values())
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+
     # ----- the skeleton: the model's own forward with blocks and head replaced
 
     @contextlib.contextmanager

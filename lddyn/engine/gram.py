@@ -334,6 +334,32 @@ def factored_gram(
     return total
 
 
+def sequence_gram(
+    gradients: Tensor | Sequence[Tensor], precondition: Tensor | None = None
+) -> Tensor:
+    """⟨g_i, P ∘ g_j⟩ of flat gradients g (N vectors of P numbers), (N, N) in float64 on the CPU.
+
+    Args:
+        gradients: A tensor (N, P), or N tensors (P,), as `flat_gradient` returns them.
+        precondition: The diagonal P (P,); None: ones.
+
+    Cost: 2 N² P FLOPs; products are summed over blocks of 2^18 columns in float64.
+    """
+    total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
+    for start in range(0, len(gradients[0]), _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        if isinstance(gradients, Tensor):
+            part = gradients[:, columns]
+        else:
+            part = torch.stack([gradient[columns] for gradient in gradients])
+        weighted = part if precondition is None else part * precondition[columns]
+        total += (weighted @ part.T).double()
+    return total
+
+
+_COLUMNS = 1 << 18  # of flat gradients in one product
+
+
 def graph_bytes(trace: Trace) -> int:
     """Rough size of all linearised segments: products and attention, values and two graphs."""
     elements = sum(w.elements for w in trace.work.values())

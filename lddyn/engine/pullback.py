@@ -26,8 +26,6 @@ from lddyn.engine.rowwise import pull_rows
 from lddyn.engine.trace import Replay, Trace
 from lddyn.memory import is_out_of_memory
 
-Gradient = dict[str, Tensor]  # parameter name -> tensor of its shape
-
 
 def reach(position: int, length: int) -> int:
     """Tokens to replay for a cotangent at a position: in steps of 16, for products of few sizes."""

@@ -13,7 +13,7 @@ operation without a second derivative raises, where forward mode may return a ze
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -322,6 +322,37 @@ class Pushforward:
         if own is not None:
             raw = raw + own
         return raw if self.trace.slope is None else raw * self.trace.slope
+
+
+def push_direction(trace: Trace, direction: Direction) -> Tensor:
+    """J Δθ: what a change Δθ of the parameters does to the logits, Δz (M, V), to first order.
+
+    Args:
+        trace: The stored forward pass of the observed sequence.
+        direction: Δθ, parameter name -> tensor of its shape; names that are left out stay.
+
+    Cost: about four forward passes.
+    """
+    with trace.anatomy.analysis():
+        return Pushforward(trace, keep=False).logits(AlongDirection(direction))[0]
+
+
+def log_prob_shift(trace: Trace, direction: Direction) -> Tensor:
+    """A J Δθ: the change of all log-probs, (M, V) in nats, to first order in Δθ."""
+    return delta_log_probs(push_direction(trace, direction), trace.logits)
+
+
+def log_prob_shifts(trace: Trace, directions: Iterable[Direction]) -> Tensor:
+    """`log_prob_shift` for each of D directions, (D, M, V); the model is linearised once."""
+    push = Pushforward(trace)
+    with trace.anatomy.analysis():
+        moved = [push.logits(AlongDirection(direction))[0] for direction in directions]
+    return torch.stack([delta_log_probs(logits, trace.logits) for logits in moved])
+
+
+def realised_shift(trace: Trace, direction: Direction) -> Tensor:
+    """The change of log π(y_m) of the realised tokens, (M,) in nats, to first order in Δθ."""
+    return log_prob_shift(trace, direction).gather(1, trace.targets[:, None])[:, 0]
 
 
 def pair_direction(
