@@ -119,5 +119,3 @@ def _batches(widths: Sequence[int], tokens: int) -> Iterator[list[int]]:
         read += width
     if part:
         yield part
-
-

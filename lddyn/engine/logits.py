@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -255,5 +255,5 @@ def _in_order(parts: Iterator[Part]) -> Tensor:
 
 
 def _text_config(model: nn.Module) -> Any:
-    pretrained: PreTrainedModel = model  # type: ignore[assignment]
+    pretrained = cast("PreTrainedModel", model)
     return pretrained.config.get_text_config()

@@ -13,17 +13,20 @@ operation without a second derivative raises, where forward mode may return a ze
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.factors import Factors, HeadFactor, over_rows, summed
+from lddyn.engine.guard import undisturbed
 from lddyn.engine.head import project
 from lddyn.engine.ledger import FRONT, Tap
+from lddyn.engine.sequences import batches, pass_together
 from lddyn.engine.trace import Replay, Trace
 from lddyn.ops import preconditioned_push
 
@@ -315,13 +318,20 @@ class Pushforward:
         """Tangent (c, M, V) of the logits: Δz, exact to first order."""
         precise = self.trace.logits.dtype
         moved = self.hidden(source).to(precise)
-        head = self.anatomy.head
-        raw = project(moved.flatten(0, 1), head.weight).view(*moved.shape[:2], -1)
-        names = (self.anatomy.head_weight, self.anatomy.head_bias)
-        own = source.head(self.trace.hidden.to(precise), names)
-        if own is not None:
-            raw = raw + own
-        return raw if self.trace.slope is None else raw * self.trace.slope
+        return _through_head(
+            self.anatomy, source, moved, self.trace.hidden.to(precise), self.trace.slope
+        )
+
+
+def _through_head(
+    anatomy: Anatomy, source: Source, moved: Tensor, hidden: Tensor, slope: Tensor | None
+) -> Tensor:
+    """Tangent (c, M, V) of the logits, from those of the head's input (c, M, d)."""
+    raw = project(moved.flatten(0, 1), anatomy.head.weight).view(*moved.shape[:2], -1)
+    own = source.head(hidden, (anatomy.head_weight, anatomy.head_bias))
+    if own is not None:
+        raw = raw + own
+    return raw if slope is None else raw * slope
 
 
 def push_direction(trace: Trace, direction: Direction) -> Tensor:
@@ -342,9 +352,9 @@ def log_prob_shift(trace: Trace, direction: Direction) -> Tensor:
     return delta_log_probs(push_direction(trace, direction), trace.logits)
 
 
-def log_prob_shifts(trace: Trace, directions: Iterable[Direction]) -> Tensor:
+def log_prob_shifts(trace: Trace, directions: Sequence[Direction]) -> Tensor:
     """`log_prob_shift` for each of D directions, (D, M, V); the model is linearised once."""
-    push = Pushforward(trace)
+    push = Pushforward(trace, keep=len(directions) > 1)
     with trace.anatomy.analysis():
         moved = [push.logits(AlongDirection(direction))[0] for direction in directions]
     return torch.stack([delta_log_probs(logits, trace.logits) for logits in moved])
@@ -353,6 +363,89 @@ def log_prob_shifts(trace: Trace, directions: Iterable[Direction]) -> Tensor:
 def realised_shift(trace: Trace, direction: Direction) -> Tensor:
     """The change of log π(y_m) of the realised tokens, (M,) in nats, to first order in Δθ."""
     return log_prob_shift(trace, direction).gather(1, trace.targets[:, None])[:, 0]
+
+
+def batched_shifts(
+    model: nn.Module | Anatomy,
+    examples: Sequence[Example],
+    directions: Sequence[Direction],
+    *,
+    size: int = 32,
+) -> Iterator[tuple[int, Shift]]:
+    """`log_prob_shifts` of many examples, of which those of like length share each pass.
+
+    Args:
+        model: A causal LM of transformers, or its Anatomy.
+        examples: Sequences.
+        directions: D times Δθ, parameter name -> tensor of its shape.
+        size: Most sequences in a pass; one, where a model does not keep sequences apart.
+
+    Yields:
+        The index of an example, and its Shift; in the order of the passes.
+
+    Cost: two forward and one backward pass for all directions, and about two forward passes for
+    each.
+    """
+    anatomy = Anatomy.of(model)
+    if not examples:
+        return
+    anatomy.trace(min(examples, key=lambda example: example.length))
+    sources = [AlongDirection(direction) for direction in directions]
+    for length, index in batches(anatomy, examples, size):
+        shifts = _shift_together(anatomy, [examples[i] for i in index], length, sources)
+        yield from zip(index, shifts, strict=True)
+
+
+@undisturbed
+def _shift_together(
+    anatomy: Anatomy, examples: Sequence[Example], length: int, sources: Sequence[AlongDirection]
+) -> list[Shift]:
+    """The shifts of examples in one batch of sequences of this length."""
+    states: list[Tensor | None] = [None] * len(sources)
+    with anatomy.analysis():
+        batch = pass_together(anatomy, examples, length, keep=False, apart=False)
+        for segment in range(anatomy.lowest_segment(), len(anatomy.segments)):
+            linear = linearize(anatomy.replay(batch, segment, length))
+            states = [push(linear, s, state) for s, state in zip(sources, states, strict=True)]
+        shifts = []
+        for row, example in enumerate(examples):
+            at = torch.tensor(example.positions, device=anatomy.device)
+            hidden = batch.hidden[row, at]
+            logits, slope = anatomy.head_logits(hidden)
+            moved = []
+            for source, state in zip(sources, states, strict=True):
+                moving = torch.zeros_like(hidden) if state is None else state[0, row, at]
+                change = _through_head(
+                    anatomy, source, moving[None].to(logits), hidden.to(logits), slope
+                )
+                moved.append(delta_log_probs(change[0], logits))
+            targets = torch.tensor(example.targets, device=anatomy.device)
+            shifts.append(Shift(logits, targets, torch.stack(moved)))
+    for shift, example in zip(shifts, examples, strict=True):
+        if not bool(torch.isfinite(shift.logits).all()):
+            anatomy.trace(example)  # raises, and says what is not finite
+    return shifts
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What D small changes of the parameters do to the log-probs of one response.
+
+    Attributes:
+        logits: Before the change, (M, V).
+        targets: Realised tokens, (M,).
+        change: First-order change of all log-probs, (D, M, V), in nats.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    change: Tensor
+
+    @property
+    def realised(self) -> Tensor:
+        """First-order change of log π(y_m), (D, M), in nats."""
+        at = self.targets.expand(len(self.change), -1)
+        return self.change.gather(2, at[:, :, None])[:, :, 0]
 
 
 def pair_direction(

@@ -64,15 +64,30 @@ def _padded(length: int) -> int:
     return -(-length // _STEP) * _STEP
 
 
-def pass_together(anatomy: Anatomy, examples: Sequence[Example], length: int, keep: bool) -> Batch:
-    """The forward pass of examples that are padded, or cut, to one length."""
+def pass_together(
+    anatomy: Anatomy,
+    examples: Sequence[Example],
+    length: int,
+    keep: bool,
+    apart: bool | None = None,
+) -> Batch:
+    """The forward pass of examples that are padded, or cut, to one length.
+
+    Args:
+        anatomy: The model.
+        examples: The sequences; more than one only where the model keeps sequences apart.
+        length: Tokens of each row.
+        keep: As in `Anatomy.batch`.
+        apart: Whether gradients of directly used parameters are taken sequence by sequence.
+            Default: whether the model keeps sequences apart.
+    """
     for example in examples:
         anatomy.check_limits(example)
         if not anatomy.apart:
             anatomy.trace(example)  # what it alone reaches, as an expert, enters the ledger
     rows = [list(e.ids[:length]) + [e.ids[0]] * (length - e.length) for e in examples]
     ids = torch.tensor(rows, device=anatomy.device)
-    return anatomy.batch(ids, bool(anatomy.apart), keep)
+    return anatomy.batch(ids, bool(anatomy.apart) if apart is None else apart, keep)
 
 
 @undisturbed

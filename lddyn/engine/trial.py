@@ -135,9 +135,7 @@ class Trial:
         self.settle(owner, key, passed, "" if passed else reason, size=size)
         return passed
 
-    def attempt(
-        self, owner: object, key: Hashable, run: Callable[[], _Result]
-    ) -> _Result | None:
+    def attempt(self, owner: object, key: Hashable, run: Callable[[], _Result]) -> _Result | None:
         """What `run` returns; None if it raises `UnfitError`, and ever after without running."""
         known = self.verdicts(owner).get(key)
         if known is not None and not known.passed:

@@ -27,8 +27,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lddyn.data.example import Example
-from lddyn.engine.anatomy import Anatomy
-from lddyn.engine.pushforward import AlongDirection, Direction, Pushforward, delta_log_probs
+from lddyn.engine.pushforward import Direction, batched_shifts
 from lddyn.files import plain, replace_file
 from lddyn.probes.measure import measure
 from lddyn.probes.probe_set import LABELS, Encoded, ProbeSet
@@ -367,11 +366,7 @@ def _check_whole(model: nn.Module) -> None:
 def _first_order(model: nn.Module, examples: Sequence[Example], kept: Direction) -> Tensor:
     """Σ_m [J Δθ]_m of each example's realised tokens, (N,), at θ_{t+1}, in nats."""
     moved = {n: p.detach() - kept[n] for n, p in model.named_parameters() if n in kept}
-    anatomy, found = Anatomy(model), []
-    for example in examples:
-        trace = anatomy.trace(example)
-        with anatomy.analysis():
-            shift = Pushforward(trace, keep=False).logits(AlongDirection(moved))[0]
-        each = delta_log_probs(shift, trace.logits)
-        found.append(each.gather(-1, trace.targets[:, None]).double().sum())
-    return torch.stack(found)
+    sums = torch.zeros(len(examples), dtype=torch.float64)
+    for index, shift in batched_shifts(model, examples, [moved]):
+        sums[index] = shift.realised.double().sum()
+    return sums

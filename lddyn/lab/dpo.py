@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from lddyn import encode
 from lddyn.data.example import Example
 from lddyn.engine.logits import response_logits
+from lddyn.engine.pushforward import batched_shifts
 from lddyn.errors import EmptyResponseError
 from lddyn.lab.drawing import COLOURS, axes_grid, curves, label, tidy
-from lddyn.lab.dynamics import Explained, Preference, Supervised, tangents, train
+from lddyn.lab.dynamics import Explained, Preference, Supervised, train
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.setting import (
     Curves,
@@ -252,13 +253,13 @@ def _predicted(
     model: nn.Module, examples: Sequence[Example], move: dict[str, Tensor]
 ) -> list[Flow]:
     """Where it goes to first order in a move of the parameters."""
-    found: list[Any] = [None] * len(examples)
-    for at, rows, logits, change, targets in tangents(model, examples, move):
-        log_probs = logits.double().log_softmax(-1)
-        for row, index in enumerate(at):
-            mine = rows == row
-            found[index] = Flow.first_order(log_probs[mine], change[mine], targets[mine])
-    return found
+    flows = {
+        index: Flow.first_order(
+            shift.logits.double().log_softmax(-1), shift.change[0], shift.targets
+        )
+        for index, shift in batched_shifts(model, examples, [move])
+    }
+    return [flows[index] for index in range(len(examples))]
 
 
 def _places(flow: Flow, at: slice = slice(None)) -> dict[str, float]:

@@ -15,17 +15,19 @@ responses.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
 
 from lddyn.data.example import Example
+from lddyn.engine.gradient import flat_gradient, gradient_of
+from lddyn.engine.gram import sequence_gram
+from lddyn.engine.logits import own_response, sequence_log_probs
+from lddyn.engine.pushforward import batched_shifts
 from lddyn.entk.operator import ntk
 from lddyn.entk.proxies import lbk, sign_delta
 from lddyn.objectives import SFT
@@ -44,9 +46,7 @@ __all__ = [
     "first_order",
     "influence",
     "kernel_norms",
-    "log_probs",
     "some_tokens",
-    "tangents",
     "train",
 ]
 
@@ -122,28 +122,6 @@ def _lengths(examples: Sequence[Example], like: Tensor) -> Tensor:
     return torch.tensor([float(len(e)) for e in examples]).to(like)
 
 
-def log_probs(model: nn.Module, examples: Sequence[Example]) -> Tensor:
-    """Σ log π(y_l) of each example, (B,) nats, differentiable; one padded forward."""
-    ids, rows, columns, targets = _padded(model, examples)
-    logits = model(input_ids=ids, use_cache=False).logits[rows, columns].float()
-    each = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    total: Tensor = each.new_zeros(len(examples)).index_add(0, rows, each)
-    return total
-
-
-def _padded(model: nn.Module, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ids (B, T), padded on the right where no counted token sees it; where counted tokens are."""
-    device = next(model.parameters()).device
-    ids = torch.zeros(len(examples), max(e.length for e in examples), dtype=torch.int64)
-    for row, example in enumerate(examples):
-        ids[row, : example.length] = torch.tensor(example.ids)
-    rows = [row for row, example in enumerate(examples) for _ in example.positions]
-    columns = [p for example in examples for p in example.positions]
-    targets = [t for example in examples for t in example.targets]
-    found = (torch.tensor(x, device=device) for x in (rows, columns, targets))
-    return ids.to(device), *found  # type: ignore[return-value]
-
-
 @dataclass
 class Explained:
     """One update with its parts.
@@ -212,11 +190,13 @@ def train(
             observe(update, model)
         every = [example for term in loss.terms for example in batch[term]]
         sizes = [len(batch[term]) for term in loss.terms]
-        policy = log_probs(model, every)
+        policy = sequence_log_probs(model, every)
         if not bool(torch.isfinite(policy).all()):
             raise FloatingPointError(f"a log-prob of update {update} is not finite: lower the lr")
         with torch.no_grad():
-            fixed = log_probs(reference, every) if reference is not None else policy.detach()
+            fixed = (
+                sequence_log_probs(reference, every) if reference is not None else policy.detach()
+            )
             now = dict(zip(loss.terms, policy.detach().split(sizes), strict=True))
             then = dict(zip(loss.terms, fixed.split(sizes), strict=True))
             weights = loss.coefficients(now, then, batch)
@@ -227,10 +207,8 @@ def train(
         gradients: dict[str, Direction] = {}
         if taken_apart:
             for term in loss.terms:
-                found = torch.autograd.grad(
-                    (weights[term] * parts[term]).sum(), list(named.values()), retain_graph=True
-                )
-                gradients[term] = dict(zip(named, found, strict=True))
+                share = (weights[term] * parts[term]).sum()
+                gradients[term] = gradient_of(share, named, retain_graph=True)
         optimizer.zero_grad()
         total = torch.stack([(weights[term] * parts[term]).sum() for term in loss.terms]).sum()
         total.backward()
@@ -295,70 +273,17 @@ class Tracker:
         return torch.stack(stacked).numpy()
 
 
-@contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    """Attention without fused kernels: those have no forward-mode derivative."""
-    before = getattr(model.config, "_attn_implementation", None)
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        if before is not None:
-            model.set_attn_implementation(before)
-
-
-def tangents(
-    model: nn.Module, examples: Sequence[Example], direction: Direction, *, batch: int = 32
-) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor, Tensor]]:
-    """What a small move of the parameters does to the logits, by forward-mode differentiation.
-
-    Args:
-        model: A causal LM of transformers.
-        examples: Responses.
-        direction: Δθ, parameter name → tensor of its shape.
-        batch: Examples in one forward; those of like length go together.
-
-    Yields:
-        Indices of the examples in this part; for all their counted tokens the row among them (n,),
-        logits (n, V), their first-order change (n, V), and targets (n,).
-
-    Cost: about three forward passes.
-    """
-    parameters = {n: p.detach() for n, p in model.named_parameters() if n in direction}
-    moves = {n: direction[n].detach() for n in parameters}
-    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
-    with _eager(model), torch.no_grad():
-        for start in range(0, len(order), batch):
-            at = order[start : start + batch]
-            ids, rows, columns, targets = _padded(model, [examples[i] for i in at])
-
-            def logits(
-                given: Direction, ids: Tensor = ids, rows: Tensor = rows, columns: Tensor = columns
-            ) -> Tensor:
-                out = functional_call(model, given, (), {"input_ids": ids, "use_cache": False})
-                found: Tensor = out.logits[rows, columns]
-                return found
-
-            value, change, *_ = jvp(logits, (parameters,), (moves,))
-            yield at, rows, value.float(), change.float(), targets
-
-
 def first_order(
     model: nn.Module, examples: Sequence[Example], directions: Mapping[str, Direction]
 ) -> dict[str, Tensor]:
     """⟨∇ log π(y), Δθ⟩ of every example for every direction: name → (N,) nats, float64.
 
-    Cost: three forward passes per direction.
+    Cost: see `batched_shifts`.
     """
-    found = {}
-    for name, direction in directions.items():
-        out = torch.zeros(len(examples), dtype=torch.float64)
-        for at, rows, logits, change, targets in tangents(model, examples, direction):
-            probs = logits.softmax(-1)
-            picked = change.gather(1, targets[:, None])[:, 0] - (probs * change).sum(-1)
-            out.index_add_(0, torch.tensor(at)[rows.cpu()], picked.double().cpu())
-        found[name] = out
-    return found
+    sums = torch.zeros(len(directions), len(examples), dtype=torch.float64)
+    for index, shift in batched_shifts(model, examples, list(directions.values())):
+        sums[:, index] = shift.realised.double().sum(1).cpu()
+    return dict(zip(directions, sums, strict=True))
 
 
 def influence(model: nn.Module, examples: Sequence[Example]) -> Tensor:
@@ -369,12 +294,9 @@ def influence(model: nn.Module, examples: Sequence[Example]) -> Tensor:
     Cost: one backward pass and one gradient in memory per example.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    rows = []
-    for example in examples:
-        total = log_probs(model, [example]).sum()
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters)]))
-    stacked = torch.stack(rows)
-    return (stacked @ stacked.T).double()
+    return sequence_gram(
+        [flat_gradient(own_response(model, e).log_probs.sum(), parameters) for e in examples]
+    )
 
 
 def some_tokens(example: Example, count: int) -> Example:
@@ -415,36 +337,28 @@ def kernel_norms(
     Cost: one estimate of ‖K‖_F each, see NTK.frobenius; one forward pass each for the rest.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    loss = SFT(updated, reduction="sum").loss([_token_log_probs(model, updated)[0]])
-    gradient = torch.autograd.grad(loss, list(parameters.values()))
-    step = {n: -lr * g for n, g in zip(parameters, gradient, strict=True)}
+    start = own_response(model, updated)
+    step = gradient_of(SFT(updated, reduction="sum").loss([start.log_probs]), parameters)
+    step = {n: -lr * g for n, g in step.items()}
     moved = shifted_copy(model, step)
     rows = []
     with torch.no_grad():
-        learned = _token_log_probs(model, updated)[1]
-        targets = torch.tensor(updated.targets, device=learned.device)
-        residual = learned.softmax(-1) - nn.functional.one_hot(targets, learned.shape[1])
+        hot = nn.functional.one_hot(start.targets, start.logits.shape[1])
+        residual = start.logits.softmax(-1) - hot
     for name, example in observed.items():
         estimate = ntk(model, example, updated).frobenius(rtol, reduce="all", seed=seed)
         with torch.no_grad():
-            picked, logits = _token_log_probs(model, example)
-            later, after = _token_log_probs(moved, example)
-            delta = after.double().log_softmax(-1) - logits.double().log_softmax(-1)
+            before, after = own_response(model, example), own_response(moved, example)
+            delta = after.logits.double().log_softmax(-1) - before.logits.double().log_softmax(-1)
         rows.append(
             {
                 "observed": name,
                 "norm": float(estimate.value),
                 "stderr": float(estimate.stderr),
-                "lbk_norm": float(lbk(delta, logits, residual).sqrt()) / lr,
+                "lbk_norm": float(lbk(delta, before.logits, residual).sqrt()) / lr,
                 "sign": float(sign_delta(delta)) / lr,
-                "realised": float((later.double() - picked.double()).sum()) / lr,
+                "realised": float((after.log_probs.double() - before.log_probs.double()).sum())
+                / lr,
             }
         )
     return rows
-
-
-def _token_log_probs(model: nn.Module, example: Example) -> tuple[Tensor, Tensor]:
-    """The log π(y_l) (L,) and logits (L, V) of the counted tokens."""
-    ids, rows, columns, targets = _padded(model, [example])
-    logits = model(input_ids=ids, use_cache=False).logits[rows, columns].float()
-    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0], logits

@@ -17,9 +17,11 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from lddyn import ops
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
-from lddyn.engine.gradient import gradient_of_logits
+from lddyn.engine.gradient import flat_gradient, flatten, gradient_of_logits, unflatten
+from lddyn.engine.gram import sequence_gram
 from lddyn.engine.guard import evaluating, undisturbed
-from lddyn.engine.pushforward import AlongDirection, Pushforward, delta_log_probs
+from lddyn.engine.logits import own_response
+from lddyn.engine.pushforward import log_prob_shifts
 from lddyn.engine.trace import Trace
 from lddyn.entk.proxies import lbk
 from lddyn.errors import UnsupportedModelError
@@ -27,7 +29,7 @@ from lddyn.memory import DEFAULT_MEMORY, parse_memory
 from lddyn.objectives import Loss
 from lddyn.sets.diagnosis import SCORES, Diagnosis, Pairs, Touched, assemble
 from lddyn.sets.forecast import Forecast, Run
-from lddyn.sets.validate import flat_parts, forward_rows, validate_without
+from lddyn.sets.validate import validate_without
 from lddyn.sketches.features import features
 from lddyn.sketches.sketch import Sketch
 
@@ -139,7 +141,7 @@ def diagnose(
     kept = look.log_probs
     if isinstance(reference, nn.Module):
         with evaluating(reference), torch.no_grad():
-            given = [float(forward_rows(reference, e)[0].sum()) for e in examples]
+            given = [float(own_response(reference, e).log_probs.sum()) for e in examples]
         kept = torch.tensor(given, dtype=torch.float64).view(2, -1)
     elif reference is not None:
         kept = reference.double().cpu()
@@ -203,9 +205,10 @@ class _Look:
             for i, pair in enumerate(bar):
                 seen = []
                 for side, example in enumerate(pair):
-                    log_probs, logits, hidden = forward_rows(self.model, example)
-                    gradient = flat_parts(log_probs.sum(), self.parts)
-                    found = _sequence(example, log_probs, logits.detach(), hidden.detach())
+                    out = own_response(self.model, example)
+                    gradient = flat_gradient(out.log_probs.sum(), self.parts)
+                    logits, hidden = out.logits.detach(), out.hidden.detach()
+                    found = _sequence(example, out.log_probs, logits, hidden)
                     seen.append(found | {"gradient": gradient})
                     self.log_probs[side, i] = found["log_prob"].sum()
                 one, other = seen
@@ -220,10 +223,10 @@ class _Look:
                     rows[i], rows[n + i] = one["gradient"], other["gradient"]
                 else:
                     at = torch.tensor([i, n + i])
-                    gram[at[:, None], at] = _gram([x["gradient"] for x in seen])
+                    gram[at[:, None], at] = sequence_gram([x["gradient"] for x in seen])
         self.rows = rows
         self.facts = {name: torch.tensor(x, dtype=torch.float64) for name, x in facts.items()}
-        return gram if rows is None else _gram(rows)
+        return gram if rows is None else sequence_gram(rows)
 
     def same(self) -> Tensor:
         """The row of the Gram to read for each of its rows: equal responses are one, (2N,).
@@ -242,7 +245,7 @@ class _Look:
         n, rows = len(self.pairs), self.rows
         up, down = (found.scores[f"weight_{x}"].float()[:, None] for x in ("chosen", "rejected"))
         self.diagonal = torch.empty_like(self.mean)
-        gram, total = torch.zeros(2 * n, 2 * n, dtype=torch.float64), 0.0
+        total = 0.0
         for start in range(0, rows.shape[1], _COLUMNS):
             at = slice(start, start + _COLUMNS)
             part = rows[:, at]
@@ -251,8 +254,7 @@ class _Look:
             v = mean + (pulls.square().mean(0) - mean).clamp(min=0) / batch
             total += float(v.sum(dtype=torch.float64))
             self.diagonal[at] = 1 / (v.sqrt() + 1e-8)
-            gram += ((part * self.diagonal[at]) @ part.T).double()
-        return gram, total
+        return sequence_gram(rows, self.diagonal), total
 
     def foretell(self, forecast: Forecast, progress: bool) -> Forecast:
         """The forecast with its net step taken in all logits, and every y+ divided among pairs."""
@@ -272,7 +274,7 @@ class _Look:
                     mean = (before.exp() + 4 * halfway.exp() + after.exp()) / 6
                     rows = (-mean).scatter_add(1, at, torch.ones_like(mean))
                     gradient = gradient_of_logits(self.anatomy, example, rows)
-                    flat = torch.cat([g.flatten().float().cpu() for g in gradient.values()])
+                    flat = flatten(gradient)
                     flat = flat if self.diagonal is None else flat * self.diagonal
                     inner = (self.rows @ flat).double().view(2, n)
                     effects[i] = (net * inner).sum(0)
@@ -286,7 +288,7 @@ class _Look:
         for i, others in tqdm(culprits.items(), desc="tokens", disable=not progress, leave=False):
             with evaluating(self.model), torch.enable_grad():
                 own = [
-                    flat_parts(forward_rows(self.model, e)[0].sum(), self.parts)
+                    flat_gradient(own_response(self.model, e).log_probs.sum(), self.parts)
                     for e in self.pairs[i]
                 ]
 
@@ -305,17 +307,8 @@ class _Look:
     def _push(self, example: Example, directions: Sequence[Tensor]) -> tuple[Trace, Tensor]:
         """Δ log π of the whole vocabulary (D, M, V) along flat directions."""
         trace = self.anatomy.trace(example)
-        moved = []
-        push = Pushforward(trace, keep=len(directions) > 1)
-        with self.anatomy.analysis():
-            for flat in directions:
-                named, start = {}, 0
-                for name, p in self.anatomy.trainable.items():
-                    named[name] = flat[start : start + p.numel()].view(p.shape).to(p)
-                    start += p.numel()
-                logits = push.logits(AlongDirection(named))[0]
-                moved.append(delta_log_probs(logits, trace.logits))
-        return trace, torch.stack(moved)
+        named = [unflatten(flat, self.anatomy.trainable) for flat in directions]
+        return trace, log_prob_shifts(trace, named)
 
     def _lbk(self, chosen: Example, rejected: Mapping[str, Any]) -> float:
         """Of a step on y−, at y+."""
@@ -326,15 +319,6 @@ class _Look:
         if not bool(cotangents.any()):
             return 0.0
         return float(lbk(moved[0].cpu(), trace.logits.cpu(), cotangents))
-
-
-def _gram(rows: Tensor | Sequence[Tensor]) -> Tensor:
-    """In chunks of columns, summed in float64."""
-    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    for start in range(0, len(rows[0]), _COLUMNS):
-        part = torch.stack([row[start : start + _COLUMNS] for row in rows])
-        total += (part @ part.T).double()
-    return total
 
 
 def _sequence(

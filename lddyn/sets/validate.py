@@ -6,11 +6,12 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from lddyn.data.example import Example
+from lddyn.engine.gradient import flat_gradient
 from lddyn.engine.guard import evaluating
+from lddyn.engine.logits import own_response
 from lddyn.sets.diagnosis import Diagnosis
 from lddyn.stats import spearman
 
@@ -47,13 +48,13 @@ def validate_without(
             step = torch.zeros(sum(p.numel() for p in own))
             for j in at.tolist():
                 for side, example in enumerate(found.pairs[j]):
-                    gradient = flat_parts(forward_rows(moved, example)[0].sum(), own)
+                    gradient = flat_gradient(own_response(moved, example).log_probs.sum(), own)
                     step += float(w[side, j]) / len(at) * gradient
             with torch.no_grad():
                 for p, part in zip(own, step.split([p.numel() for p in own]), strict=True):
                     p.add_(part.view(p.shape).to(p), alpha=rate)
                 for i, (chosen, _) in enumerate(found.pairs):
-                    after = forward_rows(moved, chosen)[0].double().sum()
+                    after = own_response(moved, chosen).log_probs.double().sum()
                     measured[row, i] = float(after) - found.log_probs[0, i]
                 for new, old in parts:
                     new.copy_(old)
@@ -71,29 +72,3 @@ def validate_without(
         if bool(values.isfinite().all())
     ]
     return out
-
-
-def forward_rows(model: nn.Module, example: Example) -> tuple[Tensor, Tensor, Tensor]:
-    """Log π of the counted tokens (M,), their logits (M, V) and last hidden states (M, d)."""
-    device = next(model.parameters()).device
-    captured: list[Tensor] = []
-    # Not output_hidden_states=True: transformers leaves its hooks on the blocks then.
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    hook = head.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
-    try:
-        out = model(input_ids=torch.tensor([example.ids], device=device), use_cache=False)
-    finally:
-        hook.remove()
-    at = list(example.positions)
-    logits = out.logits[0, at]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    targets = torch.tensor(list(example.targets), device=device)
-    log_probs = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    return log_probs, logits, captured[-1][0, at]
-
-
-def flat_parts(value: Tensor, parts: list[nn.Parameter]) -> Tensor:
-    """The gradient of a scalar with respect to all parts, one after the other, (P,)."""
-    found = torch.autograd.grad(value, parts, allow_unused=True)
-    zeros = (g if g is not None else torch.zeros_like(p) for g, p in zip(found, parts, strict=True))
-    return torch.cat([g.detach().flatten().float().cpu() for g in zeros])

@@ -18,13 +18,14 @@ from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.gradient import gradient
 from lddyn.engine.gram import Side, factored_gram, token_gram
 from lddyn.engine.pullback import Pullback, segments_down
-from lddyn.engine.pushforward import AlongDirection, Pushforward, pair_direction
+from lddyn.engine.pushforward import AlongDirection, log_prob_shift, pair_direction, push_direction
 from lddyn.engine.trace import Trace
+from lddyn.engine.trial import WHOLE_STEP
 from lddyn.errors import DisagreementError
 from lddyn.objectives import Objective
 from lddyn.optimizers import Direction
 from lddyn.steps.decomposition import Decomposition, Observed, UpdateToken
-from lddyn.steps.session import Session, log_prob_shift
+from lddyn.steps.session import Session
 from lddyn.steps.setup import Setup, UpdateState, shifted_copy, unused
 
 
@@ -139,7 +140,7 @@ class _Passes:
             known[e] if e in known else Side.log_probs(setup.anatomy.trace(e))
             for e in setup.observed.values()
         ]
-        self.limit = _rounding(setup.anatomy.model)
+        self.limit = WHOLE_STEP.loosest(setup.anatomy.model.parameters())
 
     def sides(self, at: float) -> list[Side]:
         """The observed responses at θ + at · Δθ."""
@@ -272,9 +273,7 @@ def _contract(side: Side, direction: Direction | None) -> Tensor:
     """Change of the response's own log-probs (M,) along Δθ: ⟨e_y − π, Δz⟩; None: zero."""
     if direction is None:
         return torch.zeros_like(side.rows[:, 0])
-    with side.trace.anatomy.analysis():
-        moved = Pushforward(side.trace, keep=False).logits(AlongDirection(direction))[0]
-    return (side.rows * moved).sum(1)
+    return (side.rows * push_direction(side.trace, direction)).sum(1)
 
 
 def _add_along(sides: list[Side], direction: Direction, parameters: dict[str, Tensor]) -> None:
@@ -297,20 +296,6 @@ def _add_along(sides: list[Side], direction: Direction, parameters: dict[str, Te
                 for rows, factors in pull.step(segment):
                     pair_direction(factors, source, partial(add, rows + offset))
         offset += len(side)
-
-
-# How far factors and push may differ, relative to the largest row: rounding, with room.
-_ROUNDING = {
-    torch.float64: 1e-5,
-    torch.float32: 1e-3,
-    torch.float16: 5e-2,
-    torch.bfloat16: 2e-1,
-}
-
-
-def _rounding(model: nn.Module) -> float:
-    """The limit for a model: that of its least precise weights (a float32 LoRA on bfloat16)."""
-    return max(_ROUNDING.get(p.dtype, 0.0) for p in model.parameters())
 
 
 def _merge_experts(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

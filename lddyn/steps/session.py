@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.gradient import gradient_of_loss
 from lddyn.engine.gram import Side, factored_push
 from lddyn.engine.guard import true_float64, undisturbed
-from lddyn.engine.pushforward import AlongDirection, Pushforward, delta_log_probs
+from lddyn.engine.pushforward import delta_log_probs, realised_shift
 from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Trace
 from lddyn.errors import UnsupportedModelError
@@ -194,17 +195,7 @@ class Session:
     def _plain_gradient(self, model: nn.Module) -> Direction:
         """∇θ L by one backward pass through the loss itself, with nothing of this library's own."""
         anatomy, update = self.setup.open(model), self.setup.update
-        parameters = list(anatomy.trainable.values())
-        with anatomy.analysis():
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            log_probs = [anatomy.response_log_probs(example) for example in update.examples]
-            loss = update.loss(log_probs).reshape(())
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return {
-            n: torch.zeros_like(p) if g is None else g
-            for n, p, g in zip(anatomy.trainable, parameters, gradients, strict=True)
-        }
+        return gradient_of_loss(anatomy, update.examples, update.loss)
 
     def _stepped(self, model: nn.Module, gradient: Direction, factor: float) -> nn.Module:
         """A copy of the model after a real step of the real optimizer class."""
@@ -219,18 +210,6 @@ class Session:
         for parameter in trainable.values():
             parameter.grad = None
         return stepped
-
-
-def log_prob_shift(trace: Trace, direction: Direction) -> Tensor:
-    """First-order change of all log-probs (M, V) of a response along Δθ, in nats."""
-    with trace.anatomy.analysis():
-        moved = Pushforward(trace, keep=False).logits(AlongDirection(direction))[0]
-    return delta_log_probs(moved, trace.logits)
-
-
-def realised_shift(trace: Trace, direction: Direction) -> Tensor:
-    """First-order change of the response's own log-probs (M,) along Δθ, in nats."""
-    return log_prob_shift(trace, direction).gather(1, trace.targets[:, None])[:, 0]
 
 
 def _mark(parameter: Tensor) -> tuple[float, float]:

@@ -8,8 +8,11 @@ import transformers
 import zoo
 
 from lddyn import Example
-from lddyn.engine import logits as packing
-from lddyn.engine.logits import response_logits
+from lddyn.engine import logits, packed
+from lddyn.engine.cached import cached_logits
+from lddyn.engine.logits import alone_logits, fastest, response_logits, sequence_log_probs
+from lddyn.engine.packed import packed_logits
+from lddyn.engine.trial import fallbacks
 from lddyn.probes.measure import measure
 
 # Shared prompts, equal lengths, a single token, masks, a prompt that is another one's beginning.
@@ -53,30 +56,43 @@ def test_logits_are_the_model_s_own(name, tokens):
     assert targets == [t for e in EXAMPLES for t in e.targets]
     assert (logits - truth).abs().max() <= 2e-5 * truth.abs().max()
     if tokens is None:
-        assert packing._way(model, 7) is (packing._cached if name in CACHED else packing._packed)
+        assert fastest(model, 7) is (cached_logits if name in CACHED else packed_logits)
 
 
-@pytest.mark.parametrize("way", [packing._packed, packing._cached])
+@pytest.mark.parametrize("way", [packed_logits, cached_logits])
 def test_both_ways_in_half_precision_and_with_lora(way):
     models = (zoo.build("llama").eval().bfloat16(), zoo.lora("qwen2").eval())
     for model in models:
         with torch.no_grad():
-            assert packing._way(model, 7) is packing._packed
+            assert fastest(model, 7) is packed_logits
             logits, _ = collected(way(model, EXAMPLES, 100))
         truth = own(model)
         error = 16 * torch.finfo(truth.dtype).eps
         assert (logits - truth).norm() <= error * truth.norm()
 
 
+def test_a_padded_batch_has_each_sequence_s_log_prob_and_gradient():
+    model = zoo.build("llama").eval()
+    total = sequence_log_probs(model, EXAMPLES)
+    parameters = list(model.parameters())
+    for example, value in zip(EXAMPLES, total, strict=True):
+        truth = zoo.token_log_probs(model, example).sum()
+        assert torch.allclose(value, truth, atol=1e-5)
+        found = torch.autograd.grad(value, parameters, retain_graph=True)
+        expected = torch.autograd.grad(truth, parameters)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.allclose(one, other, atol=1e-4)
+
+
 @pytest.mark.parametrize("scores", [1 << 26, 60])  # all at once, two rows at a time
 def test_without_cpu_flash_attention(monkeypatch, scores):
     """The plain form, which other devices take, is the same function."""
-    monkeypatch.setattr(packing, "_SCORES", scores)
+    monkeypatch.setattr(packed, "_SCORES", scores)
     query, key, value = (torch.randn(2, 3, 5, 4) for _ in range(3))  # (B, H, T, d)
     for causal in (True, False):
-        fast = packing._attend(query, key, value, 0.7, causal)
+        fast = packed._attend(query, key, value, 0.7, causal)
         wide = torch.cat([value, value], -1)  # of another width than the keys
-        plain = packing._attend(query, key, wide, 0.7, causal)
+        plain = packed._attend(query, key, wide, 0.7, causal)
         assert torch.allclose(fast[0], plain[0][..., :4], atol=1e-6)
         assert torch.allclose(fast[1], plain[1], atol=1e-6)
 
@@ -97,9 +113,10 @@ def test_a_model_whose_tokens_meet_elsewhere_is_read_alone(dtype):
     """Even where that does less than rounding does."""
     model = zoo.build("llama").eval().to(dtype)
     with torch.no_grad():
-        assert packing._trial(model, 7) is packing._packed
+        assert fastest(model, 7) is packed_logits
         model.model.layers[0].mlp = Mixing(model.model.layers[0].mlp, 0.1)
-        assert packing._trial(model, 7) is not packing._packed
+        assert fastest(model, 10) is not packed_logits  # of another length, so tried anew
+    assert "packed into one sequence" in str(fallbacks(model))
 
 
 # Caches that cannot be copied row by row, one that the model does not use at all, and rotary
@@ -127,17 +144,18 @@ def test_models_that_are_read_alone(name):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     examples = [*EXAMPLES, Example(list(range(3, 20)), [8, 9, 7])]
     with torch.no_grad():
-        assert packing._way(model, 20) is packing._alone
+        assert fastest(model, 20) is alone_logits
         logits, _ = collected(response_logits(model, examples))
     assert torch.allclose(logits, own(model, examples), atol=1e-6)
 
 
 def test_longer_sequences_are_tried_anew():
     model = zoo.build("llama").eval()
-    packing._ways[model] = 7, packing._alone
+    for trial in (logits._CAN_PACK, logits._CAN_CACHE):
+        trial.settle(model, "", False, "tried before", size=20)
     with torch.no_grad():
-        assert packing._way(model, 6) is packing._alone
-        assert packing._way(model, 8) is packing._packed
+        assert fastest(model, 20) is alone_logits
+        assert fastest(model, 21) is packed_logits
 
 
 def test_threads_share_a_model():
@@ -171,9 +189,9 @@ def test_the_model_s_attention_is_its_own_again():
 def test_sequences_beyond_a_window_are_cached(monkeypatch):
     model = zoo.build("mistral", sliding_window=9).eval()
     with torch.no_grad():
-        assert packing._way(model, 9) is packing._packed
+        assert fastest(model, 9) is packed_logits
     long = [Example([5, 9, 33], list(range(3, 15))), Example([5, 9, 33], [8, 9])]
-    monkeypatch.setattr(packing, "_packed", None)
+    monkeypatch.setattr(packed, "packed_logits", None)
     with torch.no_grad():
         logits, _ = collected(response_logits(model, long))
     truth = own(model, long)

@@ -15,8 +15,12 @@ from lddyn.engine.pushforward import (
     AlongDirection,
     AlongFactors,
     Pushforward,
+    batched_shifts,
     delta_log_probs,
+    log_prob_shift,
+    log_prob_shifts,
     pair_direction,
+    realised_shift,
 )
 from lddyn.memory import is_out_of_memory, parse_memory
 
@@ -265,3 +269,27 @@ def test_token_factors_are_the_gradients_of_autograd(name):
         for n, whole in truth.items():
             error = (found[n][m] - whole).norm() / (1e-3 + whole.norm())
             assert error < 1e-4, (n, m, float(error))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "opt", "mixtral", "bloom", "cohere"])
+def test_shifts_in_a_batch_are_those_of_each_sequence(name):
+    model = zoo.build(name).eval()
+    one, other = zoo.examples()
+    first = lddyn.Example([4, 8], [15, 16, 23, 42], [True, False, False, True])
+    examples, anatomy = [one, other, first], Anatomy(model)
+    directions = [random_direction(anatomy) for _ in range(2)]
+    found = dict(batched_shifts(anatomy, examples, directions))
+    assert sorted(found) == [0, 1, 2]
+    for index, example in enumerate(examples):
+        trace = anatomy.trace(example)
+        expected = log_prob_shifts(trace, directions)
+        close = {"rtol": 1e-4, "atol": 1e-4 * float(expected.abs().max())}
+        torch.testing.assert_close(found[index].change, expected, **close)
+        realised = torch.stack([realised_shift(trace, d) for d in directions])
+        torch.testing.assert_close(found[index].realised, realised, **close)
+        torch.testing.assert_close(found[index].logits, trace.logits, rtol=1e-4, atol=1e-4)
+    before = [log_prob_shift(anatomy.trace(e), directions[0]) for e in examples]
+    with torch.no_grad(), torch.inference_mode():
+        again = dict(batched_shifts(anatomy, examples, directions[:1]))
+    for index, expected in enumerate(before):
+        torch.testing.assert_close(again[index].change[0], expected, rtol=1e-3, atol=1e-3)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import lddyn
 from lddyn.cli.lab import app
 from lddyn.demo import world as demo
+from lddyn.engine.logits import sequence_log_probs
 from lddyn.lab import dpo, dynamics, extend, setting, sft
 from lddyn.lab.dynamics import Preference, Supervised, Tracker, train
 from lddyn.lab.record import Lab
@@ -139,7 +140,7 @@ def test_first_order_terms_are_those_of_decompose(small_world, examples, probes)
 
 def test_influence_is_the_first_order_of_sgd(small_world, probes):
     gram = dynamics.influence(small_world.model, probes.examples)
-    total = dynamics.log_probs(small_world.model, [probes.examples[2]]).sum()
+    total = sequence_log_probs(small_world.model, [probes.examples[2]]).sum()
     names = dict(small_world.model.named_parameters())
     gradient = dict(zip(names, torch.autograd.grad(total, names.values()), strict=True))
     pushed = dynamics.first_order(small_world.model, probes.examples, {"x": gradient})["x"]
