@@ -1,4 +1,4 @@
-"""FLOPs and bytes of every way to a table of token pairs."""
+"""FLOPs and bytes of every way to a table of token pairs, counted from a traced forward pass."""
 
 from __future__ import annotations
 
@@ -18,12 +18,20 @@ from lddyn.sketches.layout import Layout
 
 @dataclass(frozen=True)
 class Rates:
-    """What a model's products cost: FLOPs and elements, per token of one forward pass.
+    """FLOPs and elements of a model's products, for each token of one forward pass.
 
-    linear: products with weights. mixing: attention, per token squared. row: what one cotangent
-    costs above the last attention. width: outputs of products with weights; widest: of the widest
-    segment. workspace: bytes of a cotangent. trace: elements that a stored forward pass keeps.
-    hidden, vocabulary: of the head.
+    Attributes:
+        linear: FLOPs of products with weights, up to the last attention.
+        mixing: FLOPs of attention, for each token squared.
+        row: FLOPs of one cotangent above the last attention, where it stays in one row.
+        width: Elements that products with weights put out.
+        widest: The same in the widest segment.
+        workspace: Bytes of a cotangent that is pulled back.
+        trace: Elements that a stored forward pass holds.
+        hidden: Width of the head's input.
+        vocabulary: Width of the head's output.
+        element: Bytes of a number.
+        device: Where the model is.
     """
 
     linear: float
@@ -35,12 +43,12 @@ class Rates:
     trace: float
     hidden: int
     vocabulary: int
-    element: int  # bytes
+    element: int
     device: torch.device
 
     @classmethod
     def of(cls, side: Side) -> Rates:
-        """From a trace. Cost: see `rowwise.spread`."""
+        """The rates of a traced sequence's model. Cost: that of `rowwise.spread`."""
         trace, length = side.trace, side.trace.length
         last, share = trace.anatomy.segments[-2], spread(trace)
         work = {n: w for n, w in trace.work.items() if n != HEAD}
@@ -65,7 +73,13 @@ class Rates:
 
 @dataclass(frozen=True)
 class Load:
-    """A sequence of T tokens with a cotangent on each of some positions, in ascending order."""
+    """A sequence with a cotangent on each of its counted tokens.
+
+    Attributes:
+        rates: The model's.
+        length: T, its tokens.
+        positions: Positions of the cotangents, ascending.
+    """
 
     rates: Rates
     length: int
@@ -78,6 +92,7 @@ class Load:
         return cls(Rates.of(side), side.trace.length, tuple(positions))
 
     def __len__(self) -> int:
+        """Number of cotangents."""
         return len(self.positions)
 
     @property
@@ -92,17 +107,17 @@ class Load:
 
     @property
     def kept(self) -> int:
-        """Bytes of the stored forward pass, logits of the response tokens among them."""
+        """Bytes of the stored forward pass, with the logits of the response tokens."""
         rates = self.rates
         head = len(self) * (rates.hidden + rates.vocabulary)
         return int((rates.trace * self.length + head) * rates.element)
 
     def pulled(self, budget: int) -> tuple[float, float]:
-        """FLOPs of (replays, pulling back) all cotangents in the engine's chunks.
+        """FLOPs of (replaying segments, pulling back) for all cotangents, in the engine's chunks.
 
-        One cotangent at position p costs (p + 1)/T of a segment's linear FLOPs, and twice its
-        attention FLOPs scaled by ((p + 1)/T)² (both operands of each product move); above the last
-        attention it costs one row (see `rowwise`).
+        A cotangent at position p costs (p + 1)/T of a segment's linear FLOPs, and ((p + 1)/T)² of
+        twice its attention FLOPs, because both operands of each product have a gradient. Above the
+        last attention it costs one row (see `rowwise`).
         """
         rates, far = self.rates, reach(self.positions[-1], self.length)
         chunk = chunk_size(far, self.workspace, budget, rates.device)  # as `Side.chunk`
@@ -115,14 +130,14 @@ class Load:
         return replay, pullback
 
     def passed(self) -> tuple[float, float]:
-        """FLOPs of (a forward, a backward) pass for the sum of all cotangents."""
+        """FLOPs of (a forward pass, a backward pass) for the sum of all cotangents."""
         far, rates = self.positions[-1] + 1, self.rates
         linear, mixing = far * (rates.linear + rates.row), far**2 * rates.mixing
         return linear + mixing + self.head / 2, linear + 2 * mixing + self.head / 2
 
     @property
     def head(self) -> float:
-        """FLOPs of the cotangents through the head."""
+        """FLOPs of pulling the cotangents through the head."""
         return 4.0 * len(self) * self.rates.hidden * self.rates.vocabulary
 
 
@@ -130,10 +145,11 @@ class Load:
 class Cost:
     """FLOPs of an M x L influence table, by part.
 
-    replay: forward passes of the segments, one per chunk of cotangents.
-    pullback: the cotangents through the products; causal, on prefixes.
-    pairing: pushing the factors of one side and contracting with the other's.
-    head: the cotangents through the head, and the head's own part of the kernel.
+    Attributes:
+        replay: Forward passes of the segments, one for each chunk of cotangents.
+        pullback: Pulling the cotangents through the products, each on its causal prefix.
+        pairing: Pushing the factors of one side and contracting them with the other side's.
+        head: Pulling the cotangents through the head, and the head's own part of the kernel.
     """
 
     replay: float
@@ -143,11 +159,11 @@ class Cost:
 
     @property
     def flops(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return self.replay + self.pullback + self.pairing + self.head
 
     def explain(self) -> str:
-        """The parts as text, in GFLOP."""
+        """The sum and the parts as text, in GFLOP."""
         parts = ("replay", "pullback", "pairing", "head")
         shares = ", ".join(f"{p} {getattr(self, p) / 1e9:.3g}" for p in parts)
         return f"{self.flops / 1e9:.4g} GFLOP ({shares})"
@@ -156,9 +172,9 @@ class Cost:
 def gram_cost(
     observed: Sequence[Side], updated: Sequence[Side], memory: int | str = DEFAULT_MEMORY
 ) -> Cost:
-    """FLOPs of `token_gram` for sides whose rows are cotangents on every response token.
+    """FLOPs of `token_gram` for sides with a cotangent on every response token.
 
-    A side that is observed and updated is pulled back once.
+    A side that is both observed and updated is pulled back once.
     """
     loads = {id(side): Load.of(side) for side in (*observed, *updated)}
     budget = parse_memory(memory, updated[0].trace.hidden.device)
@@ -185,7 +201,7 @@ def paired_cost(
 
 
 def pushed_cost(observed: Sequence[Load], updated: Sequence[Load], budget: int) -> Cost:
-    """Every updated row pulled back, and pushed through every observed sequence."""
+    """Cost of pulling every updated row back and pushing it through every observed sequence."""
     pulled = [load.pulled(budget) for load in updated]
     rows, pairing = sum(map(len, updated)), 0.0
     through = sum(o.length * o.rates.linear + 2 * o.length**2 * o.rates.mixing for o in observed)
@@ -201,7 +217,7 @@ def pushed_cost(observed: Sequence[Load], updated: Sequence[Load], budget: int) 
 def sketched_cost(
     loads: Sequence[Load], layout: Layout, pairs: int, budget: int
 ) -> tuple[Cost, int]:
-    """Every row pulled back and sketched, and all pairs compared: FLOPs, and bytes of all rows."""
+    """Cost of pulling every row back, sketching it and comparing all pairs; bytes of all rows."""
     pulled = [load.pulled(budget) for load in loads]
     fixed = per_token = 0.0  # FLOPs of a row
     repeats, sketch = layout.sketch.repeats, layout.sketch
@@ -229,7 +245,7 @@ def sketched_cost(
 
 
 def summed_cost(loads: Sequence[Load], layout: Layout, pairs: int) -> Cost:
-    """Every sequence's forward and backward pass, its sums sketched or formed, all compared."""
+    """Cost of a forward and a backward pass of every sequence, sketching, comparing all pairs."""
     repeats, kind = layout.sketch.repeats, layout.sketch.kind
     work = 0.0
     for part in layout.parts:

@@ -23,6 +23,7 @@ from lddyn.engine.guard import undisturbed
 from lddyn.estimate import Estimate
 from lddyn.files import plain
 from lddyn.memory import DEFAULT_MEMORY, parse_memory
+from lddyn.results import Result
 from lddyn.sketches.candidates import Candidate, Task, exact_candidates, sketched_candidates
 from lddyn.sketches.costs import Load, Rates
 from lddyn.sketches.features import features
@@ -41,7 +42,7 @@ _TIE = 1.1  # what an exact answer may cost over an estimate
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Result):
     """The ways to a table of inner products, and the one to take. Made by `lddyn.plan`.
 
     Attributes:
@@ -72,9 +73,6 @@ class Plan:
             f"Plan({self.shape[0]} x {self.shape[1]} {self.by} pairs: {chosen}, of "
             f"{len(self.candidates)} ways)"
         )
-
-    def __str__(self) -> str:
-        return self.explain()
 
     def summary(self) -> dict[str, Any]:
         """The chosen way: FLOPs, seconds, bytes and error, JSON-safe; None if nothing fits."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from lddyn.data.token_table import COLUMNS, TokenTable, arrow_table, sequence_table
 from lddyn.estimate import Estimate
-from lddyn.files import plain, replace_file
+from lddyn.files import plain
+from lddyn.results import Result, load_result, save_result
 from lddyn.sketches.layout import Layout, Part
 from lddyn.sketches.projections import haar, hashed
 from lddyn.text import bytes_text
@@ -24,9 +24,11 @@ PAIRS = 1 << 22  # of rows, times repeats, that are compared at a time
 
 _COLUMNS = ("example_index", *COLUMNS)
 
+_FORMAT = 1
+
 
 @dataclass(frozen=True)
-class Features:
+class Features(Result):
     """Rows of token gradients, or of whole sequences' gradients. Made by `lddyn.features`.
 
     `rows.numpy()`, DLPack (`jax.dlpack.from_dlpack(rows)`) and `to_arrow()` share the memory of the
@@ -212,32 +214,21 @@ class Features:
 
     def save(self, path: str | Path) -> None:
         """Writes `path`.safetensors (rows and token table) and `path`.json (layout, examples)."""
-        from safetensors.torch import save
-
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"rows": self.rows} | {name: getattr(self.tokens, name) for name in _COLUMNS}
-        data = save({name: x.contiguous().cpu() for name, x in tensors.items()})
-        described = {"layout": self.layout.to_json(), "example_id": self.tokens.example_id}
-        replace_file(path.with_name(path.name + ".safetensors"), data)
-        replace_file(path.with_name(path.name + ".json"), json.dumps(described))
+        columns = {name: getattr(self.tokens, name) for name in _COLUMNS}
+        facts = {"layout": self.layout.to_json(), "example_id": self.tokens.example_id}
+        save_result(path, "lddyn.Features", _FORMAT, {"rows": self.rows} | columns, facts)
 
     @classmethod
     def load(cls, path: str | Path) -> Features:
         """Features from the files that `save` wrote.
 
         Raises:
-            FileNotFoundError: If one of the two files is missing.
-            ValueError: If they do not fit each other, or another version of lddyn wrote them.
+            ValueError: If one of the two files is missing or damaged, they do not fit each other,
+                or another version of lddyn wrote them.
         """
-        from safetensors.torch import load_file
-
-        path = Path(path)
-        text = path.with_name(path.name + ".json").read_text(encoding="utf-8")
-        tensors = load_file(path.with_name(path.name + ".safetensors"))
-        described = json.loads(text)
-        layout = Layout.from_json(described["layout"])
-        names, rows = described["example_id"], tensors["rows"]
+        tensors, facts = load_result(path, "lddyn.Features", _FORMAT)
+        layout = Layout.from_json(facts["layout"])
+        names, rows = facts["example_id"], tensors["rows"]
         if tuple(rows.shape) != (len(names), layout.width):
             raise ValueError(
                 f"{path}: rows must be ({len(names)}, {layout.width}) by its JSON file, got "

@@ -17,6 +17,7 @@ from torch import Tensor
 from lddyn.data.token_table import COLUMNS
 from lddyn.estimate import Estimate
 from lddyn.memory import parse_memory
+from lddyn.results import Result
 from lddyn.store.contents import Contents
 
 __all__ = ["Hit", "Hits", "InnerProduct"]
@@ -72,7 +73,7 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Hits:
+class Hits(Result):
     """The strongest stored tokens, or sequences, for each of m queries, best first.
 
     `hits[q]` is a list of the k `Hit`s of query q. Made by `Store.query`.

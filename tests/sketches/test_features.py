@@ -1,6 +1,7 @@
 """Features of tiny models of many kinds, against their exact token Gram."""
 
 import functools
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -374,6 +375,19 @@ def test_features_are_saved_and_read_back(tmp_path):
     (tmp_path / "g.json").replace(tmp_path / "f.json")
     with pytest.raises(ValueError, match="the two files are not of one save"):
         lddyn.Features.load(tmp_path / "f")
+
+
+@pytest.mark.parametrize("by", _BY)
+def test_features_say_what_they_are(by):
+    feats = lddyn.features(model("llama"), zoo.examples(), lddyn.Sketch(k=2000), by=by)
+    assert feats.by == by and len(repr(feats).splitlines()) == 1 and "tensor" not in repr(feats)
+    summary = json.loads(json.dumps(feats.summary()))
+    assert summary["rows"] == len(feats) and summary["examples"] == 2 and summary["k"] == 2000
+    document = json.loads(json.dumps(feats.to_dict()))
+    assert torch.equal(torch.tensor(document["rows"]), feats.rows)
+    assert Layout.from_json(document["layout"]) == feats.layout
+    assert str(feats) == feats.explain() and "are stored without error" in str(feats)
+    assert len(repr(feats.layout).splitlines()) == 1 and "k = 2,000, R = 8" in repr(feats.layout)
 
 
 # --------------------------------------------------------------------------- errors

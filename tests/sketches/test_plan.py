@@ -305,6 +305,9 @@ def test_the_plan_is_told_as_text_and_json():
     assert sum(row["chosen"] for row in document["candidates"]) == 1
     for row in document["candidates"]:
         assert row["method"] in text and row["flops"] > 0
+    assert str(way) == text and len(repr(way).splitlines()) == 1 and "tensor" not in repr(way)
+    summary = json.loads(json.dumps(way.summary(), allow_nan=False))
+    assert summary["method"] == way.chosen.method and summary["flops"] == way.chosen.flops
 
 
 def test_chunks_are_those_of_the_engine_where_the_last_tokens_do_not_count(monkeypatch):
