@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lddyn.lab.record import Claim, Lab
 from lddyn.lab.shares import Share, verdict
 from lddyn.report.canvas import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
-from lddyn.steps.massflow import Flow, leading
+from lddyn.steps.flow import Flow, leading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -40,7 +40,7 @@ from lddyn.optimizers import make_optimizer
 from lddyn.probes.build import sample
 from lddyn.report.canvas import INK, LOWERED, RAISED
 from lddyn.stats import bootstrap
-from lddyn.steps.massflow import Flow
+from lddyn.steps.flow import Flow
 
 __all__ = ["mass_of_run", "run", "shares_of_mass", "unrelated"]
 

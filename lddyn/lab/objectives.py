@@ -22,7 +22,7 @@ from lddyn.lab.record import Claim, Lab
 from lddyn.lab.shares import Share, verdict
 from lddyn.objectives import LOSSES, Objective, preference
 from lddyn.report.canvas import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
-from lddyn.steps.massflow import softmax_step
+from lddyn.steps.flow import softmax_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,264 +1,53 @@
-"""Where probability goes in one finetuning step, predicted and measured: nothing is presumed.
+"""Where the probability went in one finetuning step of a model, predicted and measured.
 
-At a position with prediction π and label y, a step that moves the logits by Δz moves
-
-    Δ log π(v) = Δz_v − log Σ_u π_u e^{Δz_u},        Δπ(v) = π(v) (e^{Δ log π(v)} − 1)        (nats)
-
-In a single softmax whose logits are the parameters, one step with coefficients c (c_y = −η on a
-label that is pushed down, +η on one that is pulled up) has Δz = c − (Σc) π. This is Lemma 1 of the
-paper, and says that a label v ≠ y gains from a push on y, to first order, if and only if
-
-    π_v > τ = ‖π‖² − π_y.
-
-In a model, Δz has other causes too, shared features and other positions, so that τ is a guess
-there; `massflow` takes Δ log π from the exact decomposition of the step and from a real step.
+`massflow` takes Δ log π of the whole vocabulary from the exact decomposition of the step, and from
+a real step on a copy; `lddyn.steps.flow` turns both into the flow of probability.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
+from lddyn.files import plain
 from lddyn.memory import DEFAULT_MEMORY
 from lddyn.objectives import Objective
+from lddyn.results import Result, load_result, save_result
 from lddyn.steps.decompose import decompose
+from lddyn.steps.flow import Flow, renormalised, threshold
 from lddyn.text import signed, visible
 
-__all__ = ["Flow", "MassFlow", "massflow", "softmax_step", "threshold"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-# ---------------------------------------------------------------------------------------------
-# One softmax
+__all__ = ["MassFlow", "massflow"]
 
-
-def softmax_step(logits: Tensor, coefficients: Tensor) -> Tensor:
-    """Δ log π after one gradient step on logits that are the parameters: Lemma 1, exactly.
-
-        Δz = c − (Σ_l c_l) π,        Δ log π_i = Δz_i − log Σ_j π_j e^{Δz_j}
-
-    Args:
-        logits: z, shape (..., V).
-        coefficients: c, shape (..., V): η' times minus the weight of each label's log-probability
-            in the loss. One label y with c_y = −|η'| is the paper's negative gradient, c_y = +|η'|
-            a step of SFT; several labels are one step on all of them.
-
-    Returns:
-        Δ log π in nats, shape (..., V), float64. Of full relative precision where it is small.
-
-    Raises:
-        ValueError: If the two have different numbers of labels.
-
-    Cost: O(V) per row.
-
-    Source: paper App. E, Lemma 1: π'_i / π_i = 1 / Σ_j β_j π_j.
-
-    Example:
-        >>> from lddyn.steps.massflow import softmax_step
-        >>> logits, push = torch.tensor([2.0, 1, 0, -1, -2]), torch.tensor([-0.5, 0, 0, 0, 0])
-        >>> after = (logits.double().log_softmax(-1) + softmax_step(logits, push)).exp()
-        >>> [round(float(p), 4) for p in after]
-        [0.572, 0.2837, 0.0969, 0.0347, 0.0126]
-    """
-    if logits.shape[-1] != coefficients.shape[-1]:
-        raise ValueError(
-            f"coefficients must have one column per logit, {logits.shape[-1]}, got "
-            f"{coefficients.shape[-1]}"
-        )
-    log_probs = logits.double().log_softmax(-1)
-    pushed = coefficients.double()
-    return renormalised(log_probs, pushed - pushed.sum(-1, keepdim=True) * log_probs.exp())
+KIND, FORMAT = "lddyn.MassFlow", 1
+_FLOWS = ("predicted", "measured")
 
 
-def threshold(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """τ = ‖π‖² − π_y: what a label's probability must exceed to gain when y is pushed down.
-
-    Args:
-        log_probs: log π, shape (..., V), in nats.
-        labels: y, shape (...), int64.
-
-    Returns:
-        τ, shape (...), float64; negative where every other label gains.
-
-    Cost: O(V) per row.
-
-    Source: first order of Lemma 1 in the step, Δ log π_i = |η'| (π_i − [i = y] − τ).
-
-    Example:
-        >>> from lddyn.steps.massflow import threshold
-        >>> round(threshold(torch.tensor([0.75, 0.25]).log(), torch.tensor(1)).item(), 4)
-        0.375
-    """
-    probs = log_probs.double().exp()
-    return (probs * probs).sum(-1) - _at(probs, labels)
-
-
-def renormalised(log_probs: Tensor, shift: Tensor) -> Tensor:
-    """The change of log π, (..., V) float64, when the logits move by `shift`."""
-    log_probs, shift = log_probs.double(), shift.double()
-    # Small moves: log1p keeps every digit. Large ones: expm1 could overflow, logsumexp cannot.
-    small = torch.log1p((log_probs.exp() * torch.expm1(shift.clamp(max=1.0))).sum(-1, keepdim=True))
-    large = torch.logsumexp(log_probs + shift, -1, keepdim=True)
-    return shift - torch.where(shift.abs().amax(-1, keepdim=True) < 1.0, small, large)
-
-
-def _at(values: Tensor, index: Tensor) -> Tensor:
-    """values[..., index]: one entry of every row."""
-    return values.gather(-1, index[..., None])[..., 0]
-
-
-# ---------------------------------------------------------------------------------------------
-# What a change of predictions did
-
-
-@dataclass(frozen=True)
-class Flow:
-    """Where probability went: one row per prediction, float64.
-
-    label + argmax + top + rest = 0 in every row.
-
-    Attributes:
-        leading: The most likely labels other than y before the step, (M, top), likeliest first; y*
-            is column 0.
-        likeliest: Whether y was as likely as y* or more before the step, (M,) bool.
-        change: Δπ of every label, (M, V).
-        label: Δπ of the row's own label y, (M,).
-        argmax: Δπ of y*, (M,).
-        top: Δπ of the next most likely ones together, up to the number asked for, (M,).
-        rest: Δπ of all others together, (M,).
-        gainers, losers: How many labels other than y rose and fell, (M,) int64.
-        gained, lost: Δπ of these together, (M,); gained ≥ 0 ≥ lost.
-        ratio: Squeeze ratio Δπ(y*) / −Δπ(y), (M,); NaN where y did not fall. Above 1, y* takes
-            from other labels as well.
-        entropy: Change of −Σ π log π, (M,), in nats.
-    """
-
-    leading: Tensor
-    likeliest: Tensor
-    change: Tensor
-    label: Tensor
-    argmax: Tensor
-    top: Tensor
-    rest: Tensor
-    gainers: Tensor
-    losers: Tensor
-    gained: Tensor
-    lost: Tensor
-    ratio: Tensor
-    entropy: Tensor
-
-    @classmethod
-    def of(cls, log_probs: Tensor, delta: Tensor, labels: Tensor, top: int = 10) -> Flow:
-        """Follows the mass of predictions whose log π changes by `delta`.
-
-        Args:
-            log_probs: log π before, shape (M, V), in nats.
-            delta: Δ log π, shape (M, V); e^{log π + Δ log π} must sum to one.
-            labels: y, shape (M,), int64.
-            top: How many labels other than y count as the most likely, y* included.
-
-        Returns:
-            The Flow; differences are never taken of rounded probabilities.
-
-        Cost: a few passes over (M, V) float64.
-
-        Example:
-            >>> from lddyn.steps.massflow import Flow, softmax_step
-            >>> logits, label = torch.tensor([[4.0, 1, 0, 0]]), torch.tensor([3])
-            >>> step = softmax_step(logits, torch.tensor([[0, 0, 0, -1.0]]))
-            >>> flow = Flow.of(logits.log_softmax(-1), step, label)
-            >>> bool(flow.argmax > 0), bool(flow.top < 0), bool(flow.ratio > 1)
-            (True, True, True)
-        """
-        log_probs, delta = log_probs.double(), delta.double()
-        probs = log_probs.exp()
-        change = probs * torch.expm1(delta)
-        entropy = -(change * log_probs + (probs + change) * delta).sum(-1)
-        return cls._sorted(log_probs, delta, change, entropy, labels, top)
-
-    @classmethod
-    def first_order(cls, log_probs: Tensor, shift: Tensor, labels: Tensor, top: int = 10) -> Flow:
-        """The same to first order in a move Δz of the logits: Δπ = π (Δz − ⟨π, Δz⟩).
-
-        Linear in Δz: the flows of a step's terms add up to the flow of the step.
-
-        Args:
-            log_probs: log π before, shape (M, V), in nats.
-            shift: Δz, shape (M, V).
-            labels: y, shape (M,), int64.
-            top: As above.
-
-        Example:
-            >>> from lddyn.steps.massflow import Flow
-            >>> logits, label = torch.tensor([[4.0, 1, 0, 0]]), torch.tensor([3])
-            >>> flow = Flow.first_order(logits.log_softmax(-1), -0.1 * logits, label)
-            >>> round(float(flow.argmax), 4), round(float(flow.label), 4)
-            (-0.0251, 0.0063)
-        """
-        log_probs, shift = log_probs.double(), shift.double()
-        delta = shift - (log_probs.exp() * shift).sum(-1, keepdim=True)
-        change = log_probs.exp() * delta
-        return cls._sorted(log_probs, delta, change, -(change * log_probs).sum(-1), labels, top)
-
-    @classmethod
-    def _sorted(
-        cls,
-        log_probs: Tensor,
-        delta: Tensor,
-        change: Tensor,
-        entropy: Tensor,
-        labels: Tensor,
-        top: int,
-    ) -> Flow:
-        own = torch.zeros_like(change, dtype=torch.bool).scatter_(-1, labels[:, None], True)
-        order = leading(log_probs, labels, top)
-        in_top = torch.zeros_like(own).scatter_(-1, order, True)
-        rose, fell = (delta > 0) & ~own, (delta < 0) & ~own
-        label, argmax = _at(change, labels), _at(change, order[:, 0])
-        return cls(
-            leading=order,
-            likeliest=_at(log_probs, labels) >= _at(log_probs, order[:, 0]),
-            change=change,
-            label=label,
-            argmax=argmax,
-            top=change.gather(-1, order[:, 1:]).sum(-1),
-            rest=(change * ~(own | in_top)).sum(-1),
-            gainers=rose.sum(-1),
-            losers=fell.sum(-1),
-            gained=(change * rose).sum(-1),
-            lost=(change * fell).sum(-1),
-            ratio=torch.where(label < 0, argmax / -label, torch.nan),
-            entropy=entropy,
-        )
-
-
-def leading(log_probs: Tensor, labels: Tensor, count: int) -> Tensor:
-    """The most likely labels other than each row's own, (M, count), likeliest first."""
-    others = log_probs.scatter(-1, labels[:, None], -torch.inf)
-    return others.topk(min(count, log_probs.shape[-1] - 1), dim=-1).indices
-
-
-# ---------------------------------------------------------------------------------------------
-# In a model
-
-
-@dataclass
-class MassFlow:
-    """The answer of `massflow`: predicted and measured flow at every position of a response.
+@dataclass(repr=False)
+class MassFlow(Result):
+    """The result of `massflow`: predicted and measured flow at every position of a response.
 
     Attributes:
         name: Of the observed response.
         labels: Its tokens y_m, (M,) int64.
         tokens: Their texts.
         log_probs: log π before the step, (M, V) float64, in nats.
-        threshold: τ = ‖π‖² − π(y_m), (M,): who gains in a single softmax, to first order.
+        threshold: τ = ‖π‖² − π(y_m), (M,): in a single softmax, labels above it gain, to first
+            order.
         predicted: Flow of the first-order step: the logits move by the exact −η A K G.
         measured: Flow of a real step.
         settings: Of the decomposition: objective, optimizer, learning rate.
+        text_of: Maps a token id to its text.
     """
 
     name: str
@@ -284,6 +73,11 @@ class MassFlow:
     def strongest(self, position: int, count: int = 5, *, measured: bool = True) -> dict[str, Any]:
         """Labels that gained and lost most probability at a position.
 
+        Args:
+            position: m.
+            count: How many of each.
+            measured: Of the real step; False: of the prediction.
+
         Returns:
             {"gainers": [{"token_id", "token", "change"}, …], "losers": […]}, strongest first; the
             label y_m of the position itself is in neither.
@@ -291,27 +85,27 @@ class MassFlow:
         flow = self.measured if measured else self.predicted
         change = flow.change[position].clone()
         change[self.labels[position]] = 0.0
-        found = {}
+        strongest = {}
         for key, sign in (("gainers", 1), ("losers", -1)):
             values, ids = (sign * change).topk(min(count, len(change)))
-            found[key] = [
+            strongest[key] = [
                 {"token_id": i, "token": self.text_of(i), "change": sign * v}
                 for v, i in zip(values.tolist(), ids.tolist(), strict=True)
                 if v > 0
             ]
-        return found
+        return strongest
 
     def summary(self) -> dict[str, Any]:
-        """Plain numbers for JSON: what happened over all positions together.
+        """What happened over all positions together, JSON-safe.
 
-        Masses are sums over positions. `argmax_gains_most` and `argmax_falls` are shares of
+        Masses are sums over positions. `argmax_gains_most` and `argmax_falls` are the fractions of
         positions at which, as measured, y* gained more than every other label, or fell.
         """
         most = self.measured.change.scatter(1, self.labels[:, None], -torch.inf).amax(1)
         result: dict[str, Any] = {
             "name": self.name,
             "positions": len(self.labels),
-            **self.settings,
+            **plain(self.settings),
             "argmax_gains_most": _mean((self.measured.argmax >= most) & (self.measured.argmax > 0)),
             "argmax_falls": _mean(self.measured.argmax < 0),
         }
@@ -330,7 +124,7 @@ class MassFlow:
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but whole distributions, for JSON: the summary and one entry per position."""
+        """The summary and one entry per position, JSON-safe; without whole distributions."""
         others = self.log_probs.scatter(1, self.labels[:, None], -torch.inf)
         above = (others > self.threshold[:, None].clamp(min=0).log()).sum(1)
         entries = []
@@ -365,7 +159,8 @@ class MassFlow:
             entries.append(entry)
         return {"summary": self.summary(), "by_position": entries}
 
-    def __str__(self) -> str:
+    def explain(self) -> str:
+        """A table with one line per position: Δπ measured, and in brackets predicted."""
         lines = [
             f"{self.name}: Δπ measured (predicted), one line per position",
             f"{'y':>12} {'π(y)':>8} {'y*':>12} {'π(y*)':>8} {'τ':>8}  {'Δπ(y)':>19} "
@@ -387,6 +182,68 @@ class MassFlow:
             )
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        settings = self.settings
+        return (
+            f"MassFlow({self.name!r}, {len(self.labels)} positions, "
+            f"{settings.get('objective', 'step')} with {settings.get('optimizer')}, "
+            f"lr {settings.get('lr')})\n  predicted: {self.predicted!r}\n"
+            f"  measured:  {self.measured!r}"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes `path`.safetensors and `path`.json, whole distributions included.
+
+        The texts of the tokens that `to_dict` names are kept; others are numbers afterwards.
+        """
+        tensors = {"labels": self.labels, "log_probs": self.log_probs, "threshold": self.threshold}
+        for key in _FLOWS:
+            flow = getattr(self, key)
+            tensors |= {f"{key}.{f.name}": getattr(flow, f.name) for f in fields(Flow)}
+        facts = {
+            "name": self.name,
+            "tokens": self.tokens,
+            "settings": self.settings,
+            "texts": {token: self.text_of(token) for token in sorted(self._named_tokens())},
+        }
+        save_result(path, KIND, FORMAT, tensors, facts)
+
+    def _named_tokens(self) -> set[int]:
+        """Ids of all tokens that a text of this result names."""
+        ids = {*self.labels.tolist(), *self.leading.flatten().tolist()}
+        for m in range(len(self.labels)):
+            for measured in (True, False):
+                for entries in self.strongest(m, measured=measured).values():
+                    ids |= {entry["token_id"] for entry in entries}
+        return ids
+
+    @classmethod
+    def load(cls, path: str | Path) -> MassFlow:
+        """Reads what `save` wrote, to the bit.
+
+        Raises:
+            ValueError: If a file is missing, damaged or of another format.
+        """
+        tensors, facts = load_result(path, KIND, FORMAT)
+        try:
+            predicted, measured = (
+                Flow(**{f.name: tensors[f"{key}.{f.name}"] for f in fields(Flow)}) for key in _FLOWS
+            )
+            texts: dict[str, str] = facts["texts"]
+            return cls(
+                name=facts["name"],
+                labels=tensors["labels"],
+                tokens=facts["tokens"],
+                log_probs=tensors["log_probs"],
+                threshold=tensors["threshold"],
+                predicted=predicted,
+                measured=measured,
+                settings=facts["settings"],
+                text_of=lambda token: texts.get(str(token), str(token)),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: cannot be read as {KIND}: {error!r}") from error
+
 
 def _mean(values: Tensor) -> float:
     return float(values.double().mean())
@@ -401,7 +258,7 @@ def massflow(
     optimizer: str | torch.optim.Optimizer = "sgd",
     max_grad_norm: float | None = None,
     top: int = 10,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | None = torch.float64,
     memory: int | str = DEFAULT_MEMORY,
     progress: bool = False,
@@ -411,11 +268,12 @@ def massflow(
         predicted: π' ∝ π e^{Δ log π},  Δ log π (M, V) the exact first order −η A K G of the step
         measured: π' of a real step on a copy of the model
 
-    The label y_m is the example's own token: observe the response that the update pushes down and
-    this is the paper's setting. That the mass goes to the most likely label y* is a result, or not.
+    The label y_m is the example's own token. With the response that the update pushes down this is
+    the paper's setting: whether the mass goes to the most likely label y* is then measured.
 
     Args:
-        model: A causal LM of transformers, with or without a LoRA adapter. Not changed.
+        model: A causal LM of transformers, with or without a LoRA adapter, or its Anatomy. Not
+            changed.
         example: The response to observe, M tokens.
         update: SFT(...), DPO(...) or any Objective.
         lr: Learning rate η; may be left out when `optimizer` is an object with its own.
@@ -477,7 +335,10 @@ def massflow(
         predicted=Flow.of(before, first_order, labels, top),
         measured=Flow.of(before, after - before, labels, top),
         settings={"lr": dec.lr, **dec.settings},
-        text_of=str
-        if tokenizer is None
-        else lambda token: str(tokenizer.convert_ids_to_tokens([token])[0]),
+        text_of=str if tokenizer is None else _names(tokenizer),
     )
+
+
+def _names(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
+    """Maps a token id to the tokenizer's own spelling of it."""
+    return lambda token: str(tokenizer.convert_ids_to_tokens([token])[0])

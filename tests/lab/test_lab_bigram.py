@@ -7,7 +7,7 @@ import torch
 
 from lddyn.lab import bigram
 from lddyn.lab.record import Lab
-from lddyn.steps.massflow import softmax_step
+from lddyn.steps.flow import softmax_step
 
 torch.set_num_threads(1)
 

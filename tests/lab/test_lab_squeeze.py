@@ -9,7 +9,7 @@ import torch
 from lddyn.lab import squeeze
 from lddyn.lab.record import Lab
 from lddyn.lab.shares import Share
-from lddyn.steps.massflow import leading
+from lddyn.steps.flow import leading
 
 torch.set_num_threads(1)
 

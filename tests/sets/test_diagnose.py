@@ -15,7 +15,7 @@ from lddyn.errors import UnsupportedModelError
 from lddyn.objectives import LOSSES
 from lddyn.sets.diagnose import edit_distance
 from lddyn.sets.forecast import projected
-from lddyn.steps.massflow import softmax_step
+from lddyn.steps.flow import softmax_step
 
 
 def some_pairs(count=5):

@@ -11,7 +11,7 @@ import zoo
 from torch.nn.functional import logsigmoid
 
 import lddyn
-from lddyn.steps.massflow import Flow, renormalised, softmax_step, threshold
+from lddyn.steps.flow import Flow, renormalised, softmax_step, threshold
 
 torch.set_num_threads(1)
 
