@@ -36,12 +36,12 @@ class Dense:
     """Everything below the head of one operator, materialised: M (M, L, d, d), for small d."""
 
     def __init__(self, kernel: lddyn.NTK):
-        self.kernel, self.basis = kernel, kernel._basis(True)
+        self.kernel, self.basis = kernel, kernel.products.basis(True)
         width = self.basis.vectors.shape[0]
         eye = BodyRows(torch.eye(width), torch.zeros(width, 0), self.basis.ids)
-        parts = [gram.transpose(1, 2).double() for _, gram in kernel._blocks(eye, eye)]
+        parts = [gram.transpose(1, 2).double() for _, gram in kernel.products.blocks(eye, eye)]
         self.middle = torch.cat(parts, 1)
-        self.head = kernel._head_multiples().double()
+        self.head = kernel.products.head_multiples().double()
         scaled = self.basis.vectors * self.basis.values.sqrt()
         self.body = scaled.T @ self.middle @ scaled  # F
 

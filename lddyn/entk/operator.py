@@ -9,7 +9,7 @@ through the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,42 +17,46 @@ from torch import Tensor, nn
 
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
-from lddyn.engine.factors import BodyRows
-from lddyn.engine.gradient import gradient_of_logits
-from lddyn.engine.gram import Side, factored_gram, factored_push, graph_bytes, token_gram
+from lddyn.engine.gram import Side, factored_gram, factored_push, token_gram
 from lddyn.engine.guard import undisturbed
 from lddyn.engine.pushforward import (
-    AlongDirection,
     Direction,
-    Pushforward,
     delta_log_probs,
 )
 from lddyn.engine.trace import Trace
-from lddyn.entk.lowrank import LowRank, find_low_rank
+from lddyn.entk.lowrank import LowRank
 from lddyn.entk.norms import (
-    Basis,
     Sampling,
     block_squares,
     block_traces,
     pushed_squares,
     root,
     row_squares,
-    span_basis,
 )
+from lddyn.entk.products import KernelProducts
+from lddyn.entk.range_finder import find_low_rank
 from lddyn.estimate import Estimate
-from lddyn.memory import DEFAULT_MEMORY, parse_memory
+from lddyn.memory import DEFAULT_MEMORY
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shift:
-    """What cotangents G of χu do to the logits of χo: K G, the head's own part apart.
+    """K G: how cotangents G of χu move the logits of χo, the head's own part apart.
 
-    head, body (M, V); log_probs() takes it through A = I − 1 πᵀ.
+    Attributes:
+        head: The head's own part, (M, V).
+        body: All the rest, (M, V).
+        base_logits: Logits (M, V) at which `log_probs` takes π.
     """
 
     head: Tensor
     body: Tensor
-    reference: Tensor  # logits (M, V) at which π is taken
+    base_logits: Tensor
+
+    def __repr__(self) -> str:
+        tokens, vocabulary = self.head.shape
+        head, body = float(self.head.norm()), float(self.body.norm())
+        return f"Shift({tokens} x {vocabulary} logits; ‖head‖ {head:.3g}, ‖body‖ {body:.3g})"
 
     @property
     def logits(self) -> Tensor:
@@ -60,7 +64,10 @@ class Shift:
         return self.head + self.body
 
     def log_probs(self, part: str = "all") -> Tensor:
-        """A K G (M, V), or that of one part: "head" or "body".
+        """A K G (M, V), A = I − 1 πᵀ: the move of all log-probs.
+
+        Args:
+            part: "all", or "head" or "body" for one part of it.
 
         Raises:
             ValueError: If part is none of these.
@@ -68,7 +75,7 @@ class Shift:
         parts = {"all": self.logits, "head": self.head, "body": self.body}
         if part not in parts:
             raise ValueError(f"part must be one of {sorted(parts)}, got {part!r}")
-        return delta_log_probs(parts[part], self.reference)
+        return delta_log_probs(parts[part], self.base_logits)
 
 
 class NTK:
@@ -109,7 +116,14 @@ class NTK:
     ):
         self.observed, self.updated = observed, updated
         self.memory, self.progress = memory, progress
-        self._bases: dict[bool, Basis] = {}
+        self.products = KernelProducts(observed, updated, memory, progress)
+
+    def __repr__(self) -> str:
+        m, vocabulary, count, _ = self.shape
+        return (
+            f"NTK({m} observed tokens, {count} updated tokens, vocabulary {vocabulary}; "
+            f"lazy, {m * count} blocks of {vocabulary} x {vocabulary})"
+        )
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -148,7 +162,7 @@ class NTK:
         other = self._side(self.updated, v_u, "v_u")
         if self.observed is self.updated and (v_o is v_u):
             other = one
-        if method == "pushed" or (method == "auto" and self._blocked):
+        if method == "pushed" or (method == "auto" and self.products.blocked):
             return factored_gram([one], [other], self.memory, self.progress)
         return token_gram([one], [other], self.memory, self.progress)
 
@@ -159,27 +173,7 @@ class NTK:
         Cost: one backward pass of χu, 4 N T_u FLOPs more than its forward, and one push through χo,
         6 N T_o; one gradient the size of the trainable parameters.
         """
-        return self._product()(self._cotangents(self.updated, g, "G"))
-
-    def _product(self, precondition: Direction | None = None) -> Callable[[Tensor], Tensor]:
-        """G (L, V) -> K G (M, V), or K_P G: one backward pass and one push each time."""
-        push, updated = self._pushforward(), self.updated
-
-        def product(g: Tensor) -> Tensor:
-            direction = gradient_of_logits(updated.anatomy, updated.example, g)
-            if precondition is not None:
-                direction = {n: d * precondition[n].to(d) for n, d in direction.items()}
-            with push.anatomy.analysis():
-                return push.logits(AlongDirection(direction))[0]
-
-        return product
-
-    def _pushforward(self) -> Pushforward:
-        """Through χo, for many products: it keeps its linearised segments where they fit."""
-        fits = (
-            graph_bytes(self.observed) < parse_memory(self.memory, self.updated.logits.device) // 2
-        )
-        return Pushforward(self.observed, keep=fits)
+        return self.products.product()(self._cotangents(self.updated, g, "G"))
 
     def block(self, m: int, token: int) -> Tensor:
         """The dense V x V block K_{m,l} of one token pair; V pullbacks, for small vocabularies.
@@ -244,9 +238,9 @@ class NTK:
         """
         g = -Side.log_probs(self.updated).rows if g is None else g
         g = self._cotangents(self.updated, g, "G")
-        total = self._product()(g)
+        total = self.products.product()(g)
         raw = g if self.updated.slope is None else g * self.updated.slope
-        head = self._head_multiples() @ raw
+        head = self.products.head_multiples() @ raw
         if self.observed.slope is not None:
             head = head * self.observed.slope
         return Shift(head, total - head, self.observed.logits)
@@ -259,8 +253,8 @@ class NTK:
         """
         if not 1 <= count <= self.shape[1]:
             raise ValueError(f"count must be between 1 and {self.shape[1]}, got {count}")
-        mass = sum(side.logits.softmax(-1).sum(0) for side in (self.observed, self.updated))
-        assert isinstance(mass, Tensor)
+        masses = [side.logits.softmax(-1).sum(0) for side in (self.observed, self.updated)]
+        mass = torch.stack(masses).sum(0)
         return mass.topk(count).indices.sort().values
 
     @undisturbed
@@ -281,14 +275,15 @@ class NTK:
         """
         ids_o = self._vocabulary_ids(tokens, "tokens")
         ids_u = ids_o if updated is None else self._vocabulary_ids(updated, "updated")
-        (rows_o, mix_o), (rows_u, mix_u) = self._one_hot(ids_o), self._one_hot(ids_u)
+        rows_o, mix_o = self.products.one_hot(ids_o)
+        rows_u, mix_u = self.products.one_hot(ids_u)
         out = self.observed.logits.new_zeros(self.shape[0], len(ids_o), self.shape[2], len(ids_u))
-        for at, gram in self._blocks(rows_o, rows_u):
+        for at, gram in self.products.blocks(rows_o, rows_u):
             if mix_o is not None:
                 gram = torch.einsum("vi,milj->mvlj", mix_o, gram)
             out[:, :, at] = gram if mix_u is None else gram @ mix_u.T
         same = (ids_o[:, None] == ids_u[None]).to(out)
-        out += self._head_multiples()[:, None, :, None] * same[:, None]
+        out += self.products.head_multiples()[:, None, :, None] * same[:, None]
         if self.observed.slope is not None:
             out *= self.observed.slope[:, ids_o, None, None]
         if self.updated.slope is not None:
@@ -312,17 +307,17 @@ class NTK:
         chosen = range(self.shape[1]) if tokens is None else tokens
         ids = self._vocabulary_ids(chosen, "tokens")
         out = self.observed.logits.new_zeros(self.shape[0], self.shape[2], len(ids))
-        rows, mix = self._one_hot(ids)
+        rows, mix = self.products.one_hot(ids)
         if mix is None:
             for start in range(0, len(ids), 8):  # pairs of different tokens are not wanted
                 part = rows[torch.arange(start, min(start + 8, len(ids)), device=ids.device)]
-                for at, gram in self._blocks(part, part):
+                for at, gram in self.products.blocks(part, part):
                     out[:, at, start : start + 8] = gram.transpose(1, 2).diagonal(dim1=2, dim2=3)
         else:
-            for at, gram in self._blocks(rows, rows):
+            for at, gram in self.products.blocks(rows, rows):
                 for m, block in enumerate(gram):  # (d, l, d)
                     out[m, at] = ((mix @ block.transpose(0, 1)) * mix).sum(-1)
-        out += self._head_multiples()[:, :, None]
+        out += self.products.head_multiples()[:, :, None]
         if self.observed.slope is not None:
             out *= self.observed.slope[:, None, ids]
         if self.updated.slope is not None:
@@ -338,17 +333,6 @@ class NTK:
                 f"{ids.flatten()[:8].tolist()} of shape {tuple(ids.shape)}"
             )
         return ids
-
-    def _one_hot(self, ids: Tensor) -> tuple[BodyRows, Tensor | None]:
-        """Cotangents e_v below the head; where they are more than d, a basis and the mixture."""
-        precise, tied = self.updated.logits.dtype, self._tied_ids()
-        own = self.updated.anatomy.head.weight.detach()[ids].to(precise)
-        own = torch.cat([own, (ids[:, None] == tied[None]).to(precise)], 1)
-        width = own.shape[1] - len(tied)
-        if len(ids) <= own.shape[1]:
-            return BodyRows(own[:, :width], own[:, width:], tied), None
-        eye = torch.eye(own.shape[1], dtype=precise, device=own.device)
-        return BodyRows(eye[:, :width], eye[:, width:], tied), own
 
     @undisturbed
     def lowrank(
@@ -393,23 +377,13 @@ class NTK:
         if span not in ("random", "data"):
             raise ValueError(f"span must be 'random' or 'data', got {span!r}")
         Sampling(0.05 if rtol is None else rtol, None, probes, limit, seed)
-        if rtol is not None and self._bent:
+        if rtol is not None and self.products.bent:
             raise NotImplementedError(
                 "the model changes its logits after the head: give rank, and read the residual"
             )
+        most = limit if rank is None else rank
         return find_low_rank(
-            self._pushforward(),
-            self.T._pushforward(),
-            self._basis(centred),
-            self._head_multiples(),
-            centred,
-            self._product(),
-            rank=rank,
-            rtol=rtol,
-            span=span,
-            probes=probes,
-            limit=limit,
-            seed=seed,
+            self.products, centred, most, rtol, span=span, probes=probes, seed=seed
         )
 
     # ----- norms and traces
@@ -485,26 +459,30 @@ class NTK:
         anatomy = self.updated.anatomy
         if reduce != "none":
             square = row_squares(
-                self._product(precondition),
-                self.T._product(precondition),
+                self.products.product(precondition),
+                self.products.transposed().product(precondition),
                 (self.observed.logits.shape, self.updated.logits.shape),
                 centred,
                 reduce == "all",
                 self.updated.logits,
                 sampling,
             )
-        elif precondition is not None or self._bent or self._blocked:
+        elif precondition is not None or self.products.bent or self.products.blocked:
             square = pushed_squares(
-                lambda v: self._image_squares(v, centred, precondition),
+                lambda v: self.products.image_squares(v, centred, precondition),
                 anatomy.head.weight,
-                self._basis(centred),
+                self.products.basis(centred),
                 centred,
                 sampling,
             )
         else:
             identity = anatomy.vocabulary - int(centred)
             square = block_squares(
-                self._blocks, self._basis(centred), self._head_multiples(), identity, sampling
+                self.products.blocks,
+                self.products.basis(centred),
+                self.products.head_multiples(),
+                identity,
+                sampling,
             )
         return square if squared else root(square)
 
@@ -539,98 +517,17 @@ class NTK:
         Cost: exact: d pullbacks per token of both sides (tied heads: d + tokens); else r + q.
         """
         sampling = None if rtol is None else Sampling(rtol, directions, probes, limit, seed)
-        if self._bent:
+        if self.products.bent:
             raise NotImplementedError(
                 "the model changes its logits after the head: use diagonal().sum(-1)"
             )
         return block_traces(
-            self._blocks,
-            self._basis(centred),
-            self._head_multiples(),
+            self.products.blocks,
+            self.products.basis(centred),
+            self.products.head_multiples(),
             self.updated.anatomy.vocabulary - int(centred),
             sampling,
         )
-
-    @property
-    def _bent(self) -> bool:
-        """Whether logits are more than W h + b (soft-capping, scaling)."""
-        return self.observed.slope is not None or self.updated.slope is not None
-
-    @property
-    def _blocked(self) -> bool:
-        """Whether blocks share parameters, so that factors of different segments pair."""
-        anatomy = self.updated.anatomy
-        return any(n != anatomy.head_weight for n in anatomy.shared())
-
-    def _basis(self, centred: bool) -> Basis:
-        """Directions of the logits, one eigendecomposition for the life of this operator."""
-        if centred not in self._bases:
-            weight: Tensor = self.updated.anatomy.head.weight
-            self._bases[centred] = span_basis(weight, self._tied_ids(), centred)
-        return self._bases[centred]
-
-    def _tied_ids(self) -> Tensor:
-        """Tokens whose embedding rows are moved, where these are rows of the head too."""
-        ids: Tensor = torch.cat([self.observed.ids[0], self.updated.ids[0]]).unique()
-        return ids if self.updated.anatomy.tied else ids[:0]
-
-    def _head_multiples(self) -> Tensor:
-        """Multiples c (M, L): the head's own part of the kernel of the raw logits is c I."""
-        anatomy = self.updated.anatomy
-        precise = self.updated.logits.dtype
-        out: Tensor = self.observed.logits.new_zeros(self.shape[0], self.shape[2])
-        if anatomy.head_weight is not None:
-            out = out + self.observed.hidden.to(precise) @ self.updated.hidden.to(precise).T
-        return out + 1 if anatomy.head_bias is not None else out
-
-    def _blocks(self, rows_o: BodyRows, rows_u: BodyRows) -> Iterator[tuple[slice, Tensor]]:
-        """Products (M, n_o, l, n_u) of cotangents below the head, some updated tokens at a time."""
-        n_o, n_u, (m, _, count, _) = len(rows_o.hidden), len(rows_u.hidden), self.shape
-        dtype, same = self.updated.logits.dtype, rows_o is rows_u
-        rows_o, rows_u = (
-            BodyRows(r.hidden.to(dtype), r.picked.to(dtype), r.ids) for r in (rows_o, rows_u)
-        )
-        step = self._tokens_at_once(n_o, n_u)
-        tokens = torch.arange(count, device=self.updated.anatomy.device)
-        for part in tokens.split(step):
-            at = slice(int(part[0]), int(part[-1]) + 1)
-            if self.observed is self.updated and step >= count:
-                # One sequence on both sides: all its cotangents are pulled back once.
-                if same:
-                    side = Side.below_head(self.updated, rows_u)
-                    gram = token_gram([side], [side], self.memory, self.progress)
-                    yield at, gram.view(m, n_o, count, n_u)
-                    continue
-                both = BodyRows(
-                    torch.cat([rows_o.hidden, rows_u.hidden]),
-                    torch.cat([rows_o.picked, rows_u.picked]),
-                    rows_u.ids,
-                )
-                side = Side.below_head(self.updated, both, part)
-                gram = token_gram([side], [side], self.memory, self.progress)
-                yield at, gram.view(m, n_o + n_u, count, n_o + n_u)[:, :n_o, :, n_o:]
-                continue
-            one = Side.below_head(self.observed, rows_o)
-            other = Side.below_head(self.updated, rows_u, part)
-            gram = token_gram([one], [other], self.memory, self.progress)
-            yield at, gram.view(m, n_o, len(part), n_u)
-
-    def _tokens_at_once(self, n_o: int, n_u: int) -> int:
-        """Updated tokens whose products with all observed ones fit a quarter of the memory."""
-        size = self.shape[0] * n_o * n_u * self.updated.logits.element_size()
-        return max(1, parse_memory(self.memory, self.updated.logits.device) // 4 // size)
-
-    def _image_squares(self, v: Tensor, centred: bool, precondition: Direction | None) -> Tensor:
-        """‖K_{m,l} v‖² (M, L) for one cotangent (V,), centred on the observed side where asked."""
-        side = Side(self.updated, v.to(self.updated.logits).expand_as(self.updated.logits))
-        out = self.observed.logits.new_zeros(self.shape[0], self.shape[2])
-        for rows, (moved,) in factored_push(
-            [self.observed], [side], self.memory, self.progress, precondition
-        ):
-            if centred:
-                moved = moved - moved.mean(-1, keepdim=True)
-            out[:, rows] = moved.pow(2).sum(-1).T
-        return out
 
     @classmethod
     def _side(cls, trace: Trace, rows: Tensor | None, name: str) -> Side:
@@ -689,9 +586,9 @@ def ntk(
 
 def _check_precondition(precondition: Direction, anatomy: Anatomy) -> None:
     for name, parameter in anatomy.trainable.items():
-        found = precondition.get(name)
-        if found is None or found.shape != parameter.shape:
+        diagonal = precondition.get(name)
+        if diagonal is None or diagonal.shape != parameter.shape:
             raise ValueError(
                 f"precondition must hold a tensor {tuple(parameter.shape)} for {name}, got "
-                f"{None if found is None else tuple(found.shape)}"
+                f"{None if diagonal is None else tuple(diagonal.shape)}"
             )

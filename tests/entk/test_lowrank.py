@@ -126,7 +126,7 @@ def test_full_rank_is_the_kernel(tied):
     with true_float64():
         k = lddyn.ntk(model, *ends)
         form = k.lowrank(2 * 31)
-        assert form.rank <= 2 * len(k._basis(True))
+        assert form.rank <= 2 * len(k.products.basis(True))
         held = dense_form(form)
     assert float(form.residual.value) <= 1e-5 * float(norms(zoo.centred(dense), "all"))
     assert error(zoo.centred(held), zoo.centred(dense)) <= 1e-5
@@ -135,7 +135,7 @@ def test_full_rank_is_the_kernel(tied):
 def test_near_the_best_of_its_rank():
     """Within √(1 + R/(p − 1)) of the singular values left out, the bound of range finders."""
     k, dense = kernel("untied"), truth("untied")
-    head = k._head_multiples().double()
+    head = k.products.head_multiples().double()
     body = zoo.centred(dense - head[:, :, None, None] * torch.eye(89))
     values = torch.linalg.svdvals(body.transpose(1, 2).reshape(6 * 89, 5 * 89))
     form = k.lowrank(20)

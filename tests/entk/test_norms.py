@@ -19,6 +19,7 @@ from lddyn.entk.norms import (
     row_squares,
     span_basis,
 )
+from lddyn.entk.products import KernelProducts
 
 torch.set_num_threads(1)
 
@@ -94,8 +95,8 @@ def test_memory_and_sharing_change_nothing(name, monkeypatch):
     own = lddyn.ntk(trained(name), example, example)
     twice = lddyn.NTK(own.observed, own.observed.anatomy.trace(example), memory="2MB")
     first, other = (k.frobenius(0.9, directions=2, probes=4) for k in (own, twice))
-    assert lddyn.NTK(own.observed, own.observed, "200KB")._tokens_at_once(16, 24) == 5
-    monkeypatch.setattr(lddyn.NTK, "_tokens_at_once", lambda *sizes: 4)
+    assert lddyn.NTK(own.observed, own.observed, "200KB").products.tokens_at_once(16, 24) == 5
+    monkeypatch.setattr(KernelProducts, "tokens_at_once", lambda *sizes: 4)
     for found in (other, own.frobenius(0.9, directions=2, probes=4)):
         assert torch.allclose(found.value, first.value, rtol=1e-5, atol=0)
         assert torch.allclose(found.stderr, first.stderr, rtol=1e-3, atol=0)

@@ -1,0 +1,95 @@
+"""Every public result explains itself, hands out JSON-safe numbers, and prints in a few lines."""
+
+import json
+
+import pytest
+import torch
+import zoo
+
+import lddyn
+from lddyn.results import Result, load_result, save_result
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.build("llama").eval()
+
+
+@pytest.fixture(scope="module")
+def step(model):
+    chosen, rejected = zoo.examples()
+    update = lddyn.DPO(chosen, rejected)
+    observed = {"chosen": chosen, "rejected": rejected}
+    return lddyn.decompose(model, observed, update, 1e-3, optimizer="adamw")
+
+
+# Name → how it is made, from a model and a decomposed step. A new result belongs here.
+RESULTS = {
+    "Decomposition": lambda model, step: step,
+    "Observed": lambda model, step: step[0],
+    "Verification": lambda model, step: step.verify([1e-3, 5e-4]),
+    "MassFlow": lambda model, step: lddyn.massflow(
+        model, zoo.examples()[1], lddyn.DPO(*zoo.examples()), 1e-3
+    ),
+    "Estimate": lambda model, step: lddyn.Estimate(torch.randn(3, 2), torch.rand(3, 2), 9),
+    "LowRank": lambda model, step: lddyn.ntk(model, *zoo.examples()).lowrank(4),
+}
+# Objects without numbers of their own, which only have to print in a few lines.
+OTHERS = {
+    "NTK": lambda model, step: lddyn.ntk(model, *zoo.examples()),
+    "Shift": lambda model, step: lddyn.ntk(model, *zoo.examples()).explain(),
+    "Flow": lambda model, step: RESULTS["MassFlow"](model, step).measured,
+    "Loss": lambda model, step: lddyn.Loss("kto"),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_the_verbs(name, model, step, tmp_path):
+    result = RESULTS[name](model, step)
+    assert isinstance(result, getattr(lddyn, name)) and isinstance(result, Result)
+    for numbers in (result.summary(), result.to_dict()):
+        text = json.dumps(numbers, allow_nan=False)  # no NaN, no tensor, no key that is no text
+        assert json.loads(text) == numbers and "tensor(" not in text
+    assert len(json.dumps(result.summary())) < 10_000
+    explained = result.explain()
+    assert explained and "tensor(" not in explained and str(result) == explained
+    short = repr(result)
+    assert 1 <= len(short.splitlines()) <= 10 and "tensor(" not in short
+    assert short.startswith(name)
+    if not hasattr(result, "save"):
+        assert name == "Observed"  # a part of a Decomposition
+        return
+    path = tmp_path / "deep" / "result"
+    result.save(path)
+    other = [model] if name == "LowRank" else []
+    back = type(result).load(path, *other)
+    assert back.to_dict() == result.to_dict() and back.explain() == explained
+    assert not [p for p in path.parent.iterdir() if p.suffix == ".tmp"]
+    with pytest.raises(ValueError):
+        type(result).load(tmp_path / "absent", *other)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_short_repr(name, model, step):
+    short = repr(OTHERS[name](model, step))
+    assert 1 <= len(short.splitlines()) <= 10 and "tensor(" not in short
+    assert short.startswith(name)
+
+
+def test_files_of_another_kind_or_version_are_refused_by_name(tmp_path):
+    save_result(tmp_path / "x", "lddyn.Estimate", 7, {"value": torch.zeros(1)}, {"samples": None})
+    assert load_result(tmp_path / "x", "lddyn.Estimate", 7)[1]["samples"] is None
+    with pytest.raises(ValueError, match=r"its format is 7, and this version .* reads format 1"):
+        lddyn.Estimate.load(tmp_path / "x")
+    with pytest.raises(ValueError, match=r"cannot be read as lddyn\.MassFlow: it holds lddyn\.Est"):
+        lddyn.MassFlow.load(tmp_path / "x")
+
+
+def test_numbers_that_json_does_not_know_become_none():
+    one = lddyn.Estimate(torch.tensor([float("nan"), 0.0]), torch.tensor([1.0, 1.0]))
+    assert one.to_dict()["value"] == [None, 0.0]
+    assert json.loads(json.dumps(one.summary(), allow_nan=False))["mean"] is None
+    empty = lddyn.Estimate(torch.zeros(0, 2), torch.zeros(0, 2))
+    assert "no entries" in empty.explain() and empty.summary()["mean"] is None
