@@ -56,7 +56,9 @@ def check_reference(reference: Reference, pairs: int) -> Tensor | None:
         if isinstance(reference, Tensor):
             values = reference.detach().double().cpu()
         else:
-            values = torch.stack([torch.as_tensor(r).double().cpu() for r in reference])
+            values = torch.stack(
+                [torch.as_tensor(r, dtype=torch.float64, device="cpu") for r in reference]
+            )
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"reference must be {_KINDS}, got {reference!r}") from None
     wanted = [(2, pairs), (2,)] if pairs == 1 else [(2, pairs)]

@@ -340,5 +340,10 @@ def massflow(
 
 
 def _names(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
-    """Maps a token id to the tokenizer's own spelling of it."""
-    return lambda token: str(tokenizer.convert_ids_to_tokens([token])[0])
+    """Maps a token id to the tokenizer's own spelling of it, or to <id> where it has none."""
+
+    def name(token: int) -> str:
+        text = tokenizer.convert_ids_to_tokens([token])[0]
+        return f"<{token}>" if text is None else str(text)
+
+    return name
