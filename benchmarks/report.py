@@ -256,7 +256,7 @@ def scaling(section: dict) -> str:
     text = table(["varied", "values", "time", "peak memory"], rows)
     return (
         "Base: d = 256, 4 layers, T = 128, M = L = 32, V = 8,192, one thread. Plot: "
-        "[`benchmarks/results/scaling.png`](benchmarks/results/scaling.png).\n\n"
+        "[`benchmarks/results/scaling.png`](../benchmarks/results/scaling.png).\n\n"
         f"{text}\n\n<sub>{made_by(section)}</sub>"
     )
 
@@ -546,11 +546,11 @@ def one_step(section: dict) -> str:
 
 LEFT_OUT = {
     "none": "all pairs",
-    "random": "{} random left out",
-    "worst by a step": "{} worst of a step left out",
-    "worst by the run": "{} worst of the run left out",
-    "reweighted": "reweighted",
-    "reweighted at random": "the same weights on other pairs",
+    "random": "without {} random pairs",
+    "worst by a step": "without the {} most harmful pairs (score of one step)",
+    "worst by the run": "without the {} most harmful pairs (score of the run)",
+    "reweighted": "all pairs, weighted by the diagnosis",
+    "reweighted at random": "all pairs, the same weights at random",
 }
 
 
@@ -562,7 +562,7 @@ def dropped_pairs(section: dict) -> str:
         "mean Δ log π(y+), nats",
         "lowest",
         "highest",
-        "foretold",
+        "predicted",
         "y+ that fall",
         "mean Δ log π(y−)",
         "margins that grow",
@@ -601,7 +601,7 @@ def dropped_pairs(section: dict) -> str:
         f"AdamW, lr {r['lr']:g}, {count} orders of the data, each with other random pairs:",
         table(header, rows),
         f"Runs of {count} in which the chosen responses end higher than with the same done to "
-        f"random pairs: {'; '.join(wins)}. Foretold for all pairs: {r['foretold'][0]:+.2f} nats "
+        f"random pairs: {'; '.join(wins)}. Predicted for all pairs: {r['foretold'][0]:+.2f} nats "
         f"through the softmax and {r['linear'][0]:+.2f} in a linear model; measured "
         f"{everything:+.2f}.",
         "Spearman's correlation with the measured change of log π(y+), mean over the orders; "
@@ -654,8 +654,8 @@ def dropped_pairs_in_short(section: dict) -> str:
     header = ["DPO on", f"mean Δ log π(y+), nats ({len(r['runs'])} orders of the data)"]
     return (
         f"{table(header, rows)}\n\n"
-        f"Rank correlation of what was foretold for each of {r['pairs']} pairs with what "
-        f"{r['epochs']} epochs of AdamW did: **{first['rho']:.2f}** ({first['low']:.2f} to "
+        f"Rank correlation of the predicted with the measured Δ log π(y+) of {r['pairs']} pairs, "
+        f"after {r['epochs']} epochs of AdamW: **{first['rho']:.2f}** ({first['low']:.2f} to "
         f"{first['high']:.2f}); CHES, the best of the literature's scores here, "
         f"{-ches['rho']:.2f}.\n\n"
         f"<sub>{made_by(section)}</sub>"
