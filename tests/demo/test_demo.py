@@ -151,8 +151,8 @@ def test_build_world_refuses_bad_steps(tmp_path):
 
 
 def test_language_is_large_and_clean():
-    items = demo._items(0)
-    texts = set(demo._corpus(items, 0))
+    items = demo.make_items(0)
+    texts = set(demo.make_corpus(items, 0))
     assert len(texts) > 1500
     assert not [text for text in texts if "{" in text or "  " in text]
     assert all(text.endswith(".") for text in texts)
