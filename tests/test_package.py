@@ -92,6 +92,19 @@ def test_arrows_between_rooms_point_downwards(module):
         assert ROW[other] < ROW[room], f"{module} may not import {other}"
 
 
+def test_contributing_lists_the_rooms():
+    """Highest first, each in its row, with one line on what it is for."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text.split("<!-- rooms:begin -->")[1].split("<!-- rooms:end -->")[0]
+    listed, row = [], 0
+    for number, rooms, purpose in re.findall(r"^\| (\d*) *\| (`.*?) \| (.+) \|$", table, re.M):
+        row = int(number or row)
+        assert len(purpose) > 20
+        listed += [(room.strip("/"), row) for room in re.findall(r"`([\w/]+)`", rooms)]
+    assert dict(listed) == {room: at + 1 for room, at in ROW.items() if room != "__main__"}
+    assert [at for _, at in listed] == sorted((at for _, at in listed), reverse=True)
+
+
 def test_imports_have_no_circle():
     graph = {
         module: {n for n, kind in imports_of(path) if kind == "run" and n in MODULES}
