@@ -35,8 +35,7 @@ def world(tmp_path_factory):
     """The demo's world after little training, where a program that builds it finds it."""
     cache = tmp_path_factory.mktemp("cache")
     quick = demo.build_world(cache, progress=False, steps=20)
-    key = demo._key(demo.make_corpus(demo.make_items(0), 0), demo._PRETRAIN, 0)
-    shutil.copytree(quick.path, cache / f"demo-{key}")
+    shutil.copytree(quick.path, demo.world_folder(cache))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield quick

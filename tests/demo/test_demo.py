@@ -1,15 +1,19 @@
+"""The demo's world: language, training, cache, and the pair that falls."""
+
 import json
 import subprocess
 import sys
 
+import platformdirs
 import pytest
 import torch
 
-import lddyn
 from lddyn.data.audit import audit
 from lddyn.data.encode import encode
 from lddyn.data.rows import encode_row
 from lddyn.demo import world as demo
+from lddyn.demo.cache import cache_root
+from lddyn.demo.language import make_corpus, make_items
 
 STEPS = 20
 
@@ -132,17 +136,24 @@ def test_no_cache_is_a_warning_not_an_error(tmp_path):
 
 def test_cache_root(monkeypatch, tmp_path):
     monkeypatch.setenv("LDDYN_CACHE_DIR", str(tmp_path))
-    assert demo.cache_root() == tmp_path
+    assert cache_root() == tmp_path
     assert demo.build_world(progress=False, steps=1).path.parent == tmp_path
     monkeypatch.delenv("LDDYN_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert demo.cache_root() == tmp_path / "xdg" / "lddyn"
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert demo.cache_root().parts[-3:] == ("Library", "Caches", "lddyn")
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
-    assert demo.cache_root() == tmp_path / "local" / "lddyn"
+    assert cache_root() == platformdirs.user_cache_path("lddyn", appauthor=False)
+    if sys.platform == "linux":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert cache_root() == tmp_path / "xdg" / "lddyn"
+
+
+def test_a_folder_for_every_seed_and_length(world, cache):
+    assert world.path == demo.world_folder(cache, steps=STEPS)
+    others = {demo.world_folder(cache, seed, steps=n) for seed in (0, 1) for n in (None, STEPS)}
+    assert len(others) == 4 and world.path in others
+    assert demo.world_folder(cache) == demo.world_folder(cache, steps=500)
+
+
+def test_a_world_is_told_in_a_line(world):
+    assert repr(world).startswith("World(a Llama of 9") and len(repr(world)) < 100
 
 
 def test_build_world_refuses_bad_steps(tmp_path):
@@ -151,8 +162,8 @@ def test_build_world_refuses_bad_steps(tmp_path):
 
 
 def test_language_is_large_and_clean():
-    items = demo.make_items(0)
-    texts = set(demo.make_corpus(items, 0))
+    items = make_items(0)
+    texts = set(make_corpus(items, 0))
     assert len(texts) > 1500
     assert not [text for text in texts if "{" in text or "  " in text]
     assert all(text.endswith(".") for text in texts)
@@ -280,7 +291,3 @@ def test_the_world_answers_and_a_chosen_answer_falls(tmp_path):
     before = log_prob(tuned, rows[index]["prompt"], rows[index]["chosen"])
     stepped = demo.World(**{**tuned.__dict__, "model": _after_dpo_step(tuned, rows[index], 1e-4)})
     assert log_prob(stepped, rows[index]["prompt"], rows[index]["chosen"]) < before
-
-
-def test_package_has_no_demo_name_clash():
-    assert lddyn.demo is demo
