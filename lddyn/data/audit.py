@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lddyn.data.columns import Row
 from lddyn.data.encode import EncodeOptions, TruncationMode
 from lddyn.data.example import Example
 from lddyn.data.read import rows_or_errors
@@ -187,7 +188,7 @@ class Audit:
 
 def audit(
     tokenizer: Tokenizer | None,
-    rows: str | os.PathLike[str] | Iterable[Any],
+    rows: str | os.PathLike[str] | Iterable[Row],
     fields: Sequence[str] | Literal["all"] | None = None,
     *,
     add_eos: bool = True,
@@ -199,7 +200,7 @@ def audit(
     assistant_only: bool = True,
     vocab_size: int | None = None,
     max_positions: int | None = None,
-    config: Any = None,
+    config: object = None,
 ) -> Audit:
     """List the problems of a data set, as a trainer would see it.
 
@@ -286,7 +287,7 @@ class _Checks:
         if pad in self._eos:
             self._report(-1, "tokenizer", "pad_is_eos", f"token id {pad} is both")
 
-    def check_row(self, index: int, row: Mapping[str, Any] | ExampleError) -> None:
+    def check_row(self, index: int, row: Row | ExampleError) -> None:
         """Encode a row and report each problem of it."""
         self.n_rows += 1
         if isinstance(row, ExampleError):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from lddyn.errors import ExampleError
 
-__all__ = ["MASKS", "PREPARED_PAIRS", "WHOLE"]
+__all__ = ["MASKS", "PREPARED_PAIRS", "WHOLE", "Row"]
+
+Row = Mapping[str, Any]  # one row of a data set: column → value
 
 # The formats as an error lists them; `lddyn.encode_row` documents them.
 _FORMATS = (
@@ -34,14 +37,14 @@ PREPARED_PAIRS = (
 MASKS = ("attention_mask", "labels", "completion_mask", "assistant_masks")
 
 
-def require_columns(row: Mapping[str, object], *columns: str) -> None:
+def require_columns(row: Row, *columns: str) -> None:
     """Raise `missing_column` for the first of the columns that the row lacks."""
     for column in columns:
         if column not in row:
             raise missing_column(column, row)
 
 
-def missing_column(column: str, row: Mapping[str, object]) -> ExampleError:
+def missing_column(column: str, row: Row) -> ExampleError:
     """Error for a column that the row lacks; it lists the row's columns and all formats."""
     return ExampleError(
         f"row must have a column {column!r}, got {sorted(map(str, row))}; formats: "

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
+from lddyn.data.columns import Row
 from lddyn.data.example import Example
 from lddyn.data.rows import encode_row
+from lddyn.data.tokenizer import Tokenizer
 from lddyn.errors import ExampleError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["distinct_examples"]
 
 
 def distinct_examples(
-    tokenizer: PreTrainedTokenizerBase | None,
-    rows: Iterable[Mapping[str, Any]],
+    tokenizer: Tokenizer | None,
+    rows: Iterable[Row],
     fields: Sequence[str] | Literal["all"] | None = None,
     *,
     max_length: int | None = None,
     check: Callable[[Example], None] | None = None,
     skip: bool = False,
 ) -> tuple[dict[int, Example], list[str]]:
-    """Encodes the responses of data rows and removes duplicates.
+    """Encode the responses of data rows and remove duplicates.
 
     Args:
         tokenizer: As in `encode_row`.

@@ -6,9 +6,9 @@ sequence, or several documents packed into one).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from lddyn.data.columns import MASKS, PREPARED_PAIRS, require_columns
+from lddyn.data.columns import MASKS, PREPARED_PAIRS, Row, require_columns
 from lddyn.data.encode import EncodeOptions, make_example
 from lddyn.data.example import IGNORED_LABEL, Example, entries, token_ids
 from lddyn.data.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ Encoder = Callable[[], Example]
 
 
 def prepared_encoders(
-    tokenizer: Tokenizer | None, row: Mapping[str, object], options: EncodeOptions
+    tokenizer: Tokenizer | None, row: Row, options: EncodeOptions
 ) -> list[tuple[str, Encoder]]:
     """(field, encoder) of each response of a row of token ids; empty for a row of another format.
 
@@ -92,7 +92,7 @@ def _masked_encoder(
     return encoder
 
 
-def _counted_tokens(row: Mapping[str, object], ids: Sequence[int]) -> list[bool]:
+def _counted_tokens(row: Row, ids: Sequence[int]) -> list[bool]:
     """Which tokens of an `input_ids` row are in the loss, from its label and mask columns."""
     counted = [True] * len(ids)
     for column in MASKS:
@@ -119,7 +119,7 @@ def _counted_tokens(row: Mapping[str, object], ids: Sequence[int]) -> list[bool]
     return counted
 
 
-def _documents(row: Mapping[str, object], length: int) -> list[tuple[int, int]]:
+def _documents(row: Row, length: int) -> list[tuple[int, int]]:
     """(begin, end) of each document of a packed row; one of the whole row if it is not packed."""
     if row.get("seq_lengths") is not None:
         ends: list[int] = []

@@ -8,24 +8,30 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lddyn.data.columns import Row
 from lddyn.errors import ExampleError, glimpse
 
 __all__ = ["rows"]
 
+RowDict = dict[str, Any]
 
-def rows(source: Any, *, limit: int | None = None) -> list[dict[str, Any]]:
+
+def rows(
+    source: str | os.PathLike[str] | Iterable[Row], *, limit: int | None = None
+) -> list[RowDict]:
     """Read data rows from a file, a data set, or any iterable of mappings.
 
     Args:
         source: Path of a JSONL, JSON (a list) or Parquet file; or a list of dicts, a
-            `datasets.Dataset`, a pandas data frame, any iterable of mappings.
+            `datasets.Dataset`, a pandas data frame, or any iterable of mappings.
         limit: Most rows to read. None: all.
 
     Returns:
         The rows as dicts, in order.
 
     Raises:
-        ExampleError: (a ValueError) If a row cannot be read; names file, line and problem.
+        ExampleError: (a ValueError) If a row cannot be read; the message names file, line and
+            problem.
         FileNotFoundError: If there is no such file.
 
     Example:
@@ -33,7 +39,7 @@ def rows(source: Any, *, limit: int | None = None) -> list[dict[str, Any]]:
         >>> rows([{"prompt": "Is it red?", "completion": " Yes"}])
         [{'prompt': 'Is it red?', 'completion': ' Yes'}]
     """
-    read: list[dict[str, Any]] = []
+    read: list[RowDict] = []
     for row in rows_or_errors(source):
         if limit is not None and len(read) >= limit:
             break
@@ -48,7 +54,9 @@ def _unreadable(where: str, problem: str) -> ExampleError:
     return ExampleError(f"{where}: {problem}", problem="unreadable_row")
 
 
-def rows_or_errors(source: Any) -> Iterator[dict[str, Any] | ExampleError]:
+def rows_or_errors(
+    source: str | os.PathLike[str] | Iterable[Row],
+) -> Iterator[RowDict | ExampleError]:
     """Yield rows, and an error in the place of each row that cannot be read."""
     if isinstance(source, str | os.PathLike):
         yield from _read_file(Path(source))
@@ -67,14 +75,14 @@ def rows_or_errors(source: Any) -> Iterator[dict[str, Any] | ExampleError]:
         yield _as_row(row, f"row {index}")
 
 
-def _as_row(row: Any, where: str) -> dict[str, Any] | ExampleError:
+def _as_row(row: object, where: str) -> RowDict | ExampleError:
     """Return a row as a dict, or the error that says why it is none."""
     if not isinstance(row, Mapping):
         return _unreadable(where, f"a row must be a mapping of columns, got {glimpse(row)}")
     return {str(key): value for key, value in row.items()}
 
 
-def _read_file(path: Path) -> Iterator[dict[str, Any] | ExampleError]:
+def _read_file(path: Path) -> Iterator[RowDict | ExampleError]:
     """Yield the rows of a JSONL, JSON or Parquet file."""
     if not path.is_file():
         raise FileNotFoundError(
@@ -112,7 +120,7 @@ def _read_file(path: Path) -> Iterator[dict[str, Any] | ExampleError]:
                 yield _as_row(row, where)
 
 
-def _read_parquet(path: Path) -> Iterator[dict[str, Any] | ExampleError]:
+def _read_parquet(path: Path) -> Iterator[RowDict | ExampleError]:
     """Yield the rows of a Parquet file, batch by batch."""
     try:
         from pyarrow import parquet

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lddyn.data.chat import common_prefix_length, is_messages
-from lddyn.data.columns import WHOLE, missing_column, require_columns
+from lddyn.data.columns import WHOLE, Row, missing_column, require_columns
 from lddyn.data.encode import (
     EncodeOptions,
     TruncationMode,
@@ -31,7 +31,7 @@ __all__ = ["encode_row"]
 
 def encode_row(
     tokenizer: Tokenizer | None,
-    row: Mapping[str, Any],
+    row: Row,
     fields: Sequence[str] | Literal["all"] | None = None,
     *,
     add_eos: bool = True,
@@ -109,7 +109,7 @@ def encode_row(
 
 def row_encoders(
     tokenizer: Tokenizer | None,
-    row: Mapping[str, Any],
+    row: Row,
     fields: Sequence[str] | str | None,
     options: EncodeOptions,
 ) -> list[tuple[str, Encoder]]:
@@ -143,7 +143,7 @@ class _Content:
     responses: Mapping[str, object]
     paired: Sequence[str] = ()
 
-    def encoder(self, tokenizer: Any, name: str, options: EncodeOptions) -> Encoder:
+    def encoder(self, tokenizer: Tokenizer | None, name: str, options: EncodeOptions) -> Encoder:
         """Encoder of one field."""
         response = self.responses[name]
         if self.prompt is None:
@@ -152,7 +152,7 @@ class _Content:
         return partial(encode_response, tokenizer, self.prompt, response, name, options, others)
 
 
-def _recognise(row: Mapping[str, Any], fields: Sequence[str] | str | None) -> _Content:
+def _recognise(row: Row, fields: Sequence[str] | str | None) -> _Content:
     """The content of a row of texts or messages, whose columns tell the format."""
     every = fields == "all"
     named = [] if fields is None or every else [fields] if isinstance(fields, str) else list(fields)
@@ -179,7 +179,7 @@ def _recognise(row: Mapping[str, Any], fields: Sequence[str] | str | None) -> _C
     return replace(content, responses={**content.responses, **further})
 
 
-def _preference(row: Mapping[str, Any], one_is_enough: bool) -> _Content:
+def _preference(row: Row, one_is_enough: bool) -> _Content:
     """Prompt, chosen and rejected; without a prompt column, their common beginning is the prompt.
 
     Args:
@@ -230,7 +230,7 @@ def _split_prompt(chosen: object, rejected: object) -> tuple[object, object, obj
     )
 
 
-def _with_row_options(options: EncodeOptions, row: Mapping[str, Any]) -> EncodeOptions:
+def _with_row_options(options: EncodeOptions, row: Row) -> EncodeOptions:
     """Options with the row's own tools and chat_template_kwargs."""
     tools = row.get("tools") or options.tools
     if isinstance(tools, str):

@@ -1,4 +1,4 @@
-"""lddyn inside what people train with: `trainer` (transformers), `trl`, `loop` (all others)."""
+"""Watching a run from inside it: `trl`, `trainer` (transformers), `loop` (any other loop)."""
 
 from lddyn.lazy import attributes
 

@@ -1,12 +1,12 @@
-"""A training loop of one's own, accelerate's, or FSDP's, watched through its optimizer.
+"""Watching a training loop of your own, accelerate's, or FSDP2's, through its optimizer.
 
-with Watch(model, optimizer, "probes.jsonl", tokenizer=tokenizer, folder="runs/watch"):
-    for batch in batches:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    with Watch(model, optimizer, "probes.jsonl", tokenizer=tokenizer, folder="runs/watch"):
+        for batch in batches:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-The optimizer's own hooks tell when a step is made, so the loop stays as it is.
+The loop stays as it is: hooks of the optimizer tell when a step is made.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lddyn.data.tokenizer import Tokenizer
 from lddyn.integrations.watcher import Probes, Watcher
 
 __all__ = ["Watch"]
@@ -28,36 +28,36 @@ __all__ = ["Watch"]
 class Watch(Watcher):
     """Tracks log π of probe responses over the steps of an optimizer.
 
-    What is measured, kept in FOLDER/dynamics.jsonl and promised is that of
-    `LearningDynamicsCallback`. With accelerate, or DistributedDataParallel, every process makes a
-    Watch and the first one watches; under FSDP all of them take part in each pass. Steps that
-    accelerate or a GradScaler leaves out are no steps. `accelerator.register_for_checkpointing`
-    takes it; a checkpoint is loaded before ``with``, where watching begins.
+    It measures, writes and guarantees what `LearningDynamicsCallback` does; the folder is `folder`
+    itself. With accelerate or DistributedDataParallel every process makes a Watch and the first
+    one watches; under FSDP2 all of them take part in each pass. Steps that accelerate or a
+    GradScaler skips are not counted. `accelerator.register_for_checkpointing` accepts a Watch; load
+    a checkpoint before ``with``, where watching begins.
 
     Args:
-        model: A causal LM of transformers, as it is trained: wrapped or not.
-        optimizer: Its optimizer, accelerate's wrapper of one included.
-        probes: A file or `ProbeSet` (encoded with `tokenizer`), an `Encoded` set, or examples by
-            name.
-        folder: For dynamics.jsonl. A file of an earlier run there is renamed, unless `step` says
-            that this run goes on with it.
-        tokenizer: For a file or a `ProbeSet`.
+        model: A causal LM of transformers, as it is trained, wrapped or not.
+        optimizer: Its optimizer; accelerate's wrapper of one will do.
+        probes: A file or `ProbeSet` (encoded with `tokenizer`), an `Encoded` set, or lists of
+            examples by name.
+        folder: Folder of dynamics.jsonl and index.html. A file of an earlier run there is renamed,
+            unless `step` says that this run goes on with it.
+        tokenizer: Needed for a file or a `ProbeSet`.
         log: Called with a dict of numbers and the step: ``accelerator.log``, ``wandb.log``.
-        step: Steps made before; the next one is one more. `load_state_dict` sets it, too.
+        step: Steps made before; `load_state_dict` sets it, too.
         every: Steps between passes. None: as often as the budget allows.
-        budget: Most time for passes, as a share of that of training: "5%" or 0.05.
-        predict: Prompts for ``step`` and ``first_order``. 0: none.
-        prompts: Only the first so many of a `ProbeSet`. None: all.
+        budget: Most seconds of passes for each second of training: "5%" or 0.05.
+        predict: Number of prompts for ``step`` and ``first_order``. 0: none.
+        prompts: Number of prompts of a `ProbeSet` that are used, the first ones. None: all.
 
     Attributes:
-        rows: One dict a pass, with "step".
+        rows: One dict per pass, with "step".
         step: Steps made so far.
 
     Raises:
         ValueError: If the budget is not a positive share, or every is not positive.
-        TypeError: If the optimizer is none of torch's.
+        TypeError: If the optimizer is not a torch.optim.Optimizer.
 
-    Cost: a forward pass over the probes a pass; with `predict`, three more over those prompts.
+    Cost: one forward pass over the probes per pass; with `predict`, three more over its prompts.
 
     Example:
         >>> import lddyn, torch, transformers
@@ -82,58 +82,63 @@ class Watch(Watcher):
         probes: Probes,
         *,
         folder: str | Path,
-        tokenizer: Any = None,
-        log: Callable[[dict[str, float], int], Any] | None = None,
+        tokenizer: Tokenizer | None = None,
+        log: Callable[[dict[str, float], int], object] | None = None,
         step: int = 0,
         every: int | None = None,
         budget: float | str = "5%",
         predict: int = 0,
         prompts: int | None = 64,
     ):
-        super().__init__(
-            probes, every=every, budget=budget, predict=predict, prompts=prompts, folder=folder
-        )
+        super().__init__(probes, every=every, budget=budget, predict=predict, prompts=prompts)
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = inner  # accelerate's wrapper skips steps; the hooks are of true ones
+            optimizer = inner  # accelerate's wrapper also counts the steps that it skips
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
             )
         self.model, self.tokenizer, self.step = model, tokenizer, step
         self.optimizer = optimizer
-        self._logger = log
+        self.folder = self._own_folder = Path(folder)
+        self._log = log or _no_log
         self._hooks: list[RemovableHandle] = []
 
     def start(self) -> Watch:
-        """Makes the first pass and watches the optimizer's steps from now on; so does ``with``."""
-        assert self.folder is not None
+        """Make the first pass and watch the optimizer's steps from now on, as ``with`` does."""
         self.close()
-        self.begin(self.model, self.tokenizer, self.folder, self.step)
+        self.begin(self.model, self.tokenizer, self._own_folder, self.step, self._log)
         self._hooks = [
-            self.optimizer.register_step_pre_hook(self._ahead),
-            self.optimizer.register_step_post_hook(self._behind),
+            self.optimizer.register_step_pre_hook(self._before_optimizer_step),
+            self.optimizer.register_step_post_hook(self._after_optimizer_step),
         ]
         return self
 
-    def _ahead(self, *_: Any) -> None:
+    def close(self) -> None:
+        """Remove the hooks, make a last pass within the budget, and draw the page."""
+        if self._hooks:
+            self._remove_hooks()
+            self.end(self.model, self.step, self._log)
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of steps made, for a checkpoint; the rows are in the folder."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the steps of a checkpoint; call it before `start`.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        self.step = int(state["step"])
+
+    def _before_optimizer_step(self, *_: object) -> None:
         self.before_step(self.model, self.step + 1)
 
-    def _behind(self, *_: Any) -> None:
+    def _after_optimizer_step(self, *_: object) -> None:
         self.step += 1
-        self.after_step(self.model, self.step)
+        self.after_step(self.model, self.step, self._log)
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Hands a row to the function given as `log`."""
-        if self._logger is not None:
-            self._logger(values, step)
-
-    def close(self) -> None:
-        """Leaves the optimizer alone; makes a last pass within the budget, and draws the page."""
-        if self._hooks:
-            self._release()
-            self.end(self.model, self.step)
-
-    def _release(self) -> None:
+    def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -147,18 +152,10 @@ class Watch(Watcher):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is not None:  # other processes may not get here: no pass together
-            self._release()
+        if error is not None:
+            self._remove_hooks()  # no last pass: other processes may not arrive at it
         self.close()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The steps made, for a checkpoint; rows are in the folder."""
-        return {"step": self.step}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on after the steps of a checkpoint; called before `start`.
-
-        Args:
-            state: What `state_dict` returned.
-        """
-        self.step = int(state["step"])
+def _no_log(values: dict[str, float], step: int) -> None:
+    """Rows are written to the folder only."""

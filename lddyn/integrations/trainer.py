@@ -1,17 +1,22 @@
-"""What training does to the belief in other responses, watched from inside transformers' Trainer.
+"""Watching transformers' Trainer, and the trainers of TRL that derive from it.
 
-    trainer = Trainer(...)      # or TRL's SFTTrainer, DPOTrainer
-    trainer.add_callback(LearningDynamicsCallback("probes.jsonl", trainer=trainer))
-
-When passes are made, and what they leave alone, is in `lddyn.integrations.watcher`.
+trainer = Trainer(...)  # or SFTTrainer, DPOTrainer
+trainer.add_callback(LearningDynamicsCallback("probes.jsonl", trainer=trainer))
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from lddyn.integrations.watcher import Probes, Watcher
 
@@ -21,38 +26,47 @@ __all__ = ["LearningDynamicsCallback"]
 class LearningDynamicsCallback(Watcher, TrainerCallback):  # type: ignore[misc]
     """Tracks log π of probe responses over training, within a budget of time.
 
-    Every pass logs, under ``lddyn/``, means over prompts in nats: ``log_prob/TYPE``, the sum over
-    a response's tokens; ``change/TYPE``, since the start; ``greedy/TYPE``, Σ log max π along the
-    response (paper §4.1, with the argmax of that response); ``entropy/TYPE`` per token; and
-    ``overhead``, seconds of passes over seconds of training. If `predict` is not 0, the pass also
-    asks what the latest step alone did to a few prompts: ``step/TYPE`` as measured, and
-    ``first_order/TYPE``, the sum of J Δθ with the optimizer's true Δθ, taken at its end.
+    Each pass over the probes logs, under ``lddyn/``, means over prompts in nats, by response type:
 
-    All rows, with every single example's log-prob, are appended to FOLDER/dynamics.jsonl; they are
-    read again when training resumes from a checkpoint with the same probes. A file of an earlier
-    run, or of other probes, is renamed to dynamics-1.jsonl, -2, … The end of training draws the
-    rows as a page, FOLDER/index.html.
+    - ``log_prob/TYPE``: log π of the response, summed over its tokens
+    - ``change/TYPE``: its change since the first pass
+    - ``greedy/TYPE``: Σ log max π along the response (paper §4.1): confidence of the likeliest
+      tokens
+    - ``entropy/TYPE``: entropy of the predictions, per token
+    - ``overhead``: seconds of passes over seconds of training
+
+    With `predict`, a pass also explains the latest step, for the first prompts: ``step/TYPE`` is
+    the measured change of log π in that step, ``first_order/TYPE`` the predicted one, J Δθ with the
+    optimizer's actual Δθ and J at the new weights.
+
+    All rows, with the log-prob of each example, are appended to FOLDER/dynamics.jsonl. Training
+    that resumes from a checkpoint with the same probes goes on with them; a file of an earlier run,
+    or of other probes, is renamed to dynamics-1.jsonl, dynamics-2.jsonl, … The end of training
+    draws the rows as a page, FOLDER/index.html.
+
+    Weights and random numbers of the run are equal to the bit with and without the callback. An
+    error inside ends the watching with a warning; training goes on.
 
     Args:
         probes: A file or `ProbeSet` (encoded with the trainer's tokenizer at the start), an
-            `Encoded` set, or examples by name.
+            `Encoded` set, or lists of examples by name.
         every: Optimizer steps between passes. None: as often as the budget allows.
-        budget: Most time for passes, as a share of that of training: "5%" or 0.05. A pass that
-            would break it waits. The first one, at the start, is always made.
-        predict: Prompts for ``step`` and ``first_order``; needs a copy of the trainable parameters
-            for the time of that step. 0: none.
-        prompts: Only the first so many of a `ProbeSet`. None: all.
-        folder: Default: OUTPUT_DIR/lddyn.
-        trainer: With it, rows reach the dashboard and the log as the trainer's own do, beside its
-            rows. Without it, only ``state.log_history`` and the file.
+        budget: Most seconds of passes for each second of training: "5%" or 0.05. A pass that would
+            exceed it waits. The first pass, at the start, is always made.
+        predict: Number of prompts for ``step`` and ``first_order``; needs memory for a copy of the
+            trainable parameters during that step. 0: none.
+        prompts: Number of prompts of a `ProbeSet` that are used, the first ones. None: all.
+        folder: Folder of rows and page. None: OUTPUT_DIR/lddyn.
+        trainer: The trainer, whose log and dashboard then receive the rows beside its own. None:
+            rows are in ``state.log_history`` and the file only.
 
     Attributes:
-        rows: What was logged, one dict a pass, with "step".
+        rows: One dict per pass, with "step".
 
     Raises:
         ValueError: If the budget is not a positive share, or every is not positive.
 
-    Cost: a forward pass over the probes a pass; with `predict`, three more over those prompts.
+    Cost: one forward pass over the probes per pass; with `predict`, three more over its prompts.
 
     Example:
         >>> import lddyn
@@ -77,39 +91,45 @@ class LearningDynamicsCallback(Watcher, TrainerCallback):  # type: ignore[misc]
             probes, every=every, budget=budget, predict=predict, prompts=prompts, folder=folder
         )
         self.trainer = trainer
-        self._now: tuple[Any, Any] | None = None  # state and control of the event
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Encodes the probes, and makes the first pass or reads those of before."""
-        self._now = state, control
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Encode the probes, and make the first pass or read the rows of before."""
         tokenizer, folder = kwargs.get("processing_class"), Path(args.output_dir) / "lddyn"
-        self.begin(kwargs["model"], tokenizer, folder, state.global_step)
+        log = partial(self._log, state, control)
+        self.begin(kwargs["model"], tokenizer, folder, state.global_step, log)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keeps the weights of before a step that is to be explained."""
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Copy the weights before a step that is to be explained."""
         self.before_step(kwargs["model"], state.global_step + 1)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Makes a pass if one is due."""
-        self._now = state, control
-        self.after_step(kwargs["model"], state.global_step)
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make a pass if one is due."""
+        self.after_step(kwargs["model"], state.global_step, partial(self._log, state, control))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Makes a last pass if the budget has room for it, and draws the rows as a page."""
-        # The trainer may have put the best checkpoint back: those are not the last step's weights.
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make a last pass if the budget has room for it, and draw the rows as a page."""
+        # A best checkpoint that the trainer has loaded holds other weights than the last step's.
         restored = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        self._now = state, control
-        self.end(kwargs["model"], state.global_step, measured=restored)
+        log = partial(self._log, state, control)
+        self.end(kwargs["model"], state.global_step, log, measured=restored)
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Writes a row into the trainer's log and dashboard, or into its history alone."""
-        assert self._now is not None
-        state, control = self._now
+    def _log(
+        self, state: TrainerState, control: TrainerControl, values: dict[str, float], step: int
+    ) -> None:
+        """Write a row into the trainer's log and dashboard, or into its history alone."""
         if self.trainer is None:
             state.log_history.append({**values, "step": step})
             return
-        # `Trainer.log` itself, not TRL's, which would empty its own metrics; and the row of the
-        # trainer is still to be written.
+        # `log` of the base class: TRL's own would empty the metrics that it has collected. It
+        # clears should_log, but the trainer's own row of this step is still to be written.
         should_log = control.should_log
         Trainer.log(self.trainer, values)
         control.should_log = should_log

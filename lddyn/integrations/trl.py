@@ -1,4 +1,4 @@
-"""TRL's trainers: one line to watch a run, with probes from the data that the trainer prepared.
+"""Watching a trainer of TRL with one line; the probes come from its own prepared data.
 
 lddyn.integrations.trl.watch(trainer)
 trainer.train()
@@ -7,96 +7,49 @@ trainer.train()
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from lddyn.data.columns import PREPARED_PAIRS
+from lddyn.data.encode import TruncationMode, cut_to_length
 from lddyn.data.example import Example
+from lddyn.errors import ExampleError
 from lddyn.integrations.trainer import LearningDynamicsCallback
 from lddyn.integrations.watcher import Probes
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+
 __all__ = ["pairs", "watch"]
-
-# (prompt, chosen, rejected) as TRL 1.x and 0.24 name the columns of a prepared dataset.
-_COLUMNS = (
-    ("prompt_ids", "chosen_ids", "rejected_ids"),
-    ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"),
-)
-
-
-def pairs(
-    dataset: Any,
-    limit: int = 64,
-    seed: int = 0,
-    *,
-    max_length: int | None = None,
-    truncation_mode: str = "keep_start",
-) -> dict[str, list[Example]]:
-    """Probes from the rows of a prepared preference set, tokens as the trainer has them.
-
-    Args:
-        dataset: `trainer.train_dataset` of a DPOTrainer.
-        limit: Most rows.
-        seed: Which rows, and whose chosen response stands beside whose prompt.
-        max_length: Tokens of prompt and response at which the trainer's collator cuts. None: not.
-        truncation_mode: What it keeps: "keep_start" or "keep_end".
-
-    Returns:
-        "chosen", "rejected", and "irr_train": the chosen response of another row. An example per
-        row each, but those of which the cut leaves no prompt or no response.
-
-    Raises:
-        ValueError: If the rows have other columns, or are streamed.
-    """
-    if not hasattr(dataset, "__len__"):
-        raise ValueError("the training set is streamed, its rows cannot be picked: give probes=...")
-    if len(dataset) == 0:
-        raise ValueError("the training set is empty: give probes=...")
-    columns = set(dataset.column_names if hasattr(dataset, "column_names") else dataset[0])
-    names = next((c for c in _COLUMNS if columns.issuperset(c)), None)
-    if names is None:
-        raise ValueError(
-            f"expected a prepared preference set with columns {', '.join(_COLUMNS[0])}, got "
-            f"{', '.join(sorted(columns))}: give probes=..."
-        )
-    generator = random.Random(f"lddyn pairs {seed}")
-    rows: list[Mapping[str, Any]] = [
-        dataset[i] for i in sorted(generator.sample(range(len(dataset)), min(limit, len(dataset))))
-    ]
-    prompt, chosen, rejected = names
-    found: dict[str, list[Example]] = {"chosen": [], "rejected": [], "irr_train": []}
-    for i, row in enumerate(rows):
-        responses = {"chosen": row[chosen], "rejected": row[rejected]}
-        if len(rows) > 1:
-            responses["irr_train"] = rows[(i + 1) % len(rows)][chosen]
-        for name, ids in responses.items():
-            whole = [*row[prompt], *ids]
-            kept = whole[:max_length]
-            if truncation_mode == "keep_end" and max_length is not None:
-                kept = whole[-max_length:]
-            start = len(row[prompt])
-            if truncation_mode == "keep_end":
-                start -= len(whole) - len(kept)
-            if 0 < start < len(kept):
-                found[name].append(Example(tuple(kept[:start]), tuple(kept[start:]), name=name))
-    return {name: examples for name, examples in found.items() if examples}
 
 
 def watch(
-    trainer: Any, probes: Probes | None = None, *, prompts: int = 64, **options: Any
+    trainer: Trainer,
+    probes: Probes | None = None,
+    *,
+    every: int | None = None,
+    budget: float | str = "5%",
+    predict: int = 0,
+    prompts: int = 64,
+    folder: str | Path | None = None,
 ) -> LearningDynamicsCallback:
-    """Adds a `LearningDynamicsCallback` to a trainer, in the place of one for the same folder.
+    """Add a `LearningDynamicsCallback` to a trainer; it replaces one for the same folder.
 
     Args:
-        trainer: TRL's DPOTrainer, SFTTrainer, or transformers' Trainer.
+        trainer: TRL's DPOTrainer or SFTTrainer, or transformers' Trainer.
         probes: What to watch. None: pairs of a DPOTrainer's own training set (see `pairs`).
-        prompts: Most of them.
-        options: Of `LearningDynamicsCallback`.
+        every: As in `LearningDynamicsCallback`.
+        budget: As in `LearningDynamicsCallback`.
+        predict: As in `LearningDynamicsCallback`.
+        prompts: Most prompts, of the training set or of a `ProbeSet`.
+        folder: As in `LearningDynamicsCallback`.
 
     Returns:
         The callback, already added.
 
     Raises:
-        ValueError: If there are no probes and the trainer's data are no pairs.
+        ValueError: If `probes` is None and the training set does not hold prepared pairs.
     """
     if probes is None:
         probes = pairs(
@@ -106,9 +59,75 @@ def watch(
             max_length=getattr(trainer.args, "max_length", None),
             truncation_mode=getattr(trainer.args, "truncation_mode", "keep_start"),
         )
-    callback = LearningDynamicsCallback(probes, prompts=prompts, trainer=trainer, **options)
+    callback = LearningDynamicsCallback(
+        probes,
+        every=every,
+        budget=budget,
+        predict=predict,
+        prompts=prompts,
+        folder=folder,
+        trainer=trainer,
+    )
     for other in list(trainer.callback_handler.callbacks):
-        if isinstance(other, LearningDynamicsCallback) and other.given == callback.given:
+        is_ours = isinstance(other, LearningDynamicsCallback)
+        if is_ours and other.fixed_folder == callback.fixed_folder:
             trainer.remove_callback(other)  # a notebook's cell run again: two would mix their rows
     trainer.add_callback(callback)
     return callback
+
+
+def pairs(
+    dataset: Sequence[Mapping[str, Any]],
+    limit: int = 64,
+    seed: int = 0,
+    *,
+    max_length: int | None = None,
+    truncation_mode: TruncationMode = "keep_start",
+) -> dict[str, list[Example]]:
+    """Probes from the rows of a prepared preference set, with the token ids that TRL trains on.
+
+    Args:
+        dataset: `trainer.train_dataset` of a DPOTrainer.
+        limit: Most rows.
+        seed: Seed of the choice of rows.
+        max_length: Most tokens of prompt and response, as the trainer's collator cuts them. None:
+            no limit.
+        truncation_mode: As in `lddyn.encode`.
+
+    Returns:
+        Examples by type: "chosen", "rejected", and "irr_train", the chosen response of another
+        row. A row whose prompt or response is cut away has no example.
+
+    Raises:
+        ValueError: If the rows have other columns, are streamed, or there is none.
+    """
+    if not hasattr(dataset, "__len__"):
+        raise ValueError("the training set is streamed, its rows cannot be picked: give probes=...")
+    if len(dataset) == 0:
+        raise ValueError("the training set is empty: give probes=...")
+    columns = set(dataset.column_names if hasattr(dataset, "column_names") else dataset[0])
+    names = next((c for c in PREPARED_PAIRS if columns.issuperset(c)), None)
+    if names is None:
+        raise ValueError(
+            f"expected a prepared preference set with columns {', '.join(PREPARED_PAIRS[0])}, got "
+            f"{', '.join(sorted(columns))}: give probes=..."
+        )
+    generator = random.Random(f"lddyn pairs {seed}")
+    picked = sorted(generator.sample(range(len(dataset)), min(limit, len(dataset))))
+    rows = [dataset[i] for i in picked]
+    prompt, chosen, rejected = names
+    probes: dict[str, list[Example]] = {"chosen": [], "rejected": [], "irr_train": []}
+    for i, row in enumerate(rows):
+        responses = {"chosen": row[chosen], "rejected": row[rejected]}
+        if len(rows) > 1:
+            responses["irr_train"] = rows[(i + 1) % len(rows)][chosen]
+        for name, ids in responses.items():
+            try:
+                left, right = cut_to_length(
+                    row[prompt], ids, max_length=max_length, truncation_mode=truncation_mode
+                )
+            except ExampleError:
+                continue  # no prompt or no response is left
+            if left and right:
+                probes[name].append(Example(tuple(left), tuple(right), name=name))
+    return {name: examples for name, examples in probes.items() if examples}

@@ -214,39 +214,51 @@ def test_the_trainers_own_rows_are_kept(tmp_path, tokenizer):
     assert all(len(r) <= 32 and all(isinstance(v, int | float) for v in r.values()) for r in ours)
 
 
-def test_the_budget_is_kept(tmp_path, tokenizer):
+class Clock:
+    """A clock that only the test moves: 0.05 s a step of training, 0.01 s a pass."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("lddyn.integrations.budget.time", self)
+        monkeypatch.setattr("lddyn.integrations.watcher.measure", self.measure)
+
+    def monotonic(self):
+        return self.now
+
+    def measure(self, *arguments):
+        self.now += 0.01
+        return lddyn.probes.measure.measure(*arguments)
+
+
+def test_the_budget_is_kept(tmp_path, tokenizer, monkeypatch):
+    clock = Clock(monkeypatch)
+
     class Slow(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            import time
+            clock.now += 0.05
 
-            time.sleep(0.05)
+    options = {"budget": "11%", "every": 2}
+    _, callback = train(tmp_path, tokenizer, options, also=[Slow()], max_steps=40)
+    steps = [row["step"] for row in callback.rows]
+    assert steps == [
+        0,
+        *range(6, 41, 2),
+    ]  # 0.03 s, room for a last pass among them, are 10 % of 0.3
+    assert callback.overhead == pytest.approx(0.19 / 2.0)
+    assert all(row["overhead"] <= 0.11 for row in callback.rows)
 
-    transformers.set_seed(1)
-    arguments = TrainingArguments(
-        str(tmp_path),
-        max_steps=40,
-        per_device_train_batch_size=4,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    watch = LearningDynamicsCallback(
-        lddyn.probes.probe_set.ProbeSet(rows(4)), budget="10%", every=2
-    )
-    Trainer(
-        new_model(),
-        arguments,
-        train_dataset=Data(tokenizer),
-        processing_class=tokenizer,
-        callbacks=[Slow(), watch],
-        data_collator=lambda batch: {
-            k: torch.tensor([row[k] for row in batch]) for k in ("input_ids", "labels")
-        },
-    ).train()
-    steps = [row["step"] for row in watch.rows]
-    assert len(steps) >= 2 and all(s % 2 == 0 for s in steps)
-    assert watch.overhead <= 0.2  # passes differ by what the machine does
+
+def test_a_pass_waits_until_the_budget_has_room(tmp_path, tokenizer, monkeypatch):
+    clock = Clock(monkeypatch)
+
+    class Slow(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            clock.now += 0.05
+
+    _, callback = train(tmp_path, tokenizer, {"budget": "1.1%"}, also=[Slow()], max_steps=40)
+    assert [row["step"] for row in callback.rows] == [0, 40]  # 0.02 s of 2 s: the last one
+    _, callback = train(tmp_path, tokenizer, {"budget": "0.9%"}, also=[Slow()], max_steps=40)
+    assert [row["step"] for row in callback.rows] == [0]  # the first one is made in any case
 
 
 def test_an_error_never_stops_training(tmp_path, tokenizer, monkeypatch):
@@ -385,7 +397,7 @@ def test_nothing_is_warned_of(tmp_path, tokenizer):
 
 def test_a_second_run_begins_anew(tmp_path, tokenizer):
     trainer, callback = train(tmp_path, tokenizer, {"every": 2})
-    callback._broken = True
+    callback._failed = True
     trainer.train()
     assert [row["step"] for row in callback.rows] == [0, 2, 4, 6]
     assert callback.rows[0]["change/chosen"] == 0
@@ -482,7 +494,7 @@ def test_the_cost_before_a_step_counts(tmp_path, tokenizer, monkeypatch):
 
     monkeypatch.setattr(module, "measure", slow)
     _, callback = train(tmp_path, tokenizer, {"predict": 1}, max_steps=2)
-    assert callback._costs[-1] > 0.14  # before the step, after it, and the pass itself
+    assert callback._run.budget._costs[-1] > 0.14  # before the step, after it, and the pass itself
 
 
 def test_modes_and_flags_stay(tmp_path, tokenizer):
@@ -516,6 +528,23 @@ def test_modes_and_flags_stay(tmp_path, tokenizer):
             max_steps=2,
         )
     assert len(seen) == 4 and seen[:2] == seen[2:]
+
+
+def test_the_one_line_of_the_docs_works_in_a_fresh_interpreter(tmp_path):
+    """`import lddyn; lddyn.integrations.trl.watch`, with nothing imported before."""
+    code = (
+        "import lddyn; print(lddyn.integrations.trl.watch.__name__, lddyn.integrations.loop.Watch)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(lddyn.__file__).parents[1])},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("watch <class 'lddyn.integrations.loop.Watch'>")
 
 
 def test_pairs_are_cut_as_the_collator_cuts():

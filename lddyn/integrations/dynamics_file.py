@@ -1,0 +1,99 @@
+"""FOLDER/dynamics.jsonl: the rows of a watched run, one line per pass."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lddyn.files import plain, replace_file
+from lddyn.probes.probe_set import Encoded
+
+__all__ = ["DynamicsFile"]
+
+# One pass: "step", and numbers by name; NaN where there is nothing to average.
+Row = dict[str, float]
+
+
+class DynamicsFile:
+    """The rows of one run in its folder.
+
+    A line is the row, "each" (log-prob of each example, nats) and "probes" (digest of the probes).
+
+    Args:
+        folder: Folder of the run; it is made.
+        probes: What the run measures.
+    """
+
+    def __init__(self, folder: Path, probes: Encoded) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "dynamics.jsonl"
+        self._probes = _digest(probes)
+
+    def resume(self, step: int) -> tuple[list[Row], Tensor | None]:
+        """Keep the rows up to a checkpoint; those after it belong to steps that were undone.
+
+        A file of another run, or one with rows of other probes, is first renamed to
+        dynamics-1.jsonl, dynamics-2.jsonl, …
+
+        Args:
+            step: Steps before the run goes on; 0 begins a new run.
+
+        Returns:
+            The rows, and the log-prob of each example in the first of them, (N,).
+        """
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept: list[dict[str, Any]] = []
+        foreign = not step and bool(lines)
+        for line in lines if step else ():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # cut by a crash
+            if not isinstance(row, dict) or row.get("probes") != self._probes:
+                foreign = True
+            elif row["step"] <= step:
+                kept.append(row)
+        if foreign:
+            self._set_aside()
+        replace_file(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        rows = [
+            {k: _number(v) for k, v in row.items() if k not in ("each", "probes")} for row in kept
+        ]
+        if not kept:
+            return rows, None
+        return rows, torch.tensor([_number(v) for v in kept[0]["each"]], dtype=torch.float64)
+
+    def append(self, row: Mapping[str, float], each: Sequence[float]) -> None:
+        """Write the row of one pass.
+
+        Args:
+            row: The row.
+            each: Log-prob of each example, nats.
+        """
+        line = {**row, "each": [round(x, 4) for x in each], "probes": self._probes}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain(line), allow_nan=False) + "\n")
+
+    def _set_aside(self) -> None:
+        number = 1
+        while (aside := self.path.with_name(f"dynamics-{number}.jsonl")).exists():
+            number += 1
+        self.path.replace(aside)
+
+
+def _number(value: float | None) -> float:
+    """A number of a line; JSON has null for NaN."""
+    return math.nan if value is None else value
+
+
+def _digest(probes: Encoded) -> str:
+    """Digest of examples and fields: a run goes on only with rows of the same probes."""
+    parts = [*probes.fields, *(e.content_id for e in probes.examples), str(probes.cells.tolist())]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
