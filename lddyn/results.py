@@ -10,11 +10,12 @@ import abc
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lddyn.files import plain, replace_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Result", "load_result", "save_result"]
 

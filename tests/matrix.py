@@ -64,7 +64,16 @@ TOOLS = "pytest pytest-timeout hypothesis pybind11"
 # Ops, opened models and their ledger, exact answers, the integrations, what an import costs: what
 # other versions can break. Not the laboratory, nor what tests C++ alone.
 TESTS = (
-    *("integrations", "ops", "elementwise_ops", "precondition_ops", "product", "sketch_ops"),
+    *(
+        "trainer",
+        "trl",
+        "loop",
+        "ops",
+        "elementwise_ops",
+        "precondition_ops",
+        "product",
+        "sketch_ops",
+    ),
     *("attention_ops", "layers", "anatomy", "decompose", "logits", "diagnose", "environment"),
     "package",
 )

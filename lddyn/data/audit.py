@@ -17,6 +17,7 @@ from lddyn.data.rows import row_encoders
 from lddyn.data.tokenizer import Tokenizer, eos_ids
 from lddyn.errors import ExampleError
 from lddyn.files import replace_file
+from lddyn.results import Result
 
 __all__ = ["Audit", "Finding", "audit"]
 
@@ -69,10 +70,8 @@ class Finding:
 
 
 @dataclass(frozen=True, repr=False)
-class Audit:
+class Audit(Result):
     """The problems of a data set: a table of findings, with the counts behind its shares.
-
-    `print(audit)` shows `explain()`.
 
     Attributes:
         n_rows: Rows read, unreadable ones included.
@@ -176,14 +175,6 @@ class Audit:
             text += f", EOS counted in {100.0 * self.n_eos_counted / self.n_responses:.1f} %"
         text += f", {len(self.unusable)} rows unusable"
         return text if self.findings else text + "; no problems"
-
-    def __repr__(self) -> str:
-        """One line."""
-        return f"Audit({self._headline().removeprefix('audit: ')}, {len(self)} findings)"
-
-    def __str__(self) -> str:
-        """`explain()`."""
-        return self.explain()
 
 
 def audit(

@@ -69,9 +69,7 @@ def test_audit_is_summarised_explained_saved_and_loaded(tokenizer, tmp_path):
     }
     assert list(table.counts()) == ["empty_response", "blank_response"]  # errors first
     assert str(table) == table.explain() and "row 1 chosen" in table.explain()
-    assert repr(table) == (
-        "Audit(3 rows, 5 responses, EOS counted in 100.0 %, 1 rows unusable, 2 findings)"
-    )
+    assert repr(table) == "Audit(rows=3, responses=5, eos_counted=5, unusable=1, findings=2)"
     table.save(tmp_path / "audit.json")
     assert Audit.load(tmp_path / "audit.json") == table
 

@@ -1,6 +1,8 @@
-"""One of two processes that train together, watched and not: run by test_integrations.py.
+"""One of two processes that train together, watched and not: run by test_loop.py.
 
-python tests/two_processes.py FOLDER    # with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
+With RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set:
+
+    python tests/integrations/two_processes.py FOLDER
 """
 
 import json
