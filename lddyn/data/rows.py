@@ -124,8 +124,10 @@ def row_encoders(
     prepared = prepared_encoders(tokenizer, row, options)
     if prepared:
         return prepared
-    options = _with_row_options(options, row)
     content = _recognise(row, fields)
+    if tokenizer is None:
+        raise ExampleError("a row of text or messages must have a tokenizer, got None")
+    options = _with_row_options(options, row)
     return [(name, content.encoder(tokenizer, name, options)) for name in content.responses]
 
 
@@ -143,7 +145,7 @@ class _Content:
     responses: Mapping[str, object]
     paired: Sequence[str] = ()
 
-    def encoder(self, tokenizer: Tokenizer | None, name: str, options: EncodeOptions) -> Encoder:
+    def encoder(self, tokenizer: Tokenizer, name: str, options: EncodeOptions) -> Encoder:
         """Encoder of one field."""
         response = self.responses[name]
         if self.prompt is None:

@@ -33,6 +33,11 @@ def test_row_pair_shares_its_prompt_tokens(tokenizer):
     assert text == "The ket is red.<|im_end|>"
 
 
+def test_row_of_text_without_a_tokenizer():
+    with pytest.raises(ExampleError, match="must have a tokenizer, got None"):
+        encode_row(None, {"prompt": PROMPT, "completion": " There"})
+
+
 def test_row_further_fields(tokenizer):
     row = {"prompt": PROMPT, "chosen": " There", "rejected": " Here", "irr_train": " Four", "n": 3}
     assert list(encode_row(tokenizer, row, ["irr_train"])) == ["chosen", "rejected", "irr_train"]
