@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import peft
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lddyn.data.example import Example
 from lddyn.engine.guard import true_float64
@@ -200,12 +202,15 @@ def oracle_shift(model: nn.Module, example: Example, direction: Tensor, width=1e
     return (4 * narrow - wide) / 3
 
 
-def plain_shift(model: nn.Module, example: Example, direction: Tensor) -> Tensor:
-    """Change of all log-probs (M, V) along a flat direction, by torch's forward mode."""
+def plain_shifts(model: nn.Module, example: Example, direction: Tensor) -> list[Tensor]:
+    """Change of all log-probs (M, V) along a flat direction, by torch's forward mode.
+
+    Once with each attention of torch that has a forward mode, eager and SDPA's "math": they round
+    differently, and where a model is ill-conditioned one may be twice as wrong as the other.
+    """
     trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     parts = direction.split([p.numel() for p in trainable.values()])
     moves = [part.view_as(p).to(p) for part, p in zip(parts, trainable.values(), strict=True)]
-    model.set_attn_implementation("eager")
 
     def log_probs(*parameters: Tensor) -> Tensor:
         ids = torch.tensor([example.ids])
@@ -213,7 +218,13 @@ def plain_shift(model: nn.Module, example: Example, direction: Tensor) -> Tensor
         out = torch.func.functional_call(model, given, (ids,), {"use_cache": False})
         return out.logits[0, list(example.positions)].float().log_softmax(-1)
 
-    return torch.func.jvp(log_probs, tuple(trainable.values()), tuple(moves))[1]
+    shifts = []
+    for attention in ("eager", "sdpa"):
+        with contextlib.suppress(ValueError):  # an architecture without SDPA
+            model.set_attn_implementation(attention)
+            with sdpa_kernel(SDPBackend.MATH):
+                shifts.append(torch.func.jvp(log_probs, tuple(trainable.values()), tuple(moves))[1])
+    return shifts
 
 
 def widest(model: nn.Module, example: Example) -> Tensor:
