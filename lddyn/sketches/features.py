@@ -93,8 +93,8 @@ def features(
         >>> model = transformers.LlamaForCausalLM(config)
         >>> ex = lddyn.Example(prompt_ids=[1, 2], response_ids=[3, 4, 5])
         >>> feats = lddyn.features(model, [ex], lddyn.Sketch(k=1024, seed=0))
-        >>> feats
-        Features(3 tokens of 1 sequences, 1,168 numbers each, float32; twosided, k = 1,024)
+        >>> len(feats), feats.by, feats.tokens.token_id.tolist()
+        (3, 'token', [3, 4, 5])
         >>> estimate = feats.gram()
         >>> estimate.value.shape, estimate.samples
         (torch.Size([3, 3]), 8)
