@@ -1,17 +1,17 @@
-"""One optimizer step as a sum of a gradient part, a history and a decay.
+"""One optimizer step as the sum of a gradient part, a history and a weight decay.
 
     Δθ = −rate · P ∘ (s g)  +  history  +  decay
 
-g is the gradient, s the clip factor, P a diagonal frozen at its value in this very step (Adam's
-and RMSprop's second moment *after* it has seen g), so the identity is exact and linear in g: token
-l owns the part of g that it made.
+g is the gradient and s the clip factor. P is a diagonal, frozen at its value in this very step
+(Adam and RMSprop: from the second moment *after* it has seen g). The identity is exact, and linear
+in g: the part of g that one token made is the part of the step that this token made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,17 +27,26 @@ SUPPORTED = ("SGD", "Adam", "AdamW", "RMSprop")
 
 @dataclass
 class Step:
-    """The parts of Δθ; each Direction maps parameter names to tensors of their shapes."""
+    """The parts of Δθ; each Direction maps parameter names to tensors of their shapes.
+
+    Attributes:
+        gradient: g, before clipping.
+        clip: s, 1 without clipping.
+        rate: The learning rate, where it is one number; else 1, and P holds the rates.
+        precondition: P; None: the identity.
+        history: The part that the optimizer's state makes (momentum); None: zero.
+        decay: The part that weight decay makes; None: zero.
+    """
 
     gradient: Direction
     clip: float
     rate: float
-    precondition: Direction | None  # None: the identity
-    history: Direction | None  # None: zero
+    precondition: Direction | None
+    history: Direction | None
     decay: Direction | None
 
     def gradient_part(self, gradient: Direction | None = None) -> Direction:
-        """−rate · P ∘ (s g) for the step's own gradient or a part of it."""
+        """−rate · P ∘ (s g), for a part of the gradient; None: for all of it."""
         gradient = self.gradient if gradient is None else gradient
         scale = -self.rate * self.clip
         if self.precondition is None:
@@ -53,8 +62,17 @@ class Step:
         return total
 
 
-def make_optimizer(kind: str, parameters: Any, lr: float) -> torch.optim.Optimizer:
-    """A fresh optimizer of torch with its defaults: "sgd", "adam", "adamw" or "rmsprop"."""
+def make_optimizer(kind: str, parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
+    """A fresh optimizer of torch with torch's defaults.
+
+    Args:
+        kind: "sgd", "adam", "adamw" or "rmsprop".
+        parameters: What it updates.
+        lr: Learning rate.
+
+    Raises:
+        ValueError: If kind is another.
+    """
     classes = {name.lower(): getattr(torch.optim, name) for name in SUPPORTED}
     if kind.lower() not in classes:
         raise ValueError(
@@ -70,9 +88,16 @@ def copy_optimizer(
     new: Mapping[str, Tensor],
     lr_factor: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """The same optimizer, hyper-parameters and state, over another copy of the parameters.
+    """The same optimizer, with its hyper-parameters and state, over another copy of the parameters.
 
-    State tensors of a parameter's shape take the dtype of the new parameter.
+    Args:
+        optimizer: Not changed.
+        old: Name → parameter that it holds.
+        new: Name → parameter that the copy holds. State of a parameter's shape takes its dtype.
+        lr_factor: Multiplies every learning rate.
+
+    Raises:
+        ValueError: If the optimizer holds none of the old parameters.
     """
     names = {id(p): n for n, p in old.items()}
     groups = []
@@ -82,11 +107,6 @@ def copy_optimizer(
             groups.append({**group, "params": params, "lr": float(group["lr"]) * lr_factor})
     if not groups:
         raise ValueError(_NOT_OURS)
-    if not groups:
-        raise ValueError(
-            "the optimizer holds none of the model's trainable parameters: was it built on "
-            "another copy of the model?"
-        )
     fresh = type(optimizer)(groups)  # type: ignore[call-arg]
     for parameter, state in optimizer.state.items():
         if id(parameter) in names:
@@ -101,7 +121,11 @@ def copy_optimizer(
 
 
 def clip_factor(gradient: Direction, max_norm: float | None) -> float:
-    """S = min(1, max_norm / (‖g‖ + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it."""
+    """The factor s = min(1, max_norm / (‖g‖ + 1e-6)) of torch.nn.utils.clip_grad_norm_.
+
+    Raises:
+        ValueError: If max_norm is not positive.
+    """
     if max_norm is None:
         return 1.0
     if not max_norm > 0:
@@ -120,12 +144,12 @@ def optimizer_step(
 
     Args:
         optimizer: SGD, Adam, AdamW or RMSprop of torch, at its real state (which is not changed).
-        parameters: Trainable parameters by name; those the optimizer does not hold stay put.
+        parameters: Trainable parameters by name; those the optimizer does not hold do not move.
         gradient: The gradient by name, before clipping.
-        max_grad_norm: Clip the global norm first, as trainers do.
+        max_grad_norm: Clip the global norm first, as trainers do. None: no clipping.
 
     Raises:
-        TypeError: For another optimizer: its step is not linear in the gradient, or not known here.
+        TypeError: For another optimizer: its step is not linear in the gradient, or is unknown.
         ValueError: If the optimizer holds none of the parameters.
     """
     kind = optimizer_kind(optimizer)
@@ -143,25 +167,29 @@ def optimizer_step(
         name: _TERMS[kind](p.detach(), clip * gradient[name], group, state)
         for name, p, group, state in held
     }
-    rates = {float(t[0]) for t in terms.values() if not isinstance(t[0], Tensor)}
-    uniform = all(not isinstance(t[0], Tensor) for t in terms.values()) and len(rates) == 1
+    rates = {t.factor for t in terms.values() if isinstance(t.factor, float)}
+    uniform = all(isinstance(t.factor, float) for t in terms.values()) and len(rates) == 1
     if uniform and len(terms) == len(parameters):
         rate, precondition = rates.pop(), None
     else:
         rate = 1.0
         precondition = {
             n: torch.as_tensor(
-                terms[n][0] if n in terms else 0.0, dtype=p.dtype, device=p.device
+                terms[n].factor if n in terms else 0.0, dtype=p.dtype, device=p.device
             ).expand_as(p)
             for n, p in parameters.items()
         }
-    history = {n: t[1] for n, t in terms.items() if t[1] is not None}
-    decay = {n: t[2] for n, t in terms.items() if t[2] is not None}
+    history = {n: t.history for n, t in terms.items() if t.history is not None}
+    decay = {n: t.decay for n, t in terms.items() if t.decay is not None}
     return Step(gradient, clip, rate, precondition, history or None, decay or None)
 
 
 def optimizer_kind(optimizer: torch.optim.Optimizer) -> str:
-    """Which of torch's own optimizers this is; a subclass must not step in a way of its own."""
+    """The name in `SUPPORTED` of torch's own optimizer that this is, or is derived from.
+
+    Raises:
+        TypeError: If it is another, or a derived class steps in its own way.
+    """
     own = {getattr(torch.optim, name): name for name in SUPPORTED}
     for ancestor in type(optimizer).__mro__:
         if ancestor in own:
@@ -174,11 +202,19 @@ def optimizer_kind(optimizer: torch.optim.Optimizer) -> str:
     )
 
 
-# Each returns (factor on −g: a number or a tensor, history, decay), the last two as parts of Δθ.
-_Terms = tuple[Any, Tensor | None, Tensor | None]
+class _Terms(NamedTuple):
+    """Δθ of one parameter = −factor ∘ g + history + decay."""
+
+    factor: float | Tensor
+    history: Tensor | None
+    decay: Tensor | None
 
 
-def _sgd(p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> _Terms:
+_Group = Mapping[str, Any]  # a parameter group of torch: names to numbers and flags
+_State = Mapping[str, Any]  # the optimizer's state of one parameter
+
+
+def _sgd(p: Tensor, g: Tensor, group: _Group, state: _State) -> _Terms:
     lr, momentum, decay = float(group["lr"]), float(group["momentum"]), group["weight_decay"]
     sign = -1.0 if group.get("maximize") else 1.0
     own, history = 1.0, None
@@ -189,12 +225,10 @@ def _sgd(p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> 
         if group["nesterov"]:
             own, past = 1.0 + momentum * own, momentum * momentum
         history = None if buffer is None else -lr * past * buffer
-    return sign * lr * own, history, -lr * own * decay * p if decay else None
+    return _Terms(sign * lr * own, history, -lr * own * decay * p if decay else None)
 
 
-def _adam(
-    p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any], decoupled: bool = False
-) -> _Terms:
+def _adam(p: Tensor, g: Tensor, group: _Group, state: _State, decoupled: bool = False) -> _Terms:
     lr, decay = float(group["lr"]), group["weight_decay"]
     beta1, beta2 = (float(b) for b in group["betas"])
     sign = -1.0 if group.get("maximize") else 1.0
@@ -216,14 +250,14 @@ def _adam(
         decayed = -lr * decay * p
     else:
         decayed = -scale * (1 - beta1) * decay * p
-    return sign * (1 - beta1) * scale, history, decayed
+    return _Terms(sign * (1 - beta1) * scale, history, decayed)
 
 
-def _adamw(p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> _Terms:
+def _adamw(p: Tensor, g: Tensor, group: _Group, state: _State) -> _Terms:
     return _adam(p, g, group, state, decoupled=True)
 
 
-def _rmsprop(p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> _Terms:
+def _rmsprop(p: Tensor, g: Tensor, group: _Group, state: _State) -> _Terms:
     lr, decay, alpha = float(group["lr"]), group["weight_decay"], float(group["alpha"])
     sign = -1.0 if group.get("maximize") else 1.0
     seen = sign * g + decay * p if decay else sign * g
@@ -238,7 +272,12 @@ def _rmsprop(p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any])
     scale = lr / (square.sqrt() + group["eps"])
     buffer = state.get("momentum_buffer") if group["momentum"] else None
     history = None if buffer is None else -lr * group["momentum"] * buffer
-    return sign * scale, history, -scale * decay * p if decay else None
+    return _Terms(sign * scale, history, -scale * decay * p if decay else None)
 
 
-_TERMS = {"SGD": _sgd, "Adam": _adam, "AdamW": _adamw, "RMSprop": _rmsprop}
+_TERMS: dict[str, Callable[[Tensor, Tensor, _Group, _State], _Terms]] = {
+    "SGD": _sgd,
+    "Adam": _adam,
+    "AdamW": _adamw,
+    "RMSprop": _rmsprop,
+}

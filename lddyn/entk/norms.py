@@ -1,15 +1,16 @@
 """Norms and traces of a kernel that is never formed: sampled, with standard errors.
 
-Everything below the head meets a logit cotangent v only through Uᵀ v, with U = W, or U = [W, E] for
-a head that is tied to the embedding (E: the tokens of both sequences, which have embedding rows to
-move). So with an orthonormal basis of the centred span, Π U = Q̃ Λ^½ Vᵀ,
+Below the head a logit cotangent v acts only through Uᵀ v, with U = W, or U = [W, E] for a head that
+is tied to the embedding (E: the tokens of both sequences, whose embedding rows move). With an
+orthonormal basis of the centred span, Π U = Q̃ Λ^½ Vᵀ,
 
     Π K_{m,l} Π = Q̃ F_{m,l} Q̃ᵀ + c_{m,l} Π,     F of d x d (tied: d + tokens),
     ‖Π K Π‖² = ‖F‖² + 2 c tr F + (V − 1) c²
 
-and c is known in closed form. ‖F‖² splits by r leading directions of the basis: what lies between
-them is exact, the rest is sampled by random signs in the complement ("deflated two-sided probes").
-The estimators here take the products they need as functions; `NTK` supplies them.
+and c is known in closed form. ‖F‖² splits by the r leading directions of the basis: the part
+between these directions is exact, and random signs in their complement sample the rest ("deflated
+two-sided probes"). The estimators take the products that they need as functions; `NTK` supplies
+them.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ Product = Callable[[Tensor], Tensor]
 class Basis:
     """Orthonormal directions of the logits in the span of U = [W, E], centred or not.
 
-    values (k,) are the eigenvalues λ of Uᵀ Π U, largest first, vectors (d + n, k) its eigenvectors,
-    ids (n,) the tokens of E; all in float64.
+    Attributes:
+        values: Eigenvalues λ of Uᵀ Π U (without Π if not centred), largest first, (k,) float64.
+        vectors: Its eigenvectors, (d + n, k) float64.
+        ids: Tokens of E, (n,).
     """
 
     values: Tensor
@@ -100,16 +103,18 @@ def span_basis(weight: Tensor, ids: Tensor, centred: bool, chunk: int = 8192) ->
 
 
 def effective_samples(*influences: Tensor) -> int:
-    """Repeats that a standard error is worth, by Satterthwaite: 1 + (q − 1)/(1 + κ/2).
+    """Number of normal samples that a standard error is worth: 1 + (q − 1)/(1 + κ/2).
 
     A sample variance of q values of excess kurtosis κ has a relative variance of about
-    (2 + κ)/(q − 1), not 2/(q − 1): squares of projections are far from normal, and Student's t with
-    q − 1 would cover too rarely. κ is pooled over all entries, Σ of fourth cumulants over Σ of
-    squared variances (both unbiased), with half an entry of κ = 12, the square of one normal value,
-    for what few entries cannot tell.
+    (2 + κ)/(q − 1), not 2/(q − 1). Squares of projections are far from normal, so Student's t with
+    q − 1 degrees would cover too rarely. κ is pooled over all entries: the sum of fourth cumulants
+    over the sum of squared variances, both unbiased. Half an entry with κ = 12 (the square of one
+    normal value) is added, because few entries say little about κ.
 
     Args:
         influences: What each probe adds to each estimate, (…, q) with q >= 4.
+
+    Source: Satterthwaite, Biometrics Bulletin, 1946.
     """
     fourth = square = 0.0
     for values in influences:
@@ -143,13 +148,17 @@ def relative(square: Estimate) -> float:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How precise an estimate shall be, and what it may cost.
+    """How precise an estimate must be, and what it may cost.
 
-    rtol: wanted relative standard error in every entry. directions, probes: r and q, None: by rtol.
-    limit: most cotangents per token, or products with the kernel. seed: of the random signs.
+    Attributes:
+        rtol: Required relative standard error in every entry.
+        directions: r; None: as rtol requires.
+        probes: q; None: as rtol requires.
+        limit: Most cotangents per token, or products with the kernel.
+        seed: Of the random signs.
 
     Raises:
-        ValueError: If a precision or a number makes no sense.
+        ValueError: If a number is out of range.
     """
 
     rtol: float = 0.05
@@ -178,8 +187,8 @@ class Sampling:
         """Warns that rtol was not met."""
         warnings.warn(
             f"the largest relative standard error is {error:.3g}, above rtol = {self.rtol:g}, with "
-            f"{r} directions and {q} probes ({why}): give more of them, raise limit, or live with "
-            "the stated error",
+            f"{r} directions and {q} probes ({why}): give more of them, raise limit, or use the "
+            "estimate with its stated error",
             stacklevel=6,
         )
 
@@ -192,9 +201,17 @@ def _refine(
     exact: bool,
     sampling: Sampling,
 ) -> Estimate:
-    """Draws anew with more directions (probes, where directions are given) until rtol is met.
+    """An estimate that meets rtol, by sampling again with more directions or probes until it does.
 
-    `exact`: with all `rank` directions there is nothing left to sample.
+    Directions are raised first; probes, where directions are given.
+
+    Args:
+        sample: (r, q) → an estimate.
+        error_of: Its relative standard error.
+        rank: Number of all directions.
+        cost: (r, q) → cotangents, or products with the kernel.
+        exact: Whether all `rank` directions leave nothing to sample.
+        sampling: Precision and limits.
     """
     directions, probes, limit = sampling.directions, sampling.probes, sampling.limit
     r = min(DIRECTIONS if directions is None else directions, rank)
@@ -206,14 +223,14 @@ def _refine(
     while True:
         affordable = directions is None and rank <= limit
         if exact and (r == rank or (affordable and cost(r, q) >= rank)):
-            return sample(rank, 0)  # no dearer than sampling
-        found = sample(r, q)
-        error = error_of(found)
+            return sample(rank, 0)  # as cheap as sampling
+        estimate = sample(r, q)
+        error = error_of(estimate)
         if error <= sampling.rtol:
-            return found
+            return estimate
         more = (r, q)
         if directions is None and r < rank:
-            # The error falls a little slower than 1/r: what is left by far takes two doublings.
+            # The error falls a little slower than 1/r: if it is far above rtol, double r twice.
             grown = r * (2 if error <= 1.4 * sampling.rtol or cost(4 * r, q) > limit else 4)
             more = (min(grown, rank) if r else 4, q)
             if probes is None and error <= 1.3 * sampling.rtol and 2 * q <= r:
@@ -225,7 +242,7 @@ def _refine(
                 r = rank
                 continue
             sampling.missed(error, r, q, "given" if more == (r, q) else f"limit = {limit}")
-            return found
+            return estimate
         r, q = more
 
 
@@ -253,8 +270,8 @@ def block_squares(
         ‖F‖² ≈ Σ G_rr² + mean_a Σ_i G_ai² + mean_b Σ_i G_ib² + mean_ab G_ab²
         tr F ≈ Σ G_ii + mean_a G_aa     (the observed side's probes on the updated side too)
 
-    Its variance is that of a two-way table, (Var_a + Var_b)/q of what each probe adds, less what
-    the interaction of the probes has been counted twice.
+    Its variance is that of a two-way table: (Var_a + Var_b)/q of what each probe adds, less the
+    interaction of the probes, which both terms count.
     """
     generator = sampling.generator()
     paired = bool((head != 0).any())
@@ -306,18 +323,19 @@ def pushed_squares(
 ) -> Estimate:
     """‖K_{m,l}‖_F² (M, L) from images of logit cotangents: Σ_i ‖K u_i‖² + mean_b ‖K ω_b‖².
 
-    u are r orthonormal directions of the head, ω random signs over the vocabulary, orthogonal to
-    them. For every kernel: what is done after the head, and a preconditioner, are in the images.
+    u are r orthonormal directions of the head, ω random signs over the vocabulary, made orthogonal
+    to them. This holds for every kernel: operations after the head, and a preconditioner, are part
+    of the images.
 
     Args:
-        images: v (V,) -> ‖K_{m,l} v‖² (M, L), centred where asked.
+        images: v (V,) -> ‖K_{m,l} v‖² (M, L), centred if `centred`.
         weight: The head's weight (V, d).
         basis: Its directions.
         centred: Whether probes sum to zero.
         sampling: Precision; r directions, q probes.
     """
     generator = sampling.generator()
-    exact: list[Tensor] = []  # of the directions done so far; every round needs them again
+    exact: list[Tensor] = []  # images of the directions so far; every round needs them again
     span = weight.new_zeros(0, len(weight), dtype=torch.float64)
 
     def direction(i: int) -> Tensor:
@@ -379,7 +397,7 @@ def block_traces(
 
     def sample(r: int, q: int) -> Estimate:
         value = head.double() * identity
-        for part in basis.leading(r).split(8):  # pairs of different directions are not wanted
+        for part in basis.leading(r).split(8):  # pairs of different directions are wasted work
             value = value + diagonals(part).sum(-1)
         if q == 0:
             return Estimate(value, torch.zeros_like(value))
@@ -390,8 +408,8 @@ def block_traces(
     if sampling is None:
         return sample(rank, 0)
 
-    def error(found: Estimate) -> float:
-        return float((found.stderr / found.value.abs().clamp(min=1e-300)).max())
+    def error(estimate: Estimate) -> float:
+        return float((estimate.stderr / estimate.value.abs().clamp(min=1e-300)).max())
 
     def cost(r: int, q: int) -> int:
         return r + q
@@ -423,9 +441,9 @@ def row_squares(
         centred: Whether Π is on both sides.
         whole: Whether to sum over m.
         like: A tensor of the dtype and device of the cotangents.
-        sampling: Precision; k directions (default 8) and q probes (default: by the variance of the
-            first 8); limit on the number of products with K or Kᵀ, 2 k + q: where it is small,
-            the defaults are too.
+        sampling: Precision: k directions (default 8), q probes (default: by the variance of the
+            first 8), and a limit on the number of products with K or Kᵀ, 2 k + q; a small limit
+            lowers both defaults.
     """
     generator = sampling.generator()
     probes, rtol, limit = sampling.probes, sampling.rtol, sampling.limit
@@ -443,7 +461,7 @@ def row_squares(
     span = torch.linalg.qr(torch.stack(ranged, 1))[0] if k else like.new_zeros(inner.numel(), 0)
 
     def image(v: Tensor) -> Tensor:
-        # Centred here: where K has a lower rank than k, QR fills Q up with what is not.
+        # Centred here: where K has a lower rank than k, QR completes Q by vectors that are not.
         return centre(product(centre(v.view(inner)))).double().pow(2).sum(-1)
 
     fixed = like.new_zeros(out[0], dtype=torch.float64)
@@ -461,14 +479,14 @@ def row_squares(
         value = (fixed.sum() if whole else fixed) + total.mean(-1)
         return Estimate(value, (total.var(-1) / count).sqrt(), samples)
 
-    found = estimate(pilot if probes is None else probes)
-    error = relative(found)
+    result = estimate(pilot if probes is None else probes)
+    error = relative(result)
     if probes is None and error > rtol:
-        # Decided once, by the pilot: probes that were added until the error looks small would
-        # prefer samples whose error looks smaller than it is.
+        # The pilot decides once. Adding probes until the error looks small would prefer samples
+        # whose error looks smaller than it is.
         wanted = int(len(adds) * (error / rtol) ** 2 * 1.2) + 1
-        found = estimate(max(pilot, min(wanted, limit - 2 * k)))
-        error = relative(found)
+        result = estimate(max(pilot, min(wanted, limit - 2 * k)))
+        error = relative(result)
     if error > 1.25 * rtol:
         sampling.missed(error, k, len(adds), "given" if probes else f"limit = {limit}")
-    return found
+    return result

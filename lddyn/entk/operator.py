@@ -79,15 +79,16 @@ class Shift:
 
 
 class NTK:
-    """K(χo, χu), lazily: logical shape (M, V, L, V), with nothing of size V x V formed.
+    """The kernel K(χo, χu) as a lazy operator of shape (M, V, L, V); made by `ntk`.
 
-    Made by `ntk`. A cotangent is a row vector of the output space, one per response token. With raw
-    logits W h + b and slopes D of what follows them (soft-capping; else D = I),
+    Nothing of size V x V is formed: every method contracts K with cotangents. A cotangent is a row
+    vector over the vocabulary, one per response token. With raw logits W h + b, and the derivative
+    D of operations after the head (soft-capping; else D = I),
 
         K_{m,l} = D_m (W K^h_{m,l} Wᵀ + c_{m,l} I) D_l,     c = ⟨h_m, h_l⟩ [W trains] + [b trains]
 
-    holds exactly; where the head is tied to the embedding there are cross terms besides, which
-    reach the vocabulary tokens of the two sequences: [W, E] M [W, E]ᵀ in place of W K^h Wᵀ.
+    holds exactly. A head that is tied to the embedding adds cross terms for the vocabulary tokens E
+    of the two sequences: [W, E] M [W, E]ᵀ in place of W K^h Wᵀ.
 
     Example:
         >>> import lddyn, transformers
@@ -219,11 +220,11 @@ class NTK:
 
     @undisturbed
     def explain(self, g: Tensor | None = None) -> Shift:
-        """K G with the head's own part apart: what moves the logits of χo (M, V), and how.
+        """K G, the move of the logits of χo (M, V), in two parts.
 
-            head: Σ_l c_{m,l} G_l, the head's weight and bias answering for themselves, closed form
-            body: all the rest, W K^h Wᵀ G; with tied weights both cross terms: embedding rows
-                  that G moves through the head, output rows that it moves through the embedding
+            head: Σ_l c_{m,l} G_l, through the head's own weight and bias, in closed form
+            body: W K^h Wᵀ G, through everything below the head; with tied weights it includes both
+                  cross terms (embedding rows that move logits, output rows that move the input)
 
         Args:
             g: Logit cotangents (L, V) of χu; default: those of SFT, π − e_y.
@@ -246,7 +247,7 @@ class NTK:
         return Shift(head, total - head, self.observed.logits)
 
     def top_tokens(self, count: int) -> Tensor:
-        """Vocabulary ids (count,) that π holds likeliest, summed over both sides' tokens; sorted.
+        """The vocabulary ids (count,) with the largest Σ π over both sides' tokens, sorted.
 
         Raises:
             ValueError: If count is not in 1 … V.
@@ -261,7 +262,7 @@ class NTK:
     def restrict(
         self, tokens: Tensor | Sequence[int], updated: Tensor | Sequence[int] | None = None
     ) -> Tensor:
-        """K between some tokens of the vocabulary: (M, n, L, n'), exact.
+        """K between some tokens of the vocabulary, (M, n, L, n'), exact.
 
         Args:
             tokens: Vocabulary ids (n,) on the observed side, such as `top_tokens(16)`.
@@ -346,17 +347,18 @@ class NTK:
         limit: int = 256,
         seed: int = 0,
     ) -> LowRank:
-        """K ≈ c I + U X Yᵀ Uᵀ: a scaled identity per token pair, and R factors for all of them.
+        """K ≈ c I + U X Yᵀ Uᵀ: a scaled identity per token pair, and R factors for all pairs.
 
-        A randomised range finder below the head: the images of R cotangents are orthonormalised in
-        the metric of the (centred) logits, and K is projected on them.
+        A randomised range finder works below the head: the images of R cotangents are
+        orthonormalised in the metric of the (centred) logits, and K is projected on them.
 
         Args:
-            rank: R; or
-            rtol: ‖K − K̂‖_F / ‖K̂‖_F to reach, R being doubled from 8.
+            rank: R. Give rank or rtol, one of them.
+            rtol: Required ‖K − K̂‖_F / ‖K̂‖_F; R is doubled from 8 until it is met.
             span: "random": Gaussian cotangents. "data": combinations of the log-prob rows of χu's
                 tokens, one by one if R >= L, so that K̂ G = K G for every loss of their log-probs.
-            centred: Whether Π is in the metric and the residual: what log π can see.
+            centred: Whether Π is in the metric and the residual, as log π is blind to a common
+                shift of all logits.
             probes: Random probes of the residual, 4 or more.
             limit: Largest R under rtol.
             seed: Of all random signs.
@@ -365,7 +367,9 @@ class NTK:
             LowRank, with its estimated residual.
 
         Raises:
-            ValueError: If not just one of rank and rtol is given, or an argument is out of range.
+            ValueError: If not exactly one of rank and rtol is given, or an argument is out of
+                range.
+            NotImplementedError: If rtol is given and logits are changed after the head.
 
         Cost: 2 R + probes backward passes and pushes, whatever M and L; a gradient the size of the
         trainable parameters, R (M + L) d floats.
@@ -406,18 +410,18 @@ class NTK:
 
             none: ‖Π K_{m,l} Π‖_F (M, L)     row: (Σ_l ‖·‖²)^½ (M,)     all: (Σ_ml ‖·‖²)^½ ()
 
-        Π = I − 11ᵀ/V (I with centred=False): what a common shift of all logits does is nothing that
-        log π could see. The square is estimated without bias; its root has a bias of the order of
+        Π = I − 11ᵀ/V (I with centred=False) removes a common shift of all logits, which does not
+        change log π. The square is estimated without bias; its root has a bias of the order of
         stderr²/value, which is below the stated error.
 
         For "none" the leading r directions of the centred unembedding are exact on both sides, and
-        random signs sample the rest (algorithm: "deflated two-sided probes"); the head's identity
-        is never sampled. With all directions (small d) the answer is exact, its error 0. Where
-        logits are changed after the head, weights are shared between blocks or K is preconditioned,
-        whole logit cotangents are pushed instead. For "row" and "all" it is Hutch++.
+        random signs sample the rest ("deflated two-sided probes"); the head's identity is never
+        sampled. With all directions (small d) the result is exact and its error 0. Where logits are
+        changed after the head, weights are shared between blocks or K is preconditioned, whole
+        logit cotangents are pushed instead. For "row" and "all" the estimator is Hutch++.
 
         Args:
-            rtol: Wanted relative standard error, in every entry; directions, then probes, are
+            rtol: Required relative standard error in every entry; directions, then probes, are
                 doubled until it is met.
             centred: Whether Π is applied.
             reduce: "none", "row" or "all".
@@ -426,19 +430,21 @@ class NTK:
             probes: q random probes, 4 or more. None: by rtol.
             precondition: Diagonal P of K_P = J_o P J_uᵀ: parameter name -> tensor of its shape,
                 such as AdamW's 1/(√v̂ + ε). None: P = I.
-            limit: Most cotangents per token ("none") or products with K ("row", "all"). Where it
-                is reached before rtol is met, a warning says so.
+            limit: Most cotangents per token ("none") or products with K ("row", "all"). A warning
+                says if rtol is not met within it.
             seed: Of the probes.
 
         Returns:
-            Estimate in float64; `samples`, of its intervals, allows for the probes' kurtosis.
+            Estimate in float64. Its `samples` (for intervals) allow for the probes' kurtosis.
 
         Raises:
             ValueError: If an argument is out of range, or precondition lacks a parameter.
 
         Cost: none: (r + q) pullbacks per token of χo and (r + 2q) of χu, 2 N (p + 1) FLOPs each,
         and pairing; pushed: (r + q) L pullbacks and pushes. row, all: 2k + q backward passes and
-        pushes. No matrix with V rows but W and one logit cotangent per token.
+        pushes. The only tensors with V rows are W and one logit cotangent per token.
+
+        Source: Hutchinson, 1990; Meyer et al., Hutch++, 2021; the deflated probes are lddyn's.
 
         Example:
             >>> import lddyn, transformers
@@ -497,17 +503,20 @@ class NTK:
         limit: int = 256,
         seed: int = 0,
     ) -> Estimate:
-        """Traces (M, L): tr K_{m,l}, or tr Π K_{m,l} Π: exact, or sampled to a relative error.
+        """Traces (M, L) of K_{m,l}, or of Π K_{m,l} Π: exact, or sampled to a relative error.
 
-        tr K = tr(K^h WᵀW) + c V: the head's part is exact either way.
+        tr K = tr(K^h WᵀW) + c V; the head's part c V is exact in both cases.
 
         Args:
-            rtol: Wanted relative standard error in every entry; None: exact.
+            rtol: Required relative standard error in every entry; None: exact.
             centred: Whether Π is applied.
             directions: r, leading directions that are exact; None: by rtol.
             probes: q random probes, the same on both sides; None: by rtol.
-            limit: Most cotangents per token; a warning says where it is reached.
+            limit: Most cotangents per token; a warning says if rtol is not met within it.
             seed: Of the probes.
+
+        Returns:
+            Estimate in float64; its standard errors are zero where it is exact.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -558,8 +567,8 @@ def ntk(
         K[m, l] = (∇θ z_m(χo)) (∇θ z_l(χu))ᵀ        (paper Eq. 3 and 5)
 
     Args:
-        model: A causal LM of transformers, or its Anatomy, which is worth opening once for many
-            pairs; only parameters with requires_grad=True count.
+        model: A causal LM of transformers, or its Anatomy (open it once for many pairs). Only
+            parameters with requires_grad=True count.
         observed: χo, M counted response tokens.
         updated: χu, L counted response tokens.
         memory: Workspace in bytes or as "2GiB"; "auto" is 4 GiB, a third of what is free on a GPU.
@@ -567,6 +576,12 @@ def ntk(
 
     Returns:
         NTK of logical shape (M, V, L, V).
+
+    Raises:
+        UnsupportedModelError: If the model cannot be opened.
+        NonFiniteError: If a weight, activation or logit is NaN or infinite.
+
+    Cost: a forward pass of each sequence; every method of the NTK states its own.
 
     Example:
         >>> import lddyn, transformers

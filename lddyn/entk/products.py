@@ -65,7 +65,11 @@ class KernelProducts:
         return Pushforward(self.observed, keep=fits)
 
     def one_hot(self, ids: Tensor) -> tuple[BodyRows, Tensor | None]:
-        """Cotangents e_v below the head; where they are more than d, a basis and the mixture."""
+        """Cotangents e_v below the head. If there are more than d of them: a basis, and mixtures.
+
+        Returns:
+            The rows, and None or a matrix (n, rows) that mixes them.
+        """
         precise, tied = self.updated.logits.dtype, self.tied_ids()
         own = self.updated.anatomy.head.weight.detach()[ids].to(precise)
         own = torch.cat([own, (ids[:, None] == tied[None]).to(precise)], 1)
@@ -77,7 +81,7 @@ class KernelProducts:
 
     @property
     def bent(self) -> bool:
-        """Whether logits are more than W h + b (soft-capping, scaling)."""
+        """Whether the model changes its logits after W h + b (soft-capping, scaling)."""
         return self.observed.slope is not None or self.updated.slope is not None
 
     @property
@@ -87,19 +91,19 @@ class KernelProducts:
         return any(n != anatomy.head_weight for n in anatomy.shared())
 
     def basis(self, centred: bool) -> Basis:
-        """Directions of the logits, one eigendecomposition for the life of this operator."""
+        """Directions of the logits; their eigendecomposition is computed once."""
         if centred not in self._bases:
             weight: Tensor = self.updated.anatomy.head.weight
             self._bases[centred] = span_basis(weight, self.tied_ids(), centred)
         return self._bases[centred]
 
     def tied_ids(self) -> Tensor:
-        """Tokens whose embedding rows are moved, where these are rows of the head too."""
+        """Tokens of both sequences for a head that is tied to the embedding; else none."""
         ids: Tensor = torch.cat([self.observed.ids[0], self.updated.ids[0]]).unique()
         return ids if self.updated.anatomy.tied else ids[:0]
 
     def head_multiples(self) -> Tensor:
-        """Multiples c (M, L): the head's own part of the kernel of the raw logits is c I."""
+        """The multiples c (M, L): the head's own part of the kernel of raw logits is c I."""
         anatomy = self.updated.anatomy
         precise = self.updated.logits.dtype
         out: Tensor = self.observed.logits.new_zeros(self.shape[0], self.shape[2])
@@ -145,7 +149,7 @@ class KernelProducts:
         return max(1, parse_memory(self.memory, self.updated.logits.device) // 4 // size)
 
     def image_squares(self, v: Tensor, centred: bool, precondition: Direction | None) -> Tensor:
-        """‖K_{m,l} v‖² (M, L) for one cotangent (V,), centred on the observed side where asked."""
+        """‖K_{m,l} v‖² (M, L) for one cotangent (V,); `centred`: Π is applied to the image."""
         side = Side(self.updated, v.to(self.updated.logits).expand_as(self.updated.logits))
         out = self.observed.logits.new_zeros(self.shape[0], self.shape[2])
         for rows, (moved,) in factored_push(

@@ -1,12 +1,12 @@
-"""What the paper measures in place of K: a lower bound of its norm, and the sign of its effect.
+"""Two quantities that the paper measures in place of K: a lower bound of its norm, and a sign.
 
-Both need only what a step did to all log-probs of χo, and the two factors beside K:
+Both need the change of all log-probs of χo in one step, and the factors A and G beside K:
 
     LBK = ‖Δ log π‖² / (Σ_m ‖A_m‖² Σ_l ‖G_l‖²) <= lr² ‖K‖_F²     (App. C Eq. 26, to first order)
     SignDelta = mean over tokens and vocabulary of Δ log π
 
-The published code takes norms over examples, of the realised tokens' sums, and the square root of
-‖A‖ twice; this is Eq. 26 as it is derived. Source: Ren & Sutherland, ICLR 2025, App. C.2.
+The published code differs from Eq. 26: it takes norms over examples, of sums over realised tokens,
+and the square root of ‖A‖ twice. These functions follow Eq. 26. Source: Ren & Sutherland, ICLR 2025, App. C.2.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ def lbk(delta_log_probs: Tensor, logits: Tensor, cotangents: Tensor) -> Tensor:
 
         LBK = ‖Δ log π‖_F² / (‖A‖_F² ‖G‖_F²),     ‖A‖_F² = Σ_m (V − 2 + V ‖π_m‖²)
 
-    A Π = A, and 1ᵀ G = 0 for every loss of log-probs: it bounds the centred norm as well, which is
-    `ntk(...).frobenius(reduce="all")`. For a step of plain SGD of rate lr; whole kernel, M x L.
+    It bounds the centred norm `ntk(...).frobenius(reduce="all")` as well, because A Π = A, and
+    1ᵀ G = 0 for every loss of log-probs. It holds for a step of plain SGD with rate lr, and for the
+    whole M x L kernel.
 
     Args:
         delta_log_probs: Δ log π (M, V) in nats, measured or predicted.
@@ -63,7 +64,8 @@ def lbk(delta_log_probs: Tensor, logits: Tensor, cotangents: Tensor) -> Tensor:
 def sign_delta(delta_log_probs: Tensor) -> Tensor:
     """The paper's SignDelta: the mean of Δ log π over tokens and vocabulary, in nats, float64.
 
-    Negative where most of the vocabulary was pushed down: weighted by π the sum is zero.
+    It is negative where most of the vocabulary was pushed down; the mean weighted by π is zero to
+    first order.
 
     Args:
         delta_log_probs: Δ log π (M, V) in nats.
