@@ -10,7 +10,6 @@ through the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ from lddyn.engine.gram import Side, factored_gram, factored_push, token_gram
 from lddyn.engine.guard import undisturbed
 from lddyn.engine.pushforward import (
     Direction,
-    delta_log_probs,
 )
 from lddyn.engine.trace import Trace
 from lddyn.entk.lowrank import LowRank
@@ -35,47 +33,9 @@ from lddyn.entk.norms import (
 )
 from lddyn.entk.products import KernelProducts
 from lddyn.entk.range_finder import find_low_rank
+from lddyn.entk.shift import Shift
 from lddyn.estimate import Estimate
 from lddyn.memory import DEFAULT_MEMORY
-
-
-@dataclass(frozen=True, repr=False)
-class Shift:
-    """K G: how cotangents G of χu move the logits of χo, the head's own part apart.
-
-    Attributes:
-        head: The head's own part, (M, V).
-        body: All the rest, (M, V).
-        base_logits: Logits (M, V) at which `log_probs` takes π.
-    """
-
-    head: Tensor
-    body: Tensor
-    base_logits: Tensor
-
-    def __repr__(self) -> str:
-        tokens, vocabulary = self.head.shape
-        head, body = float(self.head.norm()), float(self.body.norm())
-        return f"Shift({tokens} x {vocabulary} logits; ‖head‖ {head:.3g}, ‖body‖ {body:.3g})"
-
-    @property
-    def logits(self) -> Tensor:
-        """K G (M, V)."""
-        return self.head + self.body
-
-    def log_probs(self, part: str = "all") -> Tensor:
-        """A K G (M, V), A = I − 1 πᵀ: the move of all log-probs.
-
-        Args:
-            part: "all", or "head" or "body" for one part of it.
-
-        Raises:
-            ValueError: If part is none of these.
-        """
-        parts = {"all": self.logits, "head": self.head, "body": self.body}
-        if part not in parts:
-            raise ValueError(f"part must be one of {sorted(parts)}, got {part!r}")
-        return delta_log_probs(parts[part], self.base_logits)
 
 
 class NTK:

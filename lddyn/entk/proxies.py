@@ -6,7 +6,9 @@ Both need the change of all log-probs of χo in one step, and the factors A and 
     SignDelta = mean over tokens and vocabulary of Δ log π
 
 The published code differs from Eq. 26: it takes norms over examples, of sums over realised tokens,
-and the square root of ‖A‖ twice. These functions follow Eq. 26. Source: Ren & Sutherland, ICLR 2025, App. C.2.
+and the square root of ‖A‖ twice. These functions follow Eq. 26.
+
+Source: Ren & Sutherland, ICLR 2025, App. C.2.
 """
 
 from __future__ import annotations
