@@ -1,4 +1,4 @@
-"""The move of a response's logits by cotangents of another: the head's own part, and all the rest."""
+"""How cotangents of one response move the logits of another: the head's own part, and the rest."""
 
 from __future__ import annotations
 
