@@ -31,8 +31,8 @@ COMPARED = ("dpo", "ipo", "simpo", "dpop", "dpo+nll", "extend")
 
 
 def one_step(model: Any, pairs: Pairs, beta: float, rate: float) -> dict[str, Any]:
-    """A step of SGD on all pairs against what the diagnosis foretells of it."""
-    found = lddyn.diagnose(model, pairs, "dpo", beta=beta)
+    """A step of SGD on all pairs against what the diagnosis predicts of it."""
+    diagnosis = lddyn.diagnose(model, pairs, "dpo", beta=beta)
     moved, sides = copy.deepcopy(model), [[p[side] for p in pairs] for side in (0, 1)]
     optimizer = torch.optim.SGD(moved.parameters(), lr=rate)
     before = [measure(moved, x).log_prob for x in sides]
@@ -42,8 +42,8 @@ def one_step(model: Any, pairs: Pairs, beta: float, rate: float) -> dict[str, An
         (-torch.nn.functional.logsigmoid(beta * margin).sum() / len(pairs)).backward()
     optimizer.step()
     change = [measure(moved, x).log_prob - y for x, y in zip(sides, before, strict=True)]
-    foretold = [rate * found.scores[name] for name in ("set_chosen", "set_rejected")]
-    errors = [float((a - b).norm() / b.norm()) for a, b in zip(foretold, change, strict=True)]
+    predicted = [rate * diagnosis.scores[name] for name in ("set_chosen", "set_rejected")]
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(predicted, change, strict=True)]
     return {
         "pairs": len(pairs),
         "beta": beta,
@@ -51,17 +51,17 @@ def one_step(model: Any, pairs: Pairs, beta: float, rate: float) -> dict[str, An
         "error_chosen": errors[0],
         "error_rejected": errors[1],
         "chosen_rise": int((change[0] > 0).sum()),
-        "correlations": found.correlations(change[0]),
+        "correlations": diagnosis.correlations(change[0]),
     }
 
 
 def objectives(
-    model: Any, pairs: Pairs, found: lddyn.Diagnosis, run: lddyn.Run, seeds: int
+    model: Any, pairs: Pairs, diagnosis: lddyn.Diagnosis, run: lddyn.Run, seeds: int
 ) -> dict[str, Any]:
     """What `objectives` says of runs on other losses against such runs."""
     sides = [[p[side] for p in pairs] for side in (0, 1)]
     before = torch.stack([measure(model, x).log_prob for x in sides])
-    told = {row["objective"]: row for row in found.objectives()}
+    told = {row["objective"]: row for row in diagnosis.objectives()}
     rows = []
     for name in COMPARED:
         change = torch.zeros_like(before)
@@ -78,11 +78,11 @@ def objectives(
         row = {
             "objective": name,
             "measured": change.mean(1).tolist(),
-            "foretold": [told[name]["run_chosen"], told[name]["run_rejected"]],
+            "predicted": [told[name]["run_chosen"], told[name]["run_rejected"]],
             "fall": float((change[0] < 0).double().mean()),
         }
         if name != "extend":
-            row |= spearman(found.under(name).simulate(run).change[0], change[0])
+            row |= spearman(diagnosis.under(name).simulate(run).change[0], change[0])
         rows.append(row)
         print(row, flush=True)
     return {"pairs": len(pairs), "epochs": run.epochs, "lr": run.lr, "seeds": seeds, "rows": rows}
@@ -114,49 +114,49 @@ def main() -> None:
         record(args.out, "one step", one_step(model, pairs, args.beta, 1e-3))
     finetune(model, pairs, args.sft_epochs, 1e-3, 0)
     run = lddyn.Run(lr=args.lr, epochs=args.epochs, batch=BATCH)
-    found = lddyn.diagnose(model, pairs, "dpo", beta=args.beta, run=run, memory="6GiB")
-    print("\n".join(found.tell()), flush=True)
+    diagnosis = lddyn.diagnose(model, pairs, "dpo", beta=args.beta, run=run, memory="6GiB")
+    print(diagnosis.explain(), flush=True)
     sides = [[p[side] for p in pairs] for side in (0, 1)]
     before = torch.stack([measure(model, x).log_prob for x in sides])
 
     dpo = Loss("dpo", beta=args.beta)
 
-    def trained_on(gone: list[int], shares: Tensor, seed: int) -> Tensor:
+    def trained_on(gone: list[int], weights: Tensor, seed: int) -> Tensor:
         """What DPO without some pairs does to all of them, (2, N) nats."""
         trained, kept = copy.deepcopy(model), [i for i in range(len(pairs)) if i not in gone]
         part = [pairs[i] for i in kept]
-        finetune(trained, part, args.epochs, args.lr, seed, dpo, shares[kept], before[:, kept])
+        finetune(trained, part, args.epochs, args.lr, seed, dpo, weights[kept], before[:, kept])
         return torch.stack([measure(trained, x).log_prob for x in sides]) - before
 
     if args.objectives:
-        record(args.out, "objectives", objectives(model, pairs, found, run, args.seeds))
+        record(args.out, "objectives", objectives(model, pairs, diagnosis, run, args.seeds))
         return
     even = torch.ones(len(pairs)).double()
-    by_step = found.scores["gives"].argsort(stable=True)[: args.drop].tolist()
-    foretold = found.foretold
-    assert foretold is not None
+    by_step = diagnosis.scores["contribution"].argsort(stable=True)[: args.drop].tolist()
+    forecast = diagnosis.forecast
+    assert forecast is not None
 
     def ways(seed: int) -> dict[str, tuple[list[int], Tensor]]:
         """Name -> pairs left out, weights of all."""
         generator = torch.Generator().manual_seed(100 + seed)
         random = torch.randperm(len(pairs), generator=generator)[: args.drop].tolist()
-        others = found.shares()[torch.randperm(len(pairs), generator=generator)]
+        others = diagnosis.pair_weights()[torch.randperm(len(pairs), generator=generator)]
         return {
             "none": ([], even),
             "random": (random, even),
             "worst by a step": (by_step, even),
-            "worst by the run": (found.worst(args.drop), even),
-            "reweighted": ([], found.shares()),
+            "worst by the run": (diagnosis.worst(args.drop), even),
+            "reweighted": ([], diagnosis.pair_weights()),
             "reweighted at random": ([], others),
         }
 
-    def expected(gone: list[int], shares: Tensor) -> dict[str, float]:
-        """The mean Δ log π(y+) foretold, through the softmax and in a linear model."""
-        left = shares.clone()
+    def expected(gone: list[int], weights: Tensor) -> dict[str, float]:
+        """The mean Δ log π(y+) predicted, through the softmax and in a linear model."""
+        left = weights.clone()
         left[gone] = 0.0
-        linear = found.simulate(leave_out=gone, shares=shares).change[0]
+        linear = diagnosis.simulate(leave_out=gone, pair_weights=weights).change[0]
         return {
-            "foretold": float(foretold.weighted(left).mean()),
+            "predicted": float(forecast.weighted(left).mean()),
             "linear": float(linear.mean()),
         }
 
@@ -169,9 +169,9 @@ def main() -> None:
         }
 
     section = "dropped pairs" if args.second else "dropped pairs, tuned on"
-    if args.again:  # what is foretold anew, beside what was measured
+    if args.again:  # what is predicted anew, beside what was measured
         result = json.loads(Path(args.out).read_text())[section]["result"]
-        if found.worst(args.drop) != result["worst"]:
+        if diagnosis.worst(args.drop) != result["worst"]:
             raise SystemExit(f"{args.out} is of another diagnosis: leave out --again")
         for row in result["runs"]:
             for name, way in ways(row["seed"]).items():
@@ -184,11 +184,11 @@ def main() -> None:
     runs, moved = [], torch.zeros(2, len(pairs)).double()
     for seed in range(args.seeds):
         row: dict[str, Any] = {"seed": seed}
-        for name, (gone, shares) in ways(seed).items():
-            change = trained_on(gone, shares, seed)
+        for name, (gone, weights) in ways(seed).items():
+            change = trained_on(gone, weights, seed)
             if name == "none":
                 moved += change / args.seeds
-            row[name] = told(change) | expected(gone, shares)
+            row[name] = told(change) | expected(gone, weights)
             print(seed, name, row[name], flush=True)
         runs.append(row)
         mean = moved * args.seeds / len(runs)
@@ -199,19 +199,19 @@ def main() -> None:
                 "pairs": len(pairs),
                 "dropped": args.drop,
                 "beta": args.beta,
-                "told": found.tell(),
+                "explanation": diagnosis.explain().splitlines(),
                 "sft_epochs": args.sft_epochs,
                 "epochs": args.epochs,
                 "lr": args.lr,
                 "log_prob_before": before.mean(1).tolist(),
-                "worst": found.worst(args.drop),
+                "worst": diagnosis.worst(args.drop),
                 "worst_by_step": by_step,
-                "shares": found.shares().tolist(),
+                "pair_weights": diagnosis.pair_weights().tolist(),
                 "runs": runs,
-                "foretold": foretold.change.mean(1).tolist(),
-                "linear": found.simulate().change.mean(1).tolist(),
+                "predicted": forecast.change.mean(1).tolist(),
+                "linear": diagnosis.simulate().change.mean(1).tolist(),
                 "measured": mean.tolist(),
-                "correlations": found.correlations(mean[0]),
+                "correlations": diagnosis.correlations(mean[0]),
             },
         )
 

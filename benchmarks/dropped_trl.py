@@ -134,7 +134,7 @@ def main() -> None:
         "--json",
     ]
     told = json.loads(_lddyn(*command))
-    print("\n".join(told["told"]), flush=True)
+    print("\n".join(told["explanation"]), flush=True)
     _lddyn("filter", args.folder / "report", "--drop", args.drop, "--out", args.folder / "filtered")
     kept = list(rows(args.folder / "filtered" / "kept.jsonl"))
     encoded = [lddyn.encode_row(tokenizer, row) for row in data]
@@ -158,7 +158,7 @@ def main() -> None:
                 "lr": args.lr,
                 "beta": args.beta,
                 "trl": trl.__version__,
-                "told": told["told"],
+                "explanation": told["explanation"],
                 "runs": runs,
             },
         )

@@ -577,7 +577,7 @@ def dropped_pairs(section: dict) -> str:
             [
                 label.format(r["dropped"]),
                 *(f"{x:+.2f}" for x in shown),
-                f"{mean['foretold']:+.2f}",
+                f"{mean['predicted']:+.2f}",
                 f"{mean['fall'] / r['pairs']:.0%}",
                 f"{mean['rejected']:+.1f}",
                 f"{mean['preferred']:.0%}",
@@ -601,7 +601,7 @@ def dropped_pairs(section: dict) -> str:
         f"AdamW, lr {r['lr']:g}, {count} orders of the data, each with other random pairs:",
         table(header, rows),
         f"Runs of {count} in which the chosen responses end higher than with the same done to "
-        f"random pairs: {'; '.join(wins)}. Predicted for all pairs: {r['foretold'][0]:+.2f} nats "
+        f"random pairs: {'; '.join(wins)}. Predicted for all pairs: {r['predicted'][0]:+.2f} nats "
         f"through the softmax and {r['linear'][0]:+.2f} in a linear model; measured "
         f"{everything:+.2f}.",
         "Spearman's correlation with the measured change of log π(y+), mean over the orders; "
@@ -663,7 +663,7 @@ def dropped_pairs_in_short(section: dict) -> str:
 
 
 def kernel_methods(section: dict) -> str:
-    """What features foretell of responses that were not trained on."""
+    """What features predict for responses that were not trained on."""
     r = section["result"]
     total, each = r["ways"]["total"], r["ways"]["per token"]
     rows = [
@@ -681,7 +681,7 @@ def kernel_methods(section: dict) -> str:
         f"{r['learned']} pairs learned by {r['epochs']} epochs of DPO, after SFT; {r['responses']} "
         f"chosen and rejected responses to other prompts, Δ log π {r['mean']:+.1f} ± {r['sd']:.1f} "
         f"nats, mean of {r['seeds']} orders of the data (their correlation "
-        f"{r['between_orders']:.2f}). Spearman's correlation of what was foretold with what was "
+        f"{r['between_orders']:.2f}). Spearman's correlation of the prediction with what was "
         f"measured, 95 % intervals by bootstrap over prompts:\n\n{table(header, rows)}"
         f"\n\n<sub>{made_by(section)}</sub>"
     )
@@ -696,11 +696,11 @@ def reported(section: dict) -> str:
     small, large = sorted(sizes, key=int)
     return (
         f"{r['pairs']} pairs, {r['steps']} steps of TRL's DPO after SFT, AdamW, β = {r['beta']:g}; "
-        f"diagnosed at step {r['checkpoint']}. A small step was foretold to lower log π(y+) of "
+        f"diagnosed at step {r['checkpoint']}. A small step was predicted to lower log π(y+) of "
         f"{r['chosen_falls']:.0%}; the rest of the run lowered it in {r['measured_falls']:.0%}, by "
         f"{-r['measured'][0]:.2f} nats on average. Spearman's correlation of scores with that: "
-        f"{best}. The page of {small} pairs with three close-ups has {sizes[small]}, that of "
-        f"{large} pairs without close-ups {sizes[large]}.\n\n"
+        f"{best}. The page of {small} pairs with three steps has {sizes[small]}, that of "
+        f"{large} pairs without them {sizes[large]}.\n\n"
         f"<sub>{made_by(section)}</sub>"
     )
 
@@ -722,12 +722,16 @@ def attribution(section: dict) -> str:
 
 
 def objectives(section: dict) -> str:
-    """Runs on several losses, foretold and taken."""
+    """Runs on several losses, predicted and measured."""
     r = section["result"]
     rows = [
         [
             f"`{x['objective']}`",
-            *(f"{v:+.1f}" for pair in zip(x["foretold"], x["measured"], strict=True) for v in pair),
+            *(
+                f"{v:+.1f}"
+                for pair in zip(x["predicted"], x["measured"], strict=True)
+                for v in pair
+            ),
             f"{x['fall']:.0%}",
             f"{x['rho']:+.2f} ({x['low']:+.2f} to {x['high']:+.2f})" if "rho" in x else "–",
         ]
@@ -735,9 +739,9 @@ def objectives(section: dict) -> str:
     ]
     header = [
         "loss",
-        "y+ foretold",
+        "y+ predicted",
         "y+ measured",
-        "y− foretold",
+        "y− predicted",
         "y− measured",
         "y+ that fall",
         "ρ over pairs, y+",
@@ -954,10 +958,10 @@ def plot_kernel_methods(section: dict, path: Path) -> None:
 
     r = section["result"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained")
-    foretold, measured = zip(*((x / 1000, y) for x, y in r["points"]), strict=True)
+    predicted, measured = zip(*((x / 1000, y) for x, y in r["points"]), strict=True)
     for side, colour, name in ((0, "#1b9e77", "chosen"), (1, "#c05a9e", "rejected")):
         left.plot(
-            foretold[side::2], measured[side::2], "o", ms=4, color=colour, label=name, alpha=0.8
+            predicted[side::2], measured[side::2], "o", ms=4, color=colour, label=name, alpha=0.8
         )
     left.set_xlabel("first order: ⟨g, Σ (g+ − g−)⟩ / 1000, over the learned pairs")
     left.set_ylabel("measured Δ log π, nats")

@@ -3,7 +3,7 @@
 python benchmarks/reported.py MODEL PAIRS.jsonl --folder FOLDER --out results/reported.json
 
 SFT on the chosen responses; DPO by TRL, watched; a diagnosis of its first checkpoint; the page,
-with what the rest of the run did to y+ beside what was foretold. FOLDER keeps models and page.
+with what the rest of the run did to y+ beside the prediction. FOLDER keeps models and page.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import itertools
 import json
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,11 +21,16 @@ from pairs import arguments, dpo_trainer, encoded_rows, finetune, load
 from record import record
 
 import lddyn
-from lddyn import report
 from lddyn.integrations.trl import watch
 from lddyn.probes.measure import measure
 from lddyn.probes.probe_set import LABELS
-from lddyn.sets.diagnosis import Diagnosis, assemble
+from lddyn.report import explain_diagnosis, explain_dynamics, read_dynamics
+from lddyn.sets.diagnosis import Diagnosis
+from lddyn.sets.pairs import PairSet
+from lddyn.sets.readings import Readings
+from lddyn.sets.rows import Gram
+from lddyn.sets.step import SetStep
+from lddyn.sets.summary import summarise
 
 
 def train(start: Path, folder: Path, data: list[dict[str, str]], steps: int, each: int) -> None:
@@ -46,21 +50,19 @@ def train(start: Path, folder: Path, data: list[dict[str, str]], steps: int, eac
     trainer.train()
 
 
-def many(found: Diagnosis, count: int) -> Diagnosis:
+def many(diagnosis: Diagnosis, count: int) -> Diagnosis:
     """A diagnosis of so many pairs, these again and again: for the size of its page."""
-    at = torch.arange(count) % len(found)
-    both = torch.cat([at, len(found) + at])
-    return assemble(
-        found.objective,
-        found.parameters,
-        [found.pairs[i] for i in at.tolist()],
-        found.gram[both][:, both],
-        None,
-        found.log_probs[:, at],
-        found.reference[:, at],
-        {name: x[at] for name, x in found.scores.items()},
-        {name: [x[i] for i in at.tolist()] for name, x in found.marks.items()},
+    at = torch.arange(count) % len(diagnosis)
+    both = torch.cat([at, len(diagnosis) + at])
+    known = diagnosis.step.readings
+    readings = Readings(
+        known.log_probs[:, at],
+        {name: x[at] for name, x in known.facts.items()},
+        {name: [x[i] for i in at.tolist()] for name, x in known.token_facts.items()},
     )
+    pairs = PairSet.of(diagnosis.pairs[i] for i in at.tolist())
+    gram = Gram(diagnosis.gram[both][:, both])
+    return Diagnosis(SetStep(diagnosis.loss, pairs, readings, gram, diagnosis.reference[:, at]))
 
 
 # The first pair opened, eight in the table, and the map of effects.
@@ -125,10 +127,10 @@ def main() -> None:
     sides = [[pair[side] for pair in pairs] for side in (0, 1)]
     reference = torch.stack([measure(load(start)[0], x).log_prob for x in sides])
     model = load(run / f"checkpoint-{args.checkpoint}")[0]
-    found = lddyn.diagnose(model, pairs, "dpo", beta=args.beta, reference=reference)
+    diagnosis = lddyn.diagnose(model, pairs, "dpo", beta=args.beta, reference=reference)
     end = load(run / f"checkpoint-{args.steps}")[0]
-    moved = [measure(end, x).log_prob - found.log_probs[k] for k, x in enumerate(sides)]
-    page = found.report(
+    moved = [measure(end, x).log_prob - diagnosis.log_probs[k] for k, x in enumerate(sides)]
+    page = diagnosis.report(
         args.folder / "report" / "index.html",
         model,
         tokenizer,
@@ -138,9 +140,7 @@ def main() -> None:
     )
     if args.pictures:
         pictures(page, args.pictures)
-    large = report.write_diagnosis(
-        many(replace(found, touched={}), 500), args.folder / "large" / "index.html"
-    )
+    large = many(diagnosis, 500).report(args.folder / "large" / "index.html")
     record(
         args.out,
         "reported",
@@ -149,13 +149,13 @@ def main() -> None:
             "beta": args.beta,
             "steps": args.steps,
             "checkpoint": args.checkpoint,
-            "told": report.tell_diagnosis(found, measured=moved[0]),
-            "run": report.explain_dynamics(report.read_dynamics(run), LABELS),
-            "chosen_falls": float((found.scores["set_chosen"] < 0).double().mean()),
+            "explanation": explain_diagnosis(summarise(diagnosis, measured=moved[0])),
+            "run": explain_dynamics(read_dynamics(run), LABELS),
+            "chosen_falls": float((diagnosis.scores["set_chosen"] < 0).double().mean()),
             "measured_falls": float((moved[0] < 0).double().mean()),
             "measured": [float(x.mean()) for x in moved],
-            "correlations": found.correlations(moved[0]),
-            "bytes": {str(len(found)): page.stat().st_size, "500": large.stat().st_size},
+            "correlations": diagnosis.correlations(moved[0]),
+            "bytes": {str(len(diagnosis)): page.stat().st_size, "500": large.stat().st_size},
         },
     )
 

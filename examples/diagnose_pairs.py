@@ -1,4 +1,4 @@
-"""Which pairs of a preference file pull the chosen responses down? Write it without the worst.
+"""Which pairs of a preference file lower the chosen responses? Write the file without them.
 
     python examples/diagnose_pairs.py
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import lddyn
 from lddyn.demo.world import build_world
+from lddyn.sets.filter import filter_rows
 
 world = build_world()
 folder = Path(tempfile.mkdtemp())
@@ -25,12 +26,13 @@ pairs = []
 for row in rows:
     both = lddyn.encode_row(world.tokenizer, row)
     pairs.append((both["chosen"], both["rejected"]))
-found = lddyn.diagnose(world.model, pairs, "dpo", beta=0.1)
-print("\n".join(found.tell()))
+diagnosis = lddyn.diagnose(world.model, pairs, "dpo", beta=0.1)
+print(diagnosis.explain())
 
-gone = [i for i in found.worst(4) if found.scores["gives"][i] < 0]
-for i in gone:
-    print(f"row {i}: gives {found.scores['gives'][i]:+.3g}, {found.fate[i]}:{rows[i]['rejected']}")
-kept = folder / "kept.jsonl"
-kept.write_text("".join(json.dumps(row) + "\n" for i, row in enumerate(rows) if i not in gone))
-print(f"{len(rows) - len(gone)} rows are in {kept}")
+harmful = int((diagnosis.contribution < 0).sum())
+filtered = filter_rows(rows, diagnosis, drop=min(4, harmful))
+for i in filtered.dropped_rows:
+    change, outcome = float(diagnosis.contribution[i]), diagnosis.outcomes[i]
+    print(f"row {i}: contribution {change:+.3g}, {outcome}:{rows[i]['rejected']}")
+filtered.write(folder)
+print(f"{len(filtered.kept)} rows are in {folder / 'kept.jsonl'}")

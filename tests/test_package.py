@@ -74,17 +74,7 @@ def imported(path):
 MODULES = {module_of(path): path for path in SOURCES}
 
 
-OPEN = {"lddyn.report.diagnosis"}
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        pytest.param(m, marks=pytest.mark.xfail(strict=True)) if m in OPEN else m
-        for m in MODULES
-        if m != "lddyn"
-    ],
-)
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "lddyn"])
 def test_arrows_between_rooms_point_downwards(module):
     room = room_of(module)
     assert room in ROW, f"give {room} a row in ROOMS"

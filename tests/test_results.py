@@ -25,6 +25,12 @@ def step(model):
     return lddyn.decompose(model, observed, update, 1e-3, optimizer="adamw")
 
 
+def diagnosed(model):
+    run = lddyn.Run(lr=1e-4, epochs=2, batch=1)
+    pairs = [zoo.examples(), zoo.examples()[::-1]]
+    return lddyn.diagnose(model, pairs, run=run, close_ups=1, row_numbers=[3, 5])
+
+
 # Name → how it is made, from a model and a decomposed step. A new result belongs here.
 RESULTS = {
     "Decomposition": lambda model, step: step,
@@ -34,6 +40,8 @@ RESULTS = {
         model, zoo.examples()[1], lddyn.DPO(*zoo.examples()), 1e-3
     ),
     "Estimate": lambda model, step: lddyn.Estimate(torch.randn(3, 2), torch.rand(3, 2), 9),
+    "Diagnosis": lambda model, step: diagnosed(model),
+    "Forecast": lambda model, step: diagnosed(model).forecast,
     "LowRank": lambda model, step: lddyn.ntk(model, *zoo.examples()).lowrank(4),
 }
 # Objects without numbers of their own, which only have to print in a few lines.
@@ -42,6 +50,7 @@ OTHERS = {
     "Shift": lambda model, step: lddyn.ntk(model, *zoo.examples()).explain(),
     "Flow": lambda model, step: RESULTS["MassFlow"](model, step).measured,
     "Loss": lambda model, step: lddyn.Loss("kto"),
+    "Run": lambda model, step: lddyn.Run(lr=1e-4),
 }
 
 

@@ -221,7 +221,7 @@ def diagnose(
     from lddyn.objectives import Loss
 
     planned = run.make()
-    Loss(loss.objective, **loss.given)  # a wrong parameter is an error before the work
+    objective = Loss(loss.objective, **loss.given)  # errors in it are raised before the work
     content = read_rows(rows.data, limit=rows.limit)
     tokenizer, lm = model.load_tokenizer(), model.load()
     given = encode_pairs(tokenizer, lm.config, content, rows.max_length, max_prompt_length)
@@ -229,25 +229,25 @@ def diagnose(
     if planned is None:
         _warn_of_estimates(lm, len(given.pairs), memory)
     moved = _log_probs_after(page.after, model, given.pairs)
-    found = lddyn.diagnose(
+    diagnosis = lddyn.diagnose(
         lm,
         given.pairs,
-        loss.objective,
-        reference=None if loss.reference == "self" else model.load_other(loss.reference),
+        objective,
+        reference="self" if loss.reference == "self" else model.load_other(loss.reference),
         memory=memory,
         run=planned,
-        tokens=close_ups,
+        close_ups=close_ups,
         validate=validate,
+        row_numbers=given.rows,
+        faults=given.faults,
         progress=True,
-        **loss.given,
     )
-    document = found.to_dict(given.rows, given.faults)
-    document |= {"audit": given.audit.to_dict()}
+    document = diagnosis.to_dict() | {"audit": given.audit.to_dict()}
     written = None
     if page.out is not None:
         extra = _extra(model, rows, loss, page, given)
-        written = _write_page(found, page, given, (lm, tokenizer), moved, extra, rows.data)
-    return Answer(document, _tell(document, found, given.audit, close_ups, written))
+        written = _write_page(diagnosis, page, (lm, tokenizer), moved, extra, rows.data)
+    return Answer(document, _explain(document, diagnosis, given.audit, close_ups, written))
 
 
 def filter(
@@ -294,9 +294,7 @@ def filter(
     diagnosis = json.loads((folder / "diagnosis.json").read_text(encoding="utf-8"))
     filtered = filter_rows(rows(file), diagnosis, drop=drop, reweight=reweight)
     if filtered.helpful:
-        warn(
-            f"only {drop - filtered.helpful} of the {drop} dropped pairs pull chosen responses down"
-        )
+        warn(f"only {drop - filtered.helpful} of the {drop} dropped pairs lower chosen responses")
     filtered.write(out)
     document = {
         "data": str(file),
@@ -355,9 +353,8 @@ def _extra(
 
 
 def _write_page(
-    found: Diagnosis,
+    diagnosis: Diagnosis,
     page: PageOptions,
-    given: PairSet,
     loaded: tuple[Any, Any],
     moved: Any,
     extra: Mapping[str, Any],
@@ -368,32 +365,30 @@ def _write_page(
     say_progress("writing the page …")
     assert page.out is not None
     write_source(page.out, data)
-    return found.report(
+    return diagnosis.report(
         page.out / "index.html",
         *loaded,
         watched=page.watched,
-        measured=None if moved is None else moved - found.log_probs[0],
-        places=given.rows,
-        faults=given.faults,
+        measured=None if moved is None else moved - diagnosis.log_probs[0],
         extra=extra,
     )
 
 
-def _tell(
+def _explain(
     document: Mapping[str, Any],
-    found: Diagnosis,
+    diagnosis: Diagnosis,
     audit: Any,
     close_ups: int,
     page: Path | None,
 ) -> Iterator[str | Table]:
     """The audit, the diagnosis in sentences, and its tables."""
     yield str(audit)
-    yield from document["told"]
+    yield from document["explanation"]
     yield _actions(document)
-    yield _tokens(document, found.worst(close_ups))
+    yield _tokens(document, diagnosis.worst(close_ups))
     yield _objectives(document)
-    if found.validated is not None:
-        yield from _validated(found.validated)
+    if diagnosis.validation is not None:
+        yield from _validation(diagnosis.validation)
     if page is not None:
         yield f"page: {page} (open it in a browser; its tables are beside it)"
 
@@ -402,17 +397,17 @@ def _actions(document: Mapping[str, Any], count: int = 10) -> Table:
     """The pairs to act on first."""
     from rich.table import Table
 
-    table = Table("row", "do", "weight", "gives", "own chosen", "log π(y+)", "log π(y−)", "")
+    table = Table("row", "do", "weight", "contribution", "own chosen", "log π(y+)", "log π(y−)", "")
     for action in document["actions"][:count]:
         row = document["pairs"][action["pair"]]
         values = (row[k] for k in ("own_chosen", "log_prob_chosen", "log_prob_rejected"))
         table.add_row(
             str(row["row"]),
             action["action"],
-            f"{action['share']:.2f}",
-            f"{action['gives']:+.3g}",
+            f"{action['weight']:.2f}",
+            f"{action['contribution']:+.3g}",
             *(f"{v:+.3g}" for v in values),
-            action["why"] if action["action"] == "fix" else row["fate"],
+            action["why"] if action["action"] == "fix" else row["outcome"],
         )
     return table
 
@@ -421,11 +416,11 @@ def _tokens(document: Mapping[str, Any], pairs: Sequence[int]) -> Table:
     """The three most harmful tokens of each of the worst pairs."""
     from rich.table import Table
 
-    table = Table("row", "of", "token", "gives", "own chosen", "NTHR", "log π")
+    table = Table("row", "of", "token", "contribution", "own chosen", "NTHR", "log π")
     for entry in [e for e in document["tokens"] if e["pair"] in pairs]:
-        order = sorted(entry["tokens"], key=lambda token: float(token["gives"]))
+        order = sorted(entry["tokens"], key=lambda token: float(token["contribution"]))
         for token in order[:3]:
-            values = (token[k] for k in ("gives", "own_chosen", "nthr", "log_prob"))
+            values = (token[k] for k in ("contribution", "own_chosen", "nthr", "log_prob"))
             table.add_row(
                 str(entry["row"]),
                 "y+" if token["response"] == "chosen" else "y−",
@@ -452,14 +447,14 @@ def _objectives(document: Mapping[str, Any]) -> Table:
     return table
 
 
-def _validated(found: Mapping[str, Any]) -> Iterator[str | Table]:
+def _validation(found: Mapping[str, Any]) -> Iterator[str | Table]:
     """How every score compares with what real steps did."""
     from rich.table import Table
 
     errors = [f"{found[k]['error']:.1%}" for k in ("own", "others")]
     yield (
         f"{found['steps']} real steps on {found['batch']} pairs each, lr {found['lr']:.3g}: "
-        f"foretold and measured Δ log π(y+) differ by {errors[0]} for the pairs of the batch and "
+        f"predicted and measured Δ log π(y+) differ by {errors[0]} for the pairs of the batch and "
         f"{errors[1]} for the others. Rank correlations with it, and 95 % intervals:"
     )
     table = Table("score", "own batch", "", "other batches", "")

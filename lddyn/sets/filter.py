@@ -1,4 +1,4 @@
-"""Leaving out or weighting the rows of a preference set, by what a diagnosis says of its pairs."""
+"""Leaving out or weighting the rows of a preference set, as a diagnosis ranks its pairs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lddyn.files import digest_of, replace_file
+
+if TYPE_CHECKING:
+    from lddyn.sets.diagnosis import Diagnosis
 
 __all__ = ["Filtered", "check_source", "filter_rows", "write_source"]
 
@@ -20,12 +23,12 @@ class Filtered:
     """Rows that are kept and rows that are not, in their order.
 
     Attributes:
-        kept: The rows to train on, with a `"weight"` each where weights were asked for.
+        kept: The rows to train on, with a `"weight"` each if they were reweighted.
         kept_rows: Their numbers in the data set, from 0.
         dropped: The rows that are left out, the most harmful pair first.
         dropped_rows: Their numbers.
-        helpful: How many of the dropped pairs raise the chosen responses: they are dropped because
-            more pairs were to be dropped than lower them.
+        helpful: Number of dropped pairs that raise the chosen responses. It is above 0 where `drop`
+            exceeds the number of harmful pairs.
     """
 
     kept: list[dict[str, Any]]
@@ -45,7 +48,7 @@ class Filtered:
 
 def filter_rows(
     rows: Sequence[Mapping[str, Any]],
-    diagnosis: Mapping[str, Any],
+    diagnosis: Diagnosis | Mapping[str, Any],
     *,
     drop: int = 0,
     reweight: bool = False,
@@ -54,26 +57,28 @@ def filter_rows(
 
     Args:
         rows: All rows of the data set. Rows that were not diagnosed are kept, with weight 1.
-        diagnosis: `Diagnosis.to_dict()`, with the row of every pair, or what diagnosis.json holds.
-        drop: How many pairs to leave out, the most harmful first (`Diagnosis.worst`).
-        reweight: Give every kept row a `"weight"`: how much its loss should count
-            (`Diagnosis.shares`).
+        diagnosis: The diagnosis, or the content of its diagnosis.json. Made with `row_numbers`, or
+            of all rows in their order.
+        drop: Number of pairs to leave out, the most harmful first (`Diagnosis.worst`).
+        reweight: Give every kept row a `"weight"`: the factor of its loss
+            (`Diagnosis.pair_weights`).
 
     Raises:
-        ValueError: If more pairs are to be dropped than there are or no row would be kept, or a
-            row has a `"weight"` already.
+        ValueError: If `drop` exceeds the number of pairs or leaves no row, a diagnosed row does not
+            exist, or a row has a `"weight"` already.
 
     Example:
         >>> from lddyn.sets.filter import filter_rows
         >>> rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
-        >>> pairs = [{"row": 0, "gives": 0.1}, {"row": 2, "gives": -0.2}]
-        >>> diagnosis = {"worst": [1, 0], "shares": [1.3, 0.7], "pairs": pairs}
+        >>> pairs = [{"row": 0, "contribution": 0.1}, {"row": 2, "contribution": -0.2}]
+        >>> diagnosis = {"worst": [1, 0], "pair_weights": [1.3, 0.7], "pairs": pairs}
         >>> filter_rows(rows, diagnosis, drop=1).kept
         [{'prompt': 'a'}, {'prompt': 'b'}]
         >>> [row["weight"] for row in filter_rows(rows, diagnosis, reweight=True).kept]
         [1.3, 1.0, 0.7]
     """
-    pairs = diagnosis["pairs"]
+    document = diagnosis if isinstance(diagnosis, Mapping) else diagnosis.to_dict()
+    pairs = document["pairs"]
     if not 0 <= drop <= len(pairs) or drop == len(rows):
         raise ValueError(
             f"drop must be from 0 to {len(pairs)}, the number of pairs, and leave a row, got {drop}"
@@ -83,11 +88,16 @@ def filter_rows(
         raise ValueError(
             f"row {weighted[0]} has a weight already: rename that column, or no new weights"
         )
-    numbers = [int(pair["row"]) for pair in pairs]
-    gone = diagnosis["worst"][:drop]
+    numbers = [int(pair.get("row", pair.get("pair"))) for pair in pairs]
+    if max(numbers) >= len(rows):
+        raise ValueError(
+            f"row {max(numbers)} was diagnosed, but there are {len(rows)} rows: give the rows that "
+            "were diagnosed"
+        )
+    gone = document["worst"][:drop]
     dropped = [numbers[pair] for pair in gone]
     kept = [number for number in range(len(rows)) if number not in set(dropped)]
-    weights = dict(zip(numbers, diagnosis["shares"], strict=True)) if reweight else {}
+    weights = dict(zip(numbers, document["pair_weights"], strict=True)) if reweight else {}
     return Filtered(
         kept=[
             {**rows[number]} | ({"weight": weights.get(number, 1.0)} if reweight else {})
@@ -101,23 +111,23 @@ def filter_rows(
 
 
 def _contribution(pair: Mapping[str, Any]) -> float:
-    """What a pair does to all chosen responses: in the run, where one was predicted."""
-    return float(pair.get("run_gives", pair["gives"]))
+    """Contribution of a pair to all chosen responses: in the run, where one was predicted."""
+    return float(pair.get("run_contribution", pair["contribution"]))
 
 
 def write_source(folder: str | Path, data: str | Path) -> None:
-    """Notes in the folder of a diagnosis which file it is of, and the file's digest."""
+    """Writes the name and digest of the diagnosed file into the folder of a diagnosis."""
     data = Path(data).resolve()
     source = {"data": str(data), "digest": digest_of(data.read_bytes())}
     replace_file(Path(folder) / _SOURCE, json.dumps(source, indent=1) + "\n")
 
 
 def check_source(folder: str | Path, data: str | Path | None = None) -> Path:
-    """The data file that a diagnosis in a folder is of.
+    """Path of the data file that was diagnosed, checked by its digest.
 
     Args:
-        folder: Of the diagnosis.
-        data: Where the file is now. None: where it was.
+        folder: Folder of the diagnosis.
+        data: Path of the file now. Default: its path at that time.
 
     Raises:
         FileNotFoundError: If the folder has no diagnosis, or the file is gone.

@@ -1,30 +1,35 @@
-"""A whole run of preference training, foretold from the gradients of its start.
+"""Phase 4: a whole run of preference training, predicted from the gradients of its start.
 
 With gradients that stay as they are, sequences move by each other's gradients alone: the batch B of
-one step, in which pair j has the weights w_j±(log π) of the objective, moves all log-probs by
+one step, in which pair j has the weights w_j±(log π) = ∂L/∂ log π of the objective, moves all
+log-probs by
 
-    Δ log π = rate K c,      c_j± = w_j±(log π) / |B|,      K = J P Jᵀ
+    Δ log π = −rate K c,      c_j± = w_j±(log π) / |B|,      K = J P Jᵀ
 
-J holds the gradients ∇θ log π of all sequences, P is 1 for SGD and 1/(√v + ε) for Adam, with v what
-its second moment is on average over batches of the start, E[g]² + Var[g]/|B|. That keeps its shape
-while its scale, the mean of ‖g‖² = cᵀ J Jᵀ c so far, is followed; momentum averages c. So any loss,
-rate and choice of pairs is a loop over vectors of 2N numbers.
+J holds the gradients ∇θ log π of all sequences, P is 1 for SGD and 1/(√v + ε) for Adam, with v the
+mean of its second moment over batches of the start, E[g]² + Var[g]/|B|. P keeps its shape while its
+scale, the mean of ‖g‖² = cᵀ J Jᵀ c so far, is followed; momentum averages c. So any loss, rate and
+choice of pairs is a loop over vectors of 2N numbers.
 
-What is linear in θ longest are logits, not log-probs: `diagnose(…, run=…)` pushes the net step
-through them and the softmax, and divides the change of each y+ among the pairs by the integral of
-its gradient along the way.
+Logits stay linear in θ longer than log-probs: `lddyn.sets.net_step` pushes the net step through
+them and the softmax, and divides the change of each y+ among the pairs by the integral of its
+gradient along the way.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Forecast", "Run", "projected", "simulate"]
+from lddyn.results import Result, load_result, save_result
+
+__all__ = ["AdamMetric", "Forecast", "Run", "projected", "simulate"]
 
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -41,13 +46,19 @@ class Run:
         lr: Learning rate at its start.
         epochs: Passes over the pairs.
         batch: Pairs in a batch; a loss is the mean over them.
-        optimizer: "adamw" (its decay is left out: it moves nothing in a short run) or "sgd".
+        optimizer: "adamw" (without its weight decay, which moves little in a short run) or "sgd".
         schedule: "constant", or "linear" to 0 at the end, as trainers have it.
-        momentum: Of the gradient: β₁ of Adam.
-        seed: Of the order.
+        momentum: Momentum of the gradient; Adam's β₁.
+        seed: Seed of the order of pairs.
 
     Raises:
         ValueError: If a value is not one that training can have.
+
+    Example:
+        >>> import lddyn
+        >>> lddyn.Run(lr=1e-4, epochs=4)
+        Run(lr=0.0001, epochs=4, batch=8, optimizer='adamw', schedule='constant', momentum=0.9, \
+seed=0)
     """
 
     lr: float
@@ -74,22 +85,39 @@ class Run:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
 
     def batches(self, pairs: Sequence[int]) -> list[Tensor]:
-        """The batches of the whole run, of these pairs."""
+        """The batches of the whole run, drawn from these pairs."""
         generator, index = torch.Generator().manual_seed(self.seed), torch.tensor(list(pairs))
         orders = (torch.randperm(len(index), generator=generator) for _ in range(self.epochs))
         return [index[part] for order in orders for part in order.split(self.batch)]
 
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of one of the run's steps."""
+        return self.lr * (1 - step / steps if self.schedule == "linear" else 1.0)
+
 
 @dataclass(frozen=True)
-class Forecast:
-    """What a run is expected to do.
+class AdamMetric:
+    """Adam's diagonal P of the start, as a run in function space needs it.
+
+    Attributes:
+        gram: J P Jᵀ, (2N, 2N) float64, laid out as the Gram.
+        second_moment: Σ v, the sum of Adam's second moment of the start over all parameters.
+    """
+
+    gram: Tensor
+    second_moment: float
+
+
+@dataclass(frozen=True, repr=False)
+class Forecast(Result):
+    """What a run is predicted to do.
 
     Attributes:
         run: How it trains.
         path: log π after every step of a linear model, (steps + 1, 2, N) nats.
         coefficients: (2, N): Δθ of the run is P Σ_j coefficients_j ∇ log π(y_j).
         change: Δ log π of y+ and y− by the run, (2, N) nats.
-        effects: (N, N) nats: its part in Δ log π(y_i+) that pair j makes; rows sum to `change[0]`.
+        effects: (N, N) nats: the part of Δ log π(y_i+) that pair j causes; rows sum to `change[0]`.
         curved: Whether `change` and `effects` went through the softmax; else they are linear.
     """
 
@@ -101,37 +129,88 @@ class Forecast:
     curved: bool = False
 
     @property
-    def gives(self) -> Tensor:
-        """What each pair gives to the mean Δ log π(y+) of all pairs, (N,) nats."""
+    def contribution(self) -> Tensor:
+        """Part of the mean Δ log π(y+) of all pairs that each pair causes, (N,) nats."""
         return self.effects.mean(0)
 
-    def weighted(self, shares: Tensor) -> Tensor:
-        """Δ log π(y+) (N,) if pairs had these weights, 0 to leave one out, nats.
+    def weighted(self, pair_weights: Tensor) -> Tensor:
+        """Predicted Δ log π(y+) (N,) in nats with these weights of pairs (N,), 0 to leave one out.
 
         Linear in the weights, but no log π ends above 0.
         """
-        return (self.effects @ shares.to(self.effects)).minimum(-self.path[0, 0])
+        return (self.effects @ pair_weights.to(self.effects)).minimum(-self.path[0, 0])
+
+    def summary(self) -> dict[str, Any]:
+        """The run's settings, mean Δ log π of y+ and y− in nats, and how many y+ fall."""
+        up, down = self.change
+        return asdict(self.run) | {
+            "chosen": float(up.mean()),
+            "rejected": float(down.mean()),
+            "chosen_falls": int((up < 0).sum()),
+            "pairs": len(up),
+            "through_the_softmax": self.curved,
+        }
+
+    def explain(self) -> str:
+        """The prediction in one sentence."""
+        from lddyn.report.explain import explain_run
+
+        return explain_run(self.summary())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, JSON-safe."""
+        return {
+            "run": asdict(self.run),
+            "curved": self.curved,
+            **{name: getattr(self, name).tolist() for name in _TENSORS},
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Writes `path`.safetensors and `path`.json."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        save_result(path, _KIND, 1, tensors, {"run": asdict(self.run), "curved": self.curved})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Forecast:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: If a file is missing, damaged, or of another kind or format.
+        """
+        tensors, facts = load_result(path, _KIND, 1)
+        return cls(run=Run(**facts["run"]), curved=bool(facts["curved"]), **tensors)
+
+    def __repr__(self) -> str:
+        up, down = self.change.mean(1).tolist()
+        return (
+            f"Forecast({self.run}, {self.change.shape[1]} pairs: mean Δ log π(y+) {up:+.3g}, "
+            f"Δ log π(y−) {down:+.3g} nats{'' if self.curved else ', linear'})"
+        )
+
+
+_KIND = "lddyn.Forecast"
+_TENSORS = ("path", "coefficients", "change", "effects")
 
 
 def simulate(
     gram: Tensor,
-    adam: tuple[Tensor, float] | None,
+    adam: AdamMetric | None,
     log_probs: Tensor,
-    pull: Callable[[Tensor], Tensor],
+    weights_at: Callable[[Tensor], Tensor],
     run: Run,
     pairs: Sequence[int],
-    shares: Tensor,
+    pair_weights: Tensor,
 ) -> Forecast:
     """Runs a linear model in function space.
 
     Args:
         gram: J Jᵀ (2N, 2N), all chosen first.
-        adam: J P Jᵀ and Σ v of P, for Adam.
-        log_probs: At the start, (2, N) nats.
-        pull: log π (2, N) → w± = −∂L/∂ log π, (2, N).
+        adam: Adam's diagonal; None for SGD.
+        log_probs: log π at the start, (2, N) nats.
+        weights_at: log π (2, N) -> w± = ∂L/∂ log π, (2, N).
         run: How it trains.
-        pairs: Those that are trained on.
-        shares: Weight of each pair's loss, (N,).
+        pairs: The pairs that are trained on.
+        pair_weights: Weight of each pair's loss, (N,).
 
     Returns:
         Forecast, not curved.
@@ -140,19 +219,18 @@ def simulate(
     """
     n, batches = log_probs.shape[1], run.batches(pairs)
     now, net, moment = log_probs.clone(), torch.zeros(2, n).double(), torch.zeros(2, n).double()
-    path, kernel, square = [now], gram if adam is None else adam[0], 0.0
+    path, kernel, square = [now], gram if adam is None else adam.gram, 0.0
     for step, batch in enumerate(batches):
         c = torch.zeros_like(net)
-        c[:, batch] = (pull(now) * shares)[:, batch] / len(batch)
+        c[:, batch] = (-weights_at(now) * pair_weights)[:, batch] / len(batch)
         if adam is None:
             c = moment = run.momentum * moment + c
-        else:  # the means that Adam makes of its two moments, without their start from zero
+        else:  # Adam's two moments, corrected for their start from zero
             moment = run.momentum * moment + (1 - run.momentum) * c
             square = _BETA2 * square + (1 - _BETA2) * float(c.flatten() @ gram @ c.flatten())
             v = max(square / (1 - _BETA2 ** (step + 1)), 1e-300)
-            c = moment / (1 - run.momentum ** (step + 1)) * math.sqrt(adam[1] / v)
-        rate = run.lr * (1 - step / len(batches) if run.schedule == "linear" else 1.0)
-        net = net + rate * c
+            c = moment / (1 - run.momentum ** (step + 1)) * math.sqrt(adam.second_moment / v)
+        net = net + run.rate(step, len(batches)) * c
         now = log_probs + (kernel @ net.flatten()).view(2, n)
         path.append(now)
     effects = kernel[:n, :n] * net[0] + kernel[:n, n:] * net[1]
@@ -160,11 +238,12 @@ def simulate(
 
 
 def projected(effects: Tensor) -> Tensor:
-    """The weights next to 1 under which no row of effects has a negative sum: (N,), none negative.
+    """The weights nearest to 1 under which no row of effects has a negative sum, (N,) ≥ 0.
 
         min ‖a − 1‖²  subject to  E a ≥ 0, a ≥ 0
 
-    A cone, so that by Moreau a = 1 + Aᵀ λ with A = [E; I], λ = argmin_{λ ≥ 0} ‖1 + Aᵀ λ‖.
+    The feasible set is a cone, so that by Moreau a = 1 + Aᵀ λ with A = [E; I],
+    λ = argmin_{λ ≥ 0} ‖1 + Aᵀ λ‖.
 
     Cost: one non-negative least-squares problem of N equations.
     """
@@ -175,5 +254,5 @@ def projected(effects: Tensor) -> Tensor:
     multipliers, _ = nnls(
         faces.T, -torch.ones(effects.shape[1]).to(effects).numpy(), maxiter=30 * len(faces)
     )
-    found: Tensor = torch.from_numpy(1 + faces.T @ multipliers).clamp(min=0)
-    return found.where(found > 1e-9, 0.0)
+    weights: Tensor = torch.from_numpy(1 + faces.T @ multipliers).clamp(min=0)
+    return weights.where(weights > 1e-9, 0.0)

@@ -45,14 +45,17 @@ def diagnosed(model, data, tmp_path_factory):
 def test_a_diagnosis_knows_its_rows(diagnosed):
     out, document = diagnosed
     assert [row["row"] for row in document["pairs"]] == [0, 1, 3, 4, 5]
-    assert json.loads((out / "diagnosis.json").read_text())["told"]
+    assert json.loads((out / "diagnosis.json").read_text())["explanation"]
     assert (out / "index.html").is_file()
 
 
 def test_diagnose_speaks(model, data):
     result = diagnose(model, data, "--objective", "ipo", "--beta", "0.2")
     assert result.exit_code == 0, result.output
-    assert "A small ipo step on all 5 pairs" in result.stdout and "own chosen" in result.stdout
+    assert (
+        "While a small ipo step moves the margins" in result.stdout
+        and "own chosen" in result.stdout
+    )
     assert "audit: 6 rows" in result.stdout and "missing_column" in result.stdout
     assert "simpo" in result.stdout and "run: y+" not in result.stdout
     unknown = errors(
@@ -72,7 +75,8 @@ def test_a_forecast(model, data, tmp_path):
     document = json.loads(result.stdout)
     assert document["run"]["schedule"] == "linear" and len(document["run"]["path_chosen"]) == 7
     assert document["audit"]["counts"]["duplicate"] == 1
-    assert document["validated"]["steps"] == 2 and "foretold to move" in " ".join(document["told"])
+    assert document["validation"]["steps"] == 2
+    assert "predicted to change" in " ".join(document["explanation"])
     actions = {document["pairs"][a["pair"]]["row"]: a for a in document["actions"]}
     assert actions[4]["action"] == "fix" and actions[4]["why"] == "duplicate"
     assert "run_chosen" in document["objectives"][0]
@@ -85,7 +89,7 @@ def test_a_forecast(model, data, tmp_path):
     weighted = read(tmp_path / "weighted" / "kept.jsonl")
     weights = [row.pop("weight") for row in weighted]
     assert weighted == rows and weights[2] == 1.0  # row 2 is no pair
-    assert [w for i, w in enumerate(weights) if i != 2] == pytest.approx(document["shares"])
+    assert [w for i, w in enumerate(weights) if i != 2] == pytest.approx(document["pair_weights"])
     assert json.loads(done.stdout)["weights"] == weights
     # a second time, the column is there
     assert diagnose(model, tmp_path / "weighted" / "kept.jsonl", "--out", out).exit_code == 0
@@ -115,7 +119,7 @@ def test_filter_loses_no_rows(model, data, tmp_path):
     result = call("filter", out, "--drop", 2, "--out", tmp_path / "left")
     assert result.exit_code == 0, result.stderr  # rows beyond the limit are kept
     assert [row["id"] for row in read(tmp_path / "left" / "kept.jsonl")] == [9, 2, 3, 4]
-    assert "of the 2 dropped pairs pull chosen responses down" in result.stderr
+    assert "of the 2 dropped pairs lower chosen responses" in result.stderr
     too_many = errors("filter", out, "--drop", 3, "--out", tmp_path / "left")
     assert "drop must be from 0 to 2, the number of pairs, and leave a row, got 3" in too_many
     assert len(read(tmp_path / "left" / "kept.jsonl")) == 4

@@ -16,8 +16,16 @@ import zoo
 import lddyn
 from lddyn import report
 from lddyn.probes.probe_set import LABELS
-from lddyn.sets.diagnosis import SCORES, assemble
-from lddyn.text import visible
+from lddyn.sets.diagnosis import Diagnosis
+from lddyn.sets.page import write_page
+from lddyn.sets.pair_steps import take_apart
+from lddyn.sets.pairs import PairSet
+from lddyn.sets.readings import Readings
+from lddyn.sets.rows import Gram
+from lddyn.sets.scores import SCORES
+from lddyn.sets.step import SetStep
+from lddyn.sets.summary import summarise
+from lddyn.text import readable, visible
 
 ALERT = "window.pwned=1"
 NAMES = [name for name in SCORES if not name.startswith("run_")]
@@ -120,13 +128,13 @@ def model():
 def write(model, folder, texts, kind="irr_train", facts=None):
     tokenizer = Tokenizer(texts)
     pairs = some_pairs(texts)
-    found = lddyn.diagnose(model, pairs, beta=0.3, tokens=2)
-    return report.write_diagnosis(
+    found = lddyn.diagnose(model, pairs, beta=0.3, close_ups=2)
+    return write_page(
         found,
         folder / "index.html",
         tokenizer=tokenizer,
         dynamics=some_rows(kind),
-        closeups=report.look_closer(found, model, tokenizer, found.worst(2)),
+        pair_steps=take_apart(found, model, tokenizer, found.worst(2)),
         measured=torch.arange(len(found)).double(),
         extra=facts or {"model": "tiny"},
     )
@@ -352,7 +360,7 @@ def test_hostile_texts_do_nothing(tab, hostile, page):
     assert set(found[0]) <= set(calm[0]) and set(found[1]) <= set(calm[1]) and found[2] == calm[2]
     assert len(HOSTILE) == 40
     for line in HOSTILE:
-        assert report.readable(line)[:500] in text or visible(line)[:500] in text, line
+        assert readable(line)[:500] in text or visible(line)[:500] in text, line
 
 
 def test_the_policy_holds_even_where_escaping_would_not(tab, page, tmp_path):
@@ -371,7 +379,7 @@ def test_the_policy_holds_even_where_escaping_would_not(tab, page, tmp_path):
 
 def test_large_tables_stay_quick(tab, tmp_path):
     found = synthetic(500)
-    path = report.write_diagnosis(found, tmp_path / "index.html")
+    path = write_page(found, tmp_path / "index.html")
     assert path.stat().st_size < 2_500_000
     tab.open(path)
     spent = tab.js("""(() => { const start = performance.now();
@@ -386,7 +394,7 @@ def test_large_tables_stay_quick(tab, tmp_path):
 # --------------------------------------------------------------------------- without one
 
 
-def synthetic(count, fall=0.0, objective="dpo"):
+def synthetic(count, fall=0.0, objective="dpo", row_numbers=None, faults=None):
     """A diagnosis of a random Gram."""
     generator = torch.Generator().manual_seed(0)
     words = ["some ", "words ", "of ", "a ", "response ", "that ", "is ", "long "] * 10
@@ -408,24 +416,34 @@ def synthetic(count, fall=0.0, objective="dpo"):
     gram = rows @ rows.T
     facts = {name: torch.randn(count, generator=generator).double() for name in NAMES}
     log_probs = -torch.rand(2, count, generator=generator).double() * 50
-    return assemble(objective, {}, pairs, gram, None, log_probs, log_probs, facts, {})
+    set_ = PairSet.of(pairs, row_numbers, faults)
+    readings = Readings(log_probs, facts, {})
+    return Diagnosis(SetStep(lddyn.Loss(objective), set_, readings, Gram(gram), log_probs))
+
+
+def said_of(found, measured=None, dynamics=()):
+    """What a sentence is about -> its text."""
+    sentences = report.explain_diagnosis(summarise(found, measured=measured), dynamics)
+    return {row["about"]: row["text"] for row in sentences}
 
 
 def test_the_answer_names_the_mechanism():
     found = synthetic(40, fall=3.0)
-    said = {row["about"]: row["text"] for row in report.tell_diagnosis(found)}
+    said = said_of(found)
     parts = found.gram[:40] / 80
     taken = -0.1 * parts[:, 40:].sum(1).mean()
     own = -0.1 * parts[:, 40:].diagonal().mean()
-    assert said["the answer"].startswith("Because pushing rejected responses down takes")
+    assert said["the answer"].startswith(
+        "Because lowering the rejected responses lowers log π(y+) by"
+    )
     assert (
         f"{100 * float(1 - own / taken):.0f}% of it through the y− of other pairs"
         in (said["the answer"])
     )
     falling = int((found.scores["set_chosen"] < 0).sum())
     assert f"The chosen log-prob of {falling} of 40 pairs falls" in said["the answer"]
-    assert "the rejected responses of other pairs" in said["the mechanism"]
-    states = [row["state"] for row in report.warnings(found)]
+    assert "lowering the rejected responses of other pairs" in said["the mechanism"]
+    states = [row["state"] for row in report.warnings(found.summary())]
     assert states[0] == "act" and states == sorted(states, key=["act", "note", "fine"].index)
 
 
@@ -433,15 +451,14 @@ def test_where_some_fall_it_speaks_of_those():
     found = synthetic(30)
     falls = found.scores["set_chosen"] < 0
     assert 0 < int(falls.sum()) < 15 and float(found.scores["set_chosen"].mean()) > 0
-    said = report.tell_diagnosis(found)[0]["text"]
+    said = said_of(found)["the answer"]
     assert said.startswith(f"On average they do not fall, but those of {int(falls.sum())} of 30")
 
 
 def test_where_nothing_falls_it_says_so():
     found = synthetic(6, objective="sft")
     assert bool((found.scores["set_chosen"] > 0).all())
-    said = report.tell_diagnosis(found)
-    assert said[0]["text"].startswith("At this point they do not fall")
+    assert said_of(found)["the answer"].startswith("At this point they do not fall")
     text = page_of(found)
     assert "<title>Do the chosen" in text and f"torch {torch.__version__}" in text
 
@@ -449,25 +466,28 @@ def test_where_nothing_falls_it_says_so():
 def test_the_first_sentence_owns_up_to_what_a_run_does():
     found = synthetic(6, objective="sft")
     fell = torch.full((6,), -1.5).double()
-    answer = report.tell_diagnosis(found, measured=fell)[0]["text"]
+    answer = said_of(found, measured=fell)["the answer"]
     assert "do not fall: a small step lowers log π(y+) of no pair. But the training" in answer
-    assert answer.endswith("was measured to lower them by 1.5 nats on average.")
-    assert "But" not in report.tell_diagnosis(found, measured=-fell)[0]["text"]
+    assert answer.endswith("But the training that followed lowered them by 1.5 nats on average.")
+    assert "But" not in said_of(found, measured=-fell)["the answer"]
     watched = [{"step": 0, "change/chosen": 0.0}, {"step": 9, "change/chosen": -0.93}]
-    answer = report.tell_diagnosis(found, dynamics=watched)[0]["text"]
-    assert "But the watched run was measured to lower them by 0.93 nats" in answer
+    answer = said_of(found, dynamics=watched)["the answer"]
+    assert "But the watched run lowered them by 0.93 nats" in answer
     run = lddyn.Run(lr=0.1, optimizer="sgd")
     ahead = replace(found.simulate(run), change=torch.stack([fell, fell]))
-    answer = report.tell_diagnosis(replace(found, foretold=ahead))[0]["text"]
-    assert "But the run ahead is foretold to lower them by 1.5 nats" in answer
+    answer = said_of(replace(found, forecast=ahead))["the answer"]
+    assert "But the planned run is predicted to lower them by 1.5 nats" in answer
     rises = synthetic(40, fall=3.0)
-    answer = report.tell_diagnosis(rises, measured=torch.ones(40))[0]["text"]
-    assert answer.startswith("Because") and "measured to raise them by 1 nat on average" in answer
+    answer = said_of(rises, measured=torch.ones(40))["the answer"]
+    assert (
+        answer.startswith("Because")
+        and "the training that followed raised them by 1 nat on average" in answer
+    )
 
 
 def test_no_pair_is_called_harmful_that_is_not():
     helpful = page_of(synthetic(6, objective="sft"))
-    assert "what helps least first" in helpful and "most harmful" not in helpful
+    assert "the least helpful first" in helpful and "most harmful" not in helpful
     assert "The pairs, the most harmful first" in page_of(synthetic(40, fall=3.0))
 
 
@@ -475,28 +495,28 @@ def page_of(found, **given):
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        path = report.write_diagnosis(found, Path(folder, "deep", "x.html"), **given)
+        path = write_page(found, Path(folder, "deep", "x.html"), **given)
         assert (path.parent / "diagnosis.json").is_file()
         return path.read_text(encoding="utf-8")
 
 
 def test_the_parts_add_up():
-    from lddyn.report.diagnosis import _sources, unit
-
     found = synthetic(7, fall=1.0)
-    total = sum(_sources(found).values())
-    both = torch.cat([found.scores["set_chosen"], found.scores["set_rejected"]]) * unit(found)
+    total = sum(found.step.sources().values())
+    both = (
+        torch.cat([found.scores["set_chosen"], found.scores["set_rejected"]]) * found.step.unit_lr
+    )
     assert torch.allclose(total, both)
-    margin = (found.scores["set_chosen"] - found.scores["set_rejected"]) * unit(found)
+    margin = (found.scores["set_chosen"] - found.scores["set_rejected"]) * found.step.unit_lr
     assert float(margin.abs().mean()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_pairs_and_numbers_that_are_none(count):
-    found = synthetic(count)
+    found = synthetic(count, row_numbers=[7 * i for i in range(count)])
     found.scores["ches"][0] = float("nan")
     found.scores["valley"][0] = float("-inf")
-    text = page_of(found, places=[7 * i for i in range(count)])
+    text = page_of(found)
     assert f"row {7 * (count - 1)}" in text and "NaN" not in text and "Infinity" not in text
 
 
@@ -512,11 +532,11 @@ def test_diagnosis_report_reads_a_run(model, tmp_path):
     lines = [json.dumps(row) for row in some_rows()] + ['{"step": 12, "chan']
     file = tmp_path / "run" / "lddyn" / "dynamics.jsonl"
     file.write_text("\n".join(lines), encoding="utf-8")
-    found = lddyn.diagnose(model, some_pairs(["a", "b", "c"] * 8, 3), tokens=0)
+    found = lddyn.diagnose(model, some_pairs(["a", "b", "c"] * 8, 3), close_ups=0)
     path = found.report(
         tmp_path / "out" / "index.html",
         model,
-        closeups=1,
+        pair_steps=1,
         watched=tmp_path / "run",
         measured=torch.arange(3).double(),
     )
@@ -534,26 +554,29 @@ def test_diagnosis_report_reads_a_run(model, tmp_path):
 
 
 def test_real_steps_and_actions_are_shown(model):
-    found = lddyn.diagnose(model, some_pairs(["a", "b", "c"] * 8, 6), tokens=0, validate=3)
-    text = page_of(found, faults={found.worst(1)[0]: "duplicate"})
+    pairs = some_pairs(["a", "b", "c"] * 8, 6)
+    found = lddyn.diagnose(model, pairs, close_ups=0, validate=3)
+    faults = {found.worst(1)[0]: "duplicate"}
+    found = replace(found, step=replace(found.step, pairs=PairSet.of(pairs, None, faults)))
+    text = page_of(found)
     assert "3 real steps differ from it by" in text and "What real steps" not in text
-    assert "Which score foretold what real steps did" in text
+    assert "Which score predicted what real steps did" in text
     assert "fix (weight" in text and ": duplicate" in text
-    wanted = [row["action"] for row in found.actions({found.worst(1)[0]: "duplicate"})]
+    wanted = [row["action"] for row in found.actions()]
     shown = re.findall(r'<td class="do">(\w+)', text)
     assert shown == wanted and shown[0] == "fix"
 
 
 def test_a_run_ahead_is_drawn(model, tmp_path):
     run = lddyn.Run(lr=1e-4, epochs=2, batch=2)
-    found = lddyn.diagnose(model, some_pairs(["a", "b", "c"] * 8, 4), run=run, tokens=0)
-    said = {row["about"]: row["text"] for row in report.tell_diagnosis(found)}
-    assert "2 epochs of adamw at a learning rate of 0.0001" in said["the run ahead"]
+    found = lddyn.diagnose(model, some_pairs(["a", "b", "c"] * 8, 4), run=run, close_ups=0)
+    said = said_of(found)
+    assert "2 epochs of adamw at a learning rate of 0.0001" in said["the planned run"]
     text = found.report(tmp_path / "index.html").read_text(encoding="utf-8")
-    assert "The run ahead, foretold" in text and "run Δ y+" in text
-    order = [float(x) for x in re.findall(r'data-gives="([^"]*)"', text)]
+    assert "The planned run, predicted" in text and "run Δ y+" in text
+    order = [float(x) for x in re.findall(r'data-contribution="([^"]*)"', text)]
     assert order == sorted(order)
-    assert order == pytest.approx(sorted(found.foretold.gives.tolist()), rel=1e-4)
+    assert order == pytest.approx(sorted(found.forecast.contribution.tolist()), rel=1e-4)
 
 
 def test_the_commands_write_pages(tmp_path):

@@ -152,7 +152,7 @@ if (pairs) {
       const up = head.getAttribute("aria-sort") !== "ascending";
       for (const th of table.tHead.querySelectorAll("th")) th.setAttribute("aria-sort", "none");
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const value = b => key === "fate" ? b.dataset.fate : Number(b.getAttribute("data-" + key));
+      const value = b => key === "outcome" ? b.dataset.outcome : Number(b.getAttribute("data-" + key));
       const sorted = [...table.tBodies].sort((a, b) => {
         const x = value(a), y = value(b);
         return (x < y ? -1 : x > y ? 1 : 0) * (up ? 1 : -1);

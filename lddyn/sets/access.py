@@ -1,0 +1,89 @@
+"""The model as a diagnosis uses it: forward passes, gradients of responses, and pushes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lddyn.data.example import Example
+from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.gradient import flat_gradient, unflatten
+from lddyn.engine.guard import evaluating
+from lddyn.engine.logits import own_response
+from lddyn.engine.pushforward import log_prob_shifts
+from lddyn.engine.reference_policy import Reference, reference_log_probs
+from lddyn.engine.trace import Trace
+from lddyn.errors import UnsupportedModelError
+
+__all__ = ["Access"]
+
+
+class Access:
+    """A model, its trainable parameters, and its Anatomy where it has one.
+
+    Args:
+        model: A causal LM of transformers, or its Anatomy.
+        probe: An example to try a push on.
+
+    Attributes:
+        model: The module.
+        parameters: Its trainable parameters; gradients of them are flat, one after the other.
+        unavailable: Reason why the model cannot be pushed through, so that token gradients, LBK
+            and runs are unavailable; empty if it can.
+
+    Raises:
+        ValueError: If no parameter is trainable.
+    """
+
+    def __init__(self, model: nn.Module | Anatomy, probe: Example):
+        self.model: nn.Module = model.model if isinstance(model, Anatomy) else model
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("no parameter of the model has requires_grad=True: no step moves it")
+        self.unavailable = ""
+        self._anatomy: Anatomy | None = None
+        try:
+            self._anatomy = Anatomy.of(model)
+            self.push(probe, [torch.zeros(self.size)])
+        except UnsupportedModelError as error:
+            self._anatomy, self.unavailable = None, str(error)
+
+    @property
+    def size(self) -> int:
+        """Number of trainable values, P."""
+        return sum(p.numel() for p in self.parameters)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The Anatomy.
+
+        Raises:
+            UnsupportedModelError: If the model has none; the message says why.
+        """
+        if self._anatomy is None:
+            raise UnsupportedModelError(self.unavailable)
+        return self._anatomy
+
+    def reference_log_probs(self, reference: Reference, examples: Sequence[Example]) -> Tensor:
+        """Log π_ref of N chosen, then N rejected responses, (2, N) float64, nats."""
+        if isinstance(reference, nn.Module) and self._anatomy is None:
+            with evaluating(reference), torch.no_grad():
+                values = [float(own_response(reference, e).log_probs.sum()) for e in examples]
+            return torch.tensor(values, dtype=torch.float64).view(2, -1)
+        return reference_log_probs(reference, self.anatomy, examples)
+
+    def gradient(self, example: Example) -> Tensor:
+        """∇θ log π(y | x), (P,) float32 on the host."""
+        return flat_gradient(own_response(self.model, example).log_probs.sum(), self.parameters)
+
+    def push(self, example: Example, directions: Sequence[Tensor]) -> tuple[Trace, Tensor]:
+        """Change of log π of the whole vocabulary along D flat directions.
+
+        Returns:
+            The trace of the example, and (D, M, V) nats per unit of each direction.
+        """
+        trace = self.anatomy.trace(example)
+        named = [unflatten(flat, self.anatomy.trainable) for flat in directions]
+        return trace, log_prob_shifts(trace, named)

@@ -1,0 +1,106 @@
+"""A preference set: its pairs, how they are named, and what an audit says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lddyn.data.example import Example
+
+__all__ = ["Pair", "PairSet"]
+
+Pair = tuple[Example, Example]
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """N (chosen, rejected) pairs.
+
+    Wherever 2N sequences are counted, all chosen responses come first, then all rejected ones.
+
+    Attributes:
+        pairs: The pairs.
+        row_numbers: Row of the data set that each pair comes from, by which sentences and tables
+            name it; empty: pairs are named by their place in `pairs`.
+        faults: Pair -> the problem that an audit of the data found in it.
+    """
+
+    pairs: tuple[Pair, ...]
+    row_numbers: tuple[int, ...] = ()
+    faults: Mapping[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        pairs: Iterable[Pair],
+        row_numbers: Sequence[int] | None = None,
+        faults: Mapping[int, str] | None = None,
+    ) -> PairSet:
+        """Checks pairs, row numbers and faults.
+
+        Raises:
+            ValueError: If there is no pair, row numbers are not one per pair, or a fault is that
+                of a pair that does not exist.
+        """
+        made = tuple((chosen, rejected) for chosen, rejected in pairs)
+        if not made:
+            raise ValueError("pairs must hold at least one (chosen, rejected), got none")
+        if row_numbers is not None and len(row_numbers) != len(made):
+            raise ValueError(
+                f"row_numbers must be one per pair, {len(made)}, got {len(row_numbers)}"
+            )
+        wrong = [i for i in faults or {} if not 0 <= i < len(made)]
+        if wrong:
+            raise ValueError(f"faults must name pairs from 0 to {len(made) - 1}, got {wrong}")
+        return cls(made, tuple(row_numbers or ()), dict(faults or {}))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.pairs[index]
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self.pairs)
+
+    @property
+    def noun(self) -> str:
+        """What a pair is called: "row" where the data's row numbers are known, else "pair"."""
+        return "row" if self.row_numbers else "pair"
+
+    def name(self, pair: int) -> int:
+        """The number that names a pair: its row in the data, or its place in the set."""
+        return self.row_numbers[pair] if self.row_numbers else pair
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """The 2N sequences."""
+        return [pair[side] for side in (0, 1) for pair in self.pairs]
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Counted tokens of the chosen and the rejected responses, (2, N) int64."""
+        return torch.tensor([[len(example) for example in pair] for pair in self.pairs]).T
+
+    def equal(self, pair: int) -> bool:
+        """Whether the chosen and the rejected response of a pair are the same."""
+        chosen, rejected = self.pairs[pair]
+        return bool(chosen.content_id == rejected.content_id)
+
+    @cached_property
+    def representatives(self) -> Tensor:
+        """The sequence whose gradient stands for each sequence, (2N,) int64.
+
+        Equal responses of a pair share one: their gradients cancel in a step, and the rounding
+        error that is left of them would be read as an effect.
+        """
+        n = len(self)
+        rows = torch.arange(2 * n)
+        for pair in range(n):
+            if self.equal(pair):
+                rows[n + pair] = pair
+        return rows

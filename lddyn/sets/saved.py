@@ -1,0 +1,123 @@
+"""A diagnosis as two files: tensors in safetensors, all else as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lddyn.data.example import Example
+from lddyn.objectives import Loss
+from lddyn.results import load_result, save_result
+from lddyn.sets.close_ups import CloseUp
+from lddyn.sets.forecast import AdamMetric, Forecast, Run
+from lddyn.sets.pairs import PairSet
+from lddyn.sets.readings import Readings
+from lddyn.sets.rows import Gram
+from lddyn.sets.step import SetStep
+
+if TYPE_CHECKING:
+    from lddyn.sets.diagnosis import Diagnosis
+
+__all__ = ["read", "write"]
+
+_KIND, _FORMAT = "lddyn.Diagnosis", 1
+_FORECAST = ("path", "coefficients", "change", "effects")
+_EXAMPLE = ("prompt_ids", "response_ids", "response_mask", "name", "tokens", "prompt_tokens")
+
+
+def write(diagnosis: Diagnosis, path: str | Path) -> None:
+    """Writes a diagnosis to `path`.safetensors and `path`.json, which also has `to_dict`."""
+    step, pairs = diagnosis.step, diagnosis.pairs
+    state: dict[str, Any] = {
+        "loss": [step.loss.name, step.loss.parameters],
+        "pairs": [[{k: getattr(e, k) for k in _EXAMPLE} for e in pair] for pair in pairs],
+        "row_numbers": list(pairs.row_numbers),
+        "faults": {str(k): v for k, v in pairs.faults.items()},
+        "close_ups": {str(i): list(c.others) for i, c in diagnosis.close_ups.items()},
+        "validation": diagnosis.validation,
+        "unavailable": diagnosis.unavailable,
+    }
+    if diagnosis.adam is not None:
+        state["second_moment"] = diagnosis.adam.second_moment
+    if diagnosis.forecast is not None:
+        run, curved = asdict(diagnosis.forecast.run), diagnosis.forecast.curved
+        state["forecast"] = {"run": run, "curved": curved}
+    facts = {**diagnosis.to_dict(), "state": state}
+    save_result(path, _KIND, _FORMAT, _tensors(diagnosis), facts)
+
+
+def _tensors(diagnosis: Diagnosis) -> dict[str, Tensor]:
+    step, readings = diagnosis.step, diagnosis.step.readings
+    tensors = {
+        "gram": step.gram.value,
+        "reference": step.reference,
+        "log_probs": readings.log_probs,
+    }
+    if step.gram.stderr is not None:
+        tensors["stderr"] = step.gram.stderr
+    tensors |= {f"facts.{name}": x for name, x in readings.facts.items()}
+    tensors |= {f"token_facts.{k}": torch.cat(list(x)) for k, x in readings.token_facts.items()}
+    if diagnosis.adam is not None:
+        tensors["adam"] = diagnosis.adam.gram
+    if diagnosis.forecast is not None:
+        tensors |= {f"forecast.{k}": getattr(diagnosis.forecast, k) for k in _FORECAST}
+    for pair, close_up in diagnosis.close_ups.items():
+        tensors[f"close_up.{pair}"] = close_up.own
+        tensors |= {f"close_up.{pair}.{j}": x for j, x in close_up.others.items()}
+    return tensors
+
+
+def read(path: str | Path) -> Diagnosis:
+    """Reads what `write` wrote.
+
+    Raises:
+        ValueError: If a file is missing, damaged, or of another kind or format.
+    """
+    tensors, facts = load_result(path, _KIND, _FORMAT)
+    # Copies are aligned in memory as the diagnosis' own tensors were: sums round as before.
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    try:
+        return _assemble(facts["state"], tensors)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read as {_KIND}: {error!r}") from error
+
+
+def _assemble(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Diagnosis:
+    from lddyn.sets.diagnosis import Diagnosis
+
+    pairs = PairSet.of(
+        [(Example(**chosen), Example(**rejected)) for chosen, rejected in meta["pairs"]],
+        meta["row_numbers"] or None,
+        {int(k): v for k, v in meta["faults"].items()},
+    )
+    sizes = [len(chosen) + len(rejected) for chosen, rejected in pairs]
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        found = (name for name in tensors if name.startswith(prefix + "."))
+        return {name.removeprefix(prefix + "."): tensors[name] for name in found}
+
+    token_facts = {name: list(x.split(sizes)) for name, x in under("token_facts").items()}
+    readings = Readings(tensors["log_probs"], under("facts"), token_facts)
+    step = SetStep(
+        Loss(meta["loss"][0], **meta["loss"][1]),
+        pairs,
+        readings,
+        Gram(tensors["gram"], tensors.get("stderr")),
+        tensors["reference"],
+    )
+    adam = AdamMetric(tensors["adam"], meta["second_moment"]) if "adam" in tensors else None
+    forecast = None
+    if "forecast" in meta:
+        run, curved = Run(**meta["forecast"]["run"]), bool(meta["forecast"]["curved"])
+        forecast = Forecast(run=run, curved=curved, **under("forecast"))
+    close_ups = {
+        int(i): CloseUp(
+            tensors[f"close_up.{i}"], {int(j): tensors[f"close_up.{i}.{j}"] for j in others}
+        )
+        for i, others in meta["close_ups"].items()
+    }
+    return Diagnosis(step, adam, forecast, close_ups, meta["validation"], str(meta["unavailable"]))

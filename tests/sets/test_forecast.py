@@ -1,0 +1,215 @@
+"""Predictions of whole runs against real training, and what follows for each pair."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import zoo
+from preference_pairs import log_probs, some_pairs, with_gram
+
+import lddyn
+from lddyn.sets.forecast import AdamMetric, projected
+
+
+def test_simulation_is_training_of_a_linear_model(found):
+    generator = torch.Generator().manual_seed(0)
+    jacobian = torch.randn(10, 40, generator=generator).double()
+    linear = with_gram(found, jacobian @ jacobian.T)
+    theta = torch.zeros(40, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([theta], lr=0.3, momentum=0.9)
+    run = lddyn.Run(lr=0.3, epochs=3, batch=2, optimizer="sgd", schedule="linear", seed=4)
+    weights, batches = torch.tensor([1.0, 0.5, 2.0, 1.0, 0.0]).double(), run.batches([0, 1, 2, 4])
+    assert sorted(torch.cat(batches).tolist()) == sorted([0, 1, 2, 4] * 3)
+    path = []
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 0.3 * (1 - step / len(batches))
+        moved = (jacobian @ theta).view(2, 5)
+        loss = -torch.nn.functional.logsigmoid(0.3 * (moved[0] - moved[1])) * weights
+        optimizer.zero_grad()
+        loss[batch].mean().backward()
+        optimizer.step()
+        path.append(found.log_probs + (jacobian @ theta.detach()).view(2, 5))
+    forecast = linear.simulate(run, leave_out=[3], pair_weights=weights)
+    assert torch.allclose(forecast.path[1:], torch.stack(path), rtol=1e-9)
+    assert torch.allclose(forecast.effects.sum(1), forecast.change[0])
+    assert bool((forecast.effects[:, 3] == 0).all()) and bool((forecast.effects[:, 4] == 0).all())
+
+
+def test_a_small_run_is_predicted(model, predicted, run):
+    moved = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(moved.parameters(), lr=run.lr, momentum=run.momentum)
+    sides = list(zip(*some_pairs(), strict=True))
+    before = torch.stack([torch.stack([log_probs(moved, e) for e in s]) for s in sides]).detach()
+    for batch in run.batches(range(5)):
+        now = [torch.stack([log_probs(moved, s[i]) for i in batch]) for s in sides]
+        margin = (now[0] - before[0, batch]) - (now[1] - before[1, batch])
+        optimizer.zero_grad()
+        (-torch.nn.functional.logsigmoid(0.3 * margin).mean()).backward()
+        optimizer.step()
+    after = torch.stack([torch.stack([log_probs(moved, e) for e in s]) for s in sides]).detach()
+    change, told = (after - before).double(), predicted.forecast
+    assert told.curved and float(change.abs().max()) > 0.05
+    assert float((told.change - change).norm() / change.norm()) < 0.03
+    linear = predicted.simulate()
+    assert not linear.curved and float((linear.change - change).norm() / change.norm()) < 0.03
+    assert torch.allclose(told.effects.sum(1), told.change[0], atol=1e-3 * float(change.norm()))
+    assert torch.equal(predicted.scores["run_contribution"], told.contribution)
+    assert torch.allclose(told.weighted(torch.ones(5)), told.effects.sum(1))
+    assert torch.equal(predicted.scores["run_chosen"], told.change[0])
+    assert "run_contribution" not in predicted.under("ipo").scores
+
+
+def test_the_forecast_goes_through_the_softmax(model, predicted):
+    net, moved = predicted.forecast.coefficients.flatten(), copy.deepcopy(model).double()
+    examples = [p[0] for p in some_pairs()] + [p[1] for p in some_pairs()]
+    parameters = [p for p in moved.parameters() if p.requires_grad]
+    with lddyn.true_float64():
+        total = sum(c * log_probs(moved, e) for c, e in zip(net, examples, strict=True))
+        step = torch.autograd.grad(total, parameters)
+        sides = []
+        for h in (1e-4, -2e-4, 1e-4):  # forth, back, and where it was
+            with torch.no_grad():
+                for p, d in zip(parameters, step, strict=True):
+                    p += h * d
+                ids = torch.tensor([examples[0].ids])
+                sides.append(moved(input_ids=ids).logits[0, list(examples[0].positions)])
+    slope = (sides[0] - sides[1]) / 2e-4
+    at = torch.tensor(examples[0].targets)[:, None]
+    change = [x.log_softmax(-1).gather(1, at).sum() for x in (sides[2] + slope, sides[2])]
+    expected = float(change[0] - change[1])
+    assert float(predicted.forecast.change[0, 0]) == pytest.approx(expected, rel=1e-4)
+    assert float(predicted.simulate().change[0, 0]) != pytest.approx(expected, rel=1e-4)
+
+
+def test_adam_has_the_diagonal_of_its_batches(model):
+    run = lddyn.Run(lr=1e-5, batch=2)
+    found = lddyn.diagnose(model, some_pairs(), beta=0.3, run=run, close_ups=0)
+    examples = [p[0] for p in some_pairs()] + [p[1] for p in some_pairs()]
+    rows = torch.stack([zoo.oracle_jacobian(model, e).sum(0) for e in examples]).double()
+    pulls = 0.15 * (rows[:5] - rows[5:])
+    v = pulls.mean(0) ** 2 + pulls.var(0, correction=0) / 2
+    exact = (rows / (v.sqrt() + 1e-8)) @ rows.T
+    scale = exact.diagonal().sqrt()
+    assert float(((found.adam.gram - exact) / (scale[:, None] * scale)).abs().max()) < 1e-3
+    assert found.adam.second_moment == pytest.approx(float(v.sum()), rel=1e-3)
+    # A step on all pairs: both moments are those of its own gradient.
+    first = found.simulate(lddyn.Run(lr=1e-5, batch=5)).path[1] - found.log_probs
+    moved = (exact @ torch.tensor([0.15 / 5] * 5 + [-0.15 / 5] * 5).double()).view(2, 5)
+    moved *= 1e-5 * (float(v.sum()) / float(pulls.mean(0).square().sum())) ** 0.5
+    assert torch.allclose(first, moved, rtol=1e-2, atol=1e-3 * float(moved.abs().max()))
+
+
+def test_adam_is_followed_through_a_run(found):
+    """Where P is a multiple of 1, simulation is Adam with a scalar second moment."""
+    generator = torch.Generator().manual_seed(0)
+    jacobian, n = torch.randn(10, 40, generator=generator).double(), 5
+    gram = jacobian @ jacobian.T
+    linear = replace(with_gram(found, gram), adam=AdamMetric(gram / 3.0, 9.0))
+    run = lddyn.Run(lr=0.05, epochs=4, batch=2)
+    theta, m, v = torch.zeros(40).double(), torch.zeros(40).double(), 0.0
+    for step, batch in enumerate(run.batches(range(n)), 1):
+        moved = (jacobian @ theta).view(2, n)
+        w = 0.3 * torch.sigmoid(-0.3 * (moved[0] - moved[1]))[batch] / len(batch)
+        g = -(w @ jacobian[:n][batch] - w @ jacobian[n:][batch])
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * float(g @ g)
+        theta = theta - 0.05 * m / (1 - 0.9**step) / (v / (1 - 0.999**step)) ** 0.5
+    expected = (jacobian @ theta).view(2, n)
+    assert torch.allclose(linear.simulate(run).change, expected, rtol=1e-9)
+
+
+def test_losses_are_compared_over_the_run(found, predicted):
+    assert "run_chosen" not in found.objectives()[0]
+    rows = {r["objective"]: r for r in predicted.objectives()}
+    own = predicted.simulate().change
+    assert rows["dpo"]["run_chosen"] == pytest.approx(float(own[0].mean()))
+    other = predicted.under("dpop").simulate(predicted.forecast.run).change
+    assert rows["dpop"]["run_rejected"] == pytest.approx(float(other[1].mean()))
+    # In a linear model SFT on both responses adds the same to DPO, whatever comes after it.
+    run = lddyn.Run(lr=1e-4, epochs=3, batch=2, optimizer="sgd", momentum=0.0)
+    start = replace(predicted, forecast=replace(predicted.forecast, run=run))
+    total = torch.zeros(5).double()
+    for batch in run.batches(range(5)):
+        total[batch] += run.lr / len(batch)
+    expected = (predicted.gram @ total.repeat(2)).view(2, 5).mean(1)
+    both = {r["objective"]: r for r in start.objectives()}
+    for name, value in zip(("run_chosen", "run_rejected"), expected.tolist(), strict=True):
+        assert both["extend"][name] - both["dpo"][name] == pytest.approx(value)
+
+
+def test_every_pair_gets_an_action(found, predicted):
+    pairs = replace(predicted.pairs, faults={3: "a duplicate"})
+    rows = replace(predicted, step=replace(predicted.step, pairs=pairs)).actions()
+    assert [r["pair"] for r in rows] == predicted.worst()
+    parts = [r["contribution"] for r in rows]
+    expected = predicted.forecast.contribution.sort().values.tolist()
+    assert parts == sorted(parts) == pytest.approx(expected)
+    by_pair = {r["pair"]: r for r in rows}
+    assert by_pair[3]["action"] == "fix" and by_pair[3]["why"] == "a duplicate"
+    gram = torch.zeros(10, 10).double()  # every pair raises its own y+ and lowers all others
+    gram[:5, :5] = 1.1 * torch.eye(5) - 1
+    dropped = with_gram(found, gram)
+    assert dropped.entangled == [] and not bool(dropped.pair_weights().any())
+    assert {r["action"] for r in dropped.actions()} == {"drop"}
+    gram = torch.eye(10).double()
+    gram[:5, 5:] = gram[5:, :5] = 2 * torch.eye(5)
+    alike = with_gram(found, gram)
+    assert alike.entangled == list(range(5))
+    assert {r["action"] for r in alike.actions()} == {"fix"}
+    weights = predicted.pair_weights()
+    assert float(weights.mean()) == pytest.approx(1) and bool((weights >= 0).all())
+    assert bool((predicted.forecast.effects @ weights >= -1e-6).all())
+
+
+def test_real_steps_say_what_scores_are_worth(model):
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    found = lddyn.diagnose(model, some_pairs(9), beta=0.3, close_ups=0, validate=6)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    told = found.validation
+    assert (told["steps"], told["batch"]) == (6, 4) and told["lr"] > 0
+    for name in ("own", "others"):
+        assert told[name]["error"] < 0.05 and told[name]["rho"] > 0.97
+        assert told[name]["low"] <= told[name]["rho"] <= told[name]["high"] + 1e-9
+    rows = {r["score"]: r for r in told["scores"]}
+    assert rows["own_chosen"]["own"]["rho"] > 0.5
+    assert json.dumps(found.to_dict(), allow_nan=False)
+    with pytest.raises(ValueError, match="validate must be a number of steps, on 4 pairs or more"):
+        lddyn.diagnose(model, some_pairs(3), validate=1)
+
+
+def test_pair_weights_are_the_nearest_ray_of_the_cone():
+    generator = torch.Generator().manual_seed(3)
+    effects = torch.randn(6, 6, generator=generator).double() + torch.eye(6)
+    found = projected(effects)
+    assert bool((found >= 0).all()) and bool((effects @ found >= -1e-9).all())
+    generator = torch.Generator().manual_seed(1)
+    tried = torch.rand(20000, 6, generator=generator).double() * 3
+    inside = tried[((tried @ effects.T) >= 0).all(1)]
+    assert len(inside) > 10
+    assert float((inside - 1).norm(dim=1).min()) >= float((found - 1).norm())
+    assert torch.equal(projected(torch.eye(4).double()), torch.ones(4).double())
+    assert bool((projected(-torch.eye(4).double()) == 0).all())
+
+
+def test_runs_that_cannot_be(model, found, predicted):
+    for given, message in (
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"lr": 1.0, "epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"lr": 1.0, "optimizer": "lion"}, "optimizer must be one of adamw, sgd, got 'lion'"),
+        ({"lr": 1.0, "momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lddyn.Run(**given)
+    with pytest.raises(ValueError, match="run is needed"):
+        found.simulate()
+    with pytest.raises(ValueError, match="Adam's diagonal is not known"):
+        found.simulate(lddyn.Run(lr=1e-4))
+    with pytest.raises(ValueError, match=r"pairs from 0 to 4, got \[7\]"):
+        predicted.simulate(leave_out=[7])
+    with pytest.raises(ValueError, match="leave a pair"):
+        predicted.simulate(leave_out=range(5))
+    with pytest.raises(ValueError, match=r"pair_weights must be 5 finite numbers, got \(2,\)"):
+        predicted.simulate(pair_weights=torch.ones(2))
+    with pytest.raises(ValueError, match="from the gradients of all sequences: memory must be"):
+        lddyn.diagnose(model, some_pairs(), run=lddyn.Run(lr=1e-4), memory="400KB")
