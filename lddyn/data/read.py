@@ -50,14 +50,20 @@ def rows(
 
 
 def _unreadable(where: str, problem: str) -> ExampleError:
-    """Error for one row that cannot be read."""
+    """Error for a row that cannot be read."""
     return ExampleError(f"{where}: {problem}", problem="unreadable_row")
 
 
 def rows_or_errors(
     source: str | os.PathLike[str] | Iterable[Row],
 ) -> Iterator[RowDict | ExampleError]:
-    """Yield rows, and an error in the place of each row that cannot be read."""
+    """Yield each row, or the error that says why it cannot be read.
+
+    Raises:
+        ExampleError: If the file or the source as a whole cannot be read.
+        FileNotFoundError: If there is no such file.
+        TypeError: If the source is no path and cannot be iterated over.
+    """
     if isinstance(source, str | os.PathLike):
         yield from _read_file(Path(source))
         return
@@ -76,7 +82,7 @@ def rows_or_errors(
 
 
 def _as_row(row: object, where: str) -> RowDict | ExampleError:
-    """Return a row as a dict, or the error that says why it is none."""
+    """The row as a dict, or the error that says why it is no mapping."""
     if not isinstance(row, Mapping):
         return _unreadable(where, f"a row must be a mapping of columns, got {glimpse(row)}")
     return {str(key): value for key, value in row.items()}

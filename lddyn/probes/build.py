@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lddyn.data.tokenizer import Tokenizer, eos_ids, tokenize
 from lddyn.engine.guard import evaluating
 from lddyn.probes.probe_set import TYPES, ProbeSet
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["build", "sample"]
 
@@ -30,7 +28,7 @@ def build(
     held_out: Rows,
     *,
     model: nn.Module | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     seed: int = 0,
     max_new_tokens: int = 64,
 ) -> ProbeSet:
@@ -54,7 +52,8 @@ def build(
         A set with one row for each of `pairs`.
 
     Raises:
-        ValueError: If there are too few rows, or a held-out prompt is in `pairs`.
+        ValueError: If there are too few rows, if a held-out prompt is in `pairs`, or if a model
+            comes without its tokenizer.
 
     Cost: two sampled responses per row; without a model, none worth mentioning.
 
@@ -92,6 +91,8 @@ def build(
         }
         rows.append({**from_data, **row})
     if model is not None:
+        if tokenizer is None:
+            raise ValueError("sampling from a model needs its tokenizer, got None")
         _sample_fields(rows, model, tokenizer, seed, max_new_tokens)
     return ProbeSet([{k: row[k] for k in ("prompt", *TYPES, *row) if row.get(k)} for row in rows])
 
@@ -104,7 +105,7 @@ def joined_like(text: str, words: Sequence[str]) -> str:
 def _sample_fields(
     rows: list[dict[str, str]],
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer,
     seed: int,
     max_new_tokens: int,
 ) -> None:
@@ -126,7 +127,7 @@ def _sample_fields(
 @torch.inference_mode()
 def sample(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 64,
@@ -143,7 +144,7 @@ def sample(
             long for the model's positions keeps its end.
         max_new_tokens: Most tokens of a response.
         generator: Random numbers. None: the most probable token each time.
-        stop: A response ends before this text, or at EOS.
+        stop: A response ends before this text, or at EOS if the tokenizer has one.
         batch: Most prompts at once.
 
     Returns:
@@ -154,7 +155,8 @@ def sample(
     config: Any = model.config
     positions = getattr(config, "max_position_embeddings", None) or 1 << 30
     most = max(1, positions - max_new_tokens)
-    ids = [tokenizer(text)["input_ids"][-most:] for text in prompts]
+    ids = [tokenize(tokenizer, text)[-most:] for text in prompts]
+    ends = torch.tensor(sorted(eos_ids(tokenizer)), dtype=torch.int64)
     texts = [""] * len(prompts)
     with evaluating(model):
         for indices in _equally_long([len(i) for i in ids], batch):
@@ -162,7 +164,7 @@ def sample(
                 model,
                 torch.tensor([ids[i] for i in indices]),
                 max_new_tokens,
-                tokenizer.eos_token_id,
+                ends,
                 generator,
             )
             for i, row in zip(indices, tokens.tolist(), strict=True):
@@ -175,10 +177,18 @@ def _continue(
     model: nn.Module,
     ids: Tensor,
     max_new_tokens: int,
-    eos_token_id: int,
+    ends: Tensor,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """New tokens (n, ≤ max_new_tokens) after prompts (n, T); EOS fills up those that have ended."""
+    """New tokens (n, ≤ max_new_tokens) after prompts (n, T).
+
+    Args:
+        model: The model.
+        ids: The prompts.
+        max_new_tokens: Most new tokens.
+        ends: Ids that end a response; the first of them fills up those that have ended.
+        generator: As in `sample`.
+    """
     from transformers import DynamicCache
 
     device = next(model.parameters()).device
@@ -191,9 +201,10 @@ def _continue(
             token = last.argmax(-1)
         else:
             token = torch.multinomial(last.softmax(-1), 1, generator=generator)[:, 0]
-        token = torch.where(running, token, eos_token_id)
+        if len(ends):
+            token = torch.where(running, token, ends[0])
+            running &= ~torch.isin(token, ends)
         tokens.append(token)
-        running &= token != eos_token_id
         if not running.any():
             break
         step = token[:, None].to(device)

@@ -1,4 +1,4 @@
-"""The audit: every problem is found, named and counted; none stops it."""
+"""The audit: every problem is audited, named and counted; none stops it."""
 
 import json
 import re
@@ -37,25 +37,25 @@ def pair(**kwargs):
     ],
 )
 def test_audit_finds(tokenizer, row, field, problem, severity):
-    found = audit(tokenizer, [pair(), row], max_length=40, max_prompt_length=20)
-    hits = [f for f in found if f.problem == problem]
+    audited = audit(tokenizer, [pair(), row], max_length=40, max_prompt_length=20)
+    hits = [f for f in audited if f.problem == problem]
     assert [(f.row, f.field, f.severity) for f in hits if f.field == field] == [
         (1, field, severity)
     ]
-    assert found.counts()[problem] == 1
-    assert (1 in found.unusable) == (severity == "error")
-    assert not [f for f in found if f.row == 0]
-    assert found.n_rows == 2
-    assert problem in str(found)
-    assert Audit.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert audited.counts()[problem] == 1
+    assert (1 in audited.unusable) == (severity == "error")
+    assert not [f for f in audited if f.row == 0]
+    assert audited.n_rows == 2
+    assert problem in str(audited)
+    assert Audit.from_dict(json.loads(json.dumps(audited.to_dict()))) == audited
 
 
 def test_audit_of_clean_data_finds_nothing(tokenizer):
-    found = audit(tokenizer, [pair(), pair(chosen=" Four")], vocab_size=400, max_positions=50)
-    assert found.ok
-    assert len(found) == 0
-    assert (found.n_rows, found.n_responses, found.n_eos_counted) == (2, 4, 4)
-    assert "no problems" in str(found)
+    audited = audit(tokenizer, [pair(), pair(chosen=" Four")], vocab_size=400, max_positions=50)
+    assert audited.ok
+    assert len(audited) == 0
+    assert (audited.n_rows, audited.n_responses, audited.n_eos_counted) == (2, 4, 4)
+    assert "no problems" in str(audited)
 
 
 def test_audit_is_summarised_explained_saved_and_loaded(tokenizer, tmp_path):
@@ -75,25 +75,25 @@ def test_audit_is_summarised_explained_saved_and_loaded(tokenizer, tmp_path):
 
 
 def test_audit_finds_duplicates(tokenizer):
-    found = audit(tokenizer, [pair(), pair(chosen=" Four"), pair()])
-    assert [(f.row, f.detail) for f in found.of("duplicate")] == [(2, "same as row 0")]
+    audited = audit(tokenizer, [pair(), pair(chosen=" Four"), pair()])
+    assert [(f.row, f.detail) for f in audited.of("duplicate")] == [(2, "same as row 0")]
 
 
 def test_audit_finds_pad_is_eos():
-    found = audit(make_tokenizer(pad_token="<|im_end|>"), [pair()])
-    assert [f.row for f in found] == [-1]
-    assert "whole set" in str(found)
-    assert found.unusable == ()
+    audited = audit(make_tokenizer(pad_token="<|im_end|>"), [pair()])
+    assert [f.row for f in audited] == [-1]
+    assert "whole set" in str(audited)
+    assert audited.unusable == ()
 
 
 def test_audit_finds_eos_outside_the_loss(tokenizer):
     eos = tokenizer.eos_token_id
     row = {"input_ids": [40, 41, 42, eos], "labels": [-100, 41, 42, -100]}
-    found = audit(tokenizer, [row, {**row, "labels": [-100, 41, 42, eos]}])
-    assert [(f.row, f.problem) for f in found] == [(0, "eos_not_counted")]
-    assert found.n_eos_counted == 1
-    found = audit(tokenizer, [pair()], add_eos=False)
-    assert [f.problem for f in found] == ["eos_not_counted"] * 2
+    audited = audit(tokenizer, [row, {**row, "labels": [-100, 41, 42, eos]}])
+    assert [(f.row, f.problem) for f in audited] == [(0, "eos_not_counted")]
+    assert audited.n_eos_counted == 1
+    audited = audit(tokenizer, [pair()], add_eos=False)
+    assert [f.problem for f in audited] == ["eos_not_counted"] * 2
 
 
 def test_audit_checks_the_model(tokenizer):
@@ -101,33 +101,33 @@ def test_audit_checks_the_model(tokenizer):
         vocab_size = 300
         max_position_embeddings = 10
 
-    found = audit(tokenizer, [pair(prompt="cats"), pair()], config=Config())
-    assert {"token_out_of_range"} <= set(found.counts())
+    audited = audit(tokenizer, [pair(prompt="cats"), pair()], config=Config())
+    assert {"token_out_of_range"} <= set(audited.counts())
     longest = encode(tokenizer, PROMPT, " There").length
-    found = audit(
+    audited = audit(
         tokenizer, [pair(prompt="cats"), pair()], vocab_size=400, max_positions=longest - 1
     )
-    assert {f.problem for f in found} == {"over_context"}
-    assert found.unusable == (1,)
+    assert {f.problem for f in audited} == {"over_context"}
+    assert audited.unusable == (1,)
 
 
 def test_audit_reads_on_after_a_bad_line(tokenizer, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(pair()) + "\n{broken\n" + json.dumps(pair(chosen=" Four")) + "\n")
-    found = audit(tokenizer, path)
-    assert [(f.row, f.problem) for f in found] == [(1, "unreadable_row")]
-    assert "data.jsonl, line 2" in found.findings[0].detail
-    assert (found.n_rows, found.n_responses) == (3, 4)
+    audited = audit(tokenizer, path)
+    assert [(f.row, f.problem) for f in audited] == [(1, "unreadable_row")]
+    assert "data.jsonl, line 2" in audited.findings[0].detail
+    assert (audited.n_rows, audited.n_responses) == (3, 4)
 
 
 def test_audit_is_one_finding_per_field_not_a_crash(tokenizer):
     row = pair(chosen="", rejected=None, irr_train=" Four")
-    found = audit(tokenizer, [row], ["irr_train"])
-    assert {(f.field, f.problem) for f in found} == {
+    audited = audit(tokenizer, [row], ["irr_train"])
+    assert {(f.field, f.problem) for f in audited} == {
         ("chosen", "empty_response"),
         ("rejected", "not_text"),
     }
-    assert found.n_responses == 1
+    assert audited.n_responses == 1
 
 
 def test_every_raised_problem_is_in_the_table():
@@ -139,12 +139,12 @@ def test_every_raised_problem_is_in_the_table():
 
 def test_real_rows_audit(hh):
     tokenizer, table = hh
-    found = audit(tokenizer, table[:100], "all", vocab_size=2048, max_positions=512)
-    assert found.n_rows == 100
-    assert found.n_responses == 1300 - len(
-        [f for f in found if f.problem in ("empty_response", "empty_prompt", "not_text")]
+    audited = audit(tokenizer, table[:100], "all", vocab_size=2048, max_positions=512)
+    assert audited.n_rows == 100
+    assert audited.n_responses == 1300 - len(
+        [f for f in audited if f.problem in ("empty_response", "empty_prompt", "not_text")]
     )
-    assert set(found.counts()) <= {
+    assert set(audited.counts()) <= {
         "pad_is_eos",
         "over_context",
         "empty_response",
@@ -153,4 +153,4 @@ def test_real_rows_audit(hh):
         "boundary_merge",
     }
     over = [r for r in table[:100] if len(tokenizer(r["prompt"] + r["chosen"])["input_ids"]) > 511]
-    assert len([f for f in found.of("over_context") if f.field == "chosen"]) == len(over)
+    assert len([f for f in audited.of("over_context") if f.field == "chosen"]) == len(over)

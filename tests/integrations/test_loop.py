@@ -103,7 +103,7 @@ def test_an_error_of_the_loop_is_raised_and_leaves_no_hook(tmp_path):
 def test_accelerate_counts_true_steps(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.GradientState._reset_state()  # of the trainers above
-    found = []
+    after = []
     for watched in (False, True):
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         model = new_model(dropout=0.0)
@@ -124,8 +124,8 @@ def test_accelerate_counts_true_steps(tmp_path):
                     accelerator.backward(model(input_ids=ids, labels=ids).loss)
                     optimizer.step()
                     optimizer.zero_grad()
-        found.append([p.detach().clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        after.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
     assert [row["step"] for row in watch.rows] == [0, 1, 2, 3]
     accelerator.save_state(str(tmp_path / "checkpoint"))
     watch.load_state_dict({"step": 0})

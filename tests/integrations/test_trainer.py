@@ -32,13 +32,13 @@ from lddyn.integrations.trainer import LearningDynamicsCallback
     ids=["plain", "bf16", "checkpointing", "lora", "all"],
 )
 def test_weights_are_equal_to_the_bit(tmp_path, tokenizer, wrap, options):
-    found = []
+    after = []
     for watch in (None, {"predict": 2}):
         model = new_model()
         model = wrap(model) if wrap else model
         trainer, callback = train(tmp_path / str(watch), tokenizer, watch, model, **options)
-        found.append(weights(trainer))
-    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+        after.append(weights(trainer))
+    assert all(torch.equal(after[0][n], after[1][n]) for n in after[0])
     assert [row["step"] for row in callback.rows] == list(range(7))
     assert trainer.model.training
 
@@ -162,7 +162,7 @@ def test_a_resumed_run_goes_on_with_its_rows(tmp_path, tokenizer):
     whole, expected = train(tmp_path / "whole", tokenizer, {"every": 2})
     train(tmp_path / "two", tokenizer, {"every": 2}, save_strategy="steps", save_steps=4)
     folder = tmp_path / "two"
-    resumed, found = train(
+    resumed, callback = train(
         folder,
         tokenizer,
         {"every": 2},
@@ -170,8 +170,8 @@ def test_a_resumed_run_goes_on_with_its_rows(tmp_path, tokenizer):
         save_strategy="steps",
         save_steps=4,
     )
-    assert [r["step"] for r in found.rows] == [0, 2, 4, 6]
-    for a, b in zip(expected.rows, found.rows, strict=True):
+    assert [r["step"] for r in callback.rows] == [0, 2, 4, 6]
+    for a, b in zip(expected.rows, callback.rows, strict=True):
         assert a["change/chosen"] == pytest.approx(b["change/chosen"], abs=1e-3)
     a, b = weights(whole), weights(resumed)
     assert all(torch.equal(a[n], b[n]) for n in a)
@@ -198,8 +198,8 @@ def test_without_a_trainer_rows_are_in_the_history(tmp_path, tokenizer):
         },
     )
     trainer.train()
-    found = [r for r in trainer.state.log_history if "lddyn/log_prob/greeting" in r]
-    assert [r["step"] for r in found] == [0, 1, 2]
+    history = [r for r in trainer.state.log_history if "lddyn/log_prob/greeting" in r]
+    assert [r["step"] for r in history] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -243,15 +243,15 @@ def test_a_resumed_run_does_not_mix_probes(tmp_path, tokenizer):
     options = {"save_strategy": "steps", "save_steps": 4}
     train(tmp_path, tokenizer, {"every": 2}, **options)
     others = lddyn.probes.probe_set.ProbeSet(rows(8)[4:])
-    _, found = train(
+    _, callback = train(
         tmp_path,
         tokenizer,
         {"every": 2, "probes": others},
         resume=str(tmp_path / "checkpoint-4"),
         **options,
     )
-    assert [row["step"] for row in found.rows] == [4, 6]
-    assert found.rows[0]["change/chosen"] == 0
+    assert [row["step"] for row in callback.rows] == [4, 6]
+    assert callback.rows[0]["change/chosen"] == 0
     assert len((tmp_path / "lddyn" / "dynamics-1.jsonl").read_text().splitlines()) == 4
 
 
@@ -343,7 +343,7 @@ def test_modes_and_flags_stay(tmp_path, tokenizer):
 
 
 def test_probes_are_not_compiled(tmp_path, tokenizer):
-    found = []
+    runs = []
     for watch in (None, {"predict": 2}):
         torch._dynamo.reset()
         compiled = []
@@ -356,8 +356,8 @@ def test_probes_are_not_compiled(tmp_path, tokenizer):
         trainer, callback = train(
             tmp_path / str(watch), tokenizer, watch, model, remove_unused_columns=False, max_steps=2
         )
-        found.append((compiled, weights(trainer)))
+        runs.append((compiled, weights(trainer)))
     torch._dynamo.reset()
     assert [row["step"] for row in callback.rows] == [0, 1, 2]
-    assert found[0][0] == found[1][0]
-    assert all(torch.equal(found[0][1][n], found[1][1][n]) for n in found[0][1])
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(runs[0][1][n], runs[1][1][n]) for n in runs[0][1])

@@ -71,7 +71,7 @@ def test_sft_is_watched(tmp_path, tokenizer):
     from datasets import Dataset
 
     data = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows()]
-    found = []
+    runs = []
     for watched in (False, True):
         transformers.set_seed(1)
         trainer = trl.SFTTrainer(
@@ -99,8 +99,8 @@ def test_sft_is_watched(tmp_path, tokenizer):
             callback = watch(trainer, probes, budget=1e4, predict=1)
         trainer.train()
         own = [r["loss"] for r in trainer.state.log_history if "loss" in r]
-        found.append((weights(trainer), own))
-    (a, plain), (b, own) = found
+        runs.append((weights(trainer), own))
+    (a, plain), (b, own) = runs
     assert all(torch.equal(a[n], b[n]) for n in a)
     assert len(own) == 4 and own == plain
     assert [row["step"] for row in callback.rows] == [0, 1, 2, 3, 4]
@@ -116,8 +116,8 @@ def test_watched_again_is_watched_once(tmp_path, tokenizer):
     last = watch(trainer, probes)
     aside = watch(trainer, probes, folder=tmp_path / "aside")
     trainer.train()
-    found = [c for c in trainer.callback_handler.callbacks if hasattr(c, "rows")]
-    assert found == [last, aside]
+    ours = [c for c in trainer.callback_handler.callbacks if hasattr(c, "rows")]
+    assert ours == [last, aside]
     assert len((tmp_path / "lddyn" / "dynamics.jsonl").read_text().splitlines()) == len(last.rows)
     assert last.rows and aside.rows
 

@@ -77,7 +77,7 @@ def train(wrap, folder=None, predict=0, fail=None):
     torch.manual_seed(dist.get_rank())
     generator = torch.Generator().manual_seed(dist.get_rank())
     watch = None
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         if folder is not None:
             probes = PROBES if fail != dist.get_rank() else "no/such/file.jsonl"
@@ -91,7 +91,7 @@ def train(wrap, folder=None, predict=0, fail=None):
             optimizer.zero_grad()
         if watch is not None:
             watch.close()
-    said = [str(w.message) for w in found if str(w.message).startswith("lddyn")]
+    said = [str(w.message) for w in warned if str(w.message).startswith("lddyn")]
     weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
     return [w.detach().clone() for w in weights], watch.rows if watch else [], said
 

@@ -167,6 +167,24 @@ def test_sample_is_the_model_s(world):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_sample_without_an_eos_token_has_all_its_tokens(world):
+    import copy
+
+    endless = copy.deepcopy(world.tokenizer)
+    endless.eos_token = None
+    (text,) = sample(
+        world.model,
+        endless,
+        [world.preference_pairs[0]["prompt"]],
+        max_new_tokens=7,
+        generator=torch.Generator().manual_seed(0),
+        stop="no such text",
+    )
+    assert len(endless(text)["input_ids"]) >= 5
+    with pytest.raises(ValueError, match="needs its tokenizer, got None"):
+        build(world.preference_pairs[:2], world.preference_pairs[2:4], model=world.model)
+
+
 # --------------------------------------------------------------------------- the service
 
 
