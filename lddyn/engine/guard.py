@@ -1,10 +1,19 @@
-"""Context managers that change a model for an analysis and restore it afterwards."""
+"""Changes to a model while it is analysed, and their undoing.
+
+Every change goes through an `Undo`, which records how to reverse it before it is made. Only the
+model itself is changed (attributes of its own modules), never a class or a Python module, so that
+other models run undisturbed in other threads. Two analyses of one model take turns: `lock_of`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import sys
 import threading
+import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -14,11 +23,156 @@ from torch.overrides import TorchFunctionMode
 
 from lddyn.engine import layers
 
-LOCK = threading.RLock()
-
 _P = ParamSpec("_P")
 
 _R = TypeVar("_R")
+
+
+# --------------------------------------------------------------------------- undoing
+
+
+class Undo:
+    """Changes, and how to reverse them: the last one first, each of them once.
+
+    An action is recorded before its change is made, and forgotten after it has run. Actions set
+    fixed values, so that running one twice, or without its change, does no harm: after an
+    interruption, `restore()` can be called again and continues where it was.
+    """
+
+    def __init__(self) -> None:
+        self._actions: list[Callable[[], object]] = []
+
+    def add(self, action: Callable[[], object]) -> None:
+        """Records how to reverse a change that is about to be made."""
+        self._actions.append(action)
+
+    def set(self, owner: object, name: str, value: object) -> None:
+        """Sets an attribute of one object, in its own `__dict__`, until `restore()`."""
+        attributes = owner.__dict__
+        if name in attributes:
+            self.add(functools.partial(attributes.__setitem__, name, attributes[name]))
+        else:
+            self.add(functools.partial(attributes.pop, name, None))
+        attributes[name] = value
+
+    def restore(self) -> None:
+        """Reverses all changes; raises the first error of an action after all have run."""
+        failed: Exception | None = None
+        while self._actions:
+            try:
+                self._actions[-1]()
+            except Exception as error:
+                failed = failed or error
+            self._actions.pop()
+        if failed is not None:
+            raise failed
+
+    def __enter__(self) -> Undo:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.restore()
+
+
+# --------------------------------------------------------------------------- locks
+
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+_REGISTRY = threading.Lock()  # held while `_LOCKS` is read or written
+
+
+def lock_of(model: nn.Module) -> threading.RLock:
+    """The lock of a model: one for a model, its adapters and its torch.compile wrapper."""
+    with _REGISTRY:
+        return _LOCKS.setdefault(inside_adapters(model), threading.RLock())
+
+
+def inside_adapters(model: nn.Module) -> nn.Module:
+    """The transformers model inside of torch.compile's wrapper and of peft's."""
+    whole: Any = getattr(model, "_orig_mod", model)
+    inner: nn.Module = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    return inner
+
+
+# --------------------------------------------------------------------------- modes of a model
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within; every module is in its own mode again afterwards.
+
+    Threads that want the same model wait for each other.
+    """
+    with lock_of(model), Undo() as undo:
+        evaluate(model, undo)
+        yield
+
+
+def evaluate(model: nn.Module, undo: Undo) -> None:
+    """Puts every module of a model in evaluation mode."""
+    for module in model.modules():
+        if module.training:
+            undo.add(functools.partial(setattr, module, "training", True))
+            module.training = False
+
+
+ATTENTION, EXPERTS = "_attn_implementation_internal", "_experts_implementation_internal"
+
+
+def implement(model: nn.Module, names: Mapping[str, str], undo: Undo) -> None:
+    """Gives a model other implementations: a config's key -> registered name.
+
+    The modules get changed copies of their configs, because other models may share the configs.
+    """
+    modules = list(model.modules())
+    configs = {id(c): c for c in (m.__dict__.get("config") for m in modules) if c is not None}
+    changed = {
+        key: copy.copy(config)
+        for key, config in configs.items()
+        if any(hasattr(config, name) for name in names)
+    }
+    for config in changed.values():
+        for name, value in names.items():
+            if hasattr(config, name):
+                setattr(config, name, value)
+        for name, part in vars(config).items():
+            if id(part) in changed:  # a config inside another one
+                config.__dict__[name] = changed[id(part)]
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if id(value) in changed:
+                undo.set(module, name, changed[id(value)])
+
+
+@contextlib.contextmanager
+def attending(model: nn.Module, implementation: str) -> Iterator[None]:
+    """Another attention of transformers' AttentionInterface within, by its registered name."""
+    with lock_of(model), Undo() as undo:
+        implement(model, {ATTENTION: implementation}, undo)
+        yield
+
+
+def freeze(model: nn.Module, undo: Undo) -> None:
+    """Switches the gradients of all parameters off."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            undo.add(functools.partial(parameter.requires_grad_, True))
+            parameter.requires_grad_(False)
+
+
+def keep_buffers(model: nn.Module, undo: Undo, most: int = 1 << 16) -> None:
+    """Remembers buffers of up to `most` elements: some rotary embeddings rewrite theirs."""
+
+    def put_back(buffers: dict[str, Tensor | None], name: str, own: Tensor, values: Tensor) -> None:
+        buffers[name] = own
+        if not torch.equal(own, values):
+            own.copy_(values)
+
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.numel() <= most:
+                undo.add(functools.partial(put_back, module._buffers, name, buffer, buffer.clone()))
 
 
 def register_attention() -> None:
@@ -28,6 +182,63 @@ def register_attention() -> None:
 
     AttentionInterface.register("lddyn", layers.attention)
     AttentionMaskInterface.register("lddyn", eager_mask)
+
+
+# --------------------------------------------------------------------------- compiled code
+
+
+_STANCES = threading.Lock()  # held while these two change
+
+_eager_users = 0
+
+_stance = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def eager_code(model: nn.Module) -> Iterator[None]:
+    """Runs a model's compiled parts as plain Python, which sees what was changed in the model.
+
+    torch.compile knows one stance for all threads. It is therefore changed for a model with
+    compiled parts alone, and changed back when the last of several such models is done.
+    """
+    global _eager_users
+    if not _has_compiled_parts(model):
+        yield
+        return
+    with _STANCES:
+        _eager_users += 1
+        if _eager_users == 1:
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _STANCES:
+            _eager_users -= 1
+            if _eager_users == 0:
+                _stance.close()
+
+
+def _has_compiled_parts(model: nn.Module) -> bool:
+    if "torch._dynamo" not in sys.modules:
+        return False
+    files = set()
+    for module in model.modules():
+        own = module.__dict__.get("forward")
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            return True
+        if hasattr(own, "_torchdynamo_orig_callable"):
+            return True
+        files.add(type(module).__module__)
+    return any(_compiles(sys.modules[file]) for file in files if file in sys.modules)
+
+
+def _compiles(file: types.ModuleType) -> bool:
+    """Whether a Python module has compiled functions."""
+    functions = (value for value in vars(file).values() if isinstance(value, types.FunctionType))
+    return any("_torchdynamo_orig_callable" in vars(function) for function in functions)
+
+
+# --------------------------------------------------------------------------- modes of a thread
 
 
 def undisturbed(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -44,42 +255,9 @@ def undisturbed(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within; every module in its own mode again afterwards. One thread a time."""
-    with LOCK:
-        modes = [(m, m.training) for m in model.modules()]
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
-
-ATTENTION, EXPERTS = "_attn_implementation_internal", "_experts_implementation_internal"
-
-
-@contextlib.contextmanager
-def implemented_by(model: nn.Module, names: Mapping[str, str]) -> Iterator[None]:
-    """Other implemented_by within, by the configs' key and their registered name."""
-    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}.values()
-    saved = [(c, key, getattr(c, key)) for c in configs for key in names if hasattr(c, key)]
-    try:
-        for config, key, _ in saved:
-            setattr(config, key, names[key])
-        yield
-    finally:
-        for config, key, before in saved:
-            setattr(config, key, before)
-
-
-@contextlib.contextmanager
-def attending(model: nn.Module, implementation: str) -> Iterator[None]:
-    """Another attention of transformers' AttentionInterface within, by its registered name."""
-    with LOCK, implemented_by(model, {ATTENTION: implementation}):
-        yield
+def no_autocast(device: torch.device) -> torch.autocast:
+    """A context in which operations of this device keep the dtypes of their inputs."""
+    return torch.autocast(device_type=device.type, enabled=False)
 
 
 class true_float64(TorchFunctionMode):
@@ -102,6 +280,7 @@ class true_float64(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        """Runs one torch function, with float64 in the place of float32."""
         if getattr(func, "__name__", "") == "float" and isinstance(args[0], Tensor):
             return args[0].double()
 
@@ -109,23 +288,3 @@ class true_float64(TorchFunctionMode):
             return torch.float64 if value is torch.float32 else value
 
         return func(*map(up, args), **{k: up(v) for k, v in (kwargs or {}).items()})
-
-
-@contextlib.contextmanager
-def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Sets an attribute of a module, or of a Python module, and puts back what was there."""
-    missing = object()
-    previous = owner.__dict__.get(name, missing)
-    owner.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if previous is missing:
-            owner.__dict__.pop(name, None)
-        else:
-            owner.__dict__[name] = previous
-
-
-def no_autocast(device: torch.device) -> Any:
-    """A context in which operations of this device keep the dtypes of their inputs."""
-    return torch.autocast(device_type=device.type, enabled=False)

@@ -10,18 +10,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lddyn.engine import layers
 from lddyn.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from lddyn.engine.anatomy import Anatomy
 
 FRONT, TAIL, HEAD, POST = "front", "tail", "head", "after the head"
 
@@ -106,14 +103,28 @@ class LedgerEntry:
         return "direct" if self.direct else "factored"
 
 
-class Watch(TorchFunctionMode):
-    """Sees every use of a trainable parameter; records it, and makes taps where asked."""
+class Accounts(Protocol):
+    """The parameters of a model, and the ledger that a watch writes into."""
 
-    def __init__(self, anatomy: Anatomy, tapping: bool, batch: tuple[int, int] | None = None):
+    trainable_by_id: dict[int, tuple[str, nn.Parameter]]
+    ledger: dict[str, LedgerEntry]
+    direct: set[str]
+
+
+class Watch(TorchFunctionMode):
+    """Sees every use of a trainable parameter while a segment runs, and records it.
+
+    Args:
+        accounts: The model's parameters and their ledger.
+        tapping: Make taps (in a replay); False: count what products cost (in a trace).
+        batch: Sequences and their tokens, where a pass is of several.
+    """
+
+    def __init__(self, accounts: Accounts, tapping: bool, batch: tuple[int, int] | None = None):
         super().__init__()
-        self.anatomy = anatomy
+        self.accounts = accounts
         self.tapping = tapping
-        self.batch = batch  # sequences and their tokens, where a pass is of several
+        self.batch = batch
         self.active = True
         self.segment = FRONT
         self.taps: list[Tap] = []
@@ -127,7 +138,7 @@ class Watch(TorchFunctionMode):
         # so that an id cannot be reused while we hold it.
         self.known: dict[int, tuple[Tensor, str, str, bool]] = {
             key: (parameter, name, "", False)
-            for key, (name, parameter) in anatomy.trainable_by_id.items()
+            for key, (name, parameter) in accounts.trainable_by_id.items()
         }
 
     def __torch_function__(
@@ -232,7 +243,7 @@ class Watch(TorchFunctionMode):
             return None
         result: Tensor
         base, parameter, suffix, transposed = self.known[id(args[0])]
-        if parameter in self.anatomy.direct:
+        if parameter in self.accounts.direct:
             return None
         if name in ("T", "mT", "t", "transpose") and base.dim() == 2:
             result = func(*args, **kwargs)
@@ -251,12 +262,12 @@ class Watch(TorchFunctionMode):
     def _direct(self, op: str, values: list[Any]) -> None:
         for value in values:
             if id(value) in self.known:
-                entry = self.anatomy.ledger[self.known[id(value)][1]]
+                entry = self.accounts.ledger[self.known[id(value)][1]]
                 entry.ops.add(op)
                 entry.segments.add(self.segment)
                 if not entry.direct:
                     entry.direct = True
-                    self.anatomy.direct.add(entry.parameter)
+                    self.accounts.direct.add(entry.parameter)
                     if self.tapping:
                         raise UnsupportedModelError(
                             f"{entry.parameter} met operation {op!r} only in a replay of "
@@ -287,10 +298,10 @@ class Watch(TorchFunctionMode):
         for slot, tensor in enumerate((weight, bias)):
             if tensor is not None and id(tensor) in self.known:
                 _, parameter, suffix, _ = self.known[id(tensor)]
-                entry = self.anatomy.ledger[parameter]
+                entry = self.accounts.ledger[parameter]
                 entry.ops.add(name)
                 entry.segments.add(self.segment)
-                if parameter not in self.anatomy.direct:
+                if parameter not in self.accounts.direct:
                     names[slot] = parameter + suffix
         out: Tensor = self._run(func, name, args, kwargs)
         if not self.tapping or names == [None, None]:

@@ -160,13 +160,10 @@ class Pullback:
 
 def pull(replay: Replay, cotangents: Tensor) -> tuple[Tensor, Factors]:
     """Cotangents (c, *output.shape) of a replayed segment -> (cotangents of its input, factors)."""
-    targets = replay.targets
-    if replay.input is not None:
-        targets.append(replay.input)
-    if not targets:
+    if not replay.targets:
         return cotangents, Factors()
     batch = cotangents.view(len(cotangents), *replay.output.shape)
-    gradients = batched_vjp([replay.output], targets, [batch])
+    gradients = batched_vjp([replay.output], replay.targets, [batch])
     state = gradients.pop() if replay.input is not None else cotangents
     factors = Factors.of(replay, gradients, len(cotangents))
     return (torch.zeros_like(cotangents) if state is None else state), factors

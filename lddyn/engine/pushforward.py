@@ -238,12 +238,13 @@ class Linearized:
 
 def linearize(replay: Replay) -> Linearized:
     """Builds the graph u -> pullback(u); its own pullback is the segment's Jacobian."""
-    targets = replay.targets
-    if replay.input is not None:
-        targets.append(replay.input)
     u = torch.zeros_like(replay.output).requires_grad_(True)
     gradients = torch.autograd.grad(
-        replay.output, targets, grad_outputs=u, create_graph=True, allow_unused=True
+        replay.output,
+        replay.targets,  # type: ignore[arg-type]  # edges and tensors may be mixed
+        grad_outputs=u,
+        create_graph=True,
+        allow_unused=True,
     )
     return Linearized(replay, u, gradients)
 

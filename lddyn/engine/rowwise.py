@@ -1,4 +1,6 @@
-"""Above the last attention a cotangent lives on one position: its factors there are rank one.
+"""Pulling one row for each cotangent through the tail and the last block's upper part.
+
+Above the last attention a cotangent lives on one position, so its factors there are rank one.
 
 The tail, and the top block from its attention output upwards, act on every position by itself. A
 cotangent of the token at p is pulled through them as one row of a plain backward pass, not as one
@@ -23,11 +25,10 @@ from lddyn.engine.factors import Factors, batched_vjp
 from lddyn.engine.guard import undisturbed
 from lddyn.engine.ledger import Gain
 from lddyn.engine.trace import Replay, Trace
+from lddyn.engine.trial import REPLAYED, Trial, UnfitError, close
 from lddyn.memory import is_out_of_memory
 
-
-class _Unfit(Exception):
-    """The segment cannot be replayed row by row."""
+ROWWISE = Trial("a segment acts on every position by itself")
 
 
 def pull_rows(
@@ -48,21 +49,18 @@ def pull_rows(
     """
     anatomy = trace.anatomy
     label = anatomy.segments[segment]
-    if not anatomy.rowwise.get(label, True):
-        return None
-    try:
-        tail = segment == len(anatomy.segments) - 1
-        result = (_tail if tail else _last_block)(trace, segment, rows, length, state)
-    except _Unfit:
-        anatomy.rowwise[label] = False
-        return None
-    anatomy.rowwise[label] = True
-    return result
+    pull = _tail if segment == len(anatomy.segments) - 1 else _last_block
+    return ROWWISE.attempt(anatomy, label, lambda: pull(trace, segment, rows, length, state))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """What of the last block is pulled back over all positions: shares of its products."""
+    """The part of the last block that is pulled back over all positions, of its products.
+
+    Attributes:
+        flops: As a fraction of their FLOPs.
+        width: As a fraction of their output elements.
+    """
 
     flops: float = 1.0
     width: float = 1.0
@@ -70,7 +68,7 @@ class Spread:
 
 @undisturbed
 def spread(trace: Trace) -> Spread:
-    """How much of the last block acts on more than a cotangent's own position.
+    """Which fraction of the last block acts on more than a cotangent's own position.
 
     Cost: a replay of the last block, and the pullback of one cotangent through tail and last block.
     """
@@ -124,33 +122,33 @@ def _last_block(
     ) -> Tensor:
         key, value = (x.detach().squeeze(0) for x in keys[0])
         if mask is None or mask.shape[-2:] != (len(rows), key.shape[1]):
-            raise _Unfit
-        found = layers.Rows(query.detach().squeeze(0), key, value, mask[0], scale, softcap)
-        attended.append((query, found))
-        return found.output.transpose(0, 1).unsqueeze(0)
+            raise UnfitError("the attention's mask has no row for each token")
+        some = layers.Rows(query.detach().squeeze(0), key, value, mask[0], scale, softcap)
+        attended.append((query, some))
+        return some.output.transpose(0, 1).unsqueeze(0)
 
     # What the keys and values of the whole prefix are made of; then the rows above them.
     with layers.intercepted(keep_keys):
         below = anatomy.replay(trace, segment, length)
     if len(keys) != 1 or below.input is None:
-        raise _Unfit
+        raise UnfitError(f"it attends {len(keys)} times by lddyn's attention, not once")
     with layers.intercepted(attend_rows):
         above = _replay_rows(trace, segment, rows, length)
     if len(attended) != 1 or above.input is None:
-        raise _Unfit
+        raise UnfitError(f"on single rows it attends {len(attended)} times, not once")
     query, middle = attended[0]
     # From the block's output down to the attention's, then from its queries to the block's input.
     first = _backward(above, above.output, state[None], 1, [above.input, middle.output])
     grad_output = first.pop()
     if grad_output is None:
-        raise _Unfit
+        raise UnfitError("its output does not depend on its attention")
     grad_query, grad_key, grad_value = middle.pull(grad_output)
     second = _backward(above, query, grad_query.unsqueeze(0), 2, [above.input])
     gradients = [
         y if x is None else x if y is None else x + y for x, y in zip(first, second, strict=True)
     ]
     below_gradients = batched_vjp(
-        keys[0], [*below.targets, below.input], (grad_key.unsqueeze(1), grad_value.unsqueeze(1))
+        keys[0], below.targets, (grad_key.unsqueeze(1), grad_value.unsqueeze(1))
     )
     moved = below_gradients.pop()
     if moved is None:
@@ -167,7 +165,11 @@ def _last_block(
 
 
 def _replay_rows(trace: Trace, segment: int, rows: Tensor, length: int) -> Replay:
-    """The segment on the gathered rows alone; raises `_Unfit` if they are not the forward's."""
+    """The segment on these rows alone.
+
+    Raises:
+        UnfitError: If the rows are not those of the forward pass.
+    """
     anatomy = trace.anatomy
     label = anatomy.segments[segment]
     positions = trace.positions[rows]
@@ -176,7 +178,8 @@ def _replay_rows(trace: Trace, segment: int, rows: Tensor, length: int) -> Repla
     except (RuntimeError, IndexError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        raise _Unfit from error  # the model's code takes its tokens for a whole sequence
+        # The model's code takes its tokens for a whole sequence.
+        raise UnfitError(f"its code refuses single rows: {error}") from error
     whole = all(
         tap.kind != "embedding"
         and "[" not in f"{tap.weight}{tap.bias}"  # packed experts
@@ -186,20 +189,18 @@ def _replay_rows(trace: Trace, segment: int, rows: Tensor, length: int) -> Repla
     scaled = {name for gain in replay.gains for name in (gain.weight, gain.bias)}
     direct = {n for n in anatomy.direct if label in anatomy.ledger[n].segments}
     if replay.routed or not whole or not direct <= scaled:
-        raise _Unfit
+        raise UnfitError("it routes tokens, or uses a parameter in another way than by row")
     last = segment == len(anatomy.segments) - 1
     expected = trace.hidden[rows] if last else trace.inputs[segment][0, positions]
-    found = replay.output.detach().reshape(-1, replay.output.shape[-1])
-    if found.shape != expected.shape or not _close(found, expected):
-        raise _Unfit
+    output = replay.output.detach().reshape(-1, replay.output.shape[-1])
+    if output.shape != expected.shape or not _same_rows(output, expected):
+        raise UnfitError("single rows have another output than in the whole sequence")
     return replay
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    """Whether every row agrees, up to the rounding of products of other sizes."""
-    limit = 1e-4 if found.element_size() >= 4 else 5e-2
-    found, expected = found.flatten(1).double(), expected.flatten(1).double()
-    return bool(((found - expected).norm(dim=1) <= limit * expected.norm(dim=1)).all())
+def _same_rows(value: Tensor, expected: Tensor) -> bool:
+    limit = REPLAYED.of(value.dtype)
+    return close(value.flatten(1), expected.flatten(1), limit, by_row=True)
 
 
 def _backward(
@@ -224,8 +225,8 @@ def _backward(
         if one is None:
             continue
         rows, moved = (x.reshape(-1, tap.width) for x in (one, other))
-        if len(rows) != count or not _close(moved, rows * weights[:, None]):
-            raise _Unfit
+        if len(rows) != count or not _same_rows(moved, rows * weights[:, None]):
+            raise UnfitError(f"{tap.weight or tap.bias} does not act row by row")
     return list(plain)
 
 
@@ -258,7 +259,7 @@ def _factors(
         known = gain.weight in axes or len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
         axis = axes.get(gain.weight, len(shape) - 2)
         if not known or shape[axis] != replay.output.shape[1]:
-            raise _Unfit
+            raise UnfitError(f"the axis of the tokens in {gain.weight or gain.bias} is unclear")
         rows, normalized = (
             x.movedim(axis, 0).reshape(x.shape[axis], -1, x.shape[-1])
             for x in (gradient, gain.normalized)

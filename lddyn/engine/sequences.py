@@ -1,4 +1,4 @@
-"""Gradients of whole sequences, ∇ Σ_m log π(y_m): one cotangent each, many sequences in a batch.
+"""Gradients of whole sequences, ∇ Σ_m w_m log π(y_m), as factors, many sequences in a batch.
 
 Sequences of nearly one length are padded on the right and share a forward and a backward pass.
 Under a causal model padding changes nothing before it, and its own cotangents are zero; the
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ from lddyn.engine.guard import undisturbed
 from lddyn.engine.head import back_project
 from lddyn.engine.pullback import segments_down
 from lddyn.engine.trace import Batch, Replay
+from lddyn.engine.trial import REPLAYED, Trial, UnfitError, close
 from lddyn.errors import UnsupportedModelError
-from lddyn.memory import is_out_of_memory
 
 _STEP = 16  # lengths are padded to multiples: products of few shapes, and more in a batch
 
@@ -39,11 +40,19 @@ _STEP = 16  # lengths are padded to multiples: products of few shapes, and more 
 def batches(
     anatomy: Anatomy, examples: Sequence[Example], size: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Which examples share a pass, and of how many tokens: (length, at most `size` places).
+    """Which examples share a pass, and of how many tokens.
 
-    A sequence's length is its own affair: up to its last token that counts, in steps of 16. It is
-    that of all its tokens, alone, where the model does not keep sequences apart, or where what
-    follows changes what the first tokens see (rotary embeddings that rescale).
+    A sequence is cut after its last counted token, rounded up to 16. It keeps all of its tokens and
+    gets a pass of its own if the model does not keep sequences apart, or if later tokens change
+    what earlier ones see (rotary embeddings that rescale).
+
+    Args:
+        anatomy: The model.
+        examples: The sequences.
+        size: Most of them in one pass.
+
+    Yields:
+        The length of a pass in tokens, and the indices of its examples.
     """
     limit = anatomy.max_positions or math.inf
     size, apart = (size, True) if keeps_apart(anatomy) else (1, False)
@@ -81,36 +90,41 @@ def pass_together(
         apart: Whether gradients of directly used parameters are taken sequence by sequence.
             Default: whether the model keeps sequences apart.
     """
+    together = APART.verdict(anatomy, "") is True
     for example in examples:
         anatomy.check_limits(example)
-        if not anatomy.apart:
-            anatomy.trace(example)  # what it alone reaches, as an expert, enters the ledger
+        if not together:
+            anatomy.trace(example)  # an expert that it alone reaches enters the ledger
     rows = [list(e.ids[:length]) + [e.ids[0]] * (length - e.length) for e in examples]
     ids = torch.tensor(rows, device=anatomy.device)
-    return anatomy.batch(ids, bool(anatomy.apart) if apart is None else apart, keep)
+    return anatomy.batch(ids, together if apart is None else apart, keep)
 
 
 @undisturbed
 def keeps_apart(anatomy: Anatomy) -> bool:
-    """Whether batches of a model give the gradients that its sequences have alone.
+    """Whether the sequences of a batch have the gradients that each has alone.
 
-    Call after a `trace`; known from the first time on. Cost: passes over twice 16 tokens.
+    On a CPU, to the bit. Call after a `trace`. The first call costs passes over two sequences of 16
+    tokens; the verdict is remembered.
     """
-    if anatomy.apart is None:
-        count = min(_STEP, anatomy.max_positions or _STEP)
-        ids = torch.arange(2 * count, device=anatomy.device).view(2, count) % anatomy.vocabulary
-        try:
-            pair = _probe(anatomy, ids, apart=True)
-            alone = _probe(anatomy, ids[:1], apart=False)
-            anatomy.apart = all(map(_agree, alone, pair))
-            if ids.device.type == "cpu":  # a GPU's bits are not the same twice
-                single = _probe(anatomy, ids[:1], apart=True)
-                anatomy.apart = anatomy.apart and all(map(_same_bits, single, pair))
-        except Exception as error:  # whatever code raises that takes one sequence at a time
-            if is_out_of_memory(error):
-                raise
-            anatomy.apart = False
-    return anatomy.apart
+    return APART.passes(anatomy, "", lambda: _check_apart(anatomy))
+
+
+APART = Trial("the sequences of a batch keep apart", tolerant=True)
+
+
+def _check_apart(anatomy: Anatomy) -> bool:
+    count = min(_STEP, anatomy.max_positions or _STEP)
+    ids = torch.arange(2 * count, device=anatomy.device).view(2, count) % anatomy.vocabulary
+    pair = _probe(anatomy, ids, apart=True)
+    alone = _probe(anatomy, ids[:1], apart=False)
+    if not all(map(_agree, alone, pair)):
+        raise UnfitError("a sequence has other gradients beside another one")
+    if ids.device.type == "cpu":  # a GPU's bits differ from run to run
+        single = _probe(anatomy, ids[:1], apart=True)
+        if not all(map(_same_bits, single, pair)):
+            raise UnfitError("a sequence's gradients are rounded otherwise beside another one")
+    return True
 
 
 def _probe(anatomy: Anatomy, ids: Tensor, apart: bool) -> list[Factors]:
@@ -120,14 +134,14 @@ def _probe(anatomy: Anatomy, ids: Tensor, apart: bool) -> list[Factors]:
         size = batch.hidden[0].numel()
         entries = torch.linspace(-1, 1, size, device=ids.device).view_as(batch.hidden[0])
         state = (entries + torch.zeros_like(batch.hidden)).to(batch.hidden)
-        found = []
+        parts = []
         for segment in segments_down(anatomy):
             replay = _segment(anatomy, batch, segment)
             if replay.routed and apart:
-                raise ValueError("tokens are picked by their values")
+                raise UnfitError("it picks tokens by their values")
             state, factors = _pull_apart(replay, state, apart)
-            found.append(factors)
-    return found
+            parts.append(factors)
+    return parts
 
 
 def _same_bits(alone: Factors, pair: Factors) -> bool:
@@ -151,8 +165,7 @@ def _agree(
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    limit = 1e-4 if one.element_size() >= 4 else 5e-2
-    return float((one.double() - other.double()).norm()) <= limit * float(one.double().norm())
+    return close(other, one, REPLAYED.of(one.dtype))
 
 
 # --------------------------------------------------------------------------- pulling
@@ -207,17 +220,17 @@ def _head(anatomy: Anatomy, hidden: Tensor, example: Example, weight: Tensor | N
 
 
 def _pull_apart(replay: Replay, state: Tensor, apart: bool) -> tuple[Tensor, Factors]:
-    """`pull` of one cotangent for each sequence of a batch (B, T, d)."""
-    targets = [tap.edge for tap in replay.taps]
-    targets += [x.edge for x in replay.gains] if apart else [x for _, x, _ in replay.direct]
+    """Pulls one cotangent for each sequence of a batch (B, T, d) through a segment."""
+    targets: list[Any] = [tap.edge for tap in replay.taps]
+    targets += [x.edge for x in (replay.gains if apart else replay.direct)]
     if replay.input is not None:
         targets.append(replay.input)
     if not targets:
         return state, Factors()
-    found = torch.autograd.grad(replay.output, targets, state, allow_unused=True)
-    below = found[-1] if replay.input is not None else state
+    gradients = torch.autograd.grad(replay.output, targets, state, allow_unused=True)
+    below = gradients[-1] if replay.input is not None else state
     factors, count = Factors(), len(state)
-    for tap, delta in zip(replay.taps, found, strict=False):
+    for tap, delta in zip(replay.taps, gradients, strict=False):
         if delta is not None:
             if count > 1 and len(tap.activations) != count * state.shape[1]:
                 raise UnsupportedModelError(
@@ -227,7 +240,7 @@ def _pull_apart(replay: Replay, state: Tensor, apart: bool) -> tuple[Tensor, Fac
                 )
             x = tap.activations.view(count, -1, *tap.activations.shape[1:])
             factors.taps.append((replace(tap, activations=x), delta.reshape(count, -1, tap.width)))
-    rest = found[len(replay.taps) :]
+    rest = gradients[len(replay.taps) :]
     for (name, _, _), gradient in zip(() if apart else replay.direct, rest, strict=False):
         if gradient is not None:
             factors.direct[name] = gradient[None]

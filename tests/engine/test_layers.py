@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from lddyn.engine import layers
 from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.recognise import ELEMENTWISE, ROTATES
 
 torch.set_num_threads(1)
 
@@ -373,6 +374,12 @@ def test_rows_of_attention_are_rows_of_its_pullback():
 # --------------------------------------------------------------------------- recognition
 
 
+def verdicts(trial, anatomy):
+    """Whether the modules, or files, that a trial met passed it: a set of True and False."""
+    known = trial.verdicts(anatomy.recogniser.owner)
+    return {trial.verdict(anatomy.recogniser.owner, key) for key in known}
+
+
 def replayed(model, example=None):
     anatomy = Anatomy(model)
     trace = anatomy.trace(example or zoo.examples()[0])
@@ -412,9 +419,9 @@ EXPECTED = {
 @pytest.mark.parametrize("name", zoo.ARCHITECTURES)
 def test_what_is_recognised(name):
     anatomy = replayed(zoo.build(name))
-    found = [x for x in anatomy._norms.values() if x is not None]
+    found = [x for x in anatomy.recogniser.norms.values() if x is not None]
     kinds = {(x.centred, x.shift) for x in found}
-    activations, rotary = set(anatomy._activations.values()), set(anatomy._rotary.values())
+    activations, rotary = verdicts(ELEMENTWISE, anatomy), verdicts(ROTATES, anatomy)
     norms, kind, activated, rotated = EXPECTED[name]
     assert (len(found), kinds) == (norms, {kind})
     assert activations == (set() if activated is None else {activated})
@@ -427,9 +434,9 @@ def test_zero_angles_prove_nothing():
     trace = anatomy.trace(zoo.examples()[0])
     with anatomy.analysis():
         anatomy.replay(trace, 1, 1)
-        assert anatomy._rotary == {}
+        assert verdicts(ROTATES, anatomy) == set()
         anatomy.replay(trace, 1, trace.length)
-        assert list(anatomy._rotary.values()) == [False]
+        assert verdicts(ROTATES, anatomy) == {False}
 
 
 class Shifted(nn.Module):
@@ -535,7 +542,7 @@ def with_activation(activation):
 
 def test_softmax_for_an_activation_is_left_alone():
     anatomy = replayed(with_activation(lambda: nn.Softmax(-1)))
-    assert set(anatomy._activations.values()) == {False}
+    assert verdicts(ELEMENTWISE, anatomy) == {False}
 
 
 def test_parameters_of_an_activation_have_gradients():
@@ -549,7 +556,7 @@ def test_parameters_of_an_activation_have_gradients():
         edge = edges["model.layers.0.mlp.act_fn.slope"]
         (found,) = torch.autograd.grad(replay.output.sum(), edge)
     assert float(found.abs()) > 0
-    assert anatomy._activations == {}
+    assert verdicts(ELEMENTWISE, anatomy) == set()
 
 
 def test_product_of_two_activations_is_not_one_gate():
@@ -571,7 +578,7 @@ def test_product_of_two_activations_is_not_one_gate():
     anatomy = Anatomy(model)
     sides = [Side.log_probs(anatomy.trace(e)) for e in zoo.examples()]
     assert zoo.normalised_error(token_gram(sides[:1], sides[1:]), truth, scale) < 5e-6
-    assert set(anatomy._activations.values()) == {True}
+    assert verdicts(ELEMENTWISE, anatomy) == {True}
 
 
 # --------------------------------------------------------------------------- no trace is left
@@ -622,4 +629,4 @@ def test_a_forward_of_the_users_own_is_put_back():
     norm.forward = own
     anatomy = replayed(model)
     assert norm.__dict__["forward"] is own
-    assert anatomy._norms[norm] is None
+    assert anatomy.recogniser.norms[norm] is None

@@ -13,6 +13,7 @@ from lddyn.engine.factors import Factors, Shelf, merge, over_rows, pair, summed
 from lddyn.engine.gram import Side, token_gram
 from lddyn.engine.guard import true_float64
 from lddyn.engine.pullback import Pullback
+from lddyn.engine.rowwise import ROWWISE
 
 torch.set_num_threads(1)
 
@@ -33,7 +34,9 @@ GAPS = lddyn.Example(
 def pulled(trace, cotangents, chunk=16, rows=None, dense=False):
     """[(rows, state, factors)] of the tail and the last block, chunk by chunk."""
     anatomy = trace.anatomy
-    anatomy.rowwise = dict.fromkeys(anatomy.segments[-2:], False) if dense else {}
+    ROWWISE.verdicts(anatomy).clear()
+    for segment in anatomy.segments[-2:] if dense else ():
+        ROWWISE.settle(anatomy, segment, False, "to compare with")
     last = len(anatomy.blocks)
     with anatomy.analysis():
         down = Pullback(trace, cotangents, rows, chunk)
@@ -74,7 +77,7 @@ def gradients(factors):
 def assert_same_pull(trace, limit, **options):
     cotangents = torch.randn_like(trace.logits)
     short = pulled(trace, cotangents, **options)
-    took = dict(trace.anatomy.rowwise)
+    took = {s: ROWWISE.verdict(trace.anatomy, s) for s in trace.anatomy.segments}
     long = pulled(trace, cotangents, dense=True, **options)
     for (rows, state, one), (same, expected, other) in zip(short, long, strict=True):
         assert torch.equal(rows, same)

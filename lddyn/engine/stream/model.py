@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lddyn.engine.blocks import find_blocks
 from lddyn.engine.guard import undisturbed
-from lddyn.engine.recognise import find_blocks
 from lddyn.engine.stream.pieces import Origin, absent_tensor, checkpoint, find_origins, from_host
 from lddyn.engine.stream.weights import Block, OnDemand, Weights
 from lddyn.errors import UnsupportedModelError

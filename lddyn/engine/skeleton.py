@@ -1,0 +1,208 @@
+"""A causal language model's parts, and its own forward pass with some of them replaced.
+
+The skeleton is what is left of a model when blocks and head are taken out: embeddings, masks,
+rotary angles, norms. The engine runs the model's own forward with blocks and head replaced, so that
+it needs no code for any architecture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lddyn.engine import guard
+from lddyn.engine.blocks import RunBlock, bind_block, find_blocks
+from lddyn.engine.ledger import FRONT, HEAD, TAIL, LedgerEntry
+from lddyn.engine.recognise import Recogniser
+from lddyn.engine.streamed import is_streamed
+from lddyn.errors import UnsupportedModelError
+
+
+class Skeleton:
+    """The parts of a model, the ledger of its parameters, and forward passes with replaced parts.
+
+    Attributes:
+        model: The model as it was given, without a torch.compile wrapper.
+        base: The transformers model inside of adapters.
+        head: Its output layer.
+        blocks: Its decoder layers.
+        attention: "lddyn" or "eager".
+        trainable: Parameters with requires_grad=True, by canonical name.
+        ledger: How each of them is accounted for.
+        direct: Those that are differentiated directly, not as factors.
+    """
+
+    def __init__(self, model: nn.Module, attention: str, allow_frozen: bool):
+        model = getattr(model, "_orig_mod", model)  # a torch.compile wrapper
+        self.model, self.attention = model, attention
+        base: Any = guard.inside_adapters(model)
+        if not hasattr(base, "get_output_embeddings") or not hasattr(base, "config"):
+            raise UnsupportedModelError(
+                f"expected a transformers causal LM (with get_output_embeddings and config), got "
+                f"{type(model).__name__}: load it with AutoModelForCausalLM"
+            )
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                "prompt-learning adapters (prompt, prefix or p-tuning) add virtual tokens that no "
+                "Example holds; LoRA-type adapters are supported"
+            )
+        self.base, self.head = base, _linear_head(base)
+        self.blocks = find_blocks(base)
+        with guard.lock_of(model):  # another thread's analysis may have switched gradients off
+            self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.trainable and not allow_frozen:
+            raise UnsupportedModelError(
+                "no parameter has requires_grad=True: nothing can be updated, K is zero"
+            )
+        self.trainable_by_id = {id(p): (n, p) for n, p in self.trainable.items()}
+        self.ledger = {n: LedgerEntry(n, tuple(p.shape)) for n, p in self.trainable.items()}
+        self.direct: set[str] = set()
+        self.head_weight = self._name_of(self.head.weight)
+        self.head_bias = self._name_of(self.head.bias)
+        self.streamed = any(map(is_streamed, model.parameters()))
+        if self.blocks[0]._forward_pre_hooks or self.blocks[-1]._forward_hooks:
+            # Elsewhere a hook that changes a hidden state is seen: one block's output is not the
+            # next one's input.
+            raise UnsupportedModelError(
+                f"the first or last block ({type(self.blocks[0]).__name__}) has forward hooks at "
+                "the end of the stack, which a replay would run at the wrong place: remove them, "
+                "or hook a module inside the block"
+            )
+        self.recogniser = Recogniser({key: name for key, (name, _) in self.trainable_by_id.items()})
+        # Length of the tuple that block i returns; 0 where it returns a tensor. Known by a trace.
+        self.tuples = [0] * len(self.blocks)
+
+    def _name_of(self, parameter: Tensor | None) -> str | None:
+        return self.trainable_by_id.get(id(parameter), (None,))[0]
+
+    # ----- facts
+
+    @property
+    def segments(self) -> list[str]:
+        """Segment names from input to output, the head excluded."""
+        return [FRONT, *(f"block {i}" for i in range(len(self.blocks))), TAIL]
+
+    @property
+    def device(self) -> torch.device:
+        """The head's device, which is that of ids and cotangents too."""
+        return self.head.weight.device
+
+    @property
+    def vocabulary(self) -> int:
+        """V, rows of the head."""
+        return int(self.head.weight.shape[0])
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head's weight is also used by another segment."""
+        return self.head_weight is not None and bool(
+            self.ledger[self.head_weight].segments - {HEAD}
+        )
+
+    def shared(self) -> list[str]:
+        """Parameters that more than one segment uses (a head tied to the embedding included)."""
+        return [e.parameter for e in self.ledger.values() if len(e.segments) > 1]
+
+    def lowest_segment(self) -> int:
+        """Index of the first segment that holds a trainable parameter: pullbacks stop there."""
+        names = self.segments
+        used = {s for e in self.ledger.values() for s in e.segments if s in names}
+        return min((names.index(s) for s in used), default=len(names))
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence the model was built for, in tokens; None if its config has no limit."""
+        return getattr(self.base.config, "max_position_embeddings", None)
+
+    # ----- changing the model, and changing it back
+
+    @contextlib.contextmanager
+    def analysis(self, own_attention: bool = True) -> Iterator[None]:
+        """Evaluation mode, lddyn's attention, no weight gradients; everything restored on exit.
+
+        Threads that analyse the same model take turns.
+
+        Args:
+            own_attention: Use `self.attention`; False: the one that the model's config names.
+        """
+        with guard.lock_of(self.model), guard.Undo() as undo:
+            guard.register_attention()
+            guard.freeze(self.model, undo)
+            guard.keep_buffers(self.model, undo)
+            attention = self.attention
+            if attention == "lddyn" and not getattr(
+                self.base, "_supports_attention_backend", False
+            ):
+                attention = "eager"
+            names = {guard.EXPERTS: "eager"}
+            if own_attention:
+                names[guard.ATTENTION] = attention
+            guard.implement(self.model, names, undo)
+            guard.evaluate(self.model, undo)
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                guard.no_autocast(self.device),
+                guard.eager_code(self.model),
+            ):
+                yield
+
+    @contextlib.contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """Within an analysis: every trainable parameter requires its gradient."""
+        parameters = list(self.trainable.values())
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+
+    # ----- forward passes with replaced parts
+
+    @contextlib.contextmanager
+    def patched(self, block: RunBlock, head: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Replaces every block's forward by block(i, original, args, kwargs), and the head's."""
+        with guard.Undo() as undo:
+            for i, module in enumerate(self.blocks):
+                undo.set(module, "forward", bind_block(block, i, module.forward))
+            undo.set(self.head, "forward", head)
+            yield
+
+    def run(self, ids: Tensor) -> Any:
+        """The model's own forward pass on token ids (B, T)."""
+        return self.base(input_ids=ids, use_cache=False, return_dict=True)
+
+    def output(self, i: int, x: Tensor) -> Tensor | tuple[Tensor | None, ...]:
+        """A hidden state in the form in which block i returns its output."""
+        return (x, *[None] * (self.tuples[i] - 1)) if self.tuples[i] else x
+
+    def whole(self, i: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A block as part of a plain pass; a streamed one is run again on the way back."""
+        if self.streamed and torch.is_grad_enabled():
+            return checkpoint(
+                forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+            )
+        return forward(*args, **kwargs)
+
+    def no_logits(self, hidden: Tensor) -> Tensor:
+        """Zeros (1, 1, V) that stand for the head's output where nobody reads it."""
+        return hidden.new_zeros(()).expand(1, 1, self.vocabulary)
+
+
+def _linear_head(base: Any) -> nn.Linear:
+    head = base.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModelError(f"{type(base).__name__} has no output embedding (lm_head)")
+    if not isinstance(head, nn.Linear):
+        raise UnsupportedModelError(
+            f"the head must be an nn.Linear, got {type(head).__name__}: merge adapters "
+            "on lm_head first (lddyn takes the head in closed form)"
+        )
+    return head
