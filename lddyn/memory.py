@@ -1,35 +1,39 @@
-"""Memory budgets in bytes, what counts as out of memory, and CPU threads."""
+"""Memory budgets in bytes, what counts as running out of memory, and CPU threads."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
 
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception is an allocator's refusal, on GPU or CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-
-
-# 4 GiB; on a GPU, whose kernels want many rows, a third of what is free.
 DEFAULT_MEMORY = "auto"
 
 _UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
+_GIB = _UNITS["GIB"]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, of a GPU or of the CPU, could not be allocated."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
 
 def parse_memory(memory: int | str, device: torch.device | None = None) -> int:
-    """Bytes of a budget such as "2GiB", "500MB" or a plain number of bytes.
+    """Bytes of a budget such as "2GiB", "500MB", a plain number of bytes, or "auto".
 
-    "auto" is 4 GiB, or a third of the free memory of a GPU where that is more.
+    Args:
+        memory: The budget. "auto" is 4 GiB; on a GPU, whose kernels want many rows, a third of its
+            free memory where that is more.
+        device: Where the memory is; only "auto" depends on it.
 
     Raises:
-        ValueError: If the text is not a positive number followed by a unit.
+        ValueError: If the budget is not a positive number followed by a unit.
 
     Example:
         >>> parse_memory("2GiB")
@@ -37,7 +41,7 @@ def parse_memory(memory: int | str, device: torch.device | None = None) -> int:
     """
     if memory == "auto":
         cuda = device is not None and device.type == "cuda"
-        return max(_UNITS["GIB"] * 4, torch.cuda.mem_get_info(device)[0] // 3 if cuda else 0)
+        return max(4 * _GIB, torch.cuda.mem_get_info(device)[0] // 3 if cuda else 0)
     if isinstance(memory, int) and not isinstance(memory, bool):
         value = memory
     else:
@@ -47,18 +51,54 @@ def parse_memory(memory: int | str, device: torch.device | None = None) -> int:
         try:
             value = int(float(digits) * _UNITS[unit])
         except (KeyError, ValueError, OverflowError):
-            raise ValueError(f"memory must look like '2GiB' or '500MB', got {memory!r}") from None
+            raise ValueError(
+                f"memory must look like '2GiB', '500MB' or 'auto', got {memory!r}"
+            ) from None
     if value <= 0:
         raise ValueError(f"memory must be positive, got {memory!r}")
     return value
 
 
+def in_gib(count: int) -> str:
+    """A number of bytes for people: in GiB with three digits, and in bytes where that is little.
+
+    Example:
+        >>> in_gib(3 * 2**30), in_gib(1_500_000), in_gib(900)
+        ('3.00 GiB', '0.00140 GiB', '900 bytes')
+    """
+    if count < 2**20:
+        return f"{count:,} bytes"
+    value = count / _GIB
+    return f"{value:.0f} GiB" if value >= 100 else f"{value:#.3g} GiB"
+
+
+_THREADS = threading.Lock()  # held while the two below change
+
+_users = 0  # of the number of threads that is set
+
+_before = 0  # torch's number of threads when the first of them came
+
+
 @contextlib.contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Products that are split over more threads round in another way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if count is None else count)
+    """Runs torch with this many CPU threads within; None leaves their number as it is.
+
+    Products that are split over another number of threads are rounded otherwise. torch has one
+    number for the whole process: it is reset when the last of several users leaves.
+    """
+    global _before, _users
+    if count is None:
+        yield
+        return
+    with _THREADS:
+        if not _users:
+            _before = torch.get_num_threads()
+        _users += 1
+        outer = torch.get_num_threads()
+        torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _THREADS:
+            _users -= 1
+            torch.set_num_threads(outer if _users else _before)
