@@ -6,6 +6,7 @@ LDDYN_CUDA_ARCHS="80 90 100" its targets, the last one also as PTX.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,16 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-CSRC = Path(__file__).parent.absolute() / "csrc"
+ROOT = Path(__file__).parent.absolute()
+CSRC = ROOT / "csrc"
 ARCHS = os.environ.get("LDDYN_CUDA_ARCHS", "80 90 100").replace(",", " ").split()
+
+
+def readme():
+    """README.md for places outside the repository: no pictures, links as the names of files."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n+", "", text)
+    return re.sub(r"(?<!!)\[([^\]]*)\]\((?!https?:)([^)#]*)[^)]*\)", r"\1 (`\2`)", text)
 
 
 def find_nvcc():
@@ -70,6 +79,8 @@ class NinjaBuild(build_ext):
 
 
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     packages=[*find_packages(include=["lddyn", "lddyn.*"]), "lddyn.kernels"],
     package_dir={"lddyn.kernels": "kernels"},
     package_data={"lddyn": ["py.typed"], "lddyn.report": ["templates/*"]},
