@@ -5,6 +5,7 @@ import doctest
 import importlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -284,6 +285,16 @@ def test_examples_in_docstrings_run(module, monkeypatch, tmp_path):
     loaded = importlib.import_module(module)
     result = doctest.testmod(loaded, extraglobs={"lddyn": lddyn, "torch": torch})
     assert result.failed == 0
+
+
+def test_the_readme_of_the_package_has_no_relative_link(monkeypatch):
+    """A package index shows it outside the repository."""
+    setuptools, said = pytest.importorskip("setuptools"), {}
+    monkeypatch.setattr(setuptools, "setup", said.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    links = re.findall(r"\]\(([^)]*)\)", said["long_description"])
+    assert all(link.startswith("https://") for link in links), links
+    assert said["long_description"].startswith("# lddyn")
 
 
 def test_the_version_is_one():
