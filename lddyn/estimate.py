@@ -77,18 +77,22 @@ class Estimate(Result):
         """
         value, stderr = self.value.double(), self.stderr.double()
         empty = value.numel() == 0
-        return plain(  # type: ignore[no-any-return]
-            {
-                "shape": list(value.shape),
-                "samples": self.samples,
-                "mean": None if empty else float(value.mean()),
-                "largest_stderr": None if empty else float(stderr.max()),
-                "largest_relative_stderr": (
-                    None
-                    if empty
-                    else float((stderr / value.abs()).nan_to_num(0.0, posinf=float("inf")).max())
-                ),
-            }
+        return dict(
+            plain(
+                {
+                    "shape": list(value.shape),
+                    "samples": self.samples,
+                    "mean": None if empty else float(value.mean()),
+                    "largest_stderr": None if empty else float(stderr.max()),
+                    "largest_relative_stderr": (
+                        None
+                        if empty
+                        else float(
+                            (stderr / value.abs()).nan_to_num(0.0, posinf=float("inf")).max()
+                        )
+                    ),
+                }
+            )
         )
 
     def explain(self) -> str:

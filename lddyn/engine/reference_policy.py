@@ -61,10 +61,10 @@ def check_reference(reference: Reference, pairs: int) -> Tensor | None:
             )
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"reference must be {_KINDS}, got {reference!r}") from None
-    wanted = [(2, pairs), (2,)] if pairs == 1 else [(2, pairs)]
-    if tuple(values.shape) not in wanted:
+    shapes = [(2, pairs), (2,)] if pairs == 1 else [(2, pairs)]
+    if tuple(values.shape) not in shapes:
         raise ValueError(
-            f"reference log-probs (y+, y−) must have the shape {wanted[-1]}, got "
+            f"reference log-probs (y+, y−) must have the shape {shapes[-1]}, got "
             f"{tuple(values.shape)}"
         )
     if not bool(values.isfinite().all()):

@@ -484,8 +484,8 @@ def row_squares(
     if probes is None and error > rtol:
         # The pilot decides once. Adding probes until the error looks small would prefer samples
         # whose error looks smaller than it is.
-        wanted = int(len(adds) * (error / rtol) ** 2 * 1.2) + 1
-        result = estimate(max(pilot, min(wanted, limit - 2 * k)))
+        required = int(len(adds) * (error / rtol) ** 2 * 1.2) + 1
+        result = estimate(max(pilot, min(required, limit - 2 * k)))
         error = relative(result)
     if error > 1.25 * rtol:
         sampling.missed(error, k, len(adds), "given" if probes else f"limit = {limit}")

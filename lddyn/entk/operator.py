@@ -270,7 +270,7 @@ class NTK:
         out = self.observed.logits.new_zeros(self.shape[0], self.shape[2], len(ids))
         rows, mix = self.products.one_hot(ids)
         if mix is None:
-            for start in range(0, len(ids), 8):  # pairs of different tokens are not wanted
+            for start in range(0, len(ids), 8):  # pairs of different tokens are wasted work
                 part = rows[torch.arange(start, min(start + 8, len(ids)), device=ids.device)]
                 for at, gram in self.products.blocks(part, part):
                     out[:, at, start : start + 8] = gram.transpose(1, 2).diagonal(dim1=2, dim2=3)

@@ -4,7 +4,7 @@
 
 is what update token l did to observed token m. Its row sums are the first-order change of
 log π(y_m); along a finite step the observed gradient is taken at the start (error η²), at the
-midpoint (η³) or by Simpson's rule (η⁵). Each answer is computed twice, by pairing factors and by
+midpoint (η³) or by Simpson's rule (η⁵). Each change is computed twice, by pairing factors and by
 pushing the whole step forward, and the two must agree.
 """
 

@@ -22,7 +22,7 @@ KIND, FORMAT = "lddyn.Decomposition", 1
 
 
 class Questions(Protocol):
-    """Who answers questions about a step after it was decomposed: `lddyn.steps.session.Session`."""
+    """Answers questions about a step after it was decomposed: `lddyn.steps.session.Session`."""
 
     def token_effects(self, observed: Observed, index: int) -> Tensor:
         """See `Observed.token_effects`."""
@@ -171,17 +171,19 @@ class Observed(Result):
 
     def summary(self) -> dict[str, Any]:
         """Totals over the response's tokens, in nats, JSON-safe."""
-        return plain(  # type: ignore[no-any-return]
-            {
-                "name": self.name,
-                "tokens": len(self.token_ids),
-                "logp": float(self.logp.sum()),
-                "delta_logp": float(self.delta_logp.sum()),
-                "by_sequence": {k: float(v.sum()) for k, v in self.by_sequence().items()},
-                "by_block": self.by_parameter("block"),
-                "error_estimate": float(self.error_estimate.sum()),
-                "agreement": self.agreement,
-            }
+        return dict(
+            plain(
+                {
+                    "name": self.name,
+                    "tokens": len(self.token_ids),
+                    "logp": float(self.logp.sum()),
+                    "delta_logp": float(self.delta_logp.sum()),
+                    "by_sequence": {k: float(v.sum()) for k, v in self.by_sequence().items()},
+                    "by_block": self.by_parameter("block"),
+                    "error_estimate": float(self.error_estimate.sum()),
+                    "agreement": self.agreement,
+                }
+            )
         )
 
     def explain(self) -> str:
@@ -419,7 +421,9 @@ class Decomposition(Result):
 
     @classmethod
     def load(cls, path: str | Path) -> Decomposition:
-        """Reads what `save` wrote, to the bit; it answers no questions that need the model.
+        """Reads what `save` wrote, to the bit.
+
+        The methods that need the model (`verify`, `real_step`, `token_effects`) raise afterwards.
 
         Raises:
             ValueError: If a file is missing, damaged or of another format.

@@ -38,7 +38,7 @@ class MassFlow(Result):
     """The result of `massflow`: predicted and measured flow at every position of a response.
 
     Attributes:
-        name: Of the observed response.
+        name: Name of the observed response.
         labels: Its tokens y_m, (M,) int64.
         tokens: Their texts.
         log_probs: log π before the step, (M, V) float64, in nats.
@@ -46,7 +46,7 @@ class MassFlow(Result):
             order.
         predicted: Flow of the first-order step: the logits move by the exact −η A K G.
         measured: Flow of a real step.
-        settings: Of the decomposition: objective, optimizer, learning rate.
+        settings: Objective, optimizer and learning rate of the step.
         text_of: Maps a token id to its text.
     """
 
@@ -76,7 +76,7 @@ class MassFlow(Result):
         Args:
             position: m.
             count: How many of each.
-            measured: Of the real step; False: of the prediction.
+            measured: Whether in the real step; False: in the prediction.
 
         Returns:
             {"gainers": [{"token_id", "token", "change"}, …], "losers": […]}, strongest first; the
@@ -287,7 +287,7 @@ def massflow(
         progress: Show progress bars.
 
     Returns:
-        MassFlow; printing it gives a table.
+        MassFlow, which prints as a table.
 
     Raises:
         ValueError: If top is not positive, or as `decompose` says; its other errors too.

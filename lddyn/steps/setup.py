@@ -1,4 +1,4 @@
-"""What one decomposition was asked for, fixed when it was asked; and the update at one point."""
+"""The arguments of one decomposition, checked and fixed; and the update at one parameter point."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lddyn.steps.rules import Rule, rule_named
 
 @dataclass(frozen=True)
 class Setup:
-    """The question of one decomposition; nothing in it changes when the caller's objects do.
+    """What one decomposition is made of; later changes of the caller's objects do not reach it.
 
     Attributes:
         anatomy: The opened model, at the parameters before the step.

@@ -49,21 +49,23 @@ class Verification(Result):
 
     def summary(self) -> dict[str, Any]:
         """Largest rate, totals over tokens there in nats, relative error, slope and its target."""
-        return plain(  # type: ignore[no-any-return]
-            {
-                "lr": self.lrs[0],
-                "measured": float(self.measured[0].sum()),
-                "predicted": float(self.predicted[0].sum()),
-                "relative_error": self.relative_error,
-                "slope": self.slope,
-                "expected": self.expected,
-                "answer_error": self.answer_error,
-                "dtype": self.dtype,
-            }
+        return dict(
+            plain(
+                {
+                    "lr": self.lrs[0],
+                    "measured": float(self.measured[0].sum()),
+                    "predicted": float(self.predicted[0].sum()),
+                    "relative_error": self.relative_error,
+                    "slope": self.slope,
+                    "expected": self.expected,
+                    "answer_error": self.answer_error,
+                    "dtype": self.dtype,
+                }
+            )
         )
 
     def explain(self) -> str:
-        """One line per learning rate, then the slope and what it says."""
+        """One line per learning rate, then the slope, and what a wrong slope means."""
         lines = [
             f"lr {lr:.3g}: measured {float(m.sum()):+.6g} nats, predicted {float(p.sum()):+.6g}, "
             f"‖error‖ {e:.3g}"
