@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 # Public name → the module that defines it.
 _PUBLIC = {
     "Anatomy": "engine.anatomy",
+    "Audit": "data.audit",
     "DPO": "objectives",
     "Decomposition": "steps.decomposition",
     "Diagnosis": "sets.diagnosis",

@@ -59,7 +59,7 @@ def save_result(
     tensors: Mapping[str, Tensor],
     facts: Mapping[str, Any],
 ) -> None:
-    """Writes `path`.safetensors and `path`.json; each is replaced as a whole.
+    """Writes `path`.json, and `path`.safetensors if there are tensors; each is replaced as a whole.
 
     Args:
         path: Where, without the endings. Folders are created.
@@ -68,13 +68,15 @@ def save_result(
         tensors: Name → tensor.
         facts: Everything else, for JSON.
     """
-    from safetensors.torch import save
-
     data, meta = _files(path)
     data.parent.mkdir(parents=True, exist_ok=True)
-    kept = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-    text = json.dumps({"kind": kind, "format": version, **plain(facts)}, indent=1, allow_nan=False)
-    replace_file(data, save(kept))
+    head = {"kind": kind, "format": version, "tensors": bool(tensors)}
+    if tensors:
+        from safetensors.torch import save
+
+        kept = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+        replace_file(data, save(kept))
+    text = json.dumps({**head, **plain(facts)}, indent=1, ensure_ascii=False, allow_nan=False)
     replace_file(meta, text)
 
 
@@ -87,12 +89,14 @@ def load_result(
         ValueError: If a file is missing or damaged, or holds another kind of result, or a format of
             another version.
     """
-    from safetensors.torch import load_file
-
     data, meta = _files(path)
+    tensors: dict[str, Tensor] = {}
     try:
-        tensors = load_file(data, device=device)
         facts: dict[str, Any] = json.loads(meta.read_text(encoding="utf-8"))
+        if facts.pop("tensors", True):
+            from safetensors.torch import load_file
+
+            tensors = load_file(data, device=device)
         held, held_version = facts.get("kind", kind), facts.get("format", 1)
     except Exception as error:
         raise ValueError(f"{path}: cannot be read as {kind}: {error!r}") from error

@@ -42,6 +42,9 @@ RESULTS = {
     "Estimate": lambda model, step: lddyn.Estimate(torch.randn(3, 2), torch.rand(3, 2), 9),
     "Diagnosis": lambda model, step: diagnosed(model),
     "Forecast": lambda model, step: diagnosed(model).forecast,
+    "Audit": lambda model, step: lddyn.audit(
+        None, [{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2]}, "no row"]
+    ),
     "LowRank": lambda model, step: lddyn.ntk(model, *zoo.examples()).lowrank(4),
 }
 # Objects without numbers of their own, which only have to print in a few lines.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,10 +15,11 @@ from lddyn.data.read import rows_or_errors
 from lddyn.data.rows import row_encoders
 from lddyn.data.tokenizer import Tokenizer, eos_ids
 from lddyn.errors import ExampleError
-from lddyn.files import replace_file
-from lddyn.results import Result
+from lddyn.results import Result, load_result, save_result
 
 __all__ = ["Audit", "Finding", "audit"]
+
+_KIND, _FORMAT = "lddyn.Audit", 1  # of saved audits
 
 # Code of each problem: (its meaning, whether the row cannot be used).
 _PROBLEMS: dict[str, tuple[str, bool]] = {
@@ -159,15 +159,18 @@ class Audit(Result):
         findings = tuple(Finding(**finding) for finding in content["findings"])
         return cls(content["n_rows"], content["n_responses"], content["n_eos_counted"], findings)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the audit as a JSON file."""
-        text = json.dumps(self.to_dict(), ensure_ascii=False, indent=1)
-        replace_file(Path(path), text + "\n")
+    def save(self, path: str | Path) -> None:
+        """Write the audit to `path`.json."""
+        save_result(path, _KIND, _FORMAT, {}, self.to_dict())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Audit:
-        """Read a file that `save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    def load(cls, path: str | Path) -> Audit:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: If the file is missing or damaged, or holds something else.
+        """
+        return cls.from_dict(load_result(path, _KIND, _FORMAT)[1])
 
     def _headline(self) -> str:
         text = f"audit: {self.n_rows} rows, {self.n_responses} responses"

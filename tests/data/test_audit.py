@@ -70,8 +70,9 @@ def test_audit_is_summarised_explained_saved_and_loaded(tokenizer, tmp_path):
     assert list(table.counts()) == ["empty_response", "blank_response"]  # errors first
     assert str(table) == table.explain() and "row 1 chosen" in table.explain()
     assert repr(table) == "Audit(rows=3, responses=5, eos_counted=5, unusable=1, findings=2)"
-    table.save(tmp_path / "audit.json")
-    assert Audit.load(tmp_path / "audit.json") == table
+    table.save(tmp_path / "audit")
+    assert [p.name for p in tmp_path.iterdir()] == ["audit.json"]
+    assert Audit.load(tmp_path / "audit") == table
 
 
 def test_audit_finds_duplicates(tokenizer):
