@@ -93,7 +93,7 @@ angry|count to ten|go outside for a while|patience
 busy|make a short list|say no to small things|time
 """
 
-# topic: (facts, their columns, questions, good answer, the same said otherwise, columns made wrong)
+# kind: (facts, their columns, questions, good answer, the same in other words, columns made wrong)
 _KINDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], str, str, tuple[str, ...]]] = {
     "colour": (
         _OBJECTS,
@@ -177,14 +177,25 @@ _SUM_OTHER = "The answer is {c}, because {a} and {b} together make {c}."
 
 
 def _fact_table(text: str, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Read facts, one thing a line."""
+    """Reads facts: one thing a line, its columns between bars."""
     lines = text.strip().splitlines()
     return [dict(zip(columns, line.split("|"), strict=True)) for line in lines]
 
 
 @dataclass(frozen=True)
 class _Item:
-    """One question with everything that may be answered to it."""
+    """One question with all its answers.
+
+    Attributes:
+        kind: What it is about.
+        question: In words.
+        good: The good answer; `other` says the same in other words.
+        other: See `good`.
+        near: The wording of `good` with wrong facts; `near_other` that of `other`.
+        near_other: See `near`.
+        unhelpful: A polite refusal; `unhelpful_other` is another one.
+        unhelpful_other: See `unhelpful`.
+    """
 
     kind: str
     question: str
@@ -197,7 +208,7 @@ class _Item:
 
 
 def make_items(seed: int) -> list[_Item]:
-    """Every question of the language, in an order that the seed decides."""
+    """All questions of the language, in an order that depends on the seed."""
     rng = random.Random(f"lddyn demo {seed}")
     items = []
     for kind, (text, columns, questions, good, other, changed) in _KINDS.items():
@@ -248,7 +259,7 @@ def _prompt(question: str) -> str:
 
 
 def make_corpus(items: Sequence[_Item], seed: int) -> list[str]:
-    """Pretraining text: mostly good answers, some wrong and some unhelpful ones."""
+    """Texts for pretraining: mostly good answers, some wrong ones and some unhelpful ones."""
     rng = random.Random(f"lddyn demo corpus {seed}")
     texts = []
     for item in items:
@@ -260,7 +271,10 @@ def make_corpus(items: Sequence[_Item], seed: int) -> list[str]:
 
 
 def make_preferences(items: Sequence[_Item], seed: int) -> list[dict[str, str]]:
-    """Preference rows with their probing fields; a tenth of the answers is kept for irr_test."""
+    """Preference rows with all probing fields.
+
+    A tenth of the answers is in no row's prompt or preference: they are the `irr_test` of the rows.
+    """
     rng = random.Random(f"lddyn demo pairs {seed}")
     held_out = {item.good for item in items[-(len(items) // 10) :]}  # with every way to ask for it
     train = [item for item in items if item.good not in held_out]
@@ -298,6 +312,6 @@ def make_preferences(items: Sequence[_Item], seed: int) -> list[dict[str, str]]:
 
 
 def cut_text(text: str) -> tuple[str, str]:
-    """Prompt and answer of a dialogue."""
+    """Splits a dialogue into prompt and answer."""
     prompt, marker, answer = text.partition("Assistant:")
     return prompt + marker, answer
