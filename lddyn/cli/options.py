@@ -153,6 +153,10 @@ class ModelOptions:
             trust_remote_code=self.trust_remote_code,
         )
 
+    def load_reference(self, reference: str) -> Any:
+        """The option --reference as the library takes it: a model, or a word."""
+        return reference if reference in ("self", "adapter-off") else self.load_other(reference)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
@@ -307,9 +311,7 @@ class StepOptions:
 
         if self.objective == "sft":
             return SFT(examples[0])
-        reference = self.reference
-        if reference not in ("self", "adapter-off"):
-            reference = model.load_other(reference)
+        reference = model.load_reference(self.reference)
         loss = Loss(self.objective, **({} if self.beta is None else {"beta": self.beta}))
         return preference(loss, examples[0], examples[1], reference=reference)
 

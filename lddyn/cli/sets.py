@@ -233,7 +233,7 @@ def diagnose(
         lm,
         given.pairs,
         objective,
-        reference="self" if loss.reference == "self" else model.load_other(loss.reference),
+        reference=model.load_reference(loss.reference),
         memory=memory,
         run=planned,
         close_ups=close_ups,
