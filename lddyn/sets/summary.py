@@ -133,9 +133,9 @@ def _harm(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def _tokens(diagnosis: Diagnosis) -> dict[str, Any] | None:
-    """Tokens of the most harmful pairs by the part of the harm that they do in the first step."""
+    """Tokens of the most harmful pairs, by their part of the decrease in the first step."""
     seen = [i for i in diagnosis.worst() if i in diagnosis.close_ups]
-    pairs = [i for i in seen if float(diagnosis.scores["contribution"][i]) < 0]
+    pairs = [i for i in seen if float(diagnosis.contribution[i]) < 0]
     rows = [row for i in pairs for row in diagnosis.tokens(i) if row["contribution"] < 0]
     total = sum(row["contribution"] for row in rows)
     if not total:
