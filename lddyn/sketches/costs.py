@@ -165,8 +165,8 @@ class Cost:
     def explain(self) -> str:
         """The sum and the parts as text, in GFLOP."""
         parts = ("replay", "pullback", "pairing", "head")
-        shares = ", ".join(f"{p} {getattr(self, p) / 1e9:.3g}" for p in parts)
-        return f"{self.flops / 1e9:.4g} GFLOP ({shares})"
+        listed = ", ".join(f"{part} {getattr(self, part) / 1e9:.3g}" for part in parts)
+        return f"{self.flops / 1e9:.4g} GFLOP ({listed})"
 
 
 def gram_cost(

@@ -80,9 +80,9 @@ class Contents:
             self.shards.state(record)
             self.add(record)
         unlisted = []
-        while (found := self.shards.unlisted(len(self.records))) is not None:
-            self.add(found)
-            unlisted.append(found)
+        while (next_record := self.shards.unlisted(len(self.records))) is not None:
+            self.add(next_record)
+            unlisted.append(next_record)
         # A kill leaves half a line only after the line's shard was written.
         lost = self.journal.torn and not unlisted
         if lost or max(listed, default=-1) >= len(self.records):

@@ -12,7 +12,17 @@ from lddyn.files import write_all
 
 
 class Lock:
-    """Exclusive right to write; the kernel takes it back when the process ends, however it ends."""
+    """The exclusive right to write a store.
+
+    The kernel releases it when the process ends, however that happens.
+
+    Args:
+        path: The lock file.
+
+    Raises:
+        StoreLockedError: If another process holds the lock; the message names it.
+        StoreError: If the file cannot be opened or locked, or the system has no file locks.
+    """
 
     fd = -1
 
@@ -42,20 +52,20 @@ class Lock:
             write_all(fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
 
     def release(self) -> None:
-        """Ends the right to write."""
+        """Releases the lock."""
         if self.fd >= 0:
             with contextlib.suppress(OSError):
                 os.ftruncate(self.fd, 0)
             self.let_go()
 
     def let_go(self) -> None:
-        """Closes the descriptor; in a forked child that leaves the lock with the parent."""
+        """Closes the descriptor; in a forked child the parent then still holds the lock."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
     def __del__(self) -> None:
-        self.let_go()  # a writer that nobody holds any more must not keep others out
+        self.let_go()  # a writer that was dropped must not keep others out
 
 
 _LOCKS: weakref.WeakSet[Lock] = weakref.WeakSet()

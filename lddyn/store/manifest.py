@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -21,7 +20,27 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 LARGEST_MANIFEST = 2**24
 
 
-def json_copy(name: str, content: Any) -> Any:
+class Manifest(TypedDict):
+    """What a store belongs to, and the form of its rows.
+
+    Keys:
+        format: Version of the files.
+        identity: What the features depend on; see `identify`.
+        layout: `to_json()` of the layout of the rows; None: plain vectors.
+        dtype: Name of the dtype of the rows, a key of `DTYPES`.
+        width: Numbers in a row.
+        shard_bytes: Bytes of features after which a shard is written.
+    """
+
+    format: int
+    identity: dict[str, Any]
+    layout: dict[str, Any] | None
+    dtype: str
+    width: int
+    shard_bytes: int
+
+
+def json_copy(name: str, content: object) -> Any:
     """The content as JSON reads it back: tuples become lists.
 
     Raises:
@@ -41,17 +60,17 @@ def parse_json(data: bytes) -> Any:
         raise ValueError("too deeply nested") from None
 
 
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(content: object, prefix: str = "") -> dict[str, object]:
     """{"a": {"b": 1}} → {"a.b": 1}."""
     if not isinstance(content, dict) or not content:
         return {prefix: content}
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in content.items():
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
 
-def differences(stored: Any, given: Any) -> dict[str, tuple[Any, Any]]:
+def differences(stored: object, given: object) -> dict[str, tuple[object, object]]:
     """Dotted name → (stored, given) for each field that differs; `"absent"` where there is none."""
     a, b = _flat(stored), _flat(given)
     absent = "absent"
@@ -60,18 +79,18 @@ def differences(stored: Any, given: Any) -> dict[str, tuple[Any, Any]]:
     return {k: (x, y) for k, (x, y) in pairs.items() if canonical(x) != canonical(y)}
 
 
-def essence(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def essence(manifest: Manifest) -> dict[str, object]:
     """The fields that two stores must share: all but `shard_bytes`, which rows do not depend on."""
     return {k: v for k, v in manifest.items() if k != "shard_bytes"}
 
 
-def render(manifest: Mapping[str, Any]) -> bytes:
+def render(manifest: Manifest) -> bytes:
     """The bytes of the manifest file, checksum included."""
     content = {"checksum": digest_of(canonical(manifest)), "manifest": manifest}
     return json.dumps(content, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> Manifest:
     """The manifest of the store at `path`.
 
     Raises:
@@ -84,7 +103,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     data = read(file, limit=LARGEST_MANIFEST)
     try:
         content = parse_json(data)
-        manifest: dict[str, Any] = content["manifest"]
+        manifest: Manifest = content["manifest"]
         sound = render(manifest) == data  # the checksum, and no byte more
         version = manifest.get("format")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
@@ -93,7 +112,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise StoreCorruptError(f"{file}: checksum does not match: the manifest is damaged")
     if version != FORMAT:
         raise StoreError(f"{file}: format must be {FORMAT}, got {version!r}: another lddyn's store")
-    expected = {"format", "identity", "layout", "dtype", "width", "shard_bytes"}
+    expected = set(Manifest.__annotations__)
     if set(manifest) != expected or manifest["dtype"] not in DTYPES:
         raise StoreCorruptError(f"{file}: must have {sorted(expected)}, got {sorted(manifest)}")
     return manifest

@@ -38,6 +38,7 @@ from lddyn.store.manifest import (
     LARGEST_MANIFEST,
     LOCK,
     MANIFEST,
+    Manifest,
     differences,
     essence,
     json_copy,
@@ -92,17 +93,17 @@ class Store:
     def __init__(
         self,
         path: Path,
-        manifest: Mapping[str, Any],
+        manifest: Manifest,
         layout: InnerProduct | None,
         lock: Lock | None,
     ) -> None:
         """Use `create` or `open`."""
         self.path = path
-        self._manifest = dict(manifest)
-        self.width: int = manifest["width"]
+        self._manifest = manifest
+        self.width = manifest["width"]
         self.dtype = DTYPES[manifest["dtype"]]
-        self.identity: dict[str, Any] = manifest["identity"]
-        self.layout_json: dict[str, Any] | None = manifest["layout"]
+        self.identity = manifest["identity"]
+        self.layout_json = manifest["layout"]
         self.layout = layout
         seal = digest_of(canonical(manifest))  # of every shard, and of the journal's first line
         shards = ShardFolder(path, seal, self.width, self.dtype)
@@ -152,7 +153,7 @@ class Store:
         width = layout if isinstance(layout, int) else layout.width
         if isinstance(width, bool) or width < 1:
             raise ValueError(f"layout must have a width of at least 1, got {width}")
-        manifest = {
+        manifest: Manifest = {
             "format": FORMAT,
             "identity": json_copy("identity", dict(identity)),
             "layout": None if isinstance(layout, int) else json_copy("layout", layout.to_json()),
@@ -166,7 +167,7 @@ class Store:
 
     @classmethod
     def _create(
-        cls, path: Path, manifest: dict[str, Any], layout: InnerProduct | None, exist_ok: bool
+        cls, path: Path, manifest: Manifest, layout: InnerProduct | None, exist_ok: bool
     ) -> Store:
         text = render(manifest)
         if len(text) > LARGEST_MANIFEST:
@@ -233,7 +234,7 @@ class Store:
         if mode not in ("r", "a"):
             raise ValueError(f'mode must be "r" or "a", got {mode!r}')
         manifest = read_manifest(path)
-        differ: dict[str, tuple[Any, Any]] = {}
+        differ: dict[str, tuple[object, object]] = {}
         if identity is not None:
             differ |= differences(manifest["identity"], json_copy("identity", dict(identity)))
         if layout is not None:
@@ -592,7 +593,7 @@ class Store:
         return Store.open(out)
 
 
-def _other_layout(stored: Any, layout: InnerProduct) -> dict[str, tuple[Any, Any]]:
+def _other_layout(stored: object, layout: InnerProduct) -> dict[str, tuple[object, object]]:
     """Fields in which a layout differs from a store's."""
     given = json_copy("layout", layout.to_json())
     return differences({"layout": stored}, {"layout": given})

@@ -62,7 +62,7 @@ class Writer:
         if not CONTENT_ID.fullmatch(name):
             raise ValueError(f"example must be an Example or its content id, got {name!r:.80}")
         if name in self.contents.places or name in self.examples:
-            raise ValueError(f"example {name} is in the store already: ask store.has(…) first")
+            raise ValueError(f"example {name} is in the store already: check store.has(…) first")
         rows = self._checked(rows, name)
         if tokens is None:
             if isinstance(example, str):
