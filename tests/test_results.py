@@ -1,6 +1,7 @@
 """Every public result explains itself, hands out JSON-safe numbers, and prints in a few lines."""
 
 import json
+import tempfile
 
 import pytest
 import torch
@@ -31,6 +32,18 @@ def diagnosed(model):
     return lddyn.diagnose(model, pairs, run=run, close_ups=1, row_numbers=[3, 5])
 
 
+def features(model):
+    return lddyn.features(model, zoo.examples(), lddyn.Sketch(k=1000))
+
+
+def stored(model):
+    feats, (one, other) = features(model), zoo.examples()
+    with lddyn.Store.create(tempfile.mkdtemp(), {}, feats.layout) as store:
+        store.append(one, feats.rows[: len(one)])
+        store.append(other, feats.rows[len(one) :])
+    return store
+
+
 # Name → how it is made, from a model and a decomposed step. A new result belongs here.
 RESULTS = {
     "Decomposition": lambda model, step: step,
@@ -46,6 +59,8 @@ RESULTS = {
         None, [{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2]}, "no row"]
     ),
     "LowRank": lambda model, step: lddyn.ntk(model, *zoo.examples()).lowrank(4),
+    "Features": lambda model, step: features(model),
+    "Plan": lambda model, step: lddyn.plan(model, zoo.examples(), rtol=0.3),
 }
 # Objects without numbers of their own, which only have to print in a few lines.
 OTHERS = {
@@ -54,6 +69,12 @@ OTHERS = {
     "Flow": lambda model, step: RESULTS["MassFlow"](model, step).measured,
     "Loss": lambda model, step: lddyn.Loss("kto"),
     "Run": lambda model, step: lddyn.Run(lr=1e-4),
+    "Sketch": lambda model, step: lddyn.Sketch(),
+    "Layout": lambda model, step: features(model).layout,
+    "Store": lambda model, step: stored(model),
+    "Hits": lambda model, step: (store := stored(model)).query(
+        store.rows()[:2], 3, layout=features(model).layout
+    ),
 }
 
 
@@ -71,7 +92,7 @@ def test_the_verbs(name, model, step, tmp_path):
     assert 1 <= len(short.splitlines()) <= 10 and "tensor(" not in short
     assert short.startswith(name)
     if not hasattr(result, "save"):
-        assert name == "Observed"  # a part of a Decomposition
+        assert name in ("Observed", "Plan")  # a part of a Decomposition; holds a model
         return
     path = tmp_path / "deep" / "result"
     result.save(path)
