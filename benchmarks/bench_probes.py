@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from lddyn.lab.probes import compare, one_by_one
+from lddyn.lab.probes.measure import compare, one_by_one
 from lddyn.lab.setting import embedded, one_thread
 from lddyn.probes.measure import measure
 from lddyn.probes.probe_set import ProbeSet

@@ -22,7 +22,7 @@ from record import record
 from torch import Tensor
 
 import lddyn
-from lddyn.lab.dynamics import log_probs
+from lddyn.engine.logits import sequence_log_probs
 from lddyn.objectives import Loss
 from lddyn.probes.measure import measure
 from lddyn.stats import spearman
@@ -37,7 +37,7 @@ def one_step(model: Any, pairs: Pairs, beta: float, rate: float) -> dict[str, An
     optimizer = torch.optim.SGD(moved.parameters(), lr=rate)
     before = [measure(moved, x).log_prob for x in sides]
     for part in torch.arange(len(pairs)).split(BATCH):
-        up, down = (log_probs(moved, [x[i] for i in part]) for x in sides)
+        up, down = (sequence_log_probs(moved, [x[i] for i in part]) for x in sides)
         margin = (up - before[0][part]) - (down - before[1][part])
         (-torch.nn.functional.logsigmoid(beta * margin).sum() / len(pairs)).backward()
     optimizer.step()

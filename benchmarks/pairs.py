@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lddyn
 from lddyn.data.read import rows
-from lddyn.lab.dynamics import log_probs
+from lddyn.engine.logits import sequence_log_probs
 from lddyn.objectives import Pair
 
 if TYPE_CHECKING:
@@ -120,11 +120,11 @@ def finetune(
     lengths = torch.tensor([[len(e) for e in side] for side in (chosen, rejected)])
     for _ in range(epochs):
         for part in torch.randperm(len(pairs), generator=generator).split(BATCH):
-            up = log_probs(model, [chosen[i] for i in part])
+            up = sequence_log_probs(model, [chosen[i] for i in part])
             if loss is None:
                 total = -up.sum() / lengths[0, part].sum()
             else:
-                both = torch.stack([up, log_probs(model, [rejected[i] for i in part])])
+                both = torch.stack([up, sequence_log_probs(model, [rejected[i] for i in part])])
                 pair = Pair(*both, *(both - reference[:, part]), *lengths[:, part])
                 total = (weights[part] * loss(pair)).mean()
             optimizer.zero_grad()

@@ -1,20 +1,23 @@
-"""The laboratory: the systems of Ren & Sutherland (ICLR 2025), run, with K measured.
+"""The laboratory: the experiments of Ren & Sutherland (ICLR 2025), with K measured.
 
-Each module is one experiment and has `run(out, *, seed, progress, …) -> results`; `lddyn lab NAME`
-calls it. `record` is what they share: folders, tables, figures, claims, the page.
+Each package here is one experiment. Its `run(out, settings, seed=0, progress=True)` measures, draws
+(`pictures`), judges the paper's claims (`claims`) and returns the results, which `record` writes as
+tables, figures and a page. `lddyn lab NAME` calls it.
 """
 
+from lddyn.lab import settings
 from lddyn.lazy import attributes
 
-EXPERIMENTS = {
-    "mnist": "handwritten digits: one step, accumulated influence, the kernel over training",
-    "squeeze": "where the probability goes when one label is pushed down",
-    "bigram": "the same negative step in a table of logits and in shared features",
-    "probes": "the probing set: the paper's response types, built or read",
-    "sft": "SFT: every response type over training, with the kernel measured",
-    "dpo": "DPO: the two terms at every probe, and where the mass of y− went",
-    "extend": "SFT on both responses before DPO, against SFT on the chosen one",
-    "objectives": "the residuals of twelve objectives and where they push",
+EXPERIMENTS: dict[str, type[settings.Settings]] = {
+    "mnist": settings.Mnist,
+    "squeeze": settings.Squeeze,
+    "bigram": settings.Bigram,
+    "probes": settings.Probes,
+    "sft": settings.Sft,
+    "dpo": settings.Dpo,
+    "extend": settings.Extend,
+    "objectives": settings.Objectives,
 }
+"""Name → settings of every experiment. The first line of the settings' docstring is its title."""
 
 __getattr__, __dir__ = attributes(__name__)

@@ -1,20 +1,24 @@
-"""How often something was so, with an interval."""
+"""How claims are decided: rates with intervals, resampled prompts, verdicts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from lddyn.lab.record import Verdict
+from lddyn.lab.record import Claim, Lab, Verdict
+from lddyn.stats import bootstrap
 
 _RULE = 0.95
 
 
 def verdict(holds: bool) -> Verdict:
-    """Whether what was claimed was seen."""
+    """Agrees or disagrees."""
     return "agrees" if holds else "disagrees"
 
 
@@ -27,7 +31,7 @@ class Share:
 
     @classmethod
     def of(cls, outcomes: Tensor) -> Share:
-        """Counts the true entries of a boolean tensor."""
+        """The number of true entries of a boolean tensor, and of all."""
         return cls(int(outcomes.sum()), outcomes.numel())
 
     @property
@@ -37,7 +41,7 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's interval: right also where nothing, or everything, was so."""
+        """Wilson's interval, which is right also where the count is 0 or the total."""
         if not self.total:
             return 0.0, 1.0
         z = 1.959964
@@ -48,12 +52,12 @@ class Share:
 
     @property
     def tendency(self) -> Verdict:
-        """Of a comparison, "this more than that": more often than not, by the interval."""
+        """The verdict on a comparison: agrees if the interval lies above one half."""
         return self._beyond(0.5)
 
     @property
     def rule(self) -> Verdict:
-        """Of a sentence without an "often": at most one exception in twenty, by the interval."""
+        """The verdict on a rule: agrees if the interval lies above 95 %."""
         return self._beyond(_RULE)
 
     def _beyond(self, threshold: float) -> Verdict:
@@ -63,7 +67,7 @@ class Share:
         return verdict(low > threshold)
 
     def row(self) -> dict[str, Any]:
-        """For a table."""
+        """Count, total, rate and interval, for a table."""
         low, high = self.interval
         return {
             "count": self.count,
@@ -78,3 +82,95 @@ class Share:
         if text == "100" and self.count < self.total:  # a rounded 100 % hides that it is not all
             return f"all but {self.total - self.count:,} of {self.total:,}"
         return f"{text} % of {self.total:,}"
+
+
+def claim_of_share(
+    name: str,
+    text: str,
+    source: str,
+    published: str,
+    share: Share,
+    reason: str,
+    *,
+    kind: Literal["guarantee", "rule", "tendency"] = "tendency",
+    corrected: str = "",
+) -> Claim:
+    """A claim that is decided by how often something held.
+
+    Args:
+        name: As in `Claim`.
+        text: As in `Claim`.
+        source: As in `Claim`.
+        published: As in `Claim`.
+        share: How often it held.
+        reason: As in `Claim`.
+        kind: A guarantee must hold always, a rule in at least 95 % of the cases, a tendency in more
+            than half; the last two by the 95 % interval.
+        corrected: As in `Claim`.
+    """
+    decided = {
+        "guarantee": verdict(share.count == share.total),
+        "rule": share.rule,
+        "tendency": share.tendency,
+    }
+    return Claim(
+        name,
+        text,
+        source,
+        published,
+        str(share),
+        decided[kind],
+        reason,
+        corrected,
+        share.value,
+        share.interval,
+    )
+
+
+def over_prompts(
+    values: np.ndarray,
+    statistic: Callable[[np.ndarray], float],
+    threshold: float,
+    generator: torch.Generator,
+) -> tuple[float, tuple[float, float] | None, Verdict, str]:
+    """Whether a statistic is above a threshold for sure, where only prompts are independent.
+
+    Whole prompts are resampled, with all their states. With three prompts or fewer, more than one
+    resample in forty holds the lowest prompt alone, so the percentiles are merely the range: then
+    there is no interval, and the range over single prompts decides. One prompt decides nothing, and
+    neither does a threshold within the interval or the range.
+
+    Args:
+        values: (P, …).
+        statistic: A function of such an array.
+        threshold: The value to be exceeded.
+        generator: Random numbers of the resampling.
+
+    Returns:
+        The statistic; its 95 % interval, or None; the verdict; the prompts, in words.
+    """
+    value, interval = statistic(values), None
+    each = [statistic(values[[prompt]]) for prompt in range(len(values))]
+    if len(each) == 1:
+        return value, None, "not testable at this scale", "one prompt, so there is no interval"
+    low, high = min(each), max(each)
+    words = f"{len(each)} prompts"
+    if len(each) > 3:
+        value, interval = bootstrap(values, statistic, generator=generator)
+        low, high = interval
+    else:
+        words += f", too few for an interval (single prompts: {low:+.3f} to {high:+.3f})"
+    if low <= threshold <= high:
+        return value, interval, "not testable at this scale", words
+    return value, interval, verdict(low > threshold), words
+
+
+def bootstrap_of(lab: Lab, name: str, values: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """Mean of one value per prompt, and its 95 % interval by resampling prompts.
+
+    Args:
+        lab: The experiment.
+        name: Labels the random numbers.
+        values: (P,), NaN where a response is missing.
+    """
+    return bootstrap(values, generator=lab.generator("bootstrap", name))

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import lddyn
 from lddyn.demo import world as demo
 from lddyn.engine.gradient import gradient
-from lddyn.lab.dynamics import Preference, Supervised, train
+from lddyn.lab.training import Preferring, Supervised, train
 from lddyn.optimizers import make_optimizer
 
 transformers = pytest.importorskip("transformers")
@@ -48,7 +48,7 @@ def settings(folder):
 
 
 def optimizers(model, name, lr):
-    """The optimizer and the warm-up of `dynamics.train`."""
+    """The optimizer and the warm-up of `training.train`."""
     optimizer = make_optimizer(name, model.parameters(), lr)
     warmed = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / (WARMUP + 1))
@@ -143,7 +143,7 @@ def test_dpo_is_that_of_trl(world, tmp_path, name, lr):
         for row in trainer.train_dataset
     ]
     trainer.train()
-    ours(mine, rows, Preference(0.1), name, lr, reference=world.model)
+    ours(mine, rows, Preferring(), name, lr, reference=world.model)
     assert disagreement(mine, theirs, world.model) < 1e-4  # where this was written, 1e-5
 
 

@@ -1,14 +1,16 @@
 """What experiments share: steps kept, other settings refused, tables, figures, claims, the page."""
 
+import dataclasses
 import importlib
 import inspect
 import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from lddyn.cli.lab import app
-from lddyn.lab import EXPERIMENTS, record, scoreboard
+from lddyn.lab import EXPERIMENTS, record, scoreboard, settings
 from lddyn.lab.record import AGREES, DISAGREES, Claim, Lab, anew
 from lddyn.report.figures import blank_figure
 
@@ -104,8 +106,6 @@ def test_a_fresh_start_deletes_only_what_an_experiment_wrote(tmp_path):
 
 
 def test_a_fresh_start_that_is_refused_deletes_nothing(tmp_path):
-    from typer.testing import CliRunner
-
     from lddyn.cli.app import app
 
     def files():
@@ -146,8 +146,6 @@ def test_files_of_others_are_kept(tmp_path, name):
 
 
 def test_the_command_clears_only_its_own(tmp_path):
-    from typer.testing import CliRunner
-
     from lddyn.cli.app import app
 
     (tmp_path / "identity.json").write_text('{"name": "me"}')
@@ -197,18 +195,26 @@ def test_other_code_or_content_is_refused_by_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_command_has_the_options_and_defaults_of_run(name):
-    """They are written twice, as importing `run` for its signature would slow every command."""
-    (command,) = [c for c in app.registered_commands if c.name == name]
+def test_a_command_has_the_options_and_defaults_of_its_settings(name):
+    result = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    for field in dataclasses.fields(EXPERIMENTS[name]):
+        assert f"--{field.name.replace('_', '-')}" in result.stdout
+        assert field.metadata["help"].split(".")[0][:30] in result.stdout
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_takes_its_settings(name):
     run = importlib.import_module(f"lddyn.lab.{name}").run
-    ours, theirs = (
-        {p.name: p.default for p in inspect.signature(f).parameters.values()}
-        for f in (command.callback, run)
-    )
-    frame = {"out", "seed", "fresh", "as_json", "progress"}
-    if "lengths" in theirs:
-        theirs["lengths"] = ",".join(map(str, theirs["lengths"]))
-    assert ours["seed"] == theirs["seed"]
-    assert {k: v for k, v in ours.items() if k not in frame} == {
-        k: v for k, v in theirs.items() if k not in frame
-    }
+    assert list(inspect.signature(run).parameters) == ["out", "settings", "seed", "progress"]
+    kind = EXPERIMENTS[name]
+    assert kind().decisive().keys() <= {field.name for field in dataclasses.fields(kind)}
+
+
+def test_settings_name_the_field_that_is_out_of_bounds():
+    with pytest.raises(ValueError, match="every must be positive, got 0"):
+        settings.Sft(every=0)
+    with pytest.raises(ValueError, match="lengths must be numbers of steps"):
+        settings.Dpo(lengths=(-1, 3))
+    assert settings.Dpo(lengths=(3, 0, 3)).lengths == (0, 3)
+    assert "key_variable" not in settings.Probes().decisive()

@@ -13,13 +13,22 @@ import lddyn
 from lddyn.cli.lab import app
 from lddyn.demo import world as demo
 from lddyn.engine.logits import sequence_log_probs
-from lddyn.lab import dpo, dynamics, extend, setting, sft
-from lddyn.lab.dynamics import Preference, Supervised, Tracker, train
+from lddyn.lab import dpo, extend, finetune, setting, settings, sft
+from lddyn.lab.curves import bell, explained_share
+from lddyn.lab.extend.measure import degeneration
+from lddyn.lab.first_order import first_order
+from lddyn.lab.kernel_norms import influence, kernel_norms, some_tokens
+from lddyn.lab.mass import measured_flows, predicted_flows
 from lddyn.lab.record import Lab
+from lddyn.lab.sft.tables import kernel_grid
+from lddyn.lab.shares import over_prompts
+from lddyn.lab.tracker import Tracker
+from lddyn.lab.training import Explanations, Preferring, Supervised, train
+from lddyn.objectives import Loss
 from lddyn.optimizers import make_optimizer
 from lddyn.probes.probe_set import ProbeSet
 
-TINY = {"rows": 30, "prompts": 4}
+TINY = {"limit": 30, "prompts": 4}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +38,7 @@ def small_world(tmp_path_factory):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LDDYN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(setting, "_PRETRAINING", 20)
+        patch.setattr(setting, "PRETRAINING", 20)
         yield demo.build_world(progress=False, steps=20)
     torch.set_num_threads(threads)
 
@@ -58,30 +67,36 @@ def batch_of(examples):
 
 
 @pytest.mark.parametrize(
-    "loss", [Preference(), Preference(nll=0.5), Preference(gate=(20.0, 0.3))], ids=str
+    "loss",
+    [
+        Preferring(),
+        Preferring(Loss("dpo+nll", alpha=0.5)),
+        Preferring(gate=(20.0, 0.3)),
+        Supervised(("chosen", "rejected")),
+    ],
+    ids=str,
 )
-def test_coefficients_are_the_derivatives_of_the_loss(loss, examples):
+def test_weights_are_the_derivatives_of_the_loss(loss):
     torch.manual_seed(0)
-    policy = {t: torch.randn(3, dtype=torch.float64) * 5 - 20 for t in loss.terms}
-    fixed = {t: torch.randn(3, dtype=torch.float64) * 5 - 20 for t in loss.terms}
-    batch = batch_of(examples)
-    for x in policy.values():
-        x.requires_grad_(True)
-    gate = torch.ones(3, dtype=torch.float64)
-    sizes = {t: torch.tensor([float(len(e)) for e in batch[t]]) for t in loss.terms}
-    down = policy["rejected"]
-    if loss.gate:
-        typical = (down / sizes["rejected"]).exp()
-        gate = torch.sigmoid(loss.gate[0] * (typical - loss.gate[1])).detach()
-        down = down * gate + (down * (1 - gate)).detach()  # the gate scales its gradient alone
-    margin = (policy["chosen"] - fixed["chosen"]) - (down - fixed["rejected"])
-    total = -torch.nn.functional.logsigmoid(loss.beta * margin).mean()
-    total = total - loss.nll * (policy["chosen"] / sizes["chosen"]).mean()
+    policy, fixed = (torch.randn(2, 3, dtype=torch.float64) * 5 - 20 for _ in range(2))
+    sizes = torch.tensor([[3.0, 4.0, 5.0], [7.0, 2.0, 6.0]])
+    policy.requires_grad_(True)
+    if isinstance(loss, Supervised):
+        total = -policy.sum(0).mean()
+    else:
+        beta, alpha = loss.loss.parameters["beta"], loss.loss.parameters.get("alpha", 0.0)
+        down = policy[1]
+        if loss.gate:
+            typical = (down / sizes[1]).exp()
+            gate = torch.sigmoid(loss.gate[0] * (typical - loss.gate[1])).detach()
+            down = down * gate + (down * (1 - gate)).detach()  # the gate scales its gradient alone
+        margin = (policy[0] - fixed[0]) - (down - fixed[1])
+        total = -torch.nn.functional.logsigmoid(beta * margin).mean()
+        total = total - alpha * (policy[0] / sizes[0]).mean()
     total.backward()
     with torch.no_grad():
-        found = loss.coefficients(policy, fixed, batch)
-    for term in loss.terms:
-        assert torch.allclose(found[term], policy[term].grad, rtol=1e-10)
+        weights = loss.weights(policy, fixed, sizes)
+    assert torch.allclose(weights, policy.grad, rtol=1e-10)
 
 
 @pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 1e-5), ("rmsprop", 1e-6), ("adamw", 1e-6)])
@@ -92,12 +107,10 @@ def test_a_taken_apart_update_is_the_update(small_world, examples, probes, optim
     train(
         model,
         [batch_of(examples)],
-        Preference(),
+        Preferring(),
         make_optimizer(optimizer, model.parameters(), lr),
         reference=copy.deepcopy(model),
-        explain={0},
-        probes=probes,
-        explained=found.append,
+        explanations=Explanations({0}, probes, found.append),
     )
     for name, parameter in model.named_parameters():
         total = sum(
@@ -117,12 +130,10 @@ def test_first_order_terms_are_those_of_decompose(small_world, examples, probes)
     train(
         model,
         [batch_of(one)],
-        Preference(),
+        Preferring(),
         make_optimizer("sgd", model.parameters(), 1e-4),
         reference=small_world.model,
-        explain={0},
-        probes=probes,
-        explained=found.append,
+        explanations=Explanations({0}, probes, found.append),
     )
     watched = dict(enumerate(probes.examples))
     dec = lddyn.decompose(
@@ -139,18 +150,18 @@ def test_first_order_terms_are_those_of_decompose(small_world, examples, probes)
 
 
 def test_influence_is_the_first_order_of_sgd(small_world, probes):
-    gram = dynamics.influence(small_world.model, probes.examples)
+    gram = influence(small_world.model, probes.examples)
     total = sequence_log_probs(small_world.model, [probes.examples[2]]).sum()
     names = dict(small_world.model.named_parameters())
     gradient = dict(zip(names, torch.autograd.grad(total, names.values()), strict=True))
-    pushed = dynamics.first_order(small_world.model, probes.examples, {"x": gradient})["x"]
+    pushed = first_order(small_world.model, probes.examples, {"x": gradient})["x"]
     assert torch.allclose(pushed, gram[:, 2], rtol=1e-3, atol=1e-3 * float(gram.abs().max()))
 
 
 def test_kernel_norms_are_bounded_by_lbk(small_world, probes):
-    few = {e.name: dynamics.some_tokens(e, 3) for e in probes.examples[:3]}
+    few = {e.name: some_tokens(e, 3) for e in probes.examples[:3]}
     assert [len(e) for e in few.values()] == [3, 3, 3]
-    rows = dynamics.kernel_norms(small_world.model, few["chosen"], few, rtol=0.3)
+    rows = kernel_norms(small_world.model, few["chosen"], few, rtol=0.3)
     for row in rows:
         assert 0 < row["lbk_norm"] <= row["norm"] + 3 * row["stderr"]
     exact = lddyn.ntk(small_world.model, few["rejected"], few["chosen"]).frobenius(directions=128)
@@ -165,21 +176,20 @@ def test_the_mass_of_a_step_is_what_massflow_finds(small_world, examples):
     settings = {"lr": 1e-3, "max_grad_norm": 10.0, "dtype": None}
     flow = lddyn.massflow(model, pair["rejected"], update, **settings)
     stepped, taken = copy.deepcopy(model), []
+    rejected = ProbeSet(small_world.preference_pairs[:1]).encode(
+        small_world.tokenizer, fields=("rejected",)
+    )
     train(
         stepped,
         [batch_of(examples[:1])],
-        Preference(0.1),
+        Preferring(),
         make_optimizer("sgd", stepped.parameters(), 1e-3),
         reference=model,
-        explain={0},
-        probes=ProbeSet(small_world.preference_pairs[:1]).encode(
-            small_world.tokenizer, fields=("rejected",)
-        ),
-        explained=taken.append,
+        explanations=Explanations({0}, rejected, taken.append),
     )
-    terms = [taken[0].directions[name] for name in ("chosen", "rejected")]
-    parts = [dpo._predicted(model, [pair["rejected"]], term)[0] for term in terms]
-    (measured,) = dpo._measured(model, stepped, [pair["rejected"]])
+    terms = {name: taken[0].directions[name] for name in ("chosen", "rejected")}
+    parts = [flow for (flow,) in predicted_flows(model, [pair["rejected"]], terms).values()]
+    (measured,) = measured_flows(model, stepped, [pair["rejected"]])
     assert torch.equal(measured.leading, flow.leading)
     for name in ("label", "argmax", "top", "rest"):
         scale = float(flow.measured.change.norm())
@@ -207,10 +217,10 @@ def test_tracker_measures_the_start_the_end_and_between(small_world, examples, p
 
 def test_bell_and_share_and_degeneration():
     course = np.array([[0.0] * 6, [2.0] * 6, [1.0] * 6])
-    rise, fall = sft.bell(course)
+    rise, fall = bell(course)
     assert rise.tolist() == [2.0] * 6 and fall.tolist() == [-1.0] * 6
-    assert sft.explained_share(np.array([1.0, 2.0]), np.array([1.0, 4.0])) == pytest.approx(0.6)
-    found = extend.degeneration(["a b c a b c", "d"])
+    assert explained_share(np.array([1.0, 2.0]), np.array([1.0, 4.0])) == pytest.approx(0.6)
+    found = degeneration(["a b c a b c", "d"])
     assert found["repeated"] == pytest.approx(0.125) and found["distinct 1"] == pytest.approx(4 / 7)
 
 
@@ -220,7 +230,7 @@ def test_whole_prompts_are_resampled():
 
     def over(values, threshold=0.5):
         generator = torch.Generator().manual_seed(0)
-        return sft.over_prompts(values, lambda x: float(x.mean()), threshold, generator)
+        return over_prompts(values, lambda x: float(x.mean()), threshold, generator)
 
     once, often = over(ranks), over(ranks.repeat(9, axis=1))
     assert often[0] == pytest.approx(once[0]) and often[1] == pytest.approx(once[1])
@@ -239,7 +249,7 @@ def test_a_kernel_that_was_not_measured_is_not_a_number():
         {"update": update, "prompt": 3, "observed": name, "norm": float(update)}
         for update, name in ((0, "chosen"), (0, "rejected"), (7, "chosen"))
     ]
-    grid = sft.kernel_grid(rows, "norm")
+    grid = kernel_grid(rows, "norm")
     assert grid.shape == (1, 2, 2) and grid[0, 1, 0] == 7 and np.isnan(grid[0, 1, 1])
 
 
@@ -248,30 +258,32 @@ def test_a_kernel_that_was_not_measured_is_not_a_number():
 
 def test_batches_see_every_row_once_an_epoch():
     rows = [{"chosen": k} for k in range(7)]
-    made = setting.batches(rows, 7, 3, torch.Generator().manual_seed(0))
+    made = finetune.batches(rows, 7, 3, torch.Generator().manual_seed(0))
     seen = [k for batch in made for k in batch["chosen"]]
     assert sorted(seen[:7]) == sorted(seen[7:14]) == list(range(7))
 
 
 def test_a_model_needs_data(tmp_path):
     with pytest.raises(ValueError, match="belong together"):
-        setting.load(Lab("x", tmp_path, progress=False), "m", None, rows=9, prompts=2)
+        setting.load(
+            Lab("x", tmp_path, progress=False), settings.Sft(model="m", limit=9, prompts=2)
+        )
 
 
-SFT_OPTIONS = {
+SFT_OPTIONS = settings.Sft(
     **TINY,
-    "updates": 4,
-    "every": 2,
-    "kernel_points": 1,
-    "kernel_prompts": 1,
-    "explained": 1,
-    "accuracy_steps": 1,
-}
+    updates=4,
+    every=2,
+    kernel_points=1,
+    kernel_prompts=1,
+    explained=1,
+    accuracy_steps=1,
+)
 
 
 @pytest.mark.slow
 def test_sft_resumed_is_sft_uninterrupted(tmp_path):
-    whole = sft.run(tmp_path, progress=False, **SFT_OPTIONS)
+    whole = sft.run(tmp_path, SFT_OPTIONS, progress=False)
     names = [claim["name"] for claim in whole["claims"]]
     assert {"sft 1", "sft 2a", "sft 2b", "sft 2c", "sft 3", "sft 4", "bound", "rank"} <= set(names)
     kernel = json.loads((tmp_path / "tables" / "kernel.json").read_text())
@@ -279,14 +291,14 @@ def test_sft_resumed_is_sft_uninterrupted(tmp_path):
     # as if it had been stopped before the influence at the end
     for name in ("influence-end", "accuracy"):
         (tmp_path / "steps" / f"{name}.json").unlink()
-    again = sft.run(tmp_path, progress=False, **SFT_OPTIONS)
+    again = sft.run(tmp_path, SFT_OPTIONS, progress=False)
     assert again["claims"] == whole["claims"]
 
 
 @pytest.mark.slow
 def test_dpo(tmp_path):
-    options = {**TINY, "lengths": (0, 3), "updates": 3, "every": 2, "explained": 1, "new_tokens": 6}
-    found = dpo.run(tmp_path, progress=False, **options)
+    options = settings.Dpo(**TINY, lengths=(0, 3), updates=3, every=2, explained=1, new_tokens=6)
+    found = dpo.run(tmp_path, options, progress=False)
     names = {claim["name"] for claim in found["claims"]}
     assert {"dpo 1", "dpo 2", "dpo 3", "dpo 4a", "dpo 4b", "dpo 4c", "on-policy"} == names
     step = json.loads((tmp_path / "tables" / "mass_step.json").read_text())
@@ -296,14 +308,14 @@ def test_dpo(tmp_path):
     for place in ("response", "likeliest other"):
         terms = parts["predicted, y+ term"][place] + parts["predicted, y− term"][place]
         assert parts["predicted"][place] == pytest.approx(terms, abs=1e-6)
-    again = dpo.run(tmp_path, progress=False, **options)
+    again = dpo.run(tmp_path, options, progress=False)
     assert again["claims"] == found["claims"]
 
 
 @pytest.mark.slow
 def test_extend(tmp_path):
-    options = {**TINY, "sft_updates": 3, "updates": 3, "every": 2, "new_tokens": 6}
-    found = extend.run(tmp_path, progress=False, **options)
+    options = settings.Extend(**TINY, sft_updates=3, updates=3, every=2, new_tokens=6)
+    found = extend.run(tmp_path, options, progress=False)
     assert {"extend 1", "extend 5", "gate", "NLL"} <= {c["name"] for c in found["claims"]}
     rows = json.loads((tmp_path / "tables" / "summary.json").read_text())
     assert [row["run"] for row in rows] == ["y+ only", "both", "y+ only, gate", "y+ only, NLL"]
@@ -320,7 +332,7 @@ def test_probes_command_builds_reads_and_compares(tmp_path, small_world):
     table = json.loads((tmp_path / "tables" / "pass.json").read_text())[0]
     assert max(table["largest difference"].values()) < 1e-5
     refused = runner.invoke(app, ["probes", "--out", str(tmp_path), "--limit", "21"])
-    assert refused.exit_code == 2 and "rows (there 20, now 21)" in refused.stderr
+    assert refused.exit_code == 2 and "limit (there 20, now 21)" in refused.stderr
 
 
 def test_a_users_model_and_file(tmp_path, small_world):
@@ -329,27 +341,23 @@ def test_a_users_model_and_file(tmp_path, small_world):
     small_world.tokenizer.save_pretrained(tmp_path / "m")
     ProbeSet(small_world.preference_pairs[:12]).save(tmp_path / "p.jsonl")
     lab = Lab("x", tmp_path / "lab", progress=False)
-    found = setting.load(lab, str(tmp_path / "m"), str(tmp_path / "p.jsonl"), rows=10, prompts=3)
+    files = {"model": str(tmp_path / "m"), "data": str(tmp_path / "p.jsonl")}
+    chosen = settings.Sft(**files, limit=10, prompts=3)
+    found = setting.load(lab, chosen)
     assert found.title == "m on p.jsonl" and len(found.test) == 2
-    recipe = setting.Recipe(Supervised(), 2, 1e-4, every=1)
-    curves = setting.finetune(
+    recipe = finetune.Recipe(Supervised(), 2, 1e-4, every=1)
+    curves = finetune.finetune(
         lab, "r", found, found.fresh(), found.pairs(found.train, ("chosen",)), recipe
     )
     assert curves.log_prob.shape == (3, 3, len(found.fields))
-    loaded = setting.checkpoint(lab, "r", found.fresh())
-    again = setting.finetune(lab, "r", found, found.fresh(), [], replace(recipe, updates=2))
+    loaded = finetune.checkpoint(lab, "r", found.fresh())
+    again = finetune.finetune(lab, "r", found, found.fresh(), [], replace(recipe, updates=2))
     assert again.raw == curves.raw
     # Another answer in the file, then other weights in the folder: not a step is mixed with them.
     for change, name in ((_other_row, "texts"), (_other_weights, "model weights")):
         change(tmp_path, small_world)
         with pytest.raises(ValueError, match=rf"other settings: {name} \(there"):
-            setting.load(
-                Lab("x", tmp_path / "lab", progress=False),
-                str(tmp_path / "m"),
-                str(tmp_path / "p.jsonl"),
-                rows=10,
-                prompts=3,
-            )
+            setting.load(Lab("x", tmp_path / "lab", progress=False), chosen)
         small_world.model.save_pretrained(tmp_path / "m")
         ProbeSet(small_world.preference_pairs[:12]).save(tmp_path / "p.jsonl")
     assert not torch.equal(loaded.lm_head.weight, found.model.lm_head.weight)

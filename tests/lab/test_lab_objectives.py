@@ -8,6 +8,8 @@ import torch
 
 import lddyn
 from lddyn.lab import objectives
+from lddyn.lab.objectives import flows, residuals
+from lddyn.lab.settings import Objectives as Settings
 from lddyn.objectives import LOSSES
 
 torch.set_num_threads(1)
@@ -16,7 +18,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("objectives")
-    return objectives.run(out, progress=False, cases=25, labels=30, steps=120), out
+    return objectives.run(out, Settings(cases=25, labels=30, steps=120), progress=False), out
 
 
 def claims(results):
@@ -36,18 +38,18 @@ def test_closed_forms_agree_with_finite_differences():
     """Independent of autograd: central differences of the loss itself."""
     one, other = lddyn.Example([0], [1, 2, 3]), lddyn.Example([0], [4, 5])
     generator = torch.Generator().manual_seed(0)
-    for name, settings in objectives.SETTINGS.items():
+    for name, settings in residuals.SETTINGS.items():
         for _ in range(10):
             lps = [-3 * torch.rand(n, generator=generator, dtype=torch.float64) for n in (3, 2)]
             sums = [float(lp.sum()) for lp in lps]
             drift = torch.randn(2, generator=generator, dtype=torch.float64).tolist()
             reference = (sums[0] - drift[0], sums[1] - drift[1])
-            objective = objectives.build(name, one, other, reference, settings)
+            objective = residuals.build(name, one, other, reference, settings)
             gains = (sums[0] - reference[0], sums[1] - reference[1])
             parameters = dict(settings)
             if name == "kto":
                 parameters |= {"baseline": 0.0, "desirable": 1.0, "undesirable": 1.0}
-            expected = objectives.closed_form(name, *sums, gains, (3, 2), parameters)
+            expected = residuals.closed_form(name, *sums, gains, (3, 2), parameters)
             for side, sign in ((0, -1), (1, 1)):
                 values = []
                 for step in (1e-5, -1e-5):
@@ -63,15 +65,15 @@ def test_the_printed_forms_are_wrong(results):
         claim = claims(results)[f"{name}, printed"]
         assert claim["verdict"] == "disagrees" and claim["value"] > 0.1
     # SPPO's is the negative of the true gradient.
-    true = objectives.closed_form("sppo", -3, -4, (0.3, -0.2), (1, 1), {"eta": 2.0})
-    said = objectives.printed_form("sppo", -3, -4, (0.3, -0.2), {"eta": 2.0})
+    true = residuals.closed_form("sppo", -3, -4, (0.3, -0.2), (1, 1), {"eta": 2.0})
+    said = residuals.printed_form("sppo", -3, -4, (0.3, -0.2), {"eta": 2.0})
     assert said == pytest.approx((-true[0], -true[1]))
 
 
 def test_strengths_at_the_start_are_the_tabulated_ones(results):
     assert claims(results)["strength at the start"]["value"] <= 1e-8
     for name, expected in (("dpo", 0.25), ("ipo", 2.0), ("sppo", 2.0), ("kto", 0.125), ("sft", 0)):
-        assert objectives.at_margin(name, (0.0, 0.0), (-2.0, -2.0))[1] == pytest.approx(expected)
+        assert residuals.at_margin(name, (0.0, 0.0), (-2.0, -2.0))[1] == pytest.approx(expected)
 
 
 def test_signs_flip_where_the_closed_forms_say(results):
@@ -91,9 +93,9 @@ def test_a_descent_is_gradient_descent_on_the_loss():
     reference = (float(start[2]), float(start[5]))
     one, other = lddyn.Example([0], [1]), lddyn.Example([0], [2])
     for name in ("dpo", "sppo", "unlikelihood"):
-        objective = objectives.build(name, one, other, reference, objectives.SETTINGS[name])
+        objective = residuals.build(name, one, other, reference, residuals.SETTINGS[name])
         for shared in (True, False):
-            path = objectives.descend(name, start, 2, 5, 5, shared=shared)
+            path = flows.descend(name, start, 2, 5, 5, shared=shared)
             first, c = path[0]
             rate = 0.1 / (abs(c[0]) + abs(c[1]))
             good = start.clone().requires_grad_(True)
@@ -130,8 +132,8 @@ def test_everything_is_written(results):
 
 
 def test_bad_options_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="got 5, 300 and 50"):
-        objectives.run(tmp_path, cases=5)
+    with pytest.raises(ValueError, match="cases must be at least 10, got 5"):
+        objectives.run(tmp_path, Settings(cases=5))
     with pytest.raises(ValueError, match="no closed form for 'x'"):
-        objectives.closed_form("x", 0, 0, (0, 0), (1, 1), {})
-    assert math.isclose(objectives._sigmoid(-800.0), 0.0)
+        residuals.closed_form("x", 0, 0, (0, 0), (1, 1), {})
+    assert math.isclose(residuals._sigmoid(-800.0), 0.0)

@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from lddyn.lab import squeeze
+from lddyn.lab import settings, squeeze
 from lddyn.lab.record import Lab
 from lddyn.lab.shares import Share
-from lddyn.steps.flow import leading
+from lddyn.lab.squeeze import measure
+from lddyn.steps.flow import leading, renormalised
 
 torch.set_num_threads(1)
 
@@ -17,7 +18,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("squeeze")
-    return squeeze.run(out, progress=False, cases=1500, large=200), out
+    return squeeze.run(out, settings.Squeeze(cases=1500, large=200), progress=False), out
 
 
 def claims(results):
@@ -26,7 +27,7 @@ def claims(results):
 
 def test_the_reference_values_of_the_paper():
     """paper.md 5.2: four steps of η' = 0.5 on logits (2, 1, 0, −1, −2)."""
-    for row in squeeze.reference_rows():
+    for row in measure.reference_rows():
         assert row["largest_difference"] <= 6e-5
         assert row["entropy_change"] == pytest.approx(row["published_entropy_change"], abs=6e-5)
 
@@ -82,7 +83,7 @@ def test_a_context_that_shares_nothing_but_features(tmp_path):
     moved = weights + 0.1 * torch.outer(pushed, push)
     expected = (other @ moved).log_softmax(-1) - (other @ weights).log_softmax(-1)
     shift = 0.1 * float(other @ pushed) * push
-    found = squeeze.renormalised((other @ weights).log_softmax(-1), shift)
+    found = renormalised((other @ weights).log_softmax(-1), shift)
     assert torch.allclose(found, expected, atol=1e-12)
 
 
@@ -101,7 +102,7 @@ def test_limits_begin_at_the_lemma(results):
 def test_regression_step_is_a_real_step():
     weights = torch.randn(4, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = torch.tensor([1.0, -1, 0.5, 2], dtype=torch.float64)
-    before, after = squeeze.regression_step(weights, x, {3: -1.0}, 0.1)
+    before, after = measure.regression_step(weights, x, {3: -1.0}, 0.1)
     gradient = torch.outer(x, torch.nn.functional.one_hot(torch.tensor(3), 20) - before.exp())
     expected = (x @ (weights - 0.1 * gradient)).log_softmax(-1)
     assert torch.allclose(after, expected, atol=1e-12)
@@ -109,7 +110,7 @@ def test_regression_step_is_a_real_step():
 
 
 def test_the_same_seed_gives_the_same_cases(tmp_path):
-    a, b = (squeeze.random_cases(Lab("squeeze", tmp_path / n), 10, 50)[0] for n in "ab")
+    a, b = (measure.random_cases(Lab("squeeze", tmp_path / n), 10, 50)[0] for n in "ab")
     assert torch.equal(a, b)
 
 
@@ -121,8 +122,8 @@ def test_everything_is_written(results):
 
 
 def test_bad_options_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="got 5, 1000 and 10000"):
-        squeeze.run(tmp_path, labels=5)
+    with pytest.raises(ValueError, match="labels must be at least 20, got 5"):
+        squeeze.run(tmp_path, settings.Squeeze(labels=5))
 
 
 def test_shares_have_wilson_intervals():

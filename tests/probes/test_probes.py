@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lddyn.demo import world as demo
-from lddyn.lab.probes import one_by_one
+from lddyn.lab.probes.measure import one_by_one
 from lddyn.probes.build import build, sample
 from lddyn.probes.endpoint import Endpoint, write
 from lddyn.probes.measure import measure

@@ -27,8 +27,9 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.nn import functional
 
 from lddyn.files import digest_of
-from lddyn.lab import images
+from lddyn.lab.mnist import images
 from lddyn.lab.record import Lab
+from lddyn.lab.settings import Mnist
 
 __all__ = [
     "CLASSES",
@@ -36,7 +37,6 @@ __all__ = [
     "NETWORKS",
     "Descent",
     "Halves",
-    "Options",
     "adapt",
     "descend",
     "halve",
@@ -56,38 +56,6 @@ _FLOOR = 1e-6  # learning rate at the end of the cosine, as in the paper's code
 _FOURS = 20  # update images of the one-step panels
 FITTED = tuple(10.0**k for k in (-6, -5.5, -5, -4.5, -4, -3.5, -3))  # learning rates of the slope
 _BEYOND = (10**-2.5, 1e-2, 10**-1.5, 1e-1)  # where the second order is no longer all
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides the results, besides the seed: see `mnist.run`."""
-
-    network: str
-    data: str | None
-    torchvision: str | None
-    epochs: int
-    train: int
-    batch: int
-    learning_rate: float
-    momentum: float
-    weight_decay: float
-    probes: int
-
-    def __post_init__(self) -> None:
-        if self.network not in NETWORKS:
-            raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
-        for name, least in (("epochs", 5), ("train", 1), ("batch", 1), ("probes", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
-
-    @property
-    def early(self) -> int:
-        """The epoch that parts early from late: a fifth of training."""
-        return max(1, self.epochs // 5)
 
 
 # --------------------------------------------------------------------------- the network and its K
@@ -191,10 +159,10 @@ def kernel(
 
     Example:
         >>> import torch
-        >>> from lddyn.lab import digits
+        >>> from lddyn.lab.mnist import measure
         >>> module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 10))
         >>> theta, x = torch.zeros(50), torch.ones(1, 1, 2, 2)
-        >>> digits.kernel(module, theta, x, x)[0, 0].diagonal()[:2]  # ⟨x, x⟩ + 1
+        >>> measure.kernel(module, theta, x, x)[0, 0].diagonal()[:2]  # ⟨x, x⟩ + 1
         tensor([5., 5.])
     """
     columns = jacobian(module, theta, updated)
@@ -231,10 +199,10 @@ def predict(
 
     Example:
         >>> import torch
-        >>> from lddyn.lab import digits
+        >>> from lddyn.lab.mnist import measure
         >>> module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 10))
         >>> theta, x = torch.zeros(50), torch.ones(1, 1, 2, 2)
-        >>> found = digits.predict(module, theta, x, x, torch.tensor([4]))[0, 0]
+        >>> found = measure.predict(module, theta, x, x, torch.tensor([4]))[0, 0]
         >>> round(float(found[4]), 4), round(float(found[0]), 4)
         (4.5, -0.5)
     """
@@ -279,28 +247,28 @@ class Halves:
     observed: torch.Tensor  # among the unseen: x_o
 
 
-def halve(lab: Lab, options: Options) -> Halves:
+def halve(lab: Lab, settings: Mnist) -> Halves:
     """Loads the images and parts them at random.
 
     Raises:
         ValueError: If too few are left to observe, or of a class; or the experiment's folder was
             made with other images.
     """
-    found = images.load(options.data, options.torchvision)
+    found = images.load(settings.images, settings.torchvision)
     lab.reads(images=digest_of(*(part.numpy().tobytes() for part in (found.pixels, found.classes))))
-    if options.train >= len(found.classes):
+    if settings.train >= len(found.classes):
         raise ValueError(
             f"train must leave images to observe: fewer than {len(found.classes)}, got "
-            f"{options.train}"
+            f"{settings.train}"
         )
     order = torch.randperm(len(found.classes), generator=lab.generator("split"))
-    learned = _part(found, order[: options.train])
-    unseen = _part(found, order[options.train :][:_UNSEEN])
+    learned = _part(found, order[: settings.train])
+    unseen = _part(found, order[settings.train :][:_UNSEEN])
     return Halves(
         learned,
         unseen,
-        _probes(learned, options.probes, "training"),
-        _probes(unseen, options.probes, "other"),
+        _probes(learned, settings.probes, "training"),
+        _probes(unseen, settings.probes, "other"),
     )
 
 
@@ -336,19 +304,19 @@ class Descent:
         return _FLOOR + (self.learning_rate - _FLOOR) * share
 
 
-def descend(lab: Lab, options: Options, halves: Halves, descent: Descent) -> dict[str, Any]:
+def descend(lab: Lab, settings: Mnist, halves: Halves, descent: Descent) -> dict[str, Any]:
     """Trains, or goes on; returns the records of the epochs and the last state's tensors."""
     records: list[dict[str, float]] = []
-    segments = range(0, options.epochs, _SEGMENT)
+    segments = range(0, settings.epochs, _SEGMENT)
     for start in lab.bar(segments, f"training, {descent.name}"):
-        end = min(start + _SEGMENT, options.epochs)
+        end = min(start + _SEGMENT, settings.epochs)
 
         def make(start: int = start, end: int = end) -> list[dict[str, float]]:
             if start:
                 state = load_file(_state(lab, descent, start))
             else:
-                state = _begin(lab, options, halves)
-            made = [_epoch(lab, options, halves, descent, state, e) for e in range(start, end)]
+                state = _begin(lab, settings, halves)
+            made = [_epoch(lab, settings, halves, descent, state, e) for e in range(start, end)]
             save_file(state, _state(lab, descent, end))
             if start:
                 # Two segments back is of no use any more: the one before is on disk, complete.
@@ -356,14 +324,14 @@ def descend(lab: Lab, options: Options, halves: Halves, descent: Descent) -> dic
             return made
 
         records += lab.once(f"{descent.name} {end}", make)
-    return {"epochs": records, **load_file(_state(lab, descent, options.epochs))}
+    return {"epochs": records, **load_file(_state(lab, descent, settings.epochs))}
 
 
 def _state(lab: Lab, descent: Descent, epoch: int) -> Path:
     return lab.path("states", f"{descent.name} {epoch}.safetensors")
 
 
-def _begin(lab: Lab, options: Options, halves: Halves) -> dict[str, torch.Tensor]:
+def _begin(lab: Lab, settings: Mnist, halves: Halves) -> dict[str, torch.Tensor]:
     """The state before training.
 
     theta (P,), in float64 so that steps far smaller than θ are not rounded away; velocity (11, P)
@@ -371,7 +339,7 @@ def _begin(lab: Lab, options: Options, halves: Halves) -> dict[str, torch.Tensor
     (N_o, 10): log π at the start; kernel (N_o, N_u, 10, 10), norms (epoch, N_u, N_o): ‖K‖_F,
     drifts: ‖K^t − K^{t−1}‖_F.
     """
-    module = NETWORKS[options.network]()
+    module = NETWORKS[settings.network]()
     theta = _initial(module, lab.generator("weights"))
     observed = halves.unseen.pixels[halves.observed]
     k = kernel(module, theta, observed, halves.learned.pixels[halves.updates])
@@ -391,27 +359,27 @@ def _begin(lab: Lab, options: Options, halves: Halves) -> dict[str, torch.Tensor
 
 def _epoch(
     lab: Lab,
-    options: Options,
+    settings: Mnist,
     halves: Halves,
     descent: Descent,
     state: dict[str, torch.Tensor],
     epoch: int,
 ) -> dict[str, float]:
     """One epoch, in place; every step is predicted before it is taken."""
-    module = NETWORKS[options.network]()
+    module = NETWORKS[settings.network]()
     learned, observed = halves.learned, halves.unseen.pixels[halves.observed]
-    rate = descent.rate(epoch, options.epochs)
+    rate = descent.rate(epoch, settings.epochs)
     order = torch.randperm(len(learned.classes), generator=lab.generator("order", epoch))
     theta, velocity = state["theta"], state["velocity"]
     precise = observed.double()
     before = logits(module, theta, precise).log_softmax(-1)
     missed = moved = 0.0
-    for batch in order.split(options.batch):
+    for batch in order.split(settings.batch):
         rounded = theta.float()
         gradients = _gradients(module, rounded, learned.pixels[batch], learned.classes[batch])
         velocity *= descent.momentum
         velocity.index_add_(0, learned.classes[batch], gradients, alpha=1 / len(batch))
-        velocity[CLASSES] += options.weight_decay * rounded
+        velocity[CLASSES] += settings.weight_decay * rounded
         change = -rate * velocity.double()
         predicted = adapt(before.exp(), _pushed(module, rounded, observed, change.float()).double())
         theta = theta + change.sum(0)
@@ -422,7 +390,7 @@ def _epoch(
         moved += float((after - before).square().sum())
         before = after
     state["theta"] = theta
-    if epoch + 1 == options.early:
+    if epoch + 1 == settings.early:
         state["early"] = theta.clone()
     theta = theta.float()
     k = kernel(module, theta, observed, learned.pixels[halves.updates])
@@ -460,7 +428,7 @@ def _pushed(
 # --------------------------------------------------------------------------- one step on a "4"
 
 
-def one_step(options: Options, halves: Halves, theta: torch.Tensor) -> dict[str, Any]:
+def one_step(settings: Mnist, halves: Halves, theta: torch.Tensor) -> dict[str, Any]:
     """Steps on single 4s, in float64: predicted and measured Δ log π of every observed probe.
 
     Returns:
@@ -469,7 +437,7 @@ def one_step(options: Options, halves: Halves, theta: torch.Tensor) -> dict[str,
         dissimilar: the class whose training images have the smallest mean ‖K‖_F with the 4s,
         similar: the one with the largest, of those that are not 4.
     """
-    module = NETWORKS[options.network]().double()
+    module = NETWORKS[settings.network]().double()
     fours = (halves.learned.classes == 4).nonzero()[:_FOURS, 0]
     updated, classes = halves.learned.pixels[fours].double(), halves.learned.classes[fours]
     observed = halves.unseen.pixels[halves.observed].double()
@@ -487,7 +455,7 @@ def one_step(options: Options, halves: Halves, theta: torch.Tensor) -> dict[str,
 
     rates = sorted((*FITTED, *_BEYOND))
     residuals = [(measure(r) - r * predicted).square().sum((0, 2)).sqrt().tolist() for r in rates]
-    rate = options.learning_rate
+    rate = settings.lr
     return {
         "similar": max(others, key=lambda c: float(by_class[c])),
         "dissimilar": min(others, key=lambda c: float(by_class[c])),

@@ -1,6 +1,6 @@
 """What `lddyn lab mnist` claims of its runs: statistics, verdicts, tables and pictures.
 
-Each `judge_*` takes what `digits` measured, writes a table and a picture, makes claims, and returns
+Each `judge_*` takes what was measured, writes a table and a picture, makes claims, and returns
 sentences for the page.
 """
 
@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 
-from lddyn.lab import mnist_pictures
-from lddyn.lab.digits import CLASSES, FITTED, NETWORKS, Halves, Options, logits
+from lddyn.lab.mnist import pictures
+from lddyn.lab.mnist.measure import CLASSES, FITTED, NETWORKS, Halves, logits
 from lddyn.lab.record import Claim, Lab, Verdict
+from lddyn.lab.settings import Mnist
 
 __all__ = ["judge_kernel", "judge_maps", "judge_step", "judge_sums"]
 
@@ -108,13 +109,13 @@ def _short(value: Any) -> float:
 
 
 def judge_step(
-    lab: Lab, options: Options, halves: Halves, step: Mapping[str, Any], late: Mapping[str, Any]
+    lab: Lab, settings: Mnist, halves: Halves, step: Mapping[str, Any], late: Mapping[str, Any]
 ) -> list[str]:
     """Panels a and b: one step on a 4, early in training; `late` is the same at its end."""
     predicted, measured = np.array(step["predicted"]), np.array(step["measured"])
     norms, rates = np.array(step["norms"]), np.array(step["rates"])
     residuals = np.array(step["residuals"])
-    each, fours = options.probes, norms.shape[1]
+    each, fours = settings.probes, norms.shape[1]
     fitted = rates <= FITTED[-1] * 1.001
     x, y = np.log10(rates[fitted]), np.log10(residuals[fitted])
     slopes = ((x - x.mean()) @ (y - y.mean(0))) / ((x - x.mean()) ** 2).sum()
@@ -128,7 +129,7 @@ def judge_step(
             "§2, Prop. 1, Eq. 3",
             "derived; never measured",
             f"the residual falls as η^{slope:.3f} between η = {FITTED[0]:g} and {FITTED[-1]:g}; "
-            f"at the training's η = {options.learning_rate:g}, −η A K G explains "
+            f"at the training's η = {settings.lr:g}, −η A K G explains "
             f"{100 * explained:.2f} % of the squared change",
             _verdict(slope_interval[0] > 1.9 and slope_interval[1] < 2.1),
             f"float64; {fours} update images, {norms.shape[0]} observed ones, all ten labels; "
@@ -231,18 +232,18 @@ def judge_step(
     pictures_of = {case: halves.unseen.pixels[halves.observed][o, 0] for case, o in shown.items()}
     lab.figure(
         "one_step",
-        mnist_pictures.one_step(
+        pictures.one_step(
             rows,
             residual_rows,
             classes,
             pictures_of,
             halves.learned.pixels[step["fours"][0], 0],
-            options.learning_rate,
+            settings.lr,
             slope,
             ordered,
-            options.early,
+            settings.early,
         ),
-        f"One step on a single 4, after {options.early} epochs. Rings: predicted "
+        f"One step on a single 4, after {settings.early} epochs. Rings: predicted "
         "by −η A K G; bars: measured. Below: what the first "
         "order leaves out, and the pull on label 4 against ‖K‖_F for every class of x_o.",
     )
@@ -265,10 +266,10 @@ def _shown(step: Mapping[str, Any], cases: Mapping[str, int], each: int) -> dict
     return found
 
 
-def judge_maps(lab: Lab, options: Options, halves: Halves, trained: Mapping[str, Any]) -> list[str]:
+def judge_maps(lab: Lab, settings: Mnist, halves: Halves, trained: Mapping[str, Any]) -> list[str]:
     """Panels c and d, items 5 and 6 of App. C.1: accumulated influence and mean prediction."""
-    each = options.probes
-    module = NETWORKS[options.network]()
+    each = settings.probes
+    module = NETWORKS[settings.network]()
     probabilities = (
         logits(module, trained["theta"].float(), halves.unseen.pixels).softmax(-1).numpy()
     )
@@ -397,7 +398,7 @@ def judge_maps(lab: Lab, options: Options, halves: Halves, trained: Mapping[str,
     lab.table("maps", rows)
     lab.figure(
         "maps",
-        mnist_pictures.maps(rows),
+        pictures.maps(rows),
         "Row: the class that was learned, and its label. Column: the class that is observed. "
         "Hundredths; the diagonal is left white. Pulls may exceed 1: others push back.",
     )
@@ -422,10 +423,10 @@ def _other_images(halves: Halves) -> str:
 
 
 def judge_kernel(
-    lab: Lab, options: Options, halves: Halves, runs: Mapping[str, Mapping[str, Any]]
+    lab: Lab, settings: Mnist, halves: Halves, runs: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
     """Items 1 to 4 of App. C.1: ‖K‖_F over training."""
-    each, early = options.probes, options.early
+    each, early = settings.probes, settings.early
     of_updates = _draws(lab, "ranking u", [each] * CLASSES)
     stable, consecutive = {}, {}
     rows: list[dict[str, Any]] = []
@@ -469,7 +470,7 @@ def judge_kernel(
             "App. C.1, item 1",
             "epochs 0–30 messy, 800–1000 like finetuning",
             f"rank correlation of ‖K_uo‖_F over o between neighbouring epochs: "
-            f"{consecutive['momentum'][:early].mean():.3f} in the first fifth of {options.epochs} "
+            f"{consecutive['momentum'][:early].mean():.3f} in the first fifth of {settings.epochs} "
             f"epochs, {consecutive['momentum'][-early:].mean():.4f} in the last; K changes by "
             f"{100 * relative['momentum'][:early].mean():.0f} % an epoch, then "
             f"{100 * relative['momentum'][-early:].mean():.2g} %. At a constant learning rate: "
@@ -500,7 +501,7 @@ def judge_kernel(
             "the paper's only assumption.",
             "§2; App. C.1, item 2",
             "by eye",
-            f"from epoch {early} to {options.epochs} the mean norm changes by a factor "
+            f"from epoch {early} to {settings.epochs} the mean norm changes by a factor "
             f"{growth:.2f} and the ranking over o correlates with the last at {rho.mean():.2f} "
             f"(from the initialisation: {stable['momentum'][0].mean():.2f}); plain descent at a "
             f"constant learning rate: factor {plain_growth:.2f}, {plain_rho:.2f}",
@@ -581,7 +582,7 @@ def judge_kernel(
     lab.table("class_pairs", table)
     lab.figure(
         "kernel",
-        mnist_pictures.kernel(table, rows, early, by_norm[-1], by_norm[0]),
+        pictures.kernel(table, rows, early, by_norm[-1], by_norm[0]),
         "Left: ‖K‖_F of every pair of different classes. Middle: does the ranking over x_o hold? "
         "Right: how much K moves from epoch to epoch.",
     )
@@ -592,12 +593,12 @@ def judge_kernel(
 
 
 def judge_sums(
-    lab: Lab, options: Options, halves: Halves, runs: Mapping[str, Mapping[str, Any]]
+    lab: Lab, settings: Mnist, halves: Halves, runs: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
     """Σ_t of predictions against the total Δ log π."""
     rows, said = [], []
-    of_probes = _draws(lab, "sums", [options.probes] * CLASSES)
-    module = NETWORKS[options.network]()
+    of_probes = _draws(lab, "sums", [settings.probes] * CLASSES)
+    module = NETWORKS[settings.network]()
     observed = halves.unseen.pixels[halves.observed].double()
     for name, trained in runs.items():
         last = logits(module, trained["theta"], observed).log_softmax(-1)
@@ -611,7 +612,7 @@ def judge_sums(
         rows += [
             {
                 "descent": name,
-                "class_observed": i // options.probes,
+                "class_observed": i // settings.probes,
                 "label": label,
                 "predicted": _short(predicted[i, label]),
                 "measured": _short(total[i, label]),
@@ -644,7 +645,7 @@ def judge_sums(
     lab.table("accumulated", rows)
     lab.figure(
         "accumulated",
-        mnist_pictures.accumulated(rows, {n: t["epochs"] for n, t in runs.items()}),
+        pictures.accumulated(rows, {n: t["epochs"] for n, t in runs.items()}),
         "Every dot is one label of one unseen image: what all steps were predicted to do, against "
         "what they did.",
     )

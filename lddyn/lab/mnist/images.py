@@ -55,7 +55,7 @@ def load(data: str | Path | None = None, torchvision: str | None = None) -> Imag
         ValueError: A file is corrupt, or the classes are not 0 … 9.
 
     Example:
-        >>> from lddyn.lab.images import load
+        >>> from lddyn.lab.mnist.images import load
         >>> load().pixels.shape
         torch.Size([1797, 1, 28, 28])
     """
@@ -81,7 +81,7 @@ def _embedded() -> tuple[torch.Tensor, torch.Tensor]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "the embedded digits are scikit-learn's: install lddyn[lab], or give --data a folder "
+            "the embedded digits are scikit-learn's: install lddyn[lab], or give --images a folder "
             "of IDX files"
         ) from error
     digits = load_digits()
@@ -135,7 +135,7 @@ def read_idx(path: str | Path, dimensions: int) -> np.ndarray:
     Example:
         >>> import pathlib
         >>> _ = pathlib.Path("three").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 5, 0, 4]))
-        >>> from lddyn.lab.images import read_idx
+        >>> from lddyn.lab.mnist.images import read_idx
         >>> read_idx("three", dimensions=1)
         array([5, 0, 4], dtype=uint8)
     """
@@ -169,7 +169,7 @@ def _torchvision(name: str, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     except ImportError as error:
         raise ImportError(
             f"--torchvision {name} needs torchvision, which cannot be imported ({error}): install "
-            "it, or give --data a folder of IDX files"
+            "it, or give --images a folder of IDX files"
         ) from error
     if not hasattr(datasets, name):
         raise ValueError(f"torchvision.datasets has no {name!r}; expected MNIST, FashionMNIST, …")

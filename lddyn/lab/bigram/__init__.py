@@ -1,0 +1,78 @@
+"""The same negative step in a table of logits and in shared features: the poster's 2-gram example.
+
+Three bigram language models read the same text. In a table every context has logits of its own,
+so K between two contexts is exactly zero and a push changes its own context only. In a factorised
+model and in a network contexts share features, and the push changes other contexts too. Every step
+is a real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lddyn.lab.bigram.claims import expected, make_claims, seen
+from lddyn.lab.bigram.measure import measure_pushes
+from lddyn.lab.bigram.models import KINDS
+from lddyn.lab.bigram.pictures import draw_leak, draw_longer
+from lddyn.lab.record import Lab
+from lddyn.lab.settings import Bigram as Settings
+
+__all__ = ["run"]
+
+
+def run(
+    out: str | Path,
+    settings: Settings | None = None,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Runs the experiment.
+
+    Args:
+        out: Folder for everything.
+        settings: See `lddyn.lab.settings.Bigram`.
+        seed: Of all random numbers.
+        progress: Show bars on standard error.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        ValueError: If a setting is out of bounds, or the folder holds another experiment.
+    """
+    settings = settings or Settings()
+    lab = Lab("bigram", Path(out), seed, settings.decisive(), progress)
+    measured = lab.once("pushes", lambda: measure_pushes(lab, settings))
+    for name in ("kernels", "longer", "repeated", "pairs"):
+        lab.table(name, measured[name])
+    lab.table("shown", _shown_rows(measured["shown"]))
+    lab.figure(
+        "leak",
+        draw_leak(measured),
+        "Above: ‖K‖_F between contexts; darker is larger, white is below 0.001 of the diagonal. "
+        "Below: in a table the push changes its own row only; shared features carry it to others.",
+    )
+    lab.figure("longer", draw_longer(measured), "Means over pairs, with 95 % intervals.")
+    made = list(make_claims(measured, settings))
+    for claim in made:
+        lab.claim(claim)
+    return lab.finish(expected(), seen(measured, made))
+
+
+def _shown_rows(shown: Mapping[str, Mapping[str, list[list[float]]]]) -> list[dict[str, Any]]:
+    """The picture's push, one row per model and context, with four digits."""
+    return [
+        {
+            "model": kind,
+            "context": context,
+            **{
+                name: [float(f"{x:.4g}") for x in values[context]]
+                for name, values in shown[kind].items()
+            },
+        }
+        for kind in KINDS
+        for context in range(len(shown[kind]["before"]))
+    ]

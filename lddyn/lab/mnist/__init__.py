@@ -1,0 +1,82 @@
+"""Handwritten digits (paper §2, Fig. 1, App. C.1): one step, all steps, and K over training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lddyn.lab.mnist.claims import judge_kernel, judge_maps, judge_step, judge_sums
+from lddyn.lab.mnist.measure import Descent, descend, halve, one_step
+from lddyn.lab.record import Lab
+from lddyn.lab.settings import Mnist as Settings
+
+__all__ = ["run"]
+
+
+def run(
+    out: str | Path,
+    settings: Settings | None = None,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Trains a network on digits twice, and compares what K predicts with what was measured.
+
+    The second run is the control: no momentum, and a constant learning rate of
+    `lr` / (1 − `momentum`).
+
+    Args:
+        out: Folder for everything; a run that was stopped continues from its last five epochs.
+        settings: See `lddyn.lab.settings.Mnist`.
+        seed: Of all random numbers.
+        progress: Show bars on standard error.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        ValueError: If a setting is out of bounds, the data are corrupt, or the folder holds another
+            experiment.
+        ImportError: If scikit-learn or torchvision is needed and not installed.
+
+    Cost: with the default settings about 4 minutes on one core; memory grows with the square of
+    `probes`.
+
+    Example:
+        >>> # results = lddyn.lab.mnist.run("lab/mnist", lddyn.lab.settings.Mnist(network="mlp"))
+    """
+    settings = settings or Settings()
+    lab = Lab("mnist", Path(out), seed, settings.decisive(), progress)
+    halves = halve(lab, settings)
+    momentum = settings.momentum
+    descents = (
+        Descent("momentum", momentum, settings.lr, cosine=True),
+        Descent("plain", 0.0, settings.lr / (1 - momentum), cosine=False),
+    )
+    with torch.no_grad():
+        runs = {d.name: descend(lab, settings, halves, d) for d in descents}
+        early = runs["momentum"]["early"]
+        step = lab.once("one step", lambda: one_step(settings, halves, early))
+        last = runs["momentum"]["theta"]
+        late = lab.once("one step late", lambda: one_step(settings, halves, last))
+        sentences = judge_step(lab, settings, halves, step, late)
+        sentences += judge_maps(lab, settings, halves, runs["momentum"])
+        sentences += judge_kernel(lab, settings, halves, runs)
+        sentences += judge_sums(lab, settings, halves, runs)
+    accuracy = runs["momentum"]["epochs"][-1]["unseen_accuracy"]
+    return lab.finish(
+        [
+            "One step on x_u changes log π(·|x_o) by −η A K G: a step on a 4 raises the label 4 on "
+            "other 4s, on similar digits such as 9, and hardly on dissimilar ones.",
+            "These changes accumulate over training: classes with a large ‖K_uo‖_F predict each "
+            "other.",
+            "‖K_uo‖_F itself changes, but for a given x_u the ranking of the x_o is stable.",
+        ],
+        [
+            f"{settings.network} on {halves.unseen.source}: after {settings.epochs} epochs on "
+            f"{settings.train} images it is right on {100 * accuracy:.1f} % of the others.",
+            *sentences,
+        ],
+    )

@@ -1,0 +1,86 @@
+"""Twelve objectives: their residuals, and where they push (paper App. B, Fig. 2).
+
+Measured: the coefficients c± by autograd against closed forms and the paper's printed ones; how
+they change with the margin; the gradient field on the simplex {y+, y−, another label}; and what a
+softmax of 50 labels does under each objective when y− is unlikely, and when it is likely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lddyn.lab.objectives import flows, pictures, residuals
+from lddyn.lab.objectives.claims import Measured, expected, make_claims, seen
+from lddyn.lab.record import Lab
+from lddyn.lab.settings import Objectives as Settings
+
+__all__ = ["run"]
+
+
+def run(
+    out: str | Path,
+    settings: Settings | None = None,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Runs the experiment.
+
+    Args:
+        out: Folder for everything.
+        settings: See `lddyn.lab.settings.Objectives`.
+        seed: Of all random numbers.
+        progress: Show bars on standard error.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        ValueError: If a setting is out of bounds, or the folder holds another experiment.
+    """
+    settings = settings or Settings()
+    lab = Lab("objectives", Path(out), seed, settings.decisive(), progress)
+    checked = lab.once("residuals", lambda: residuals.check(lab, settings.cases))
+    scanned = lab.once("margins", lambda: residuals.scan(lab))
+    fields = lab.once("simplex", lambda: flows.fields(lab))
+    flowed = lab.once("flows", lambda: flows.flows(lab, settings.labels, settings.steps))
+    lab.table("residuals", checked)
+    lab.table("margins", scanned)
+    lab.table(
+        "simplex",
+        [
+            {"start": where, "objective": name, **{k: _short(v) for k, v in parts.items()}}
+            for where, by_name in fields.items()
+            for name, parts in by_name.items()
+        ],
+    )
+    lab.table("flows", flowed["curves"])
+    lab.table("summary", flowed["summary"])
+    lab.figure(
+        "coefficients",
+        pictures.draw_scan(scanned),
+        "The lines are the library's losses, by autograd. Shaded: y− is pulled up instead of "
+        "pushed down.",
+    )
+    for where in flows.STARTS:
+        lab.figure(
+            f"simplex-{where}",
+            pictures.draw_simplex(fields, where),
+            "Arrows are dπ of a gradient step; their lengths are drawn as the square root.",
+        )
+    lab.figure(
+        "flow",
+        pictures.draw_flow(flowed["curves"]),
+        "50 labels, the softmax that holds y−. The first step is equally long for all objectives.",
+    )
+    measured = Measured(checked, scanned, flowed["summary"], settings.steps)
+    for claim in make_claims(measured):
+        lab.claim(claim)
+    return lab.finish(expected(), seen(measured))
+
+
+def _short(rows: Sequence[Sequence[float]]) -> str:
+    """Rows of numbers as text, as precise as a picture."""
+    return ";".join(",".join(f"{x:.3g}" for x in row) for row in rows)
