@@ -52,6 +52,11 @@ class Recipe:
     keep: tuple[int, ...] = ()
 
 
+def spread(last: int, count: int) -> tuple[int, ...]:
+    """`count` whole numbers, evenly spaced from 0 to `last`, each once."""
+    return tuple(np.unique(np.linspace(0, last, count).round().astype(int)).tolist())
+
+
 def batches(
     rows: Sequence[Mapping[str, Example]], updates: int, size: int, generator: torch.Generator
 ) -> list[dict[str, list[Example]]]:

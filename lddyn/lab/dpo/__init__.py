@@ -15,12 +15,11 @@ from lddyn.lab.dpo.claims import expected, make_claims, seen
 from lddyn.lab.dpo.measure import LOSS, encoded_pairs, mass_of_steps, sampled_pairs
 from lddyn.lab.dpo.pictures import draw
 from lddyn.lab.dpo.tables import AGAIN, ON_POLICY, Runs, off_policy, write_tables
-from lddyn.lab.finetune import Recipe, checkpoint, finetune
+from lddyn.lab.finetune import Recipe, checkpoint, finetune, spread
 from lddyn.lab.mass import mass_of_run
 from lddyn.lab.record import Lab
 from lddyn.lab.setting import load, one_thread
 from lddyn.lab.settings import Dpo as Settings
-from lddyn.lab.sft import spread
 from lddyn.lab.training import Supervised
 
 if TYPE_CHECKING:

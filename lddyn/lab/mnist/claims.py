@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 
-from lddyn.lab.mnist import pictures
 from lddyn.lab.mnist.measure import CLASSES, FITTED, NETWORKS, Halves, logits
+from lddyn.lab.mnist.pictures import draw_accumulated, draw_kernel, draw_maps, draw_step
 from lddyn.lab.record import Claim, Lab, Verdict
 from lddyn.lab.settings import Mnist
 
@@ -232,7 +232,7 @@ def judge_step(
     pictures_of = {case: halves.unseen.pixels[halves.observed][o, 0] for case, o in shown.items()}
     lab.figure(
         "one_step",
-        pictures.one_step(
+        draw_step(
             rows,
             residual_rows,
             classes,
@@ -398,7 +398,7 @@ def judge_maps(lab: Lab, settings: Mnist, halves: Halves, trained: Mapping[str, 
     lab.table("maps", rows)
     lab.figure(
         "maps",
-        pictures.maps(rows),
+        draw_maps(rows),
         "Row: the class that was learned, and its label. Column: the class that is observed. "
         "Hundredths; the diagonal is left white. Pulls may exceed 1: others push back.",
     )
@@ -582,7 +582,7 @@ def judge_kernel(
     lab.table("class_pairs", table)
     lab.figure(
         "kernel",
-        pictures.kernel(table, rows, early, by_norm[-1], by_norm[0]),
+        draw_kernel(table, rows, early, by_norm[-1], by_norm[0]),
         "Left: ‖K‖_F of every pair of different classes. Middle: does the ranking over x_o hold? "
         "Right: how much K moves from epoch to epoch.",
     )
@@ -645,7 +645,7 @@ def judge_sums(
     lab.table("accumulated", rows)
     lab.figure(
         "accumulated",
-        pictures.accumulated(rows, {n: t["epochs"] for n, t in runs.items()}),
+        draw_accumulated(rows, {n: t["epochs"] for n, t in runs.items()}),
         "Every dot is one label of one unseen image: what all steps were predicted to do, against "
         "what they did.",
     )

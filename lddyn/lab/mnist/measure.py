@@ -27,7 +27,8 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.nn import functional
 
 from lddyn.files import digest_of
-from lddyn.lab.mnist import images
+from lddyn.lab.mnist.images import Images
+from lddyn.lab.mnist.images import load as load_images
 from lddyn.lab.record import Lab
 from lddyn.lab.settings import Mnist
 
@@ -241,8 +242,8 @@ def _gradients(
 class Halves:
     """Images to learn, images never learned, and the probes among each, sorted by class."""
 
-    learned: images.Images
-    unseen: images.Images
+    learned: Images
+    unseen: Images
     updates: torch.Tensor  # indices of the probes among the learned: x_u
     observed: torch.Tensor  # among the unseen: x_o
 
@@ -254,7 +255,7 @@ def halve(lab: Lab, settings: Mnist) -> Halves:
         ValueError: If too few are left to observe, or of a class; or the experiment's folder was
             made with other images.
     """
-    found = images.load(settings.images, settings.torchvision)
+    found = load_images(settings.images, settings.torchvision)
     lab.reads(images=digest_of(*(part.numpy().tobytes() for part in (found.pixels, found.classes))))
     if settings.train >= len(found.classes):
         raise ValueError(
@@ -272,11 +273,11 @@ def halve(lab: Lab, settings: Mnist) -> Halves:
     )
 
 
-def _part(found: images.Images, at: torch.Tensor) -> images.Images:
-    return images.Images(found.pixels[at], found.classes[at], found.source, found.published)
+def _part(found: Images, at: torch.Tensor) -> Images:
+    return Images(found.pixels[at], found.classes[at], found.source, found.published)
 
 
-def _probes(found: images.Images, count: int, name: str) -> torch.Tensor:
+def _probes(found: Images, count: int, name: str) -> torch.Tensor:
     """The first images of every class: indices (10 count,), sorted by class."""
     by_class = [(found.classes == c).nonzero()[:count, 0] for c in range(CLASSES)]
     for c, these in enumerate(by_class):

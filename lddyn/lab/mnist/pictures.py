@@ -70,7 +70,7 @@ def _bars(axes: Axes, values: Any) -> None:
     axes.tick_params(axis="x", length=0)
 
 
-def one_step(
+def draw_step(
     rows: Rows,
     residuals: Rows,
     classes: Rows,
@@ -200,7 +200,7 @@ def one_step(
     return figure
 
 
-def maps(rows: Rows) -> Figure:
+def draw_maps(rows: Rows) -> Figure:
     """Three tables of classes: accumulated influence, integral of ‖K‖_F, mean prediction."""
     figure = blank_figure(10.2, 3.85, "maps")
     panels = (
@@ -255,7 +255,7 @@ def maps(rows: Rows) -> Figure:
     return figure
 
 
-def kernel(
+def draw_kernel(
     table: Rows, rows: Rows, early: int, most: tuple[int, int], least: tuple[int, int]
 ) -> Figure:
     """‖K‖_F by pair over training, its ranking, its drift."""
@@ -366,7 +366,7 @@ def _end_labels(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) ->
         )
 
 
-def accumulated(rows: Rows, epochs: Mapping[str, Rows]) -> Figure:
+def draw_accumulated(rows: Rows, epochs: Mapping[str, Rows]) -> Figure:
     """Sums of predictions against totals, and the share explained of single steps."""
     figure = blank_figure(10.2, 3.7, "accumulated")
     for column, (name, colour) in enumerate(_RUNS.items()):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lddyn.lab.curves import Curves
-from lddyn.lab.finetune import Recipe, finetune
+from lddyn.lab.finetune import Recipe, finetune, spread
 from lddyn.lab.record import Lab
 from lddyn.lab.setting import Setting, load, one_thread
 from lddyn.lab.settings import Sft as Settings
@@ -79,11 +79,6 @@ def run(
     for claim in make_claims(lab, setting, curves, maps["start"], rates, settings.model is None):
         lab.claim(claim)
     return lab.finish(expected(), seen(setting, curves, rates))
-
-
-def spread(last: int, count: int) -> tuple[int, ...]:
-    """`count` whole numbers, evenly spaced from 0 to `last`, each once."""
-    return tuple(np.unique(np.linspace(0, last, count).round().astype(int)).tolist())
 
 
 def _draw(lab: Lab, setting: Setting, curves: Curves, maps: Mapping[str, np.ndarray]) -> None:
