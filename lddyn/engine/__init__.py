@@ -1,4 +1,16 @@
-"""A causal LM opened at its seams: traces, replays, pullbacks, pushforwards, Grams."""
+"""A causal LM opened at its seams: traces, replays, pullbacks, pushforwards, Grams.
+
+anatomy        opens a model; skeleton, blocks, recognise, ledger, guard and replay are its parts
+trace          the stored forward pass, and one segment computed again
+factors        token gradients as factors, and their pairing; token_factors: for other tools
+pullback       cotangents from the head down; rowwise and sequences are its two special cases
+pushforward    parameter changes and factors from the embeddings up: J Δθ
+gradient       plain backward passes
+gram           inner products of gradients, of tokens and of sequences
+logits         log π of responses; packed, cached and grouping are how many share a pass
+trial          questions about a model that are answered by trying once
+stream/        models that do not fit in memory
+"""
 
 from lddyn.lazy import attributes
 

@@ -27,9 +27,9 @@ def batched_vjp(
     reached: list[int] = []
 
     def vjp(*given: Tensor) -> tuple[Tensor, ...]:
-        found = torch.autograd.grad(outputs, targets, given, allow_unused=True)
-        reached[:] = [i for i, x in enumerate(found) if x is not None]
-        return tuple(x for x in found if x is not None)
+        results = torch.autograd.grad(outputs, targets, given, allow_unused=True)
+        reached[:] = [i for i, x in enumerate(results) if x is not None]
+        return tuple(x for x in results if x is not None)
 
     if all(len(x) == 1 for x in cotangents):  # vmap would cost more than a small model's products
         results = tuple(x[None] for x in vjp(*(x[0] for x in cotangents)))
@@ -42,13 +42,15 @@ def batched_vjp(
 
 @dataclass(frozen=True)
 class BodyRows:
-    """Cotangents at the input of the head: all that the model below it sees of a logit cotangent v.
+    """Cotangents at the head's input, in place of cotangents v on the logits.
 
-    What the head's own weight does with v is left to the caller, in closed form. A head tied to the
-    embedding also meets the embedding rows of the other sequence's tokens, for which v is needed at
-    their ids.
+    Products of the head's own weight are left to the caller, in closed form. If the head is tied to
+    the embedding, the embedding rows of the other sequence's tokens need v at their ids.
 
-    hidden (R, d): g = Wᵀ v. picked (R, n): v at the sorted vocabulary ids (n,).
+    Attributes:
+        hidden: g = Wᵀ v, (R, d).
+        picked: v at some ids of the vocabulary, (R, n).
+        ids: These ids, sorted, (n,).
     """
 
     hidden: Tensor
@@ -63,17 +65,25 @@ class BodyRows:
 class HeadFactor:
     """The head's factors: one row each. Gradient of W for cotangent l: v_l ⊗ h_l.
 
-    The cotangents are given, or they are the log-prob rows e_y − π, which are not kept; or only
-    their columns `ids` are given (`BodyRows`), and two heads are not paired.
+    Attributes:
+        weight: Name of W; None: frozen.
+        bias: Name of the bias, or None.
+        hidden: The head's inputs h, (L, d).
+        given: Cotangents v on W h + b, (L, V). None: the log-prob rows e_y − π, which are formed
+            when they are used.
+        logits: (L, V).
+        targets: Realised tokens, (L,).
+        ids: If not None, `given` has the columns of these sorted ids alone (see `BodyRows`), and
+            two heads are not paired.
     """
 
     weight: str | None
     bias: str | None
-    hidden: Tensor  # (L, d)
-    given: Tensor | None  # (L, V), cotangents on the raw logits
-    logits: Tensor  # (L, V)
-    targets: Tensor  # (L,)
-    ids: Tensor | None = None  # sorted; `given` holds these columns alone
+    hidden: Tensor
+    given: Tensor | None
+    logits: Tensor
+    targets: Tensor
+    ids: Tensor | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -95,9 +105,13 @@ class HeadFactor:
 class Factors:
     """Token gradients of one segment for one chunk of cotangents, as factors.
 
-    taps: (tap, δ) with δ of shape (c, rows, d_out), or (c, d_out) where cotangent m has row m of
-    the activations for its own (see `rowwise`); direct: name -> (c, *shape) materialised.
-    lengths (c,): cotangent m reaches tokens t < lengths[m] of the `tokens` replayed ones.
+    Attributes:
+        taps: Pairs (tap, δ). δ is (c, rows, d_out); or (c, d_out), where cotangent m has row m of
+            the activations for its own (see `rowwise`).
+        direct: Gradients of directly differentiated parameters, name -> (c, *shape).
+        head: The head's factors, for the head alone.
+        lengths: (c,): cotangent m is zero at tokens t >= lengths[m]. None: not known.
+        tokens: Number of replayed tokens.
     """
 
     taps: list[tuple[Tap, Tensor]] = field(default_factory=list)
@@ -107,9 +121,9 @@ class Factors:
     tokens: int = 0
 
     def in_order(self, lengths: Tensor, tokens: int) -> bool:
-        """Whether all rows are the tokens in their order, as causality shows: zero beyond lengths.
+        """Whether all rows are the tokens in their order: then δ is zero beyond the lengths.
 
-        A block that sends tokens to experts, or sorts them, has others.
+        It is not so in a block that sends tokens to experts, or sorts them.
         """
         beyond = torch.arange(tokens, device=lengths.device)[None] >= lengths[:, None]
         for tap, delta in self.taps:
@@ -191,9 +205,9 @@ def pair(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> No
 
 
 class Shelf:
-    """Buffers of one segment's factors, for the next segment to use again.
+    """Buffers of one segment's factors, which the next segment uses again.
 
-    Blocks are alike, and memory that is fresh from the system costs more than writing to it.
+    Blocks are alike, and new memory costs more than writing to it.
     """
 
     def __init__(self) -> None:
@@ -207,18 +221,18 @@ class Shelf:
             x.numel() == size and (x.dtype, x.device) == (like.dtype, like.device)
             for x in self.free
         )
-        found = next((i for i, fit in enumerate(fits) if fit), None)
-        buffer = like.new_empty(size) if found is None else self.free.pop(found)
+        place = next((i for i, fit in enumerate(fits) if fit), None)
+        buffer = like.new_empty(size) if place is None else self.free.pop(place)
         self.lent.append(buffer)
         return buffer.view(shape)
 
     def turn(self) -> None:
-        """Takes back what was lent, and gives up what was not asked for."""
+        """Ends a segment: its buffers are free again; buffers that it did not use are dropped."""
         self.free, self.lent = self.lent, []
 
 
 class Merged:
-    """Chunks of one side as one: what is paired with them is pushed once, not once per chunk.
+    """Chunks of one side, joined, so that the other side is pushed once and not for each chunk.
 
     Attributes:
         rows: The rows of the side, chunk after chunk.
@@ -227,7 +241,7 @@ class Merged:
 
     def __init__(self, rows: Tensor, first: Factors, count: int, tokens: int, shelf: Shelf):
         self.rows, self.parts, self._last = rows, [slice(0, len(rows))], first
-        # A last chunk is kept as it is, and so are rows that are not the tokens in their order.
+        # Nothing is appended to the last chunk, or to rows that are not the tokens in their order.
         self._open = first.lengths is not None and count > len(rows)
         if not self._open:
             return
@@ -290,7 +304,7 @@ class Merged:
 
 
 def _names(factors: Factors) -> list[Any]:
-    """What two chunks must have in common to be one."""
+    """What two chunks must have in common to be joined."""
     taps = [(t.kind, t.weight, t.bias, d.dim(), d.shape[-1]) for t, d in factors.taps]
     return [taps, factors.direct.keys()]
 
@@ -298,13 +312,13 @@ def _names(factors: Factors) -> list[Any]:
 def merge(
     chunks: Iterable[tuple[Tensor, Factors]], count: int, tokens: int, shelf: Shelf
 ) -> list[Merged]:
-    """Joins the chunks of one side as they come; those that do not fit together stay apart.
+    """Joins the chunks of one side as they come; chunks with other taps stay separate.
 
     Args:
         chunks: (rows, factors), prefixes in ascending order; their taps are emptied.
-        count: Rows of all of them.
-        tokens: The longest prefix.
-        shelf: Where the buffers come from.
+        count: Number of rows of all chunks.
+        tokens: Tokens of the longest prefix.
+        shelf: Provides the buffers.
     """
     merged: list[Merged] = []
     for rows, factors in chunks:

@@ -1,4 +1,9 @@
-"""Inner products of token gradients: two sides pulled back in step and paired."""
+"""Inner products of gradients.
+
+`token_gram` pulls the tokens of two sides back in step, and pairs their factors in every segment.
+`factored_gram` pushes the factors of one side through the other. `sequence_gram` multiplies flat
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +39,12 @@ _ROWS_GPU = 2**20
 class Side:
     """Cotangents on the logits of one traced sequence: rows (M, V).
 
-    They are `given`, or else the log-prob rows e_y − π, ∇ log π(y_m) with respect to the logits of
-    position m, which are formed where they are used. `BodyRows` are cotangents at the head's input,
-    any number per token (`at_tokens`); their products leave out those of the head with itself.
+    Attributes:
+        trace: The forward pass of the sequence.
+        given: The cotangents. None: the log-prob rows e_y − π, the gradients of log π(y_m) with
+            respect to the logits, which are formed when they are used. `BodyRows`: cotangents at
+            the head's input, any number for each token (`at_tokens`); their products leave out
+            those of the head with itself.
     """
 
     trace: Trace
@@ -49,9 +57,12 @@ class Side:
 
     @classmethod
     def below_head(cls, trace: Trace, rows: BodyRows, tokens: Tensor | None = None) -> Side:
-        """The same n cotangents at the head's input for every token: row m n + i is the i-th of m.
+        """The same n cotangents at the head's input for every token; row m n + i is token m's i-th.
 
-        They are cotangents of the raw logits W h + b; `tokens` keeps some of the response tokens.
+        Args:
+            trace: The forward pass of the sequence.
+            rows: The n cotangents, of W h + b.
+            tokens: Some of the response tokens; default: all of them.
         """
         n, device = len(rows.hidden), trace.ids.device
         if tokens is None:
@@ -374,7 +385,7 @@ def _offsets(sides: Sequence[Side]) -> list[int]:
 
 
 def _distinct(sides: Sequence[Side]) -> list[Side]:
-    """The sides, with a copy in place of a side that is listed again: they are told apart by id."""
+    """The sides, with a copy in place of a side that is listed twice: code compares their ids."""
     return [
         Side(side.trace, side.given) if any(side is s for s in sides[:i]) else side
         for i, side in enumerate(sides)
@@ -388,9 +399,10 @@ def _find(sides: Sequence[Side], wanted: Side) -> int | None:
 def chunk_size(
     length: int, bytes_per_cotangent: int, budget: int, device: torch.device | None = None
 ) -> int:
-    """Cotangents of a chunk: some thousands of rows fill the products, and stay in cache.
+    """How many cotangents are pulled back together.
 
-    A GPU has no such cache, and a chunk costs it the launches of a replay: as many as fit.
+    On a CPU, as many as make some thousands of rows, which stay in its cache. On a GPU, where a
+    chunk costs the launches of a replay, as many as fit.
     """
     best = max(CHUNK // 2, min(CHUNK, _ROWS // length))
     if device is not None and device.type == "cuda":

@@ -2,7 +2,7 @@
 
 A `Watch` sees every use of a trainable parameter while a segment runs. The product y = x Wᵀ and its
 relatives become taps, from which every gradient of W is a sum of outer products; any other use is
-direct. The ledger keeps the account.
+direct. A `LedgerEntry` for each parameter records its operations and the segments they are in.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lddyn.engine import layers
@@ -27,16 +27,23 @@ FRONT, TAIL, HEAD, POST = "front", "tail", "head", "after the head"
 class Tap:
     """One product with a trainable weight inside a segment.
 
-    kind "linear": y = x Wᵀ + b; "matmul": y = x W + b; "embedding": y = W[ids].
+    Attributes:
+        kind: "linear", y = x Wᵀ + b; "matmul", y = x W + b; "embedding", y = W[ids].
+        weight: Canonical name of the parameter, with "[e]" for a packed expert; None: frozen.
+        bias: Likewise.
+        activations: (rows, d_in), or the token ids (rows,) of an embedding.
+        edge: Gradient edge of the product's output.
+        shape: Shape of the output.
+        padding: The embedding row that autograd never updates, if there is one.
     """
 
     kind: str
-    weight: str | None  # canonical parameter name, with "[e]" for a packed expert; None: frozen
+    weight: str | None
     bias: str | None
-    activations: Tensor  # (rows, d_in), or the token ids (rows,) of an embedding
-    edge: Any  # gradient edge of the product's output
-    shape: torch.Size  # shape of the output
-    padding: int | None = None  # the embedding row that autograd never updates
+    activations: Tensor
+    edge: GradientEdge
+    shape: torch.Size
+    padding: int | None = None
 
     @property
     def width(self) -> int:
@@ -44,7 +51,7 @@ class Tap:
         return self.shape[-1]
 
     def updated(self) -> Tensor:
-        """Rows (bool) whose weight an update moves: all but the embedding's padding token."""
+        """Which rows of the activations an update changes: all but the padding token's, (rows,)."""
         if self.padding is None:
             return torch.ones_like(self.activations, dtype=torch.bool)
         return self.activations != self.padding
@@ -52,22 +59,36 @@ class Tap:
 
 @dataclass
 class Gain:
-    """A norm y = x̂ ∘ w + b with trainable parameters, as a replay met it."""
+    """A norm y = x̂ ∘ w + b with trainable parameters, inside a replayed segment.
+
+    Attributes:
+        weight: Name of w, or None.
+        bias: Name of b, or None.
+        normalized: x̂.
+        edge: Gradient edge of y.
+    """
 
     weight: str | None
     bias: str | None
     normalized: Tensor
-    edge: Any  # gradient edge of y
+    edge: GradientEdge
 
 
 @dataclass
 class Work:
-    """What the products of one segment cost in one forward pass: FLOPs, and output elements."""
+    """What the products of one segment cost in one forward pass.
 
-    linear: int = 0  # FLOPs of products with a matrix that all positions share
-    mixing: int = 0  # FLOPs of products between activations (attention)
-    width: int = 0  # elements of the outputs of linear products, over all positions
-    elements: int = 0  # elements of all products' outputs
+    Attributes:
+        linear: FLOPs of products with a matrix that all positions share.
+        mixing: FLOPs of products between activations (attention).
+        width: Elements of the outputs of linear products, over all positions.
+        elements: Elements of the outputs of all products.
+    """
+
+    linear: int = 0
+    mixing: int = 0
+    width: int = 0
+    elements: int = 0
 
     def add(self, op: str, args: tuple[Any, ...], result: Tensor) -> None:
         """Counts one product."""
@@ -87,7 +108,15 @@ class Work:
 
 @dataclass
 class LedgerEntry:
-    """How one trainable parameter is accounted for."""
+    """How one trainable parameter is used.
+
+    Attributes:
+        parameter: Its canonical name.
+        shape: Its shape.
+        ops: Names of the torch functions that use it.
+        segments: Where they do.
+        direct: True if it is differentiated as a tensor of its own, not as factors.
+    """
 
     parameter: str
     shape: tuple[int, ...]
@@ -97,7 +126,7 @@ class LedgerEntry:
 
     @property
     def rule(self) -> str:
-        """Factored, direct, or not reached by the traced inputs."""
+        """One of "factored", "direct", and "not reached (zero gradient)" by the traced inputs."""
         if not self.ops:
             return "not reached (zero gradient)"
         return "direct" if self.direct else "factored"
@@ -132,7 +161,7 @@ class Watch(TorchFunctionMode):
         self.gains: list[Gain] = []
         self.routed = False  # whether tokens were picked by their values
         self.touched: set[str] = set()  # trainable parameters that were used
-        # By id of φ(a): it, its version when it was made, and what it is.
+        # By the id of an activation's output: the output, its version, and the activation.
         self.activated: dict[int, tuple[Tensor, int, layers.Activated]] = {}
         # id -> (tensor, parameter name, suffix such as "[3]", transposed); tensors are kept alive
         # so that an id cannot be reused while we hold it.
@@ -182,7 +211,7 @@ class Watch(TorchFunctionMode):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """A stretch of code that is the library's own, not the model's."""
+        """Does not watch within: the code is lddyn's own, not the model's."""
         active, self.active = self.active, False
         try:
             yield
@@ -190,7 +219,7 @@ class Watch(TorchFunctionMode):
             self.active = active
 
     def _gate(self, args: tuple[Any, ...]) -> Tensor | None:
-        """The product φ(a) ∘ u as one layer, where φ(a) came from a recognised activation."""
+        """The product φ(a) ∘ u as one layer, if φ(a) came from a recognised activation."""
         for output, other in (args, args[::-1]):
             if (
                 id(output) in self.activated
@@ -198,18 +227,18 @@ class Watch(TorchFunctionMode):
                 and other.shape == output.shape
                 and id(other) not in self.activated
             ):
-                _, version, found = self.activated[id(output)]
+                _, version, activated = self.activated[id(output)]
                 if output._version == version:  # not changed in place since
                     with torch._C.DisableTorchFunction():
-                        return found.gate(other)
+                        return activated.gate(other)
         return None
 
     def _run(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The operation; a product with a frozen weight as one layer, by the faster BLAS."""
+        """Runs an operation; a product with a frozen weight as one layer, by the faster BLAS."""
         if name in _PRODUCTS and name != "embedding":
-            found = _as_product(name, args, kwargs)
-            if found is not None:
-                x, weight, bias, _ = found
+            product = _as_product(name, args, kwargs)
+            if product is not None:
+                x, weight, bias, _ = product
                 frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
                 useful = frozen and x.requires_grad if self.tapping else not torch.is_grad_enabled()
                 if useful and x.dtype == weight.dtype:

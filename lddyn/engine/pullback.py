@@ -28,15 +28,19 @@ from lddyn.memory import is_out_of_memory
 
 
 def reach(position: int, length: int) -> int:
-    """Tokens to replay for a cotangent at a position: in steps of 16, for products of few sizes."""
+    """Tokens to replay for a cotangent at a position, rounded up to 16, so that sizes repeat."""
     return min(position // 16 * 16 + 16, length)
 
 
 @dataclass
 class Chunk:
-    """Cotangents that travel together: rows of the side, their prefix and their state.
+    """Cotangents that are pulled back together.
 
-    The state is (c, d), at the tokens' own positions, above the last attention; (c, 1, t, d) below.
+    Attributes:
+        rows: Their indices among all rows, (c,).
+        length: Tokens of the prefix that holds all of them.
+        state: Cotangents of the current segment's output: (c, d) at the tokens' own positions above
+            the last attention, (c, 1, t, d) below it.
     """
 
     rows: Tensor

@@ -36,7 +36,11 @@ HeadNames = tuple[str | None, str | None]  # the head's weight and bias, None wh
 
 
 class Source:
-    """What moves the parameters: gives every tap its tangent. One of the classes below."""
+    """A change of the parameters: returns the tangent that it causes at every tap.
+
+    Attributes:
+        size: Number of tangents, c.
+    """
 
     size: int
 
@@ -49,7 +53,7 @@ class Source:
         raise NotImplementedError
 
     def head(self, hidden: Tensor, names: HeadNames) -> Tensor | None:
-        """Tangent (size, M, V) of the raw logits through the head's (weight, bias) names."""
+        """Tangent (size, M, V) of W h + b caused by the head's own weight and bias, or None."""
         raise NotImplementedError
 
 
@@ -98,9 +102,11 @@ class AlongDirection(Source):
 
 
 class AlongFactors(Source):
-    """One tangent per source token: the factors its pullback left in every segment.
+    """One tangent for each source token, from the factors of its pullback.
 
-    precondition maps a parameter name to the diagonal P of its shape, or is None for P = 1.
+    Args:
+        factors: Those of all segments and of the head.
+        precondition: A diagonal P, parameter name -> tensor of its shape; None: P = 1.
     """
 
     def __init__(self, factors: list[Factors], precondition: Direction | None = None):
@@ -183,7 +189,7 @@ class AlongFactors(Source):
     def _embedding_to_head(
         self, tap: Tap, delta: Tensor, hidden: Tensor, vocabulary: int, weight: str
     ) -> Tensor:
-        """Tied weights: the embedding rows that l moves are also output rows."""
+        """Tied weights: the embedding rows that token l changes are also output rows."""
         if tap.kind != "embedding":
             raise NotImplementedError(f"{weight} is tied to the head through a {tap.kind} product")
         seen = tap.updated()
@@ -215,7 +221,7 @@ def _push_tap(tap: Tap, source: Tap, delta: Tensor, scale: Tensor | None) -> Ten
 
 
 def _push_head_to_embedding(tap: Tap, head: HeadFactor, scale: Tensor | None) -> Tensor:
-    """Tied weights: the output rows that l moves are also embedding rows."""
+    """Tied weights: the output rows that token l changes are also embedding rows."""
     if tap.kind != "embedding":
         raise NotImplementedError(f"{tap.weight} is tied to the head through a {tap.kind} product")
     ids = tap.activations
@@ -260,18 +266,18 @@ def push(linear: Linearized, source: Source, state: Tensor | None) -> Tensor | N
     shapes += [shape for _, _, shape in replay.direct]
     if replay.input is not None:
         shapes.append(replay.input.shape)
-    outputs, given = [], []
+    outputs, kept = [], []
     for gradient, tangent, shape in zip(linear.gradients, tangents, shapes, strict=True):
         if gradient is not None and tangent is not None and gradient.requires_grad:
             outputs.append(gradient)
-            given.append(tangent.reshape(len(tangent), *shape).to(gradient.dtype))
+            kept.append(tangent.reshape(len(tangent), *shape).to(gradient.dtype))
     if not outputs:
         return None
 
     def jvp(*tangents: Tensor) -> Tensor:
         return torch.autograd.grad(outputs, linear.u, tangents, retain_graph=True)[0]
 
-    out: Tensor = torch.func.vmap(jvp)(*given)
+    out: Tensor = torch.func.vmap(jvp)(*kept)
     return out
 
 

@@ -211,7 +211,8 @@ def _backward(
     Row m of a tap must belong to cotangent m. Weighting the cotangents shows it: a block that sorts
     or mixes its tokens inside, whatever it calls, does not return the same weights row by row.
     """
-    targets = [tap.edge for tap in replay.taps] + [gain.edge for gain in replay.gains]
+    targets: list[Any] = [tap.edge for tap in replay.taps]
+    targets += [gain.edge for gain in replay.gains]
     count = grad.shape[axis]
     shape = [count if i == axis else 1 for i in range(grad.dim())]
     weights = torch.linspace(0.5, 1.5, count, device=grad.device).to(grad.dtype)

@@ -1,4 +1,4 @@
-"""Parameters whose values are read when they are used (`lddyn.stream`)."""
+"""How the rest of the engine meets the weights of a streamed model (`lddyn.stream`)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 def is_streamed(parameter: Tensor) -> bool:
-    """Whether a weight is in memory only while its block is used (see `stream`), else NaN."""
+    """Whether a weight is in memory only while its block is used; at other times it is NaN."""
     return hasattr(parameter, "fetch")
 
 
 def present(tensor: Tensor) -> Tensor:
-    """A weight or buffer with its values in memory: the block of a streamed one is read."""
+    """The tensor itself, after the block of a streamed weight was read into memory."""
     getattr(tensor, "fetch", lambda: None)()
     return tensor

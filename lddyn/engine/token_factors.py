@@ -1,4 +1,4 @@
-"""Gradients of each response token as factors, for other tools."""
+"""`token_factors`: gradients of each response token as factors, for other tools."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lddyn.engine.pullback import Pullback, segments_down
 
 @dataclass(frozen=True)
 class TokenFactor:
-    """Gradients ∇ log π(y_m) of one parameter for some response tokens m, as factors.
+    """Gradients ∇ log π(y_m) of one parameter for c response tokens m, as factors.
 
     Attributes:
         name: Canonical parameter name; "[e]" follows for the e-th slice of packed experts.
-        kind: What the gradient of token i is: `"linear"`, Σ_t grads[i, t] ⊗ activations[t];
-            `"matmul"`, its transpose; `"embedding"`, grads[i, t] added to row activations[t];
-            `"whole"`, grads[i] as it is.
-        tokens: Which response tokens, (c,) int64.
-        activations: (t, d_in); of an embedding token ids (t,); where every token has one row of its
-            own, as at the head, (c, d_in); None for a whole gradient.
-        grads: (c, t, d_out), or (c, d_out) with rows of their own; zero beyond a token's position.
+        kind: How the gradient of the i-th token is put together. `"linear"`: Σ_t grads[i, t] ⊗
+            activations[t]. `"matmul"`: its transpose. `"embedding"`: grads[i, t] is added to row
+            activations[t]. `"whole"`: it is grads[i].
+        tokens: Indices of the response tokens, (c,) int64.
+        activations: (t, d_in). For an embedding, token ids (t,). Where each response token has a
+            single row of its own, as at the head, (c, d_in). For a whole gradient, None.
+        grads: (c, t, d_out), zero beyond a token's position; (c, d_out) with rows of their own.
     """
 
     name: str
@@ -35,7 +35,7 @@ class TokenFactor:
     grads: Tensor
 
     def dense(self, shape: Sequence[int]) -> Tensor:
-        """The gradients formed, (c, *shape), for a parameter of this shape."""
+        """Dense gradients (c, *shape), for a parameter of this shape."""
         x, delta = self.activations, self.grads
         if x is None:
             return delta.reshape(len(delta), *shape)
@@ -94,8 +94,8 @@ def token_factors(
         yield TokenFactor(head.bias, "whole", pull.selected, None, head.rows)
     for segment in segments_down(anatomy):
         with anatomy.analysis():
-            found = list(pull.step(segment))
-        for tokens, factors in found:
+            chunks = list(pull.step(segment))
+        for tokens, factors in chunks:
             yield from _token_factors(tokens, factors)
 
 

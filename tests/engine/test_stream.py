@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+import threading
 
 import peft
 import pytest
@@ -17,6 +18,7 @@ from lddyn.engine.anatomy import Anatomy
 from lddyn.errors import NonFiniteError, UnsupportedModelError
 from lddyn.store.identity import identify
 
+pieces = importlib.import_module("lddyn.engine.stream.pieces")
 streaming = importlib.import_module("lddyn.engine.stream.model")
 OBSERVED, UPDATED = zoo.examples()
 
@@ -114,7 +116,7 @@ def test_the_operator_is_that_of_the_model_in_memory(tmp_path):
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_weights_are_converted_as_they_are_read(name, tmp_path, monkeypatch):
     saved(tmp_path, name, dtype=torch.bfloat16)
-    monkeypatch.setattr(streaming, "_STAGE", 64)
+    monkeypatch.setattr(pieces, "_STAGE", 64)
     plain = tight(tmp_path)
     assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
     same(grams(plain), grams(loaded(tmp_path, dtype=torch.bfloat16)))
@@ -155,7 +157,7 @@ def test_one_file_and_host_memory(tmp_path):
     assert not (tmp_path / "model.safetensors.index.json").exists()
     same(grams(tight(tmp_path)), grams(loaded(tmp_path)))
     model, cpu = loaded(tmp_path), torch.device("cpu")
-    streamed = streaming._assemble(model, streaming._from_host(model), least(tmp_path), cpu)
+    streamed = streaming._assemble(model, pieces.from_host(model), least(tmp_path), cpu)
     assert streamed is model and weights_of(model).slots == 1
     same(grams(model), grams(loaded(tmp_path)))
 
@@ -164,7 +166,7 @@ def test_weights_that_blocks_share_stay_in_memory(tmp_path):
     model = zoo.build("llama")
     first, second = model.model.layers
     second.mlp = first.mlp
-    origins = streaming._from_host(model)
+    origins = pieces.from_host(model)
     streamed = streaming._assemble(model, origins, 10**9, torch.device("cpu"))
     assert not hasattr(first.mlp.up_proj.weight, "fetch")
     assert hasattr(first.self_attn.q_proj.weight, "fetch")
@@ -219,6 +221,17 @@ def test_weights_are_read_only(tmp_path):
         weight.mul_(2)
     with pytest.raises(RuntimeError, match=r"layers.0.mlp.up_proj.weight was changed in place"):
         grams(model)
+
+
+def test_other_threads_build_modules_with_values():
+    with streaming._parameters_on_meta():
+        assert torch.nn.Linear(2, 2).weight.is_meta
+        built = []
+        thread = threading.Thread(target=lambda: built.append(torch.nn.Linear(2, 2)))
+        thread.start()
+        thread.join()
+        assert not built[0].weight.is_meta
+    assert not torch.nn.Linear(2, 2).weight.is_meta
 
 
 def test_a_streamed_model_is_neither_copied_nor_converted(tmp_path):

@@ -1,4 +1,8 @@
-"""Models that do not fit in memory: the weights of one block are loaded while it is used."""
+"""Models that do not fit in memory: a block's weights are in memory only while it is used.
+
+`model` builds such a model, `pieces` knows where its tensors are stored, `weights` keeps a few
+blocks in memory.
+"""
 
 from lddyn.lazy import attributes
 

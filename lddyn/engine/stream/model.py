@@ -1,50 +1,64 @@
-"""Models that do not fit in memory: a block's weights are there only while the block is used.
+"""`stream`: a model whose blocks' weights are in memory only while they are used.
 
-The engine goes through a model segment by segment, and a block's weights serve every cotangent of
-the pass: reading them once per segment costs little beside that. `stream` builds a model without
-its weights and reads those of a block when its forward pass begins, into one of a few slots that
+The engine goes through a model segment by segment, and a block's weights serve all cotangents of
+the pass, so that reading them once for each segment costs little. `stream` builds a model without
+its weights. A block's weights are read when its forward pass begins, into one of a few slots that
 all blocks share; the block that was used longest ago makes room.
 
-What lies outside the blocks (embeddings, final norm, head) stays in memory and counts. Weights are
-read into the slots themselves, not mapped: a mapped page counts as resident memory too, and what is
-read stays within the budget to the byte. A weight that is not in memory holds NaN in all its places
-(one number, expanded): used by mistake it cannot pass for a value.
+Embeddings, final norm and head stay in memory, and count. Weights are read into the slots, not
+mapped, because mapped pages are resident memory too; so the budget is kept to the byte. A weight
+that is not in memory holds NaN in all its places (one number, expanded), so that using it by
+mistake cannot go unnoticed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lddyn.engine.blocks import find_blocks
 from lddyn.engine.guard import undisturbed
 from lddyn.engine.stream.pieces import Origin, absent_tensor, checkpoint, find_origins, from_host
 from lddyn.engine.stream.weights import Block, OnDemand, Weights
 from lddyn.errors import UnsupportedModelError
-from lddyn.memory import parse_memory
+from lddyn.memory import in_gib, parse_memory
+
+_on_meta: ContextVar[bool] = ContextVar("on_meta", default=False)
 
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules made here have parameters without values; their buffers are computed as usual."""
-    register = nn.Module.register_parameter
+    """Modules built within have parameters without values; their buffers are computed as usual.
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    Other threads build their modules as ever.
+    """
+    _install_hook()
+    token = _on_meta.set(True)
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        _on_meta.reset(token)
+
+
+@functools.cache
+def _install_hook() -> None:
+    """Registers torch's hook for new parameters, once; it is idle outside of the context above."""
+
+    def hook(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if not _on_meta.get() or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    register_module_parameter_registration_hook(hook)  # type: ignore[arg-type]
 
 
 def _skeleton(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
@@ -61,7 +75,7 @@ def _skeleton(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
         dtype = getattr(config, "dtype", None) or torch.float32
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
-    # What the architecture keeps in float32 whatever the rest is in.
+    # Some architectures keep a few weights in float32, whatever the others' dtype.
     plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
     stored = model.state_dict()
     for pattern, kept in plan.items():
@@ -93,7 +107,7 @@ def stream(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """A causal LM whose blocks' weights are read when they are used, within a budget of memory.
+    """Builds a causal LM that reads its blocks' weights when it uses them, within a budget.
 
         resident = embeddings + final norm + head + buffers
         memory ≥ resident + slots · largest block + room to read,     slots ≥ 1
@@ -102,26 +116,27 @@ def stream(
         source: A folder with config.json and safetensors (one file, or shards and their index), the
             name of such a model on the hub, or a model in host memory whose blocks shall go to
             `device` in turn (it is moved there, like by `.to`).
-        memory: Bytes of weights in memory at once, or "512MiB". Activations, factors and results
-            are the workspace of what is computed, and adapters added later are beside it too.
-        dtype: Of the weights in memory; default: what the config says they are stored in.
+        memory: Most bytes of weights in memory at once, or a text such as "8GiB". Activations,
+            factors and results are not part of it, nor are adapters that are added later.
+        dtype: Dtype of the weights in memory; default: the dtype of the model's config.
         device: Where the model computes.
-        revision: Of a model on the hub.
+        revision: Revision of a model on the hub.
         trust_remote_code: Whether code that comes with the model may run. Weights are never
             unpickled.
 
     Returns:
-        The model, in evaluation mode, for `lddyn.ntk`, and for `lddyn.decompose` where only an
-        adapter or what is outside the blocks trains. Its blocks' weights are read-only, and NaN
-        where they are not in memory. One thread may use it at a time.
+        The model, in evaluation mode. `lddyn.ntk` takes it as any other model; `lddyn.decompose`
+        takes it if only an adapter, or parameters outside the blocks, are trainable. Its blocks'
+        weights are read-only, and NaN while they are not in memory. One thread may use it at a
+        time.
 
     Raises:
         ValueError: If memory is less than the least possible (the message has the numbers), a
             weight is missing or of another shape, or a file is damaged.
         UnsupportedModelError: If the weights are quantised or the model has no blocks.
 
-    Cost: per pass over the model, one read of the blocks that are not in memory. A pullback is a
-        pass, with all its cotangents; a plain backward pass computes each block's forward twice.
+    Cost: one read of the blocks that are not in memory, for each pass over the model. A pullback of
+        any number of cotangents is one pass; a plain backward pass runs each block's forward twice.
 
     Example:
         >>> import lddyn, transformers
@@ -167,7 +182,7 @@ def _off_meta(model: nn.Module) -> None:
 
 
 def _streamed(model: nn.Module, modules: Sequence[nn.Module]) -> dict[str, int]:
-    """Weights that one block alone has -> its index."""
+    """Names of the weights that belong to a single block -> the index of the block."""
     users: dict[int, set[int]] = {}
     inside = {id(m) for block in modules for m in block.modules()}
     for i, block in enumerate(modules):
@@ -177,14 +192,14 @@ def _streamed(model: nn.Module, modules: Sequence[nn.Module]) -> dict[str, int]:
         if id(module) not in inside:
             for parameter in module.parameters(recurse=False):
                 users.setdefault(id(parameter), set()).add(-1)
-    found = {n: users[id(p)] for n, p in model.named_parameters()}
-    return {name: min(of) for name, of in found.items() if len(of) == 1 and -1 not in of}
+    named = {name: users[id(p)] for name, p in model.named_parameters()}
+    return {name: min(of) for name, of in named.items() if len(of) == 1 and -1 not in of}
 
 
 def _assemble(
     model: Any, origins: Sequence[Origin], budget: int, device: torch.device
 ) -> nn.Module:
-    """Puts a model together: what is outside the blocks at once, the blocks on demand."""
+    """Reads the weights outside the blocks, and makes the blocks read theirs when they run."""
     modules = find_blocks(model)
     home = _streamed(model, modules)
     if not home:
@@ -229,9 +244,10 @@ def _assemble(
     size, room = max(b.size for b in blocks), max(b.room() for b in blocks)
     if budget < kept + size + room:
         raise ValueError(
-            f"memory must hold {kept:,} bytes outside the blocks (embeddings, norms, head), the "
-            f"largest block, {size:,}, and {room:,} to read it; got {budget:,}: give memory="
-            f"{kept + size + room} or more, or a narrower dtype"
+            f"memory must hold {in_gib(kept)} outside the blocks (embeddings, norms, head), "
+            f"{in_gib(size)} of the largest block, and {in_gib(room)} to read it; got "
+            f"{in_gib(budget)}: give memory={kept + size + room} (bytes) or more, or a narrower "
+            "dtype"
         )
     for module in model.modules():
         for name, buffer in module._buffers.items():

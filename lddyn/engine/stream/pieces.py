@@ -1,4 +1,8 @@
-"""Where the tensors of a streamed model are stored: safetensors files, or host memory."""
+"""Where the tensors of a streamed model are stored: safetensors files, or host memory.
+
+A `Piece` is one tensor of a file. An `Origin` fills one or more tensors of the model with their
+values, from a piece, from several (packed experts), or from host memory.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +25,7 @@ from lddyn.errors import UnsupportedModelError
 
 _ALIGNMENT = 64  # of a tensor in its slot, bytes
 
-_STAGE = 4 << 20  # bytes read at a time where they are converted or sent to a device
+_STAGE = 4 << 20  # bytes read at a time, if they are converted or sent to a device
 
 _DTYPES = {
     "F64": torch.float64,
@@ -43,7 +48,7 @@ def aligned(size: int) -> int:
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of a safetensors file: where its bytes are, and what they mean."""
+    """One tensor of a safetensors file: the place of its bytes, their dtype and shape."""
 
     name: str
     path: Path
@@ -57,7 +62,7 @@ class Piece:
         return self.shape.numel() * self.dtype.itemsize
 
     def stage(self, out: Tensor) -> int:
-        """Bytes of the stage that stands between the file and `out`; 0: read into it."""
+        """Bytes of a buffer between the file and `out`; 0 where the file is read into `out`."""
         direct = out.dtype == self.dtype and out.device.type == "cpu"
         return 0 if direct else min(_STAGE, self.size)
 
@@ -74,7 +79,7 @@ class Piece:
                 self._read(file, stage[: part.numel()])
                 part.copy_(stage[: part.numel()])
 
-    def _read(self, file: Any, out: Tensor) -> None:
+    def _read(self, file: RawIOBase, out: Tensor) -> None:
         left = out.view(torch.uint8).numpy().data
         while len(left):
             count = file.readinto(left)
@@ -149,12 +154,16 @@ def checkpoint(folder: Path) -> dict[str, Piece]:
 
 
 class Origin(Protocol):
-    """What gives one or more of a model's tensors their values: name -> shape."""
+    """Fills one or more tensors of a model with their values.
+
+    Attributes:
+        shapes: The tensors' names -> their shapes.
+    """
 
     shapes: dict[str, torch.Size]
 
     def room(self, out: Mapping[str, Tensor]) -> int:
-        """Bytes of host memory that filling these tensors takes beside them."""
+        """Bytes of host memory that filling these tensors takes besides them."""
 
     def fill(self, out: Mapping[str, Tensor]) -> None:
         """Writes the values."""
@@ -168,11 +177,11 @@ class FromFile(Origin):
         self.shapes = {name: piece.shape}
 
     def room(self, out: Mapping[str, Tensor]) -> int:
-        """The stage, where there must be one."""
+        """Bytes of the buffer between file and tensor; 0 if none is needed."""
         return self.piece.stage(out[self.name])
 
     def fill(self, out: Mapping[str, Tensor]) -> None:
-        """Reads."""
+        """Reads the file into the tensor."""
         self.piece.fill(out[self.name])
 
 
@@ -192,16 +201,16 @@ class Converted(Origin):
         return {n: x[0] if isinstance(x, list) else x for n, x in made.items()}
 
     def plan(self) -> None:
-        """Finds out what will be made, without reading."""
+        """Finds the names and shapes of the tensors that will be made, without reading."""
         made = self._made(lambda piece: torch.empty(piece.shape, dtype=piece.dtype, device="meta"))
         self.shapes = {name: x.shape for name, x in made.items()}
 
     def room(self, out: Mapping[str, Tensor]) -> int:
-        """What is read, stacked and joined: three times the tensors as they are stored."""
+        """Three times the stored tensors: they are read, stacked and joined."""
         return 3 * sum(aligned(piece.size) for _, piece in self.parts)
 
     def fill(self, out: Mapping[str, Tensor]) -> None:
-        """Reads, converts and copies."""
+        """Reads the stored tensors, converts them, and copies the results."""
         # One buffer: many allocations of an expert's size would stay with the allocator.
         sizes = [aligned(piece.size) for _, piece in self.parts]
         buffer = torch.empty(sum(sizes), dtype=torch.uint8)
@@ -224,16 +233,16 @@ class FromHost(Origin):
         self.shapes = {name: value.shape}
 
     def room(self, out: Mapping[str, Tensor]) -> int:
-        """None."""
+        """0: values are copied directly."""
         return 0
 
     def fill(self, out: Mapping[str, Tensor]) -> None:
-        """Copies."""
+        """Copies the tensor."""
         out[self.name].copy_(self.value)
 
 
 def find_origins(model: Any, pieces: Mapping[str, Piece]) -> list[Origin]:
-    """Which stored tensors make which of the model's, by transformers' own table of names."""
+    """The origins of a model's tensors, by transformers' own table of stored names."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -249,7 +258,8 @@ def find_origins(model: Any, pieces: Mapping[str, Piece]) -> list[Origin]:
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     expected, prefix = model.state_dict(), model.base_model_prefix
     first = _first_names(model)
-    found: dict[str, Origin] = {}
+    origins: dict[str, Origin] = {}
+    converted: dict[str, Converted] = {}
     for stored in sorted(pieces, key=dot_natural_key):
         name, pattern = rename_source_key(stored, renamings, converters, prefix, expected)
         if name not in expected and stored in expected:
@@ -258,29 +268,29 @@ def find_origins(model: Any, pieces: Mapping[str, Piece]) -> list[Origin]:
             continue
         name = first.get(name, name)
         if pattern is None:
-            found[name] = FromFile(name, pieces[stored])
+            origins[name] = FromFile(name, pieces[stored])
             continue
-        made = found.setdefault(name, Converted(name, model, by_pattern[pattern]))
-        assert isinstance(made, Converted)
+        made = converted.get(name)
+        if made is None:
+            made = origins[name] = converted[name] = Converted(name, model, by_pattern[pattern])
         made.parts.append((pattern, pieces[stored]))
-    for origin in found.values():
-        if isinstance(origin, Converted):
-            origin.plan()
-    return list(found.values())
+    for origin in converted.values():
+        origin.plan()
+    return list(origins.values())
 
 
 def _unconverted(model: Any, pieces: Mapping[str, Piece]) -> list[Origin]:
-    """Names are those of the model, with or without the prefix of its body."""
+    """The origins where stored names are the model's, with or without its body's prefix."""
     expected, prefix = model.state_dict(), f"{model.base_model_prefix}."
     first = _first_names(model)
-    found: dict[str, Origin] = {}
+    origins: dict[str, Origin] = {}
     for stored, piece in pieces.items():
         for name in (stored, prefix + stored, stored.removeprefix(prefix)):
             if name in expected:
                 name = first.get(name, name)
-                found[name] = FromFile(name, piece)
+                origins[name] = FromFile(name, piece)
                 break
-    return list(found.values())
+    return list(origins.values())
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
@@ -291,7 +301,7 @@ def _first_names(model: nn.Module) -> dict[str, str]:
 
 
 def absent_tensor(like: Tensor, device: torch.device) -> Tensor:
-    """What stands for a weight that is not in memory: one NaN, expanded."""
+    """A stand-in for a weight that is not in memory: one NaN, expanded to its shape."""
     return torch.full((), math.nan, dtype=like.dtype, device=device).expand(like.shape)
 
 

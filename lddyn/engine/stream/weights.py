@@ -1,4 +1,8 @@
-"""The weights of one block at a time, read ahead within a memory budget."""
+"""The weights of a streamed model's blocks: which of them are in memory, and where.
+
+Blocks share a few slots. A block is read into a slot when its forward pass begins; the block that
+was used longest ago gives up its slot.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ class Block:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     origins: list[Origin] = field(default_factory=list)
     places: dict[str, tuple[slice, torch.dtype]] = field(default_factory=dict)
-    versions: dict[str, int] = field(default_factory=dict)  # when they were read
+    versions: dict[str, int] = field(default_factory=dict)  # of the parameters when they were read
     size: int = 0
 
     def add(self, name: str, parameter: nn.Parameter) -> None:
@@ -35,7 +39,7 @@ class Block:
         self.size += aligned(size)
 
     def room(self) -> int:
-        """Bytes that reading takes beside the slot."""
+        """Bytes of memory that reading takes besides the slot."""
         return max((o.room(self.parameters) for o in self.origins), default=0)
 
     def views(self, slot: Tensor) -> dict[str, Tensor]:
@@ -47,12 +51,12 @@ class Block:
 
 
 class Weights:
-    """The weights of a model's blocks: a few in memory, the rest where they came from.
+    """The weights of a model's blocks: those of a few are in memory.
 
     Attributes:
         slots: How many blocks can be in memory at once.
         slot_bytes: Bytes of each.
-        resident_bytes: What is always in memory: all that is outside the blocks.
+        resident_bytes: Bytes of the weights outside the blocks, which stay in memory.
         reads: Blocks read so far.
     """
 
@@ -70,11 +74,11 @@ class Weights:
         for index, block in enumerate(blocks):
             for parameter in block.parameters.values():
                 parameter.data = absent_tensor(parameter, device)
-                # By this others know a streamed weight, and can have its values.
+                # `is_streamed` and `present` look for this attribute.
                 parameter.fetch = partial(self.load, index)  # type: ignore[attr-defined]
 
     def load(self, index: int) -> None:
-        """Sees to it that a block's weights are in memory, until others take their place."""
+        """Reads a block's weights into memory, unless they are there."""
         if index in self._held:
             self._held.move_to_end(index)
             return
