@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 import lddyn
 from lddyn.errors import DisagreementError
 from lddyn.steps.decomposition import Decomposition
-from lddyn.steps.setup import shifted_copy
+from lddyn.steps.setup import UpdateState, shifted_copy
 
 torch.set_num_threads(1)
 
@@ -214,11 +214,12 @@ def orders(model, optimizer, update, clip=None, rules=STEPS):
     observed = [*zoo.examples(), *OTHERS]  # many tokens: no accidental cancellation in the norm
     with lddyn.true_float64():
         dec = lddyn.decompose(model, observed, update, optimizer=optimizer, max_grad_norm=clip)
-        direction = dec._session.state(model, optimizer).step.direction()
+        setup = dec._session.setup
+        direction = UpdateState.at(setup, setup.anatomy, optimizer).step.direction()
         length = sum(float(d.square().sum()) for d in direction.values()) ** 0.5
         found = {}
         for rule in rules:
-            dec._session.rule = rule
+            dec._session.setup = dataclasses.replace(setup, rule=rule)
             longest, ratio = STEPS[rule]
             first = dec.lr * longest / length
             found[rule] = dec.verify(lrs=[first * ratio**k for k in range(5)])
