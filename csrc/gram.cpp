@@ -27,10 +27,13 @@ LDDYN_INLINE void pair_tile(const float* e, int64_t e_stride, const float* const
                             int64_t out_stride, const int64_t* at) {
   constexpr int64_t kW = kWidth<V>;
   V sum[R][C] = {};
-  float rest[R][C] = {};
+  // The columns beyond the last whole vector, with zeros after them: one instruction per product
+  // whatever R is. A scalar loop is fused or not as the compiler likes, and then a row's bits
+  // depend on how many rows share its tile.
+  const int64_t whole = columns / kW * kW;
+  const size_t rest = (columns - whole) * sizeof(float);
   for (int64_t t = 0; t < tokens; ++t) {
-    int64_t j = 0;
-    for (; j + kW <= columns; j += kW) {
+    for (int64_t j = 0; j < whole; j += kW) {
       V right[C];
       for (int c = 0; c < C; ++c) load(&right[c], g[c] + t * g_stride + j);
       for (int r = 0; r < R; ++r) {
@@ -39,17 +42,18 @@ LDDYN_INLINE void pair_tile(const float* e, int64_t e_stride, const float* const
         for (int c = 0; c < C; ++c) sum[r][c] += left * right[c];
       }
     }
-    for (; j < columns; ++j) {
-      for (int r = 0; r < R; ++r) {
-        for (int c = 0; c < C; ++c) {
-          rest[r][c] += e[r * e_stride + t * columns + j] * g[c][t * g_stride + j];
-        }
-      }
+    if (rest == 0) continue;
+    V right[C] = {};
+    for (int c = 0; c < C; ++c) std::memcpy(&right[c], g[c] + t * g_stride + whole, rest);
+    for (int r = 0; r < R; ++r) {
+      V left = {};
+      std::memcpy(&left, e + r * e_stride + t * columns + whole, rest);
+      for (int c = 0; c < C; ++c) sum[r][c] += left * right[c];
     }
   }
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) {
-      float total = rest[r][c];
+      float total = 0.0f;
       for (int i = 0; i < kW; ++i) total += sum[r][c][i];
       out[r * out_stride + at[c]] += total;
     }
