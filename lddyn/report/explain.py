@@ -325,7 +325,7 @@ def _mass(mass: Mapping[str, Any] | None) -> list[Sentence]:
     star = mass["argmax"]
     if not mass["measured"]:
         text = (
-            f"In each softmax by itself, lowering a rejected token gives {percent(star)} of its "
+            f"In each softmax by itself, lowering a rejected token moves {percent(star)} of its "
             "probability to a single other token."
         )
         sure = "exact for one softmax alone, first order; what tokens share is not in it"

@@ -97,8 +97,8 @@ def _assemble(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Diagnosis:
     sizes = [len(chosen) + len(rejected) for chosen, rejected in pairs]
 
     def under(prefix: str) -> dict[str, Tensor]:
-        found = (name for name in tensors if name.startswith(prefix + "."))
-        return {name.removeprefix(prefix + "."): tensors[name] for name in found}
+        start = prefix + "."
+        return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
     token_facts = {name: list(x.split(sizes)) for name, x in under("token_facts").items()}
     readings = Readings(tensors["log_probs"], under("facts"), token_facts)

@@ -1,0 +1,70 @@
+"""Acting on a diagnosis in the library: rows left out or weighted, models and losses as objects."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from preference_pairs import some_pairs, with_gram
+
+import lddyn
+from lddyn.sets.filter import filter_rows
+from lddyn.sets.pairs import PairSet
+
+ROWS = [{"prompt": str(i)} for i in range(7)]
+NUMBERS = [0, 1, 3, 4, 6]
+
+
+@pytest.fixture(scope="module")
+def diagnosed(found):
+    """Five pairs, of which 3 and 1 lower the chosen responses of the others."""
+    gram = torch.eye(10).double()
+    gram[:5, 3], gram[3, :5] = -1.0, -1.0
+    gram[:5, 1] -= 0.5
+    gram[3, 3] = gram[1, 1] = 1.0
+    pairs = PairSet.of(some_pairs(), NUMBERS)
+    other = with_gram(found, gram)
+    return replace(other, step=replace(other.step, pairs=pairs))
+
+
+def test_the_worst_pairs_are_left_out(diagnosed):
+    assert diagnosed.worst(2) == [3, 1]
+    for diagnosis in (diagnosed, json.loads(json.dumps(diagnosed.to_dict()))):
+        filtered = filter_rows(ROWS, diagnosis, drop=2)
+        assert filtered.dropped_rows == [4, 1] and filtered.kept_rows == [0, 2, 3, 5, 6]
+        assert filtered.kept == [ROWS[i] for i in filtered.kept_rows]
+        assert filtered.helpful == 0
+
+
+def test_rows_get_the_weights_of_their_pairs(diagnosed):
+    filtered = filter_rows(ROWS, diagnosed, reweight=True)
+    weights = [row["weight"] for row in filtered.kept]
+    assert [weights[i] for i in NUMBERS] == diagnosed.pair_weights().tolist()
+    assert weights[2] == weights[5] == 1.0  # these were not diagnosed
+    assert "weight" not in ROWS[0]
+
+
+def test_rows_that_cannot_be_filtered(diagnosed):
+    with pytest.raises(ValueError, match="row 6 was diagnosed, but there are 5 rows"):
+        filter_rows(ROWS[:5], diagnosed, drop=1)
+    with pytest.raises(ValueError, match="drop must be from 0 to 5"):
+        filter_rows(ROWS, diagnosed, drop=6)
+    with pytest.raises(ValueError, match="row 0 has a weight already"):
+        filter_rows([{**row, "weight": 1} for row in ROWS], diagnosed, reweight=True)
+
+
+def test_pairs_are_named_by_their_rows(diagnosed):
+    assert "rows 4, 1" in diagnosed.explain() or "row 4" in diagnosed.explain()
+    assert [row["row"] for row in diagnosed.table()] == NUMBERS
+    with pytest.raises(ValueError, match="row_numbers must be one per pair, 5, got 2"):
+        PairSet.of(some_pairs(), [1, 2])
+    with pytest.raises(ValueError, match="faults must name pairs from 0 to 4, got \\[9\\]"):
+        PairSet.of(some_pairs(), faults={9: "duplicate"})
+
+
+def test_a_model_may_be_opened_and_a_loss_an_object(model, found):
+    loss = lddyn.Loss("dpo", beta=0.3)
+    other = lddyn.diagnose(lddyn.Anatomy(model), some_pairs(), loss, close_ups=0)
+    assert other.loss == found.loss == loss
+    assert all(torch.equal(other.scores[k], found.scores[k]) for k in found.scores)
+    assert repr(other) == repr(found) and str(other) != repr(other)
