@@ -1,8 +1,8 @@
 """How an op is registered, checked and sent to a backend: the door to ``_C`` and ``kernels``.
 
-An op is defined in torch.library, runs *check, choose, call* on any device, and is a leaf: it has
-no derivative. A backward through it raises, and so does forward mode (`torch.func.jvp`), because an
-op without a rule would otherwise return a zero tangent in silence.
+An op is defined in torch.library. A call checks its operands, chooses a backend and runs it, on any
+device. An op has no derivative: a backward pass through it raises, and so does forward mode
+(`torch.func.jvp`), because torch would otherwise return a tangent of zero without a word.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lddyn import reference
 logger = logging.getLogger("lddyn")
 
 BACKENDS = ("blas", "cuda", "triton", "cpp", "reference")
-# What is tried without an override, best first; any other device type runs the reference.
+# Backends tried where none is required, best first; other types of device run the reference.
 _PREFERRED = {
     "cpu": ("cpp", "reference"),
     "cuda": ("blas", "triton", "cuda", "reference"),
@@ -41,7 +41,7 @@ _override: ContextVar[str | None] = ContextVar("lddyn_backend", default=None)
 
 @functools.cache
 def native() -> Any:
-    """The compiled module, or the reason (a string) why there is none."""
+    """The compiled module lddyn._C, or the reason (a string) why it cannot be imported."""
     try:
         return importlib.import_module("lddyn._C")
     except ImportError as error:
@@ -58,29 +58,29 @@ def _has_triton() -> bool:
 
 @functools.cache
 def foreign() -> dict[str, Any]:
-    """Backends of other packages: name -> module, or the reason (a string) why there is none."""
-    found: dict[str, Any] = {}
+    """Backends of other packages: name -> module, or the reason (a string) why it is not usable."""
+    modules: dict[str, Any] = {}
     for entry in importlib.metadata.entry_points(group=GROUP):
         source = f"{entry.value} of {entry.dist.name if entry.dist else 'a package'}"
         if entry.name in BACKENDS:
-            found[source] = f"a backend must not be called {entry.name}, as one of lddyn's own is"
-        elif entry.name in found:
-            found[source] = f"another package has a backend called {entry.name}"
+            modules[source] = f"a backend must not be called {entry.name}, as one of lddyn's own is"
+        elif entry.name in modules:
+            modules[source] = f"another package has a backend called {entry.name}"
         else:
             try:
-                found[entry.name] = entry.load()
+                modules[entry.name] = entry.load()
             except Exception as error:  # whatever a package does while it is imported
                 # Its text may hold a path, and `lddyn.env` is for bug reports.
                 kind = type(error).__name__
-                found[entry.name] = f"{source} cannot be loaded ({kind}; import it to see why)"
-    return found
+                modules[entry.name] = f"{source} cannot be loaded ({kind}; import it to see why)"
+    return modules
 
 
 def known(name: str) -> bool:
-    """Whether a backend of this name can be asked for; looks at other packages only if need be.
+    """True if a backend has this name; other packages are read only if lddyn has none.
 
     Raises:
-        RuntimeError: If a package has it, and it cannot be loaded.
+        RuntimeError: If another package has a backend of this name that cannot be loaded.
     """
     if name in BACKENDS:
         return True
@@ -90,7 +90,7 @@ def known(name: str) -> bool:
 
 
 def why_not(backend: str, device: torch.device) -> str:
-    """Why a backend cannot run tensors of a device; empty if it can.
+    """Reason why a backend cannot run tensors of a device; empty if it can.
 
     >>> why_not("reference", torch.device("cpu"))
     ''
@@ -104,33 +104,33 @@ def why_not(backend: str, device: torch.device) -> str:
         if device.type == "cuda" or (device.type == "cpu" and interpreted):
             return ""
         return f"triton needs cuda tensors, got {device.type}"
-    found = native()
-    if isinstance(found, str):
-        return found
+    module = native()
+    if isinstance(module, str):
+        return module
     wanted = "cuda" if backend == "cuda" else "cpu"
-    if backend == "cuda" and not found.cuda_archs:
+    if backend == "cuda" and not module.cuda_archs:
         return "lddyn._C was built without CUDA (no nvcc, or LDDYN_CUDA=0)"
     if device.type != wanted:
         return f"{backend} needs {wanted} tensors, got {device.type}"
     if backend == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        oldest = min(int(arch.rstrip("af")) for arch in found.cuda_archs.split())
+        oldest = min(int(arch.rstrip("af")) for arch in module.cuda_archs.split())
         if 10 * major + minor < oldest:
             return f"built for sm_{oldest} and later, this device is sm_{major}{minor}"
     return ""
 
 
 def choose(device: str, override: str | None, refusals: dict[str, str]) -> str:
-    """Backend to use: the override, or the first preferred one that is not refused.
+    """Name of the backend for a call: the override, or the first preferred one that can run it.
 
     Args:
         device: Device type of the operands.
-        override: A backend that must be used, or None.
-        refusals: Per backend, why it cannot run this call; empty if it can.
+        override: Backend that is required, or None.
+        refusals: Backend -> reason why it cannot run this call; empty if it can.
 
     Raises:
         ValueError: If the override is not a backend.
-        RuntimeError: If the override is refused; nothing falls back.
+        RuntimeError: If the required backend cannot run this call; no other one is tried.
 
     >>> refusals = {"blas": "none", "triton": "not installed", "cuda": "", "reference": ""}
     >>> choose("cuda", None, refusals)
@@ -148,18 +148,20 @@ def choose(device: str, override: str | None, refusals: dict[str, str]) -> str:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run every op inside the block on one backend, and raise where that is impossible.
+    """Context manager: every op inside the block runs on one backend, or raises.
+
+    The environment variable ``LDDYN_BACKEND`` does the same for a whole process; a block goes
+    before it.
 
     Args:
-        name: ``"blas"``, ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``, or that of a
-            backend of another package (entry points ``lddyn.backends``): ops that such a one does
-            not have run as they would without it. The environment variable ``LDDYN_BACKEND`` does
-            the same for a whole process; the block wins over it.
+        name: ``"blas"``, ``"cuda"``, ``"triton"``, ``"cpp"``, ``"reference"``, or the name of a
+            backend of another package (entry points ``lddyn.backends``). An op that the other
+            package does not have runs as it would without the block.
 
     Raises:
-        ValueError: If the name is unknown.
-        RuntimeError: If it cannot be loaded, and from an op that the backend cannot run. It never
-            falls back.
+        ValueError: If no backend has this name.
+        RuntimeError: If the backend cannot be loaded; and, from an op, if the backend cannot run
+            it. No other backend is tried.
 
     Example:
         >>> from lddyn.ops import gram
@@ -179,12 +181,14 @@ def backend(name: str) -> Iterator[None]:
 
 
 def overridden() -> str | None:
-    """The backend that a block or the environment asks for, or None."""
+    """Name of the backend that a block or the environment requires, or None."""
     return _override.get() or os.environ.get("LDDYN_BACKEND") or None
 
 
 def backends() -> dict[str, dict[str, dict[str, str]]]:
-    """What can run here: ``{op: {device: {backend: reason}}}``; an empty reason means available.
+    """Which backend can run each op here: ``{op: {device: {backend: reason}}}``.
+
+    The reason says why a backend cannot run the op; it is empty if the backend can.
 
     Example:
         >>> backends()["gram"]["cpu"]["reference"]
@@ -203,19 +207,19 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
 
 
 def others() -> dict[str, str]:
-    """Backends of other packages: the ops that each has, or why it cannot be used."""
+    """Backends of other packages: name -> the ops that it has, or why it cannot be used."""
     return {
-        name: found if isinstance(found, str) else ", ".join(n for n in OPS if hasattr(found, n))
-        for name, found in foreign().items()
+        name: module if isinstance(module, str) else ", ".join(n for n in OPS if hasattr(module, n))
+        for name, module in foreign().items()
     }
 
 
 def compiled() -> dict[str, str]:
-    """The compiled module: whether it is there, and the GPUs its CUDA kernels were built for."""
-    found = native()
-    if isinstance(found, str):
-        return {"cpu": found, "cuda": found}
-    archs = " ".join(f"sm_{arch}" for arch in found.cuda_archs.split())
+    """State of lddyn._C: ``"cpu"`` -> built or why not, ``"cuda"`` -> GPUs it was built for."""
+    module = native()
+    if isinstance(module, str):
+        return {"cpu": module, "cuda": module}
+    archs = " ".join(f"sm_{arch}" for arch in module.cuda_archs.split())
     return {"cpu": "built", "cuda": archs or why_not("cuda", torch.device("cuda"))}
 
 
@@ -237,21 +241,21 @@ class Op:
     leading: int = 0  # the operand whose device and dtype choose the backend
 
     def backends(self) -> list[str]:
-        """Those of lddyn itself, and those of other packages that have this op."""
+        """Names of lddyn's backends, and of those of other packages that have this op."""
         return [
             *BACKENDS,
-            *(name for name, found in foreign().items() if hasattr(found, self.name)),
+            *(name for name, module in foreign().items() if hasattr(module, self.name)),
         ]
 
     def implementation(self, backend: str) -> Callable[..., Any] | None:
-        """What a backend runs for this op; None if it has nothing."""
+        """Function that a backend runs for this op; None if it has none."""
         if backend in BACKENDS:
             return self.implementations.get(backend)
-        found: Callable[..., Any] | None = getattr(foreign().get(backend), self.name, None)
-        return found
+        function: Callable[..., Any] | None = getattr(foreign().get(backend), self.name, None)
+        return function
 
     def refusal(self, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
-        """Why a backend cannot run this op; empty if it can."""
+        """Reason why a backend cannot run this op; empty if it can."""
         if self.implementation(backend) is None:
             return f"{self.name} has no {backend} implementation"
         if backend not in BACKENDS:
@@ -262,7 +266,7 @@ class Op:
         return why_not(backend, device)
 
     def run(self, *args: Any) -> Any:
-        """Check, choose, call."""
+        """Result of the op: check the operands, choose a backend, call it."""
         self.check(*args)
         operand: Tensor = args[self.leading]
         device, dtype = operand.device, operand.dtype
@@ -286,14 +290,14 @@ class Op:
 
 @functools.cache
 def _report_fallback(message: str) -> None:
-    """Plain torch on an accelerator: logged once, an error under LDDYN_STRICT=1."""
+    """Log once that an op runs as plain torch on a GPU; raise under LDDYN_STRICT=1."""
     if os.environ.get("LDDYN_STRICT") == "1":
         raise RuntimeError(f"{message} (LDDYN_STRICT=1 makes this an error)")
     logger.info(message)
 
 
 def differentiated(*tensors: Tensor) -> bool:
-    """Whether a derivative with respect to one of them may be asked for, in either mode."""
+    """True if reverse or forward mode may differentiate with respect to one of the tensors."""
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return tracked or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
@@ -324,10 +328,10 @@ def _not_differentiable(op: Any) -> RuntimeError:
 
 
 def specification(name: str) -> Callable[..., Any]:
-    """`lddyn.reference.NAME`, found when it is called.
+    """A function that calls `lddyn.reference.NAME`, looked up at the time of the call.
 
-    Whoever imports lddyn.reference first imports torch by it, and thereby this package, while the
-    names of lddyn.reference are still to come.
+    `import lddyn.reference` imports torch, torch's import imports this package, and at that moment
+    lddyn.reference has no names yet.
     """
     return lambda *args: getattr(reference, name)(*args)
 
@@ -337,9 +341,9 @@ OPS: dict[str, Op] = {}
 
 
 def register(op: Op, schema: str) -> Any:
-    """Define one op in torch.library: implementation, fake, and a derivative that raises.
+    """Overload ``torch.ops.lddyn.NAME.default`` of an op that this function defines.
 
-    Returns its overload, ``torch.ops.lddyn.NAME.default``.
+    It gets an implementation, a fake, and a derivative that raises.
     """
     _library.define(f"{op.name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(op.name, op.run, "CompositeExplicitAutograd")
@@ -369,7 +373,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 
 
 def check_alike(**tensors: Tensor) -> None:
-    """One supported floating dtype and one device for all."""
+    """Raise unless all tensors have one supported floating dtype and one device."""
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
         if x.dtype not in DTYPES:
@@ -389,7 +393,7 @@ def check_alike(**tensors: Tensor) -> None:
 
 
 def stream(x: Tensor) -> int:
-    """The raw CUDA stream that work on x belongs to."""
+    """Address of the CUDA stream on which work on x is queued."""
     return int(torch.cuda.current_stream(x.device).cuda_stream)
 
 

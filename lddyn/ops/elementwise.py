@@ -1,4 +1,4 @@
-"""What lies between a block's products, for many cotangents that share one forward pass.
+"""Norms, gated activations and rotary embeddings, for many cotangents of one forward pass.
 
 Every op reads a batch (C, T, n) of cotangents or tangents once; what belongs to the forward pass is
 indexed by position alone and shared by the whole batch. The floor of all of them is the traffic.

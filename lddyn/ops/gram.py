@@ -87,7 +87,7 @@ _Launch = Callable[[Tensor, Tensor, Tensor, _Lengths, _Lengths, Tensor, int], Te
 
 
 def _workspace(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of S and of pushed gradients: beyond the range of float16."""
+    """Dtype of S and of pushed gradients: float32 for float16, whose range is too small."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
@@ -149,7 +149,7 @@ def _cheapest(
     lengths_o: _Lengths,
     lengths_u: _Lengths,
 ) -> Tensor:
-    """The product in the order that `reference.gram_order` finds cheapest."""
+    """Gram in the order of contraction that `reference.gram_order` names as cheapest."""
     (m, s, d_out), (n, t, _) = g_o.shape, g_u.shape
     order = reference.gram_order(s, t, a_o.shape[1], d_out, m, n)
     if order == "materialise":
@@ -168,7 +168,7 @@ def _gram_on_gpu(
     lengths_o: _Lengths,
     lengths_u: _Lengths,
 ) -> Tensor:
-    """The cheapest order, around a kernel that pushes and pairs."""
+    """Gram in the cheapest order of contraction; `launch` is a kernel that pushes and pairs."""
     (m, s, d_out), (n, t, _) = g_o.shape, g_u.shape
     if 0 in (m, n, s, t, a_o.shape[1], d_out):
         return g_o.new_zeros(m, n, dtype=torch.float32)
@@ -232,7 +232,7 @@ def _gram_cpp(
     lengths_o: _Lengths = None,
     lengths_u: _Lengths = None,
 ) -> Tensor:
-    """Fused push and pair in float32; BLAS in plain torch where that is not the cheapest order."""
+    """Gram in C++ (float32, push and pair fused), or by BLAS where another order is cheaper."""
     if g_o.dtype == torch.float64:
         return reference.gram(a_o, g_o, a_u, g_u, lengths_o, lengths_u)
     return _cheapest(_push_cpp, reference.gram, a_o, g_o, a_u, g_u, lengths_o, lengths_u)
@@ -265,7 +265,7 @@ def _gram_blas(
     lengths_o: _Lengths = None,
     lengths_u: _Lengths = None,
 ) -> Tensor:
-    """Two dense products, nothing skipped: on an H200 faster than both kernels, causal or not."""
+    """Gram by two dense products that skip nothing: the fastest way on an H200, causal or not."""
     if g_o.dtype == torch.float64:
         return reference.gram(a_o, g_o, a_u, g_u, lengths_o, lengths_u)
     if 0 in (*g_o.shape, *g_u.shape, a_o.shape[1]):

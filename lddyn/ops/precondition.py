@@ -1,4 +1,4 @@
-"""`preconditioned_push`: AdamW's kernel, one source token at a time."""
+"""`preconditioned_push`: effect of a diagonally preconditioned (AdamW) step of each token."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ _preconditioned_push = register(
 def preconditioned_push(
     scale: Tensor, activations_o: Tensor, activations_u: Tensor, grads_u: Tensor
 ) -> Tensor:
-    """What a diagonally preconditioned step on each source token does to a layer's output.
+    """Change of a layer's output by a diagonally preconditioned step on each source token.
 
         E[l, s] = (P ∘ Σ_t grads_u[l, t] ⊗ activations_u[t]) activations_o[s]
 

@@ -1,4 +1,4 @@
-"""`product`: a dense product with a weight, by the faster BLAS that torch brings along."""
+"""`product`: a dense product with a weight, by the faster of the BLAS libraries in torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STEP = 16
 
 @functools.cache
 def _onednn() -> bool:
-    """Whether oneDNN's float32 product is there and right: it is not a public function of torch."""
+    """True if torch has oneDNN's float32 product, a private function, and its result is right."""
     if not torch.backends.mkldnn.is_available():
         return False
     x = torch.arange(96, dtype=torch.float32, device="cpu").view(32, 3)

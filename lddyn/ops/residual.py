@@ -1,4 +1,4 @@
-"""`residual` and `residual_gram`: what log-probs see of the logits, and its inner products."""
+"""`residual` and `residual_gram`: gradients of log-probs by logits, and their inner products."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _check_residual(logits: Tensor, targets: Tensor) -> None:
 
 
 def _check_finite(name: str, logits: Tensor) -> None:
-    """Raise for the first row without a finite largest logit; reads them all."""
+    """Raise for the first row whose largest logit is not finite; reads all rows."""
     wrong = ~logits.amax(1).isfinite()
     if wrong.any():
         row = int(wrong.nonzero()[0])
@@ -58,7 +58,7 @@ def _check_finite(name: str, logits: Tensor) -> None:
 
 
 def _finite(logits: Tensor, out: _Residual) -> _Residual:
-    """The results, or an error for the first row that has none (its ‖π‖² is NaN)."""
+    """The results; raises for the first row that is not finite (its ‖π‖² is NaN)."""
     if out[3].isnan().any():
         _check_finite("logits", logits)
     return out
@@ -133,7 +133,7 @@ _residual = register(
 
 
 def residual(logits: Tensor, targets: Tensor) -> _Residual:
-    """Softmax residual of every row, with the statistics that come with it.
+    """Softmax residual of every row, its log-prob, entropy, ‖π‖² and two likeliest tokens.
 
         residual[n] = e_y - π_n,   π_n = softmax(logits[n]),   y = targets[n]
 
@@ -202,7 +202,7 @@ def _residual_gram_fake(
 
 
 def _finite_gram(logits_o: Tensor, logits_u: Tensor, out: Tensor) -> Tensor:
-    """The products, or an error for the first row of logits that has none."""
+    """The products; raises for the first row of logits that is not finite."""
     if out.isnan().any():
         _check_finite("logits_o", logits_o)
         _check_finite("logits_u", logits_u)
