@@ -24,11 +24,30 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 # Names of other packages (nothing is fetched while building) and of lddyn's insides, in signatures.
-INSIDES = "anatomy.(Batch|Replay|Trace) diagnosis.Touched lowrank.Ends objectives.Preference "
-INSIDES += "projections.Term query.Layout shards.Lock"
+INSIDES = [
+    "data.tokenizer.Tokenizer",
+    "engine.replay.(Batch|Replay)",
+    "engine.anatomy.(Batch|Replay)",
+    "engine.trace.Trace",
+    "entk.lowrank.Ends",
+    "entk.products.KernelProducts",
+    "probes.endpoint.Request",
+    "report.data.(StepData|ResponseData|CheckData)",
+    "objectives.(Parameter|Preference)",
+    "sets.forecast.AdamMetric",
+    "sets.readings.(Readings|SetReading)",
+    "sets.rows.Gram",
+    "sets.pairs.PairSet",
+    "sets.step.SetStep",
+    "sketches.projections.Term",
+    "store.contents.Contents",
+    "store.lock.Lock",
+    "store.manifest.Manifest",
+    "store.query.InnerProduct",
+]
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!lddyn\.).*"),
-    *((r"py:.*", f"lddyn.{name}") for name in INSIDES.split()),
+    *((r"py:.*", f"lddyn.{name}") for name in INSIDES),
 ]
 
 html_theme = "furo"
