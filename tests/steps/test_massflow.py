@@ -85,7 +85,9 @@ def check_by_sums(flow, before, after, labels, top):
 @pytest.mark.parametrize("observed", [GOOD, BAD], ids=["good", "bad"])
 def test_against_explicit_steps(name, objective, observed):
     model = zoo.build(name, seed=3)
-    update = lddyn.SFT(GOOD) if objective == "sft" else lddyn.DPO(GOOD, BAD, beta=0.5)
+    update = (
+        lddyn.SFT(GOOD, reduction="sum") if objective == "sft" else lddyn.DPO(GOOD, BAD, beta=0.5)
+    )
     lr = 3e-3
     found = lddyn.massflow(model, observed, update, lr=lr, top=4)
     before, after, first = explicit(
