@@ -13,7 +13,7 @@ from lddyn.demo.world import build_world
 
 
 def loss(log_probs: list[Tensor], floor: float) -> Tensor:
-    """DPO without a reference that stops pushing rejected tokens which are unlikely already."""
+    """DPO without a reference model; tokens of y− below `floor` nats are not pushed down."""
     up, down = log_probs  # (tokens,) each, in nats
     pushed = torch.where(down > floor, down, down.detach())
     return -torch.nn.functional.logsigmoid(0.1 * (up.sum() - pushed.sum()))
@@ -28,4 +28,4 @@ for name, floor in (("plain", -float("inf")), ("gated", -4.0)):
     dec = lddyn.decompose(world.model, both, objective, lr=2e-4)
     moves = ", ".join(f"{o.name} {float(o.delta_logp.sum()):+.4f}" for o in dec)
     print(f"{name}: {moves} nats")
-print(dec.verify())  # real steps on this loss: the error falls with the square of the rate
+print(dec.verify())  # real steps on this loss: the error falls as the square of the learning rate

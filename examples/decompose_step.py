@@ -1,4 +1,4 @@
-"""Take one DPO step apart: who raised and who lowered the chosen answer, and is that right?
+"""Take one DPO step apart: which tokens raised and which lowered the chosen answer?
 
 python examples/decompose_step.py
 """
@@ -19,5 +19,5 @@ for name in responses:
 for token, nats in dec.strongest(dec["chosen"], 5):
     print(f"  {nats:+.4f} on the chosen answer by {token.text!r} of {token.sequence}")
 
-# A prediction is worth what a real step says of it: six steps on float64 copies.
+# Is the prediction right? Six real steps on float64 copies of the model.
 print(dec.verify())

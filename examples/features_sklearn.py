@@ -1,9 +1,9 @@
-"""Features of gradients as plain vectors for scikit-learn: what does the model learn alike?
+"""Gradient features as plain vectors for scikit-learn: which answers does the model learn alike?
 
     python examples/features_sklearn.py
 
-Answers of the demo are of eight kinds. They are clustered by their gradients: two are alike if a
-step on one moves the other.
+The demo's answers are of eight kinds. They are clustered by their gradients: two answers are alike
+if a step on one changes the log-prob of the other.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ rows = world.preference_pairs[:64]
 examples = [lddyn.encode(world.tokenizer, row["prompt"], row["chosen"]) for row in rows]
 feats = lddyn.features(world.model, examples, lddyn.Sketch(k=16384), by="sequence")
 
-x = feats.vectors().numpy()  # their inner products are, but for noise, those of the gradients
+x = feats.vectors().numpy()  # inner products estimate those of the gradients
 x /= np.linalg.norm(x, axis=1, keepdims=True)
 topics = [row["topic"] for row in rows]
 clusters = SpectralClustering(len(set(topics)), affinity="precomputed", random_state=0)

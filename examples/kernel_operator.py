@@ -1,4 +1,4 @@
-"""K between the token logits of two responses: applied, contracted, restricted, measured.
+"""K between the token logits of two responses: applied, contracted, restricted, and its norm.
 
 python examples/kernel_operator.py
 """

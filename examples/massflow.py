@@ -15,8 +15,8 @@ for name in ("dpo", "dpo+nll"):
     flow = lddyn.massflow(
         world.model, both["rejected"], objective, lr=2e-4, tokenizer=world.tokenizer
     )
-    told = flow.summary()
-    most, falls = told["argmax_gains_most"], told["argmax_falls"]
+    summary = flow.summary()
+    most, falls = summary["argmax_gains_most"], summary["argmax_falls"]
     print(f"{name}: the likeliest other token gains most at {most:.0%} of positions,")
     print(f"     and falls at {falls:.0%}")
     if name == "dpo":

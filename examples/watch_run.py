@@ -16,7 +16,7 @@ world = build_world()
 fields = ("prompt", "chosen", "rejected")
 rows = [{k: row[k] for k in fields} for row in world.preference_pairs[:32]]
 folder = tempfile.mkdtemp()
-start = str(Path(folder) / "start")  # TRL reads the reference model from where the policy is
+start = str(Path(folder) / "start")  # TRL loads the reference model from the policy's folder
 world.model.save_pretrained(start)
 config = DPOConfig(
     folder,
@@ -36,12 +36,12 @@ trainer = DPOTrainer(
     train_dataset=Dataset.from_list(rows),
     processing_class=world.tokenizer,
 )
-# The one line. By default passes take 5 % of the time; eight steps are too few for that.
+# The one line. By default measuring may take 5 % of the time, too little for eight steps.
 watch(trainer, every=4, budget="1000%")
 trainer.train()
 
 for row in trainer.state.log_history:
     if "lddyn/log_prob/chosen" in row:
-        told = {k.removeprefix("lddyn/"): v for k, v in row.items() if "log_prob" in k}
-        print(row["step"], {k: round(v, 3) for k, v in told.items()})
+        means = {k.removeprefix("lddyn/"): v for k, v in row.items() if "log_prob" in k}
+        print(row["step"], {k: round(v, 3) for k, v in means.items()})
 print("every log-prob:", Path(folder) / "lddyn" / "dynamics.jsonl")
