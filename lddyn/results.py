@@ -76,7 +76,7 @@ def save_result(
 
         kept = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
         replace_file(data, save(kept))
-    text = json.dumps({**head, **plain(facts)}, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps({**head, **plain(facts)}, indent=1, allow_nan=False)
     replace_file(meta, text)
 
 
