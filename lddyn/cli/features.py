@@ -52,13 +52,16 @@ class SketchOptions:
         SketchKind, typer.Option(help="Kind of the sketch.", rich_help_panel=SKETCH)
     ] = "twosided"
     k: Annotated[
-        int, typer.Option("-k", help="Numbers of a row that are sketched.", rich_help_panel=SKETCH)
+        int,
+        typer.Option(
+            "-k", help="How many numbers a gradient is sketched to.", rich_help_panel=SKETCH
+        ),
     ] = 4096
     repeats: Annotated[
         int,
         typer.Option(
-            help="Independent sketches that these numbers are divided among; their spread is the "
-            "error bar.",
+            help="Independent sketches that these numbers are divided among; their spread gives "
+            "the standard error.",
             rich_help_panel=SKETCH,
         ),
     ] = 8
@@ -192,7 +195,9 @@ def query(
     ] = None,
     index: Annotated[
         int | None,
-        typer.Option(help="Its number in the data set, instead.", show_default=False),
+        typer.Option(
+            help="Number of the example in the data set, instead of --example.", show_default=False
+        ),
     ] = None,
     token: Annotated[
         int | None,

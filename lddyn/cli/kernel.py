@@ -89,9 +89,9 @@ class Kernel:
 
     Attributes:
         gram: ⟨∇ log π(y_m), ∇ log π(y_l)⟩ (M, L), nats² per unit of learning rate.
-        norms: ‖Π K_{m,l} Π‖_F (M, L). None: not asked for.
+        norms: ‖Π K_{m,l} Π‖_F (M, L). None: not computed.
         whole: ‖Π K Π‖_F of the whole kernel.
-        factors: The low-rank form. None: not asked for.
+        factors: The low-rank form. None: not computed.
     """
 
     gram: Tensor
@@ -101,7 +101,7 @@ class Kernel:
 
     @classmethod
     def of(cls, kernel: NTK, options: KernelOptions, seed: int) -> Kernel:
-        """Computes what the options ask for."""
+        """Computes what the options select."""
         norms = whole = factors = None
         if options.norms != "none":
             whole = kernel.frobenius(options.rtol, reduce="all", seed=seed)
@@ -149,7 +149,7 @@ def ntk(
 ) -> Answer:
     """The empirical neural tangent kernel K between the tokens of two responses.
 
-    Prints the inner products ⟨∇ log π(y_m), ∇ log π(y_l)⟩ of observed tokens y_m and learned tokens
+    Prints the inner products ⟨∇ log π(y_m), ∇ log π(y_l)⟩ of observed tokens y_m and updated tokens
     y_l: what raising log π(y_l) by gradient descent does to log π(y_m), per unit of learning rate.
     Also ‖K‖ with standard errors and, with --lowrank, how much of K a few directions hold. --out
     FOLDER gets ntk.json, kernel.safetensors and the low-rank factors.

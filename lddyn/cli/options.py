@@ -118,7 +118,7 @@ class ModelOptions:
         ),
     ] = None
     dtype: Annotated[
-        FloatType, typer.Option(help="Number type of the weights.", rich_help_panel=MODEL)
+        FloatType, typer.Option(help="Number type of the parameters.", rich_help_panel=MODEL)
     ] = "float32"
     device: Annotated[
         str,

@@ -14,6 +14,8 @@ import typer
 from lddyn.cli.command import OUTPUT, Answer
 from lddyn.cli.console import say_progress, warn
 from lddyn.cli.options import (
+    COMPUTATION,
+    DATA,
     STEP,
     Beta,
     DataOptions,
@@ -23,6 +25,7 @@ from lddyn.cli.options import (
     Out,
     Reference,
     RequiredOut,
+    Seed,
 )
 from lddyn.cli.rows import check_fits
 
@@ -32,8 +35,9 @@ if TYPE_CHECKING:
     from lddyn.data.example import Example
     from lddyn.sets.diagnosis import Diagnosis
     from lddyn.sets.forecast import Run
+    from lddyn.sketches.sketch import Sketch
 
-RUN = "Forecast of a training run"
+RUN, DIAGNOSIS = "Forecast of a training run", "Diagnosis"
 
 # Findings of an audit that make a pair one to fix.
 _FAULTS = ("identical_pair", "duplicate", "blank_response")
@@ -83,7 +87,7 @@ class RunOptions:
         ),
     ] = "constant"
 
-    def make(self) -> Run | None:
+    def make(self, seed: int) -> Run | None:
         """The run. None: no forecast is wanted."""
         from lddyn.sets.forecast import Run
 
@@ -96,7 +100,7 @@ class RunOptions:
             )
         if self.lr is None:
             return None
-        return Run(self.lr, self.epochs, self.batch, schedule=self.schedule)
+        return Run(self.lr, self.epochs, self.batch, schedule=self.schedule, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +120,8 @@ class PageOptions:
     after: Annotated[
         str | None,
         typer.Option(
-            help="A later checkpoint: the page compares the diagnosis with what it did.",
+            help="A later checkpoint: the page compares the diagnosis with how log-probs changed "
+            "up to that checkpoint.",
             show_default=False,
             rich_help_panel=OUTPUT,
         ),
@@ -196,19 +201,38 @@ def diagnose(
             min=1,
             help="Cut prompts to this many tokens where a row is longer than --max-length.",
             show_default=False,
+            rich_help_panel=DATA,
         ),
     ] = None,
     validate: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Take this many real steps on a copy, and compare every score with what they did.",
+            help="Take this many real steps of SGD on a copy of the model, and print each score's "
+            "rank correlation with the measured changes.",
+            rich_help_panel=DIAGNOSIS,
         ),
     ] = 0,
     close_ups: Annotated[
-        int, typer.Option(min=0, help="Look at the tokens of this many of the worst pairs.")
+        int,
+        typer.Option(
+            min=0,
+            help="Compute the effect of each token in this many of the most harmful pairs.",
+            rich_help_panel=DIAGNOSIS,
+        ),
     ] = 4,
+    sketch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=8,
+            help="Estimate inner products of gradients from sketches of this many numbers, also "
+            "where gradients fit into --memory. Default: exact where they fit, else 4096.",
+            show_default=False,
+            rich_help_panel=COMPUTATION,
+        ),
+    ] = None,
     memory: Memory = "auto",
+    seed: Seed = 0,
 ) -> Answer:
     """Why the chosen log-probs of a preference set fall: which pairs do it, under which loss.
 
@@ -220,14 +244,15 @@ def diagnose(
     from lddyn.data.read import rows as read_rows
     from lddyn.objectives import Loss
 
-    planned = run.make()
+    planned = run.make(seed)
     objective = Loss(loss.objective, **loss.given)  # errors in it are raised before the work
     content = read_rows(rows.data, limit=rows.limit)
     tokenizer, lm = model.load_tokenizer(), model.load()
     given = encode_pairs(tokenizer, lm.config, content, rows.max_length, max_prompt_length)
     _warn_of_skipped(given, rows.data)
-    if planned is None:
-        _warn_of_estimates(lm, len(given.pairs), memory)
+    sketch = None
+    if planned is None or sketch_size is not None:  # else a run, which needs exact inner products
+        sketch = _sketch(lm, len(given.pairs), memory, sketch_size, seed)
     moved = _log_probs_after(page.after, model, given.pairs)
     diagnosis = lddyn.diagnose(
         lm,
@@ -235,6 +260,7 @@ def diagnose(
         objective,
         reference=model.load_reference(loss.reference),
         memory=memory,
+        sketch=sketch,
         run=planned,
         close_ups=close_ups,
         validate=validate,
@@ -319,16 +345,21 @@ def _warn_of_skipped(given: PairSet, data: Path) -> None:
         warn(f"{len(given.skipped)} rows in all are not diagnosed")
 
 
-def _warn_of_estimates(model: Any, pairs: int, memory: str) -> None:
-    """Says when the gradients do not fit, so that inner products are estimated."""
+def _sketch(model: Any, pairs: int, memory: str, k: int | None, seed: int) -> Sketch | None:
+    """The sketch from which inner products are estimated. None: all gradients fit."""
     from lddyn.memory import parse_memory
+    from lddyn.sketches.sketch import Sketch
 
+    if k is not None:
+        return Sketch(k=k, seed=seed)
     size = 8 * pairs * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if size > parse_memory(memory):
-        warn(
-            f"the gradients of {pairs} pairs take {size / 2**30:.3g} GiB, more than --memory "
-            f"{memory}: inner products between pairs are estimated"
-        )
+    if size <= parse_memory(memory):
+        return None
+    warn(
+        f"the gradients of {pairs} pairs take {size / 2**30:.3g} GiB, more than --memory "
+        f"{memory}: inner products between pairs are estimated"
+    )
+    return Sketch(seed=seed)
 
 
 def _log_probs_after(
@@ -436,7 +467,7 @@ def _objectives(document: Mapping[str, Any]) -> Table:
 
     run = document["run"] is not None
     ahead = ("linear run: y+", "linear run: y−", "y+ falls") if run else ()
-    table = Table("loss", "y+ per unit", "y− per unit", "y+ falls", *ahead)
+    table = Table("loss", "y+ per ‖Δθ‖", "y− per ‖Δθ‖", "y+ falls", *ahead)
     for row in document["objectives"]:
         cells = [f"{row[k]:+.3g}" for k in ("chosen", "rejected")]
         cells.append(f"{row['chosen_falls']:.0%}")

@@ -168,8 +168,8 @@ def decompose(
     verify: Annotated[
         bool,
         typer.Option(
-            help="Check the answer against real optimizer steps on a float64 copy (with --stream: "
-            "in --dtype).",
+            help="Check the answer against real optimizer steps on a float64 copy of the model. "
+            "With --stream the copy has the number type of --dtype.",
             rich_help_panel=STEP,
         ),
     ] = True,

@@ -344,8 +344,8 @@ class Anatomy(Skeleton):
         Args:
             ids: Token ids.
             apart: As in `replay`.
-            keep: Keep the graph of every segment, cut off from the others, as if it had been
-                replayed, with the bits of a replay.
+            keep: Keep the autograd graph of every segment, detached from the other segments. A
+                later pull-back then needs no replay, and its result is the same to the bit.
 
         Cost: one forward pass; T d floats per block and sequence, or with `keep` all that a
         backward pass needs.

@@ -145,7 +145,10 @@ def _probe(anatomy: Anatomy, ids: Tensor, apart: bool) -> list[Factors]:
 
 
 def _same_bits(alone: Factors, pair: Factors) -> bool:
-    """Whether they agree to the bit: products of the model's own attention, say, may not."""
+    """Whether a sequence has bitwise the same factors alone and beside another one.
+
+    Matrix products of the model's own attention, for example, may be rounded otherwise in a batch.
+    """
     return _agree(alone, pair, torch.equal)
 
 

@@ -100,12 +100,12 @@ def lines(sentences: Sequence[Sentence]) -> list[str]:
 def _sure(summary: Summary) -> str:
     """How sure a sentence about all pairs is."""
     if summary["exact"]:
-        text = "exact to first order: every gradient was compared with every other"
+        text = "exact to first order: all inner products computed"
     else:
         text = (
-            f"estimated from sketched gradients: log π(y+) of {summary['uncertain']} of "
-            f"{summary['pairs']} may rise or fall, it is within two standard errors of 0; more "
-            "memory or a larger sketch decides"
+            f"estimated from sketched gradients: for {summary['uncertain']} of "
+            f"{count(summary['pairs'])} the error is too large to tell whether log π(y+) rises or "
+            "falls (two standard errors); give more memory or a larger sketch"
         )
     checked = summary["validation"]
     if checked is not None:
@@ -124,41 +124,41 @@ def _sure(summary: Summary) -> str:
 
 def _answer(summary: Summary) -> str:
     """The first sentence: do they fall, and why."""
-    step = summary["step"]
-    if not step["chosen_falls"]:
-        return "At this point they do not fall: a small step lowers log π(y+) of no pair."
-    some = f"{step['chosen_falls']} of {count(summary['pairs'])}"
-    on_average = step["chosen"] < 0
-    end = f" The chosen log-prob of {some} falls." if on_average else ""
-    why = "Because"
-    if not on_average:
-        why = f"On average they do not fall, but those of {some} do, because"
-    parts = step["sources" if on_average else "sources_where_falling"]
-    raised = parts["own chosen"] + parts["other chosen"]
-    lowered = parts["own rejected"] + parts["other rejected"]
+    step, pairs = summary["step"], summary["pairs"]
+    falls = step["chosen_falls"]
+    if not falls:
+        return (
+            "At this point the chosen log-probs do not fall: a small step lowers log π(y+) of no "
+            "pair."
+        )
+    some = f"{falls} of {count(pairs)}"
+    if step["chosen"] < 0:
+        lead = f"The chosen log-probs fall on average, and in {some}."
+        parts, among = step["sources"], "On average over all pairs"
+    else:
+        lead = f"On average the chosen log-probs do not fall, but they do in {some}."
+        parts = step["sources_where_falling"]
+        among = "In this pair" if falls == 1 else f"On average over these {falls} pairs"
     if parts["own chosen"] < 0:  # squares past their target
         return (
-            f"{why} {summary['objective']} itself lowers chosen responses: the margins are past "
-            f"its target, and w+ is positive.{end}"
+            f"{lead} {among}, {summary['objective']} itself lowers chosen responses: the margins "
+            "are past its target, and w+ is positive."
         )
-    if lowered >= 0:  # rare: the chosen responses themselves conflict
-        return (
-            f"{why} raising other chosen responses lowers log π(y+) by "
-            f"{size(parts['other chosen'])} for each nat of margin.{end}"
-        )
-    through = ""
-    if parts["other rejected"] < 0:
-        part = percent(min(parts["other rejected"] / lowered, 1.0))
-        through = f", {part} of it through the y− of other pairs"
-    than = "raising chosen responses adds nothing to it"
-    if raised < 0:
-        than = f"raising chosen responses lowers it by another {size(raised)}"
-    elif raised > 0:
-        than = f"raising chosen responses adds only {size(raised)}"
     return (
-        f"{why} lowering the rejected responses lowers log π(y+) by {size(lowered)} for each nat "
-        f"of margin{through}; {than}.{end}"
+        f"{lead} {among}, log π(y+) changes per nat of margin gained by "
+        f"{_push(parts, 'rejected', 'y− down')} and by {_push(parts, 'chosen', 'y+ up')}."
     )
+
+
+def _push(parts: Mapping[str, float], side: str, what: str) -> str:
+    """The change that one kind of response causes: "−0.42 nats from pushing y− down (…)"."""
+    other = parts[f"other {side}"]
+    total = parts[f"own {side}"] + other
+    through = ""
+    if total < 0 and other < 0:
+        part = percent(min(other / total, 1.0))
+        through = f" ({part} of it from other pairs' {what[:2]})"
+    return f"{signed(total, 2)} nats from pushing {what}{through}"
 
 
 def _contradiction(summary: Summary, dynamics: Rows) -> str:
@@ -176,7 +176,7 @@ def _contradiction(summary: Summary, dynamics: Rows) -> str:
     verb = "raise" if mean > 0 else "lower"
     if not source.endswith(" to"):
         verb += "ed" if mean < 0 else "d"
-    return f" {source} {verb} them by {size(mean)} on average."
+    return f" {source} {verb} the chosen log-probs by {size(mean)} on average."
 
 
 # ---------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def _mechanism(summary: Summary) -> str:
     if step["strongest"] == "own chosen":
         cause = "the loss itself, which lowers their own chosen response"
     else:
-        cause = f"{SOURCES[step['strongest']]}, which changes weights that both depend on"
+        cause = f"{SOURCES[step['strongest']]}, which changes parameters that both depend on"
     return f"{text} Where y+ falls, the main cause{where} is {cause}."
 
 
@@ -253,7 +253,7 @@ def _run(summary: Summary) -> list[Sentence]:
     text = explain_run(summary["run"]) + (
         " Trust the order of pairs more than the level, which is too high where y− falls far."
     )
-    sure = "predicted from the gradients of now: the longer the run, the less it holds"
+    sure = "from gradients at the start; less reliable for longer runs"
     return [Sentence(about="the planned run", text=text, sure=sure, kind="estimate")]
 
 
@@ -365,10 +365,10 @@ def _losses(summary: Summary) -> str:
         )
     return (
         f"Of the losses that compare two responses, for a step of the same length, "
-        f"{best['objective']} raises the chosen responses most: {signed(best['chosen'])} nats per "
-        f"unit of length, with {percent(best['chosen_falls'])} of the pairs falling; "
-        f"{mine['objective']} changes them by {signed(mine['chosen'])}, with "
-        f"{percent(mine['chosen_falls'])} falling."
+        f"{best['objective']} raises the chosen responses most: log π(y+) changes by "
+        f"{signed(best['chosen'])} nats per unit of ‖Δθ‖ on average and falls in "
+        f"{percent(best['chosen_falls'])} of the pairs. With {mine['objective']} it changes by "
+        f"{signed(mine['chosen'])} and falls in {percent(mine['chosen_falls'])}."
     )
 
 

@@ -1,4 +1,4 @@
-"""What `lddyn.diagnose` returns, and every question to it that needs the model no more."""
+"""What `lddyn.diagnose` returns, and every question that it answers without the model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Diagnosis(Result):
     validation: Mapping[str, Any] | None = None
     unavailable: str = ""
 
-    # ----- what it is of
+    # ----- the set and the loss
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -135,9 +135,10 @@ class Diagnosis(Result):
         return self.scores.get("run_contribution", self.scores["contribution"])
 
     def worst(self, count: int | None = None) -> list[int]:
-        """Pairs by their contribution to all chosen responses, the most harmful first.
+        """Pairs ordered by `contribution`, the most harmful first.
 
-        In the run, where one was predicted; else in one step on the set.
+        A pair's contribution is its effect on the mean log π(y+) of all pairs: in the run where one
+        was predicted, else in one step on the set.
         """
         return self.contribution.argsort(stable=True)[:count].tolist()
 
@@ -157,7 +158,7 @@ class Diagnosis(Result):
     # ----- which tokens
 
     def tokens(self, pair: int) -> list[dict[str, Any]]:
-        """What every token of a pair with a close-up does, y+ first: one dict a token.
+        """Effects of every token of a pair in `close_ups`, y+ first: one dict a token.
 
         Returns:
             Rows "response" ("chosen" or "rejected"), "index" among its counted tokens, "token" (the
@@ -216,7 +217,9 @@ class Diagnosis(Result):
     # ----- other objectives, runs and weights
 
     def under(self, objective: str | Loss, **parameters: float) -> Diagnosis:
-        """The same pairs under another loss, without a forecast; no model is needed.
+        """The diagnosis of the same pairs under another loss, without a forecast; needs no model.
+
+        Gradients do not depend on the loss, so only the weights ∂L/∂ log π are computed again.
 
         Raises:
             ValueError: If the loss or a parameter is unknown.
@@ -230,11 +233,12 @@ class Diagnosis(Result):
         leave_out: Sequence[int] = (),
         pair_weights: Tensor | None = None,
     ) -> Forecast:
-        """A whole run on these pairs with the gradients of now; needs no model.
+        """A whole run on these pairs, predicted with the gradients at the start; needs no model.
 
-        Weights of the objective follow the log-probs. It holds until gradients turn: `forecast`
-        also goes through the softmax, docs/diagnose.md compares both with real runs. Adam's P
-        keeps the shape that the diagnosis' own objective gave it, also after `under`.
+        The weights ∂L/∂ log π follow the predicted log-probs; the gradients stay as they are at the
+        start, so the prediction becomes less reliable the more gradients change. The result is
+        linear in log π; `forecast` also goes through the softmax. docs/diagnose.md compares both
+        with real runs. After `under`, Adam's diagonal P is still that of the diagnosed loss.
 
         Args:
             run: How it trains. Default: the run of the diagnosis.
@@ -299,9 +303,10 @@ class Diagnosis(Result):
 
         Returns:
             Rows "objective", parts of the pairs "chosen_falls" and "both_fall", "chosen" and
-            "rejected": mean d log π over ‖step‖, as losses differ in scale and a rate is tuned to
-            each. With a run also "run_chosen", "run_rejected" (mean nats) and "run_chosen_falls",
-            linear in log π: losses that begin as DPO does (DPOP) differ from it there alone.
+            "rejected": mean Δ log π per unit of ‖Δθ‖, because losses differ in scale and a rate is
+            tuned to each. With a run also "run_chosen", "run_rejected" (mean nats) and
+            "run_chosen_falls" of the linear model, without the softmax. Where the reference is the
+            model itself, DPOP equals DPO at the start, so it differs only in the run_* columns.
         """
         from lddyn.sets.compare import compare_objectives
 
@@ -388,7 +393,7 @@ class Diagnosis(Result):
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the Gram, JSON-safe: `summary`, `explain`, `table`, `objectives` and more.
+        """Everything except the Gram, JSON-safe: `summary`, `explain`, `table`, `objectives`, ….
 
         "run" has the run's settings, the mean changes that are predicted ("chosen", "rejected",
         nats) and mean log π of the linear model after each step.

@@ -1,19 +1,18 @@
-"""Phase 4: a whole run of preference training, predicted from the gradients of its start.
+"""A whole run of preference training, predicted from the gradients at its start.
 
-With gradients that stay as they are, sequences move by each other's gradients alone: the batch B of
-one step, in which pair j has the weights w_j±(log π) = ∂L/∂ log π of the objective, moves all
-log-probs by
+If gradients stayed constant, a run could be simulated on the 2N log-probs alone. One step on the
+batch B, in which pair j has the weights w_j±(log π) = ∂L/∂ log π, changes all log-probs by
 
     Δ log π = −rate K c,      c_j± = w_j±(log π) / |B|,      K = J P Jᵀ
 
 J holds the gradients ∇θ log π of all sequences, P is 1 for SGD and 1/(√v + ε) for Adam, with v the
-mean of its second moment over batches of the start, E[g]² + Var[g]/|B|. P keeps its shape while its
-scale, the mean of ‖g‖² = cᵀ J Jᵀ c so far, is followed; momentum averages c. So any loss, rate and
+mean of its second moment over batches at the start, E[g]² + Var[g]/|B|. P is rescaled as gradients
+grow or shrink: ‖g‖² = cᵀ J Jᵀ c of each step is known. Momentum averages c. So any loss, rate and
 choice of pairs is a loop over vectors of 2N numbers.
 
-Logits stay linear in θ longer than log-probs: `lddyn.sets.net_step` pushes the net step through
-them and the softmax, and divides the change of each y+ among the pairs by the integral of its
-gradient along the way.
+Logits stay linear in θ longer than log-probs. So `lddyn.sets.net_step` predicts the change of
+logits by the whole run linearly, applies the softmax, and attributes the change of each log π(y+)
+to the pairs by integrated gradients.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _BETA2 = 0.999
 
 @dataclass(frozen=True)
 class Run:
-    """How a run will train.
+    """Settings of a training run that is to be predicted.
 
     Attributes:
         lr: Learning rate at its start.
@@ -97,11 +96,11 @@ seed=0)
 
 @dataclass(frozen=True)
 class AdamMetric:
-    """Adam's diagonal P of the start, as a run in function space needs it.
+    """What a simulated run needs of Adam's diagonal P at the start.
 
     Attributes:
         gram: J P Jᵀ, (2N, 2N) float64, laid out as the Gram.
-        second_moment: Σ v, the sum of Adam's second moment of the start over all parameters.
+        second_moment: Σ v, the sum of Adam's second moment at the start over all parameters.
     """
 
     gram: Tensor
@@ -110,10 +109,10 @@ class AdamMetric:
 
 @dataclass(frozen=True, repr=False)
 class Forecast(Result):
-    """What a run is predicted to do.
+    """Predicted changes of log π by a run.
 
     Attributes:
-        run: How it trains.
+        run: Settings of the run.
         path: log π after every step of a linear model, (steps + 1, 2, N) nats.
         coefficients: (2, N): Δθ of the run is P Σ_j coefficients_j ∇ log π(y_j).
         change: Δ log π of y+ and y− by the run, (2, N) nats.
@@ -134,9 +133,9 @@ class Forecast(Result):
         return self.effects.mean(0)
 
     def weighted(self, pair_weights: Tensor) -> Tensor:
-        """Predicted Δ log π(y+) (N,) in nats with these weights of pairs (N,), 0 to leave one out.
+        """Predicted Δ log π(y+) (N,) in nats with these pair weights (N,); 0 leaves a pair out.
 
-        Linear in the weights, but no log π ends above 0.
+        Linear in the pair weights, but capped so that no log π ends above 0.
         """
         return (self.effects @ pair_weights.to(self.effects)).minimum(-self.path[0, 0])
 
@@ -201,14 +200,14 @@ def simulate(
     pairs: Sequence[int],
     pair_weights: Tensor,
 ) -> Forecast:
-    """Runs a linear model in function space.
+    """Simulates a run with gradients that stay as they are at the start.
 
     Args:
         gram: J Jᵀ (2N, 2N), all chosen first.
         adam: Adam's diagonal; None for SGD.
         log_probs: log π at the start, (2, N) nats.
         weights_at: log π (2, N) -> w± = ∂L/∂ log π, (2, N).
-        run: How it trains.
+        run: Settings of the run.
         pairs: The pairs that are trained on.
         pair_weights: Weight of each pair's loss, (N,).
 
@@ -238,7 +237,7 @@ def simulate(
 
 
 def projected(effects: Tensor) -> Tensor:
-    """The weights nearest to 1 under which no row of effects has a negative sum, (N,) ≥ 0.
+    """The pair weights nearest to 1 under which no row of E = effects has a negative sum, (N,).
 
         min ‖a − 1‖²  subject to  E a ≥ 0, a ≥ 0
 

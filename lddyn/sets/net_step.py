@@ -25,7 +25,7 @@ _COLUMNS = 1 << 18  # of gradients in one product
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """Adam's diagonal P = 1/(√v + ε) of the start.
+    """Adam's diagonal P = 1/(√v + ε) at the start.
 
     Attributes:
         diagonal: (P,) float32.
@@ -37,7 +37,17 @@ class Preconditioner:
 
     @classmethod
     def of(cls, rows: GradientRows, step: SetStep, batch: int) -> Preconditioner:
-        """P with v the mean of a batch's squared gradient, E[g]² + Var[g]/|B|."""
+        """Computes P = 1/(√v + ε) at the start.
+
+        v is the expected squared gradient of a batch B of the loss: E[g]² + Var[g]/|B|, mean and
+        variance over pairs, for each parameter.
+
+        Args:
+            rows: Gradients of all sequences.
+            step: One small step on the set; its weights ∂L/∂ log π turn gradients of log π into
+                gradients of the loss.
+            batch: |B|, pairs in a batch.
+        """
         matrix, n = rows.matrix, len(step)
         up, down = (-step.weights).float()[:, :, None]
         diagonal = torch.empty(matrix.shape[1])
@@ -56,7 +66,10 @@ class Preconditioner:
 def predict_run(
     access: Access, rows: GradientRows, step: SetStep, run: Run, *, progress: bool
 ) -> tuple[Forecast, AdamMetric | None]:
-    """Predicts a run: in function space, then its net step through all logits.
+    """Predicts a run: first as a linear model in log π, then its net step through the softmax.
+
+    Returns:
+        The forecast, and Adam's metric at the start (None for SGD).
 
     Raises:
         UnsupportedModelError: If the model cannot be pushed through.

@@ -1,4 +1,4 @@
-"""Phase 1a: what the forward passes of a pair say, whatever the objective."""
+"""Scores of a pair from the outputs of its two forward passes; they do not depend on the loss."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["Readings", "ResponseReading", "edit_distance", "lbk_of_pair", "read_
 
 @dataclass(frozen=True)
 class Readings:
-    """What forward passes say of N pairs; the objective has no part in it.
+    """Scores of N pairs from forward passes alone; they do not depend on the loss.
 
     Attributes:
         log_probs: log π(y+) and log π(y−), (2, N) float64, nats.
-        facts: Score of `SCORES` -> (N,) float64, for scores without the objective.
-        token_facts: Score of `TOKENS` -> one tensor a pair, the M tokens of y+, then the K of y−.
+        facts: Name in `SCORES` -> (N,) float64, for scores that do not depend on the loss.
+        token_facts: Name in `TOKENS` -> one tensor a pair, the M tokens of y+, then the K of y−.
     """
 
     log_probs: Tensor
@@ -107,7 +107,13 @@ def read_pair(
 
 
 def lbk_of_pair(change: Tensor, logits: Tensor, rejected: ResponseReading) -> float:
-    """LBK of a step on y− at y+, from y+'s logits (M, V) and their change of log π by the step."""
+    """LBK of a step on y− at y+.
+
+    Args:
+        change: Change of log π of every token at the positions of y+ by the step, (M, V).
+        logits: Logits at these positions, (M, V).
+        rejected: The reading of y−.
+    """
     cotangents = ops.residual(rejected.logits, rejected.targets)[0]
     if not bool(cotangents.any()):
         return 0.0
@@ -115,7 +121,7 @@ def lbk_of_pair(change: Tensor, logits: Tensor, rejected: ResponseReading) -> fl
 
 
 def edit_distance(one: Sequence[int] | str, other: Sequence[int] | str) -> int:
-    """Insertions, deletions and substitutions that turn one sequence into the other."""
+    """Least number of insertions, deletions and substitutions that make one sequence the other."""
     row = list(range(len(other) + 1))
     for i, a in enumerate(one, 1):
         previous, row[0] = row[0], i

@@ -50,8 +50,9 @@ def features(
 ) -> Features:
     """Rows whose inner products estimate those of token gradients, ⟨∇ log π(y_m), ∇ log π(y_l)⟩.
 
-    Every trainable parameter counts. Each example takes one forward pass, and each of its tokens is
-    pulled back once; the factors of one segment and one chunk are held at a time.
+    Gradients are those of every trainable parameter. Each example takes one forward pass, and each
+    of its tokens is pulled back once. Memory holds the factors of one segment of the model and one
+    chunk of tokens at a time.
 
     Args:
         model: A causal LM of transformers, or its Anatomy.
@@ -64,9 +65,9 @@ def features(
             examples, which depends on their order.
         memory: Workspace in bytes or as "2GiB", beyond the model, for rows and one chunk.
         progress: Show a bar over tokens.
-        chunk: Tokens, or whole sequences, that are pulled back together. Fewer sequences are where
-            memory does not hold the graph of their forward pass; for one sequence whose graph does
-            not fit, segments are computed again.
+        chunk: Tokens, or whole sequences, that are pulled back together. Fewer sequences are taken
+            where `memory` does not hold the graph of their forward pass. Where it does not hold the
+            graph of a single sequence, segments are computed again in the backward pass.
         threads: CPU threads; None: torch's number. Several processes with one thread each are
             faster than one process with several (`lddyn features build` under torchrun).
 

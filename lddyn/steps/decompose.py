@@ -64,10 +64,15 @@ def decompose(
         ValueError: For a bad argument, token id, or loss; the message says which.
         UnsupportedModelError: If the model cannot be opened.
         NonFiniteError: If a weight, activation or logit is NaN or infinite.
-        DisagreementError: If factors and push disagree beyond rounding.
+        DisagreementError: If two computations of the same change differ by more than rounding: an
+            operation of this model has a wrong derivative, or uses a parameter where lddyn cannot
+            follow it. The message names the token or the parameter.
 
-    Cost: 2 N (Σ_m p_m + Σ_l p_l) FLOPs for the table under SGD; under a diagonal P about
-        L · 4 N (T_u + Σ T_o). One more gradient and a shifted copy of the trainable weights.
+    Cost: 2 N_θ (Σ_m p_m + Σ_l p_l) FLOPs for the table under SGD, with N_θ the number of parameters
+        and p_m the position of token m in its sequence. Under a diagonal P (Adam, RMSprop) about
+        L · 4 N_θ (T_u + Σ T_o), with L update tokens and T_u, T_o the lengths of the update and of
+        the observed sequences. Memory: one more gradient and a shifted copy of the trainable
+        parameters.
 
     Source: paper Eq. 5-7 (SFT, DPO); optimizers and finite steps go beyond it.
 

@@ -1,4 +1,4 @@
-"""Token features on disk: a folder that survives a kill at any moment and never lies about it.
+"""Token features on disk: a folder that stays readable if its writer is killed at any moment.
 
     manifest.json            what the features belong to; written once, with a checksum of itself
     journal.jsonl            one line per shard, appended: its digest and its examples (journal.py)
@@ -6,10 +6,11 @@
     lock                     who writes; the kernel releases it when the process ends (lock.py)
 
 A shard is written to a temporary file, synced, renamed, and then entered in the journal. A shard
-that was renamed but not entered proves by its own digest that it belongs to the store; the next
-writer enters it, and a reader uses it as it is. After a kill the store is therefore complete up to
-some example. A journal that lost its end is noticed: either it can be written again from the
-shards, or opening the store is an error. Every shard is checked before its first row is used.
+that was renamed but not entered contains the digest of the manifest and of its own bytes, by which
+reader and writer recognise it: a reader uses it, the next writer enters it. After a kill the store
+therefore holds all examples up to some one. A journal without its last lines is written again from
+the shards where that is possible; otherwise opening the store is an error. Every shard is checked
+before its first row is used.
 """
 
 from __future__ import annotations

@@ -433,15 +433,11 @@ def test_the_answer_names_the_mechanism():
     parts = found.gram[:40] / 80
     taken = -0.1 * parts[:, 40:].sum(1).mean()
     own = -0.1 * parts[:, 40:].diagonal().mean()
-    assert said["the answer"].startswith(
-        "Because lowering the rejected responses lowers log π(y+) by"
-    )
-    assert (
-        f"{100 * float(1 - own / taken):.0f}% of it through the y− of other pairs"
-        in (said["the answer"])
-    )
+    assert said["the answer"].startswith("The chosen log-probs fall on average, and in")
+    part = 100 * float(1 - own / taken)
+    assert f"from pushing y− down ({part:.0f}% of it from other pairs' y−)" in said["the answer"]
     falling = int((found.scores["set_chosen"] < 0).sum())
-    assert f"The chosen log-prob of {falling} of 40 pairs falls" in said["the answer"]
+    assert f"and in {falling} of 40 pairs. On average over all pairs," in said["the answer"]
     assert "lowering the rejected responses of other pairs" in said["the mechanism"]
     states = [row["state"] for row in report.warnings(found.summary())]
     assert states[0] == "act" and states == sorted(states, key=["act", "note", "fine"].index)
@@ -452,13 +448,15 @@ def test_where_some_fall_it_speaks_of_those():
     falls = found.scores["set_chosen"] < 0
     assert 0 < int(falls.sum()) < 15 and float(found.scores["set_chosen"].mean()) > 0
     said = said_of(found)["the answer"]
-    assert said.startswith(f"On average they do not fall, but those of {int(falls.sum())} of 30")
+    some = int(falls.sum())
+    assert said.startswith("On average the chosen log-probs do not fall, but they do in ")
+    assert f"but they do in {some} of 30 pairs. On average over these {some} pairs, log π" in said
 
 
 def test_where_nothing_falls_it_says_so():
     found = synthetic(6, objective="sft")
     assert bool((found.scores["set_chosen"] > 0).all())
-    assert said_of(found)["the answer"].startswith("At this point they do not fall")
+    assert said_of(found)["the answer"].startswith("At this point the chosen log-probs do not fall")
     text = page_of(found)
     assert "<title>Do the chosen" in text and f"torch {torch.__version__}" in text
 
@@ -468,20 +466,22 @@ def test_the_first_sentence_owns_up_to_what_a_run_does():
     fell = torch.full((6,), -1.5).double()
     answer = said_of(found, measured=fell)["the answer"]
     assert "do not fall: a small step lowers log π(y+) of no pair. But the training" in answer
-    assert answer.endswith("But the training that followed lowered them by 1.5 nats on average.")
+    assert answer.endswith(
+        "But the training that followed lowered the chosen log-probs by 1.5 nats on average."
+    )
     assert "But" not in said_of(found, measured=-fell)["the answer"]
     watched = [{"step": 0, "change/chosen": 0.0}, {"step": 9, "change/chosen": -0.93}]
     answer = said_of(found, dynamics=watched)["the answer"]
-    assert "But the watched run lowered them by 0.93 nats" in answer
+    assert "But the watched run lowered the chosen log-probs by 0.93 nats" in answer
     run = lddyn.Run(lr=0.1, optimizer="sgd")
     ahead = replace(found.simulate(run), change=torch.stack([fell, fell]))
     answer = said_of(replace(found, forecast=ahead))["the answer"]
-    assert "But the planned run is predicted to lower them by 1.5 nats" in answer
+    assert "But the planned run is predicted to lower the chosen log-probs by 1.5 nats" in answer
     rises = synthetic(40, fall=3.0)
     answer = said_of(rises, measured=torch.ones(40))["the answer"]
     assert (
-        answer.startswith("Because")
-        and "the training that followed raised them by 1 nat on average" in answer
+        answer.startswith("The chosen log-probs fall on average")
+        and "the training that followed raised the chosen log-probs by 1 nat on average" in answer
     )
 
 

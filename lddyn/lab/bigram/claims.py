@@ -175,7 +175,7 @@ def trend(
 
 
 def _mean(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Mean of independent values, with the normal 95 % interval."""
+    """Mean of independent values, and its 95 % confidence interval (normal approximation)."""
     given = torch.tensor(values, dtype=torch.float64)
     half = 1.96 * float(given.std()) / len(given) ** 0.5
     return float(given.mean()), (float(given.mean()) - half, float(given.mean()) + half)

@@ -66,7 +66,11 @@ def regression_step(
 
 
 def regimes(lab: Lab, labels: int, large: int) -> list[dict[str, Any]]:
-    """One real step in each regime, beside Lemma 1."""
+    """Takes one real step of softmax regression in each regime and compares it with Lemma 1.
+
+    Returns:
+        One row a regime (flat, peaky, …): the measured change of π, and what Lemma 1 predicts.
+    """
 
     def normal(*shape: int, of: str) -> Tensor:
         return torch.randn(*shape, generator=lab.generator("regimes", of), dtype=torch.float64)
@@ -92,7 +96,7 @@ def regimes(lab: Lab, labels: int, large: int) -> list[dict[str, Any]]:
         ("as published: another pulled up too", peaky, x, {valley: -1.0, other: 1.0}, 0.5),
         (f"V = {large:,}, a typical label down", wide, wide_x, {}, 1.0),
     ]
-    found = []
+    rows = []
     for name, weights, features, pushes, lr in cases:
         if not pushes:
             middle = (features @ weights).argsort(descending=True).tolist()
@@ -106,7 +110,7 @@ def regimes(lab: Lab, labels: int, large: int) -> list[dict[str, Any]]:
         label = torch.tensor([next(iter(pushes))])
         flow = Flow.of(before[None], (after - before)[None], label)
         ratio = float(flow.ratio[0])
-        found.append(
+        rows.append(
             {
                 "regime": name,
                 "eta": eta,
@@ -124,7 +128,7 @@ def regimes(lab: Lab, labels: int, large: int) -> list[dict[str, Any]]:
                 "after": after.tolist(),
             }
         )
-    return found
+    return rows
 
 
 def _sharpness(logits: Tensor, peak: float) -> float:
