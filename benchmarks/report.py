@@ -656,9 +656,25 @@ def dropped_pairs_in_short(section: dict) -> str:
         f"{table(header, rows)}\n\n"
         f"Rank correlation of the predicted with the measured Δ log π(y+) of {r['pairs']} pairs, "
         f"after {r['epochs']} epochs of AdamW: **{first['rho']:.2f}** ({first['low']:.2f} to "
-        f"{first['high']:.2f}); CHES, the best of the literature's scores here, "
-        f"{-ches['rho']:.2f}.\n\n"
+        f"{first['high']:.2f}). Of the literature's scores CHES is the best on this set, with "
+        f"{ches['rho']:.2f}: chosen responses with a high CHES fall.\n\n"
         f"<sub>{made_by(section)}</sub>"
+    )
+
+
+SHOWN = ("The answer", "The step", "The planned run", "The pairs", "Other losses")
+
+
+def diagnosed(section: dict) -> str:
+    """Five lines that `lddyn diagnose` printed."""
+    r = section["result"]
+    lines = [line for line in r["lines"] if line.startswith(tuple(f"{name}: " for name in SHOWN))]
+    shown = "\n".join(lines)
+    return (
+        f"```\n{shown}\n```\n\n"
+        f"<sub>{len(lines)} of the lines that it printed for {r['pairs']} pairs of Anthropic's HH "
+        f"dialogues (helpful) and a Llama of {r['parameters'] / 1e6:.1f} million parameters after "
+        f"SFT on them (`benchmarks/diagnosed.py`); {made_by(section)}</sub>"
     )
 
 
@@ -782,7 +798,7 @@ def streaming(section: dict) -> str:
         "time",
         "/ in memory",
         "processor time",
-        "weights held",
+        "parameters held",
         "peak",
         "read",
         "table equal",
@@ -834,6 +850,7 @@ SECTIONS = {
     "planner": planner,
     "one step": one_step,
     "objectives": objectives,
+    "diagnosed": diagnosed,
     "dropped pairs": dropped_pairs,
     "dropped pairs, TRL": dropped_trl,
     "attribution": attribution,

@@ -94,6 +94,13 @@ def test_objective_names_are_those_of_the_table():
     assert get_args(ObjectiveName) == tuple(LOSSES)
 
 
+def test_kinds_of_sketches_are_those_of_the_library():
+    from lddyn.cli.options import SketchKind
+    from lddyn.sketches.sketch import KINDS
+
+    assert get_args(SketchKind) == KINDS
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
