@@ -18,6 +18,9 @@ from lddyn.lab.bigram.models import KINDS
 from lddyn.lab.bigram.pictures import draw_leak, draw_longer
 from lddyn.lab.record import Lab
 from lddyn.lab.settings import Bigram as Settings
+from lddyn.lazy import attributes
+
+__getattr__, __dir__ = attributes(__name__, {})
 
 __all__ = ["run"]
 

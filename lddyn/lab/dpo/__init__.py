@@ -21,9 +21,12 @@ from lddyn.lab.record import Lab
 from lddyn.lab.setting import load, one_thread
 from lddyn.lab.settings import Dpo as Settings
 from lddyn.lab.training import Supervised
+from lddyn.lazy import attributes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+__getattr__, __dir__ = attributes(__name__, {})
 
 __all__ = ["run"]
 

@@ -21,7 +21,10 @@ from lddyn.lab.record import Lab
 from lddyn.lab.setting import load, one_thread
 from lddyn.lab.settings import Extend as Settings
 from lddyn.lab.training import Preferring, Supervised
+from lddyn.lazy import attributes
 from lddyn.objectives import Loss
+
+__getattr__, __dir__ = attributes(__name__, {})
 
 __all__ = ["run"]
 

@@ -11,6 +11,9 @@ from lddyn.lab.mnist.claims import judge_kernel, judge_maps, judge_step, judge_s
 from lddyn.lab.mnist.measure import Descent, descend, halve, one_step
 from lddyn.lab.record import Lab
 from lddyn.lab.settings import Mnist as Settings
+from lddyn.lazy import attributes
+
+__getattr__, __dir__ = attributes(__name__, {})
 
 __all__ = ["run"]
 

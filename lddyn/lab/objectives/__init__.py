@@ -15,6 +15,9 @@ from lddyn.lab.objectives import flows, pictures, residuals
 from lddyn.lab.objectives.claims import Measured, expected, make_claims, seen
 from lddyn.lab.record import Lab
 from lddyn.lab.settings import Objectives as Settings
+from lddyn.lazy import attributes
+
+__getattr__, __dir__ = attributes(__name__, {})
 
 __all__ = ["run"]
 

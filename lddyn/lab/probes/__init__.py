@@ -12,7 +12,10 @@ from lddyn.lab.probes.pictures import draw_types
 from lddyn.lab.record import Lab
 from lddyn.lab.setting import UNTRACKED, load, one_thread
 from lddyn.lab.settings import Probes as Settings
+from lddyn.lazy import attributes
 from lddyn.probes.endpoint import Endpoint, write
+
+__getattr__, __dir__ = attributes(__name__, {})
 
 __all__ = ["run"]
 

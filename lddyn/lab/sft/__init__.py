@@ -20,6 +20,9 @@ from lddyn.lab.sft.claims import expected, make_claims, seen
 from lddyn.lab.sft.measure import accuracy, influence_maps
 from lddyn.lab.sft.tables import write_tables
 from lddyn.lab.training import Supervised
+from lddyn.lazy import attributes
+
+__getattr__, __dir__ = attributes(__name__, {})
 
 __all__ = ["run"]
 

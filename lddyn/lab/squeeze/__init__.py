@@ -15,6 +15,9 @@ from lddyn.lab.record import Lab
 from lddyn.lab.settings import Squeeze
 from lddyn.lab.squeeze import measure, pictures
 from lddyn.lab.squeeze.claims import Measured, expected, make_claims, seen
+from lddyn.lazy import attributes
+
+__getattr__, __dir__ = attributes(__name__, {})
 
 __all__ = ["run"]
 
