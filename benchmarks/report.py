@@ -762,11 +762,11 @@ def objectives(section: dict) -> str:
         "y+ that fall",
         "ρ over pairs, y+",
     ]
-    orders = "" if r["seeds"] == 1 else f" and {r['seeds']} orders of the data"
+    orders = "one order" if r["seeds"] == 1 else f"mean over {r['seeds']} orders"
     return (
-        f"{r['pairs']} pairs as above, {r['epochs']} epochs, lr {r['lr']:g}, default parameters, "
-        f"means over pairs{orders}, nats; `extend` is SFT on both responses for as long, then "
-        f"DPO:\n\n{table(header, rows)}\n\n<sub>{made_by(section)}</sub>"
+        f"{r['pairs']} pairs as above, {r['epochs']} epochs, lr {r['lr']:g}, {orders} of the data, "
+        "default parameters, means over pairs, nats; `extend` is SFT on both responses for as "
+        f"long, then DPO:\n\n{table(header, rows)}\n\n<sub>{made_by(section)}</sub>"
     )
 
 

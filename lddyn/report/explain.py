@@ -197,7 +197,7 @@ def _mechanism(summary: Summary) -> str:
     step = summary["step"]
     mean = {k: signed(v, 2) for k, v in step["sources"].items()}
     text = (
-        f"Causes of the change of y+, in those nats: raising y+ of its own pair "
+        f"Causes of the change of log π(y+) by this step, in nats: raising y+ of its own pair "
         f"{mean['own chosen']}, raising y+ of other pairs {mean['other chosen']}, lowering y− of "
         f"its own pair {mean['own rejected']}, lowering y− of other pairs {mean['other rejected']}."
     )
@@ -328,7 +328,7 @@ def _mass(mass: Mapping[str, Any] | None) -> list[Sentence]:
             f"In each softmax by itself, lowering a rejected token moves {percent(star)} of its "
             "probability to a single other token."
         )
-        sure = "exact for one softmax alone, first order; what tokens share is not in it"
+        sure = "exact for one softmax alone, first order; effects through shared parameters are left out"
         return [Sentence(about="the probability", text=text, sure=sure, kind="estimate")]
     if min(star, mass["top"], mass["rest"]) < 0:
         got = {k: true_minus(f"{100 * mass[k]:+.0f}") for k in ("argmax", "top", "rest")}
