@@ -328,7 +328,7 @@ def _mass(mass: Mapping[str, Any] | None) -> list[Sentence]:
             f"In each softmax by itself, lowering a rejected token moves {percent(star)} of its "
             "probability to a single other token."
         )
-        sure = "exact for one softmax alone, first order; effects through shared parameters are left out"
+        sure = "exact for one softmax alone, first order; shared parameters are left out"
         return [Sentence(about="the probability", text=text, sure=sure, kind="estimate")]
     if min(star, mass["top"], mass["rest"]) < 0:
         got = {k: true_minus(f"{100 * mass[k]:+.0f}") for k in ("argmax", "top", "rest")}
