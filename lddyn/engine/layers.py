@@ -34,7 +34,7 @@ class Linear:
 
     @property
     def transposed(self) -> Linear:
-        """The transpose."""
+        """The transposed map."""
         return Linear(self.push, self.pull, self.backend)
 
     def __call__(self, *batched: Tensor) -> tuple[Tensor, ...]:
@@ -45,7 +45,7 @@ class Linear:
             return self.pull(*batched)
 
     def stacked(self, size: int) -> Linear:
-        """The same map of every one of `size` operands."""
+        """This map applied to each of `size` operands."""
 
         def each(function: Batched) -> Batched:
             return lambda *x: tuple(

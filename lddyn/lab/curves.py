@@ -34,7 +34,7 @@ class Curves:
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Curves:
-        """From `finetune`."""
+        """Makes the curves from the result of `finetune`."""
         return cls(
             list(raw["updates"]),
             tuple(raw["fields"]),
@@ -45,11 +45,11 @@ class Curves:
         )
 
     def column(self, name: str) -> int:
-        """Of a type."""
+        """Index of the column of a response type."""
         return self.fields.index(name)
 
     def change(self, name: str, kind: str = "log_prob") -> np.ndarray:
-        """Last minus first, per prompt (P,)."""
+        """Change of log π over the run, last minus first value, per prompt (P,)."""
         values = getattr(self, kind)[:, :, self.column(name)]
         moved: np.ndarray = values[-1] - values[0]
         return moved

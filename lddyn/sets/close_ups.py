@@ -1,4 +1,4 @@
-"""Phase 5: the tokens of some pairs, by pushing a few directions forward; exact in any case."""
+"""Effects of the tokens of some pairs, in forward mode; exact also where the Gram is sketched."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["CloseUp", "look_at_tokens"]
 
 @dataclass(frozen=True)
 class CloseUp:
-    """Inner products of the gradients of a pair's tokens with directions, exact.
+    """Exact inner products of the gradients of a pair's tokens with a few directions.
 
     Attributes:
         own: (3, M + K) ⟨∇ log π(token), d⟩ of the M tokens of y+, then the K of y−, with d = g+, g−
@@ -38,7 +38,7 @@ def look_at_tokens(
     *,
     progress: bool,
 ) -> dict[int, CloseUp]:
-    """Close-ups of the pairs that are keys of `wanted`, and of its values against the key's y+.
+    """Close-ups of the keys of `wanted`, each also with the tokens of the pairs in its value.
 
     Args:
         access: The model. Where it cannot be pushed through there are no close-ups.

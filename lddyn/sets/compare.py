@@ -1,4 +1,4 @@
-"""One preference set under every loss, none of them trained."""
+"""Compares one preference set under every loss, without training."""
 
 from __future__ import annotations
 

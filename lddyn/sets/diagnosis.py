@@ -280,7 +280,7 @@ class Diagnosis(Result):
         return self.adam
 
     def pair_weights(self) -> Tensor:
-        """Weights of the pairs: the least change from 1 after which no y+ is predicted to fall.
+        """Pair weights: the least change from 1 after which no y+ is predicted to fall.
 
             min ‖a − 1‖²  subject to  Σ_j a_j effect of j on log π(y_i+) ≥ 0 for all i,  a ≥ 0
 
@@ -492,7 +492,7 @@ class Diagnosis(Result):
 
     @classmethod
     def load(cls, path: str | Path) -> Diagnosis:
-        """Reads what `save` wrote; every question but `report(model=…)` works as before.
+        """Reads what `save` wrote; everything except `report(model=…)` works as before.
 
         Raises:
             ValueError: If a file is missing, damaged, or of another kind or format.

@@ -53,7 +53,7 @@ def filter_rows(
     drop: int = 0,
     reweight: bool = False,
 ) -> Filtered:
-    """The rows without the most harmful pairs, or with a weight for each.
+    """Leaves the most harmful pairs out of the rows, or adds a pair weight to each row.
 
     Args:
         rows: All rows of the data set. Rows that were not diagnosed are kept, with weight 1.

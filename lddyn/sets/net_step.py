@@ -1,4 +1,4 @@
-"""Phase 4, with the model: Adam's diagonal of the start, and a run's net step through the softmax.
+"""Predicting a run with the model: Adam's diagonal at the start, the net step through the softmax.
 
 This is the only part of a forecast that needs gradients; the run itself is `simulate`.
 """

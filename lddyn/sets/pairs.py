@@ -78,7 +78,7 @@ class PairSet:
 
     @cached_property
     def examples(self) -> list[Example]:
-        """The 2N sequences."""
+        """The 2N sequences: all chosen responses, then all rejected ones."""
         return [pair[side] for side in (0, 1) for pair in self.pairs]
 
     @cached_property

@@ -1,6 +1,6 @@
-"""Phases 1 and 2: the gradient rows of a set, and the Gram of all its sequences.
+"""The gradients of all sequences of a set, and their Gram.
 
-Rows are kept where they fit into memory. Elsewhere a row is dropped as soon as its pair is read,
+Gradients are kept where they fit into memory. Elsewhere one is dropped as soon as its pair is read,
 and inner products between pairs are estimated from sketches.
 """
 
@@ -31,7 +31,7 @@ class Gram:
 
     Attributes:
         value: (2N, 2N) float64, all chosen first.
-        stderr: Their standard errors where they were sketched; None where all are exact.
+        stderr: Standard errors of `value` where gradients were sketched; None where it is exact.
     """
 
     value: Tensor
@@ -51,10 +51,10 @@ class GradientRows:
 
 @dataclass(frozen=True)
 class SetReading:
-    """What one pass over a set leaves.
+    """Results of one pass over a set.
 
     Attributes:
-        readings: What the forward passes say.
+        readings: Scores from the forward passes.
         mean_chosen: Mean gradient of the chosen responses, (P,).
         within: (2N, 2N) float64: inner products within each pair, 0 elsewhere. With `rows`: all.
         rows: The gradients themselves; None where they do not fit into memory.

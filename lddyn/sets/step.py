@@ -1,4 +1,4 @@
-"""Phase 3: one small step on the whole set, from the Gram alone; no model is needed.
+"""One small step on the whole set, predicted from the Gram; no model is needed.
 
 To first order a step of rate lr on pair j moves log π of sequence i by
 
@@ -71,17 +71,17 @@ class SetStep:
 
     @cached_property
     def effects(self) -> Tensor:
-        """D log π of sequence i by a step on pair j alone, (2N, N), per unit of lr."""
+        """Derivative of log π of sequence i by a step on pair j alone, (2N, N), per unit of lr."""
         return pair_effects(self.gram.value, self.weights)
 
     @cached_property
     def change(self) -> Tensor:
-        """D log π of the chosen and the rejected responses by the step, (2, N), per unit of lr."""
+        """Derivative of log π of y+ and y− by the step on the set, (2, N), per unit of lr."""
         return self.effects.mean(1).view(2, -1)
 
     @cached_property
     def contribution(self) -> Tensor:
-        """What each pair's part of the step does to the mean log π(y+), (N,), per unit of lr."""
+        """Change of the mean log π(y+) by each pair's part of the step, (N,), per unit of lr."""
         n = len(self)
         return self.effects[:n].mean(0) / n
 
@@ -145,7 +145,7 @@ class SetStep:
         return [(int(j), float(effect[j])) for j in order if effect[j] < 0]
 
     def sources(self) -> dict[str, Tensor]:
-        """What moves each sequence, by the response that is learnt from (`SOURCES`).
+        """Change of each sequence by source: which responses the step learns from (`SOURCES`).
 
         Returns:
             Name -> (2N,) nats of the step at `unit_lr`.

@@ -1,8 +1,8 @@
 """Token gradients of a model, visited one segment of the model at a time.
 
 `visit_tokens` pulls every token of one sequence back; `visit_sequences` does one backward pass for
-whole sequences, many in a batch. Both hand out `Gradients`, which are sketched and then dropped: no
-more than one segment and one chunk of tokens is held at a time.
+whole sequences, many in a batch. Both hand out `Gradients`, which are sketched and then dropped:
+memory holds no more than one segment and one chunk of tokens.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Gradients:
 
     @classmethod
     def of(cls, factors: Factors, anatomy: Anatomy) -> Gradients:
-        """From the factors of a pullback.
+        """Makes the gradients from the factors of a pullback.
 
         Gradients of a padding token's embedding are zero, as autograd's are.
         """

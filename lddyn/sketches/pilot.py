@@ -1,4 +1,4 @@
-"""How far off a sketch is expected to be: a few tokens are sketched and their products compared."""
+"""Expected error of a sketch: a few tokens are sketched and their inner products compared."""
 
 from __future__ import annotations
 

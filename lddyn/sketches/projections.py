@@ -43,7 +43,7 @@ class Term:
 
     @property
     def apart(self) -> bool:
-        """Whether cotangents share neither side: each then gets the bits that it gets alone."""
+        """Whether cotangents share neither side: then each has the same bits as alone."""
         return self.left.dim() == 3 - self.one_hot and self.right.dim() == 3
 
     def __len__(self) -> int:

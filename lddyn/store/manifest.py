@@ -21,7 +21,7 @@ LARGEST_MANIFEST = 2**24
 
 
 class Manifest(TypedDict):
-    """What a store belongs to, and the form of its rows.
+    """Model, data and sketch that a store was made with, and the form of its rows.
 
     Keys:
         format: Version of the files.

@@ -48,7 +48,7 @@ def vocabulary() -> tuple[list[str], list[str]]:
 
 
 def transitions(generator: torch.Generator) -> Tensor:
-    """P(next | word), (V, V): the grammar, and a taste of each word's own."""
+    """P(next | word), (V, V): the grammar, with a random preference of each word."""
     words, kinds = vocabulary()
     taste = 1.5 * torch.randn(len(words), len(words), generator=generator, dtype=torch.float64)
     taste = taste + 1.5 * torch.randn(len(words), generator=generator, dtype=torch.float64)
