@@ -309,7 +309,8 @@ def orders(section: dict) -> str:
         rows.append([*name, *(f"{some[r]['slope']:.3f}" for r in ("start", "midpoint", "simpson"))])
     return (
         "Log-log slope of ‖measured − predicted‖ against the learning rate, six step sizes, real "
-        "optimizer steps in true float64 from a state with history.\n\n"
+        "optimizer steps in true float64 from a state with history. In parentheses: the slope that "
+        "each rule should have.\n\n"
         + table(["optimizer", "objective", "start (2)", "midpoint (3)", "simpson (5)"], rows)
         + f"\n\n<sub>{made_by(section)}</sub>"
     )
