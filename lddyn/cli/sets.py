@@ -183,10 +183,10 @@ def encode_pairs(
             rows.append(number)
         except (ValueError, KeyError) as error:
             skipped.append((number, str(error)))
-    found = audit(tokenizer, content, config=config, **lengths)  # type: ignore[arg-type]
-    faulty = {f.row: f.problem for f in found if f.problem in _FAULTS}
+    audited = audit(tokenizer, content, config=config, **lengths)  # type: ignore[arg-type]
+    faulty = {f.row: f.problem for f in audited if f.problem in _FAULTS}
     faults = {i: faulty[row] for i, row in enumerate(rows) if row in faulty}
-    return PairSet(pairs, rows, skipped, faults, found)
+    return PairSet(pairs, rows, skipped, faults, audited)
 
 
 def diagnose(
@@ -478,18 +478,19 @@ def _objectives(document: Mapping[str, Any]) -> Table:
     return table
 
 
-def _validation(found: Mapping[str, Any]) -> Iterator[str | Table]:
+def _validation(measured: Mapping[str, Any]) -> Iterator[str | Table]:
     """How every score compares with what real steps did."""
     from rich.table import Table
 
-    errors = [f"{found[k]['error']:.1%}" for k in ("own", "others")]
+    errors = [f"{measured[k]['error']:.1%}" for k in ("own", "others")]
     yield (
-        f"{found['steps']} real steps on {found['batch']} pairs each, lr {found['lr']:.3g}: "
-        f"predicted and measured Δ log π(y+) differ by {errors[0]} for the pairs of the batch and "
-        f"{errors[1]} for the others. Rank correlations with it, and 95 % intervals:"
+        f"{measured['steps']} real steps on {measured['batch']} pairs each, "
+        f"lr {measured['lr']:.3g}: predicted and measured Δ log π(y+) differ by {errors[0]} for "
+        f"the pairs of the batch and {errors[1]} for the others. Rank correlations of the scores "
+        "with the measured changes, and 95 % intervals:"
     )
     table = Table("score", "own batch", "", "other batches", "")
-    varied = [row for row in found["scores"] if row["own"]["low"] < row["own"]["high"]]
+    varied = [row for row in measured["scores"] if row["own"]["low"] < row["own"]["high"]]
     for row in sorted(varied, key=lambda row: -abs(row["own"]["rho"])):
         cells = []
         for name in ("own", "others"):

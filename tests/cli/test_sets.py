@@ -161,3 +161,18 @@ def test_a_row_that_is_too_long_does_not_stop_the_others(model, data, tmp_path):
     small = diagnose(model, longer, "--close-ups", 0, "--memory", "400KB")
     assert "the gradients of 5 pairs take" in small.stderr, small.output
     assert "\\u000a" not in result.stdout
+
+
+def test_a_sketch_has_a_size_and_a_seed(model, data):
+    """--sketch-size estimates inner products where gradients fit, too; --seed draws the sketch."""
+
+    def errors_of(*options):
+        result = diagnose(model, data, "--json", "--close-ups", 0, *options)
+        assert result.exit_code == 0, result.output
+        return [row.get("set_chosen_stderr") for row in json.loads(result.stdout)["pairs"]]
+
+    one = errors_of("--sketch-size", 512)
+    assert all(error > 0 for error in one)
+    assert one == errors_of("--sketch-size", 512, "--seed", 0)
+    assert one != errors_of("--sketch-size", 512, "--seed", 1)
+    assert errors_of() == [None] * len(one)
