@@ -308,7 +308,7 @@ def test_run_that_is_not_there_or_damaged(tmp_path):
         read_steps(tmp_path)
     (tmp_path / "verification.json").unlink()
     (tmp_path / "decomposition.safetensors").write_bytes(b"x")
-    with pytest.raises(ValueError, match="cannot read"):
+    with pytest.raises(ValueError, match=r"cannot be read as lddyn\.Decomposition"):
         read_steps(tmp_path)
 
 
