@@ -245,7 +245,7 @@ def test_a_real_step_needs_the_model(tmp_path):
     measured = (after - before).gather(1, labels)[:, 0]
     assert torch.allclose(measured, dec.verify([0.1]).measured[0], atol=1e-12)
     dec.save(tmp_path / "kept")
-    with pytest.raises(RuntimeError, match="a loaded decomposition has none"):
+    with pytest.raises(RuntimeError, match="this decomposition was read from disk"):
         type(dec).load(tmp_path / "kept").real_step()
 
 
