@@ -418,7 +418,7 @@ def test_masked_and_short_examples():
     )
     for observed, updated in ((single, masked), (masked, single), (masked, masked)):
         truth, scale = zoo.oracle_gram(model, observed, updated)
-        dec = lddyn.decompose(model, observed, lddyn.SFT(updated), lr=1e-3)
+        dec = lddyn.decompose(model, observed, lddyn.SFT(updated, reduction="sum"), lr=1e-3)
         assert dec[0].influence.shape == (len(observed), len(updated))
         assert zoo.normalised_error(dec[0].influence / 1e-3, truth, scale) <= FLOAT32
         assert dec[0].token_ids == list(observed.targets)
@@ -473,7 +473,7 @@ def run(**options):
         ({"lr": None}, ValueError, "lr is needed with optimizer='sgd'"),
         ({"rule": "trapezoid"}, ValueError, "rule must be one of .*'midpoint'.* got 'trapezoid'"),
         ({"optimizer": "muon"}, ValueError, "optimizer must be one of"),
-        ({"memory": "much"}, ValueError, "memory must look like '2GiB' or '500MB', got 'much'"),
+        ({"memory": "much"}, ValueError, "memory must look like '2GiB', '500MB' or 'auto'"),
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be positive"),
         ({"observed": []}, ValueError, "observed must hold at least one Example"),
         ({"observed": {}}, ValueError, "observed must hold at least one Example"),
