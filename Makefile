@@ -18,13 +18,17 @@ STAMP := .venv/$(subst =,-,$(LDDYN_TORCH))
 FREED := $(if $(filter $(PINNED),$(LDDYN_TORCH)),^torch==,^torch==|^triton==)
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test matrix docs lint lint-ruff lint-format lint-types lint-csrc bench peers gpu-check format clean
+.PHONY: demo test cases matrix docs lint lint-ruff lint-format lint-types lint-csrc bench peers gpu-check format clean
 
 demo: .venv/installed
 	$(BIN)/lddyn demo
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -q
+
+# The kinds of rows, models and trainers that people hold, as a table: which come out right.
+cases: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q -m case
 
 # Other versions of Python, torch, transformers and TRL (docs/versions.md); gigabytes a row.
 matrix:

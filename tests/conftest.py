@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,30 @@ def pytest_configure(config):
     warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for mark in item.iter_markers("case"):
+            item.user_properties.append(("case", mark.args[0]))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of `make cases`: one line for each kind of @pytest.mark.case(KIND)."""
+    if terminalreporter.config.option.markexpr != "case":
+        return
+    outcomes, seconds, rooms = defaultdict(Counter), Counter(), {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.getreports(outcome):
+            for kind in (value for name, value in report.user_properties if name == "case"):
+                outcomes[kind][outcome] += 1
+                seconds[kind] += report.duration
+                rooms[kind] = report.nodeid.split("::")[0].removeprefix("tests/")
+    terminalreporter.section("kinds of rows, models and trainers")
+    width = max(map(len, outcomes), default=0)
+    for kind in sorted(outcomes, key=lambda kind: (rooms[kind], kind)):
+        count = ", ".join(f"{n} {outcome}" for outcome, n in outcomes[kind].items())
+        terminalreporter.write_line(f"{kind:{width}}  {count:20}{seconds[kind]:6.1f} s  {rooms[kind]}")
 
 
 def pytest_generate_tests(metafunc):

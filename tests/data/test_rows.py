@@ -123,6 +123,7 @@ def test_row_input_ids(convert):
     assert encode_row(None, padded)["input_ids"] == Example([3], [4, 5, 6, 7], name="input_ids")
 
 
+@pytest.mark.case("documents packed into one row")
 def test_row_packed_documents_are_cut():
     row = {"input_ids": [3, 4, 5, 6, 7], "labels": [3, 4, 5, 6, 7]}
     want = {
