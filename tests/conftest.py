@@ -68,7 +68,8 @@ def pytest_terminal_summary(terminalreporter):
     width = max(map(len, outcomes), default=0)
     for kind in sorted(outcomes, key=lambda kind: (rooms[kind], kind)):
         count = ", ".join(f"{n} {outcome}" for outcome, n in outcomes[kind].items())
-        terminalreporter.write_line(f"{kind:{width}}  {count:20}{seconds[kind]:6.1f} s  {rooms[kind]}")
+        line = f"{kind:{width}}  {count:20}{seconds[kind]:6.1f} s  {rooms[kind]}"
+        terminalreporter.write_line(line)
 
 
 def pytest_generate_tests(metafunc):
