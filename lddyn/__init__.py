@@ -43,6 +43,7 @@ _PUBLIC = {
     "Objective": "objectives",
     "Observed": "steps.decomposition",
     "Plan": "sketches.plan",
+    "RowOptions": "data.options",
     "Run": "sets.forecast",
     "SFT": "objectives",
     "Sketch": "sketches.sketch",

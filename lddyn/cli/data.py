@@ -52,7 +52,7 @@ def audit(
         load_tokenizer(name, trust_remote_code=trust_remote_code),
         rows.data,
         columns,
-        max_length=rows.max_length,
+        rows.encoding,
         config=config,
     )
     return Answer(found.to_dict(), [str(found)])

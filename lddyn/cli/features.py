@@ -132,7 +132,7 @@ def _open(
         tokenizer,
         read(rows.data, limit=rows.limit),
         rows.names,
-        max_length=rows.max_length,
+        rows.encoding,
         check=anatomy.check_limits,
         skip=rows.skip,
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lddyn.cli.command import Answer
-from lddyn.cli.options import Attention, Memory, ModelOptions, Out, RowOptions, Seed
+from lddyn.cli.options import Attention, Memory, ModelOptions, OneRowOptions, Out, Seed
 from lddyn.cli.rows import check_fits, choose_columns, encode_columns, read_row
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Kernel:
 
 def ntk(
     model: ModelOptions,
-    rows: RowOptions,
+    rows: OneRowOptions,
     options: KernelOptions,
     memory: Memory = "auto",
     attention: Attention = "lddyn",
@@ -187,7 +187,7 @@ def ntk(
     return Answer(document, _tell(document, kernel, observed, learned, out))
 
 
-def _encode_response(tokenizer: Any, rows: RowOptions, field: str | None) -> Example:
+def _encode_response(tokenizer: Any, rows: OneRowOptions, field: str | None) -> Example:
     """One response of one row."""
     row = read_row(rows)
     columns = choose_columns(row, rows.row, field, None, 1)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lddyn.data.example import Example
+    from lddyn.data.options import RowOptions
     from lddyn.objectives import Objective
 
 MODEL, DATA, STEP, SKETCH, COMPUTATION = "Model", "Data", "Step", "Sketch", "Computation"
@@ -176,16 +177,52 @@ class FileOptions:
     max_length: Annotated[
         int | None,
         typer.Option(
-            min=1,
+            min=2,
             help="Cut sequences to this many tokens, as trainers do.",
             show_default=False,
             rich_help_panel=DATA,
         ),
     ] = None
+    max_prompt_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cut prompts to this many tokens, from their beginning, before --max-length.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None
+    truncation_mode: Annotated[
+        Literal["keep_start", "keep_end"],
+        typer.Option(
+            help="Which tokens --max-length keeps: the first ones or the last ones.",
+            rich_help_panel=DATA,
+        ),
+    ] = "keep_start"
+    counted: Annotated[
+        Literal["assistant", "all"],
+        typer.Option(
+            help="Tokens of a conversation that are in the loss: those of the assistant, or all of "
+            "them, as TRL's SFTTrainer counts by default.",
+            rich_help_panel=DATA,
+        ),
+    ] = "assistant"
+
+    @property
+    def encoding(self) -> RowOptions:
+        """How rows become token sequences, as the library takes it."""
+        from lddyn.data.options import RowOptions
+
+        return RowOptions(
+            max_length=self.max_length,
+            max_prompt_length=self.max_prompt_length,
+            truncation_mode=self.truncation_mode,
+            assistant_only=self.counted == "assistant",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowOptions(FileOptions):
+class OneRowOptions(FileOptions):
     """One row of a data file."""
 
     row: Annotated[

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lddyn.cli.options import RowOptions, split
+from lddyn.cli.options import OneRowOptions, split
 
 if TYPE_CHECKING:
     from lddyn.data.audit import Audit, Finding
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _RESPONSES = ("completion", "chosen", "messages", "conversations", "text", "input_ids")
 
 
-def read_row(options: RowOptions) -> dict[str, Any]:
+def read_row(options: OneRowOptions) -> dict[str, Any]:
     """The row that --row names.
 
     Raises:
@@ -92,7 +92,7 @@ def choose_columns(
 
 
 def encode_columns(
-    tokenizer: Any, row: Mapping[str, Any], options: RowOptions, columns: Columns
+    tokenizer: Any, row: Mapping[str, Any], options: OneRowOptions, columns: Columns
 ) -> tuple[dict[str, Example], list[str], list[str]]:
     """The responses of a row as token sequences.
 
@@ -108,7 +108,7 @@ def encode_columns(
     number, named = options.row, list(columns.named)
     try:
         examples = encode_row(
-            tokenizer, row, named or None, max_length=options.max_length, skip_empty=bool(named)
+            tokenizer, row, named or None, options.encoding, skip_empty=bool(named)
         )
     except EmptyResponseError as error:
         raise ValueError(f"row {number}: {error}") from error

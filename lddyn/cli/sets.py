@@ -15,7 +15,6 @@ from lddyn.cli.command import OUTPUT, Answer
 from lddyn.cli.console import say_progress, warn
 from lddyn.cli.options import (
     COMPUTATION,
-    DATA,
     STEP,
     Beta,
     DataOptions,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lddyn.data.example import Example
+    from lddyn.data.options import RowOptions
     from lddyn.sets.diagnosis import Diagnosis
     from lddyn.sets.forecast import Run
     from lddyn.sketches.sketch import Sketch
@@ -165,25 +165,23 @@ def encode_pairs(
     tokenizer: Any,
     config: Any,
     content: Sequence[Mapping[str, Any]],
-    max_length: int | None,
-    max_prompt_length: int | None,
+    options: RowOptions,
 ) -> PairSet:
     """The rows that are pairs, as token sequences, and what is wrong with the rows."""
     from lddyn.data.audit import audit
     from lddyn.data.rows import encode_row
 
-    lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     pairs, rows, skipped = [], [], []
     for number, row in enumerate(content):
         try:
-            encoded = encode_row(tokenizer, row, **lengths)  # type: ignore[arg-type]
+            encoded = encode_row(tokenizer, row, options=options)
             for side in ("chosen", "rejected"):
                 check_fits(encoded[side], side, config)
             pairs.append((encoded["chosen"], encoded["rejected"]))
             rows.append(number)
         except (ValueError, KeyError) as error:
             skipped.append((number, str(error)))
-    audited = audit(tokenizer, content, config=config, **lengths)  # type: ignore[arg-type]
+    audited = audit(tokenizer, content, options=options, config=config)
     faulty = {f.row: f.problem for f in audited if f.problem in _FAULTS}
     faults = {i: faulty[row] for i, row in enumerate(rows) if row in faulty}
     return PairSet(pairs, rows, skipped, faults, audited)
@@ -195,15 +193,6 @@ def diagnose(
     loss: LossOptions,
     run: RunOptions,
     page: PageOptions,
-    max_prompt_length: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Cut prompts to this many tokens where a row is longer than --max-length.",
-            show_default=False,
-            rich_help_panel=DATA,
-        ),
-    ] = None,
     validate: Annotated[
         int,
         typer.Option(
@@ -248,7 +237,7 @@ def diagnose(
     objective = Loss(loss.objective, **loss.given)  # errors in it are raised before the work
     content = read_rows(rows.data, limit=rows.limit)
     tokenizer, lm = model.load_tokenizer(), model.load()
-    given = encode_pairs(tokenizer, lm.config, content, rows.max_length, max_prompt_length)
+    given = encode_pairs(tokenizer, lm.config, content, rows.encoding)
     _warn_of_skipped(given, rows.data)
     sketch = None
     if planned is None or sketch_size is not None:  # else a run, which needs exact inner products

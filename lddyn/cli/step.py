@@ -20,8 +20,8 @@ from lddyn.cli.options import (
     Attention,
     Memory,
     ModelOptions,
+    OneRowOptions,
     Out,
-    RowOptions,
     Seed,
     StepOptions,
 )
@@ -98,7 +98,7 @@ class Prepared:
 
 def prepare(
     model: ModelOptions,
-    rows: RowOptions,
+    rows: OneRowOptions,
     update: str | None,
     observe: str | None,
     count: int,
@@ -129,7 +129,7 @@ def prepare(
         tokenizer,
         [row],
         list(columns.named) or None,
-        max_length=rows.max_length,
+        rows.encoding,
         config=config,
     )
     seconds = time.perf_counter() - began
@@ -162,7 +162,7 @@ def _open_stream(options: ModelOptions, memory: str) -> Any:
 
 def decompose(
     model: ModelOptions,
-    rows: RowOptions,
+    rows: OneRowOptions,
     step: StepOptions,
     rule: Rule = "start",
     verify: Annotated[
@@ -239,7 +239,7 @@ def _true_float64(dtype: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def _facts(
-    model: ModelOptions, rows: RowOptions, given: Prepared, seconds: Mapping[str, float]
+    model: ModelOptions, rows: OneRowOptions, given: Prepared, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
     """What the command worked on, for JSON."""
     return {
@@ -257,7 +257,7 @@ def _write_page(
     dec: Decomposition,
     checked: Verification | None,
     facts: dict[str, Any],
-    rows: RowOptions,
+    rows: OneRowOptions,
     step: StepOptions,
     seed: int,
 ) -> Path:
@@ -323,7 +323,7 @@ def _decomposition_table(dec: Decomposition, checked: Verification | None) -> Ta
 
 def massflow(
     model: ModelOptions,
-    rows: RowOptions,
+    rows: OneRowOptions,
     step: StepOptions,
     top: Annotated[
         int,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from lddyn.data.columns import Row
-from lddyn.data.encode import EncodeOptions, TruncationMode
 from lddyn.data.example import Example
+from lddyn.data.options import DEFAULT, RowOptions, RowSettings
 from lddyn.data.read import rows_or_errors
 from lddyn.data.rows import row_encoders
 from lddyn.data.tokenizer import Tokenizer, eos_ids
@@ -35,7 +35,6 @@ _PROBLEMS: dict[str, tuple[str, bool]] = {
     "empty_response": ("no response token; a trainer would train on a lone EOS", True),
     "identical_pair": ("chosen and rejected are the same: the gradient is exactly 0", True),
     "prompt_fills_max_length": ("the prompt leaves no room for a response", True),
-    "response_fills_max_length": ("the response leaves no room for a prompt", True),
     "over_context": ("longer than the model's context", True),
     "token_out_of_range": ("a token id that the model has no embedding for", True),
     "blank_response": ("the response is only white space", False),
@@ -184,17 +183,12 @@ def audit(
     tokenizer: Tokenizer | None,
     rows: str | os.PathLike[str] | Iterable[Row],
     fields: Sequence[str] | Literal["all"] | None = None,
+    options: RowOptions = DEFAULT,
     *,
-    add_eos: bool = True,
-    max_length: int | None = None,
-    max_prompt_length: int | None = None,
-    truncation_mode: TruncationMode = "keep_start",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    tools: Sequence[object] | None = None,
-    assistant_only: bool = True,
     vocab_size: int | None = None,
     max_positions: int | None = None,
     config: object = None,
+    **settings: Unpack[RowSettings],
 ) -> Audit:
     """List the problems of a data set, as a trainer would see it.
 
@@ -208,16 +202,11 @@ def audit(
             rows of token ids.
         rows: The data: anything that `lddyn.rows` reads.
         fields: As in `encode_row`.
-        add_eos: As in `encode`.
-        max_length: As in `encode`.
-        max_prompt_length: As in `encode`.
-        truncation_mode: As in `encode`.
-        chat_template_kwargs: As in `encode`.
-        tools: As in `encode`.
-        assistant_only: As in `encode`.
+        options: As in `encode_row`.
         vocab_size: Rows of the model's embedding. None: that of `config`, or not checked.
         max_positions: Longest sequence of the model. None: that of `config`, or not checked.
         config: A model's config, for `vocab_size` and `max_position_embeddings`.
+        settings: Fields of `RowOptions`, in place of those of `options`.
 
     Returns:
         The findings. Print it, or use `counts()`, `unusable`, `to_dict()`.
@@ -230,16 +219,7 @@ def audit(
         >>> audit(None, table).counts()
         {'identical_pair': 1}
     """
-    options = EncodeOptions(
-        add_eos=add_eos,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        truncation_mode=truncation_mode,
-        chat_template_kwargs=chat_template_kwargs,
-        tools=tools,
-        assistant_only=assistant_only,
-        texts=False,
-    )
+    options = replace(options.with_settings(settings), texts=False)
     if config is not None:
         text_config = getattr(config, "text_config", None) or config
         if vocab_size is None:
@@ -267,7 +247,7 @@ class _Checks:
         self,
         tokenizer: Tokenizer | None,
         fields: Sequence[str] | str | None,
-        options: EncodeOptions,
+        options: RowOptions,
         vocab_size: int | None,
         max_positions: int | None,
     ) -> None:

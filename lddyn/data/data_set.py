@@ -7,6 +7,7 @@ from typing import Literal
 
 from lddyn.data.columns import Row
 from lddyn.data.example import Example
+from lddyn.data.options import DEFAULT, RowOptions
 from lddyn.data.rows import encode_row
 from lddyn.data.tokenizer import Tokenizer
 from lddyn.errors import ExampleError
@@ -18,8 +19,8 @@ def distinct_examples(
     tokenizer: Tokenizer | None,
     rows: Iterable[Row],
     fields: Sequence[str] | Literal["all"] | None = None,
+    options: RowOptions = DEFAULT,
     *,
-    max_length: int | None = None,
     check: Callable[[Example], None] | None = None,
     skip: bool = False,
 ) -> tuple[dict[int, Example], list[str]]:
@@ -30,7 +31,7 @@ def distinct_examples(
         rows: Data rows, as `lddyn.rows` reads them.
         fields: Names of the responses to keep. None: those of the row's format; `"all"`: every text
             column.
-        max_length: As in `encode_row`.
+        options: As in `encode_row`.
         check: Called with each example; raises ValueError for one that cannot be used, as
             `Anatomy.check_limits` does.
         skip: Leave out rows and examples that cannot be used, instead of raising.
@@ -63,7 +64,7 @@ def distinct_examples(
     count = 0
     for number, row in enumerate(rows):
         try:
-            encoded = encode_row(tokenizer, row, fields, max_length=max_length, skip_empty=True)
+            encoded = encode_row(tokenizer, row, fields, options, skip_empty=True)
         except ValueError as error:
             refuse(f"row {number}", error)
             continue

@@ -9,18 +9,17 @@ Neither torch nor transformers is imported here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Unpack
 
 from lddyn.data.chat import ChatTemplate, Message, common_prefix_length, is_messages, to_messages
 from lddyn.data.example import Example
+from lddyn.data.options import DEFAULT, RowOptions, RowSettings
 from lddyn.data.tokenizer import Tokenizer, eos_ids, token_texts, tokenize
 from lddyn.errors import EmptyResponseError, ExampleError, glimpse
 
 __all__ = ["encode"]
-
-TruncationMode = Literal["keep_start", "keep_end"]
 
 Text = str | Sequence[Message]
 
@@ -31,15 +30,10 @@ def encode(
     tokenizer: Tokenizer,
     prompt: Text,
     response: Text,
+    options: RowOptions = DEFAULT,
     *,
-    add_eos: bool = True,
-    max_length: int | None = None,
-    max_prompt_length: int | None = None,
-    truncation_mode: TruncationMode = "keep_start",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    tools: Sequence[object] | None = None,
-    assistant_only: bool = True,
     name: str = "",
+    **settings: Unpack[RowSettings],
 ) -> Example:
     """Encode a prompt and a response as one `Example`.
 
@@ -53,17 +47,9 @@ def encode(
         prompt: Text, or a list of chat messages.
         response: Text, or a list of chat messages. After a list of messages, text is one assistant
             message.
-        add_eos: Append the EOS token to a plain-text response that does not end in it. Ignored for
-            messages (the chat template ends the turn) and when the tokenizer has no EOS.
-        max_length: Most tokens of prompt and response together. None: no limit.
-        max_prompt_length: Most tokens of the prompt; a longer prompt keeps its end. Applied before
-            `max_length`. None: no limit.
-        truncation_mode: What a sequence longer than `max_length` keeps, as in TRL: `"keep_start"`
-            cuts the end of the response, `"keep_end"` the beginning of the prompt.
-        chat_template_kwargs: Further arguments of the chat template.
-        tools: Tool descriptions for the chat template.
-        assistant_only: In a response of several messages, count the assistant's tokens only.
+        options: How the texts become token ids, and which of them are counted.
         name: What the response is, for example `"chosen"`.
+        settings: Fields of `RowOptions`, in place of those of `options`.
 
     Returns:
         The example, with the text of each token.
@@ -89,50 +75,8 @@ def encode(
         >>> ex.token_texts
         ('Yes', '<eos>')
     """
-    options = EncodeOptions(
-        add_eos=add_eos,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        truncation_mode=truncation_mode,
-        chat_template_kwargs=chat_template_kwargs,
-        tools=tools,
-        assistant_only=assistant_only,
-    )
+    options = options.with_settings(settings)
     return encode_response(tokenizer, prompt, response, name, options)
-
-
-@dataclass(frozen=True)
-class EncodeOptions:
-    """The keyword arguments that `encode`, `encode_row` and `audit` share.
-
-    Attributes:
-        texts: Store the text of each token, for pictures. The audit does without.
-        others: As in `encode`.
-    """
-
-    add_eos: bool = True
-    max_length: int | None = None
-    max_prompt_length: int | None = None
-    truncation_mode: TruncationMode = "keep_start"
-    chat_template_kwargs: Mapping[str, Any] | None = None
-    tools: Sequence[object] | None = None
-    assistant_only: bool = True
-    texts: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range.
-
-        Raises:
-            ValueError: Names the option, what it must be and what it is.
-        """
-        if self.truncation_mode not in ("keep_start", "keep_end"):
-            raise ValueError(
-                f'truncation_mode must be "keep_start" or "keep_end", got {self.truncation_mode!r}'
-            )
-        for name, least in (("max_length", 2), ("max_prompt_length", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
 
 
 def encode_response(
@@ -140,7 +84,7 @@ def encode_response(
     prompt: object,
     response: object,
     name: str,
-    options: EncodeOptions,
+    options: RowOptions,
     siblings: Sequence[object] = (),
 ) -> Example:
     """Encode a response to a prompt; both are checked here.
@@ -183,13 +127,11 @@ def encode_response(
     )
 
 
-def encode_whole(
-    tokenizer: Tokenizer, content: object, name: str, options: EncodeOptions
-) -> Example:
+def encode_whole(tokenizer: Tokenizer, content: object, name: str, options: RowOptions) -> Example:
     """Encode a text or conversation that has no prompt of its own.
 
     Of a text the first token is the prompt and all others count. Of a conversation the messages
-    before the assistant's first are the prompt.
+    before the assistant's first are the prompt, unless all messages count.
 
     Args:
         tokenizer: The tokenizer.
@@ -205,6 +147,7 @@ def encode_whole(
         messages = to_messages(name, content)
         roles = [message["role"] for message in messages]
         first = roles.index("assistant") if "assistant" in roles else len(roles)
+        first = first if options.assistant_only else 0
         return _encode_messages(tokenizer, messages[:first], messages[first:], name, options)
     if not isinstance(content, str):
         raise not_text(name, content)
@@ -219,6 +162,20 @@ def encode_whole(
             field=name,
         )
     return make_example(tokenizer, ids[:1], ids[1:], None, notes, name, options)
+
+
+def with_counted_prompt(example: Example) -> Example:
+    """The example with its prompt counted, all but the first token, as in a text without prompt."""
+    tokens = None if example.tokens is None else (*example.prompt_texts, *example.tokens)
+    mask = example.response_mask or (True,) * len(example.response_ids)
+    return replace(
+        example,
+        prompt_ids=example.ids[:1],
+        response_ids=example.ids[1:],
+        response_mask=(True,) * (len(example.prompt_ids) - 1) + mask,
+        prompt_tokens=None if tokens is None else tokens[:1],
+        tokens=None if tokens is None else tokens[1:],
+    )
 
 
 def not_text(name: str, value: object) -> ExampleError:
@@ -237,33 +194,29 @@ def make_example(
     mask: Sequence[bool] | None,
     notes: Notes,
     name: str,
-    options: EncodeOptions,
+    options: RowOptions,
 ) -> Example:
     """Cut ids to the limits of the options, note what was cut, and make the example."""
-    whole = len(prompt), len(response)
-    eos = eos_ids(tokenizer)
-    ended = eos & set(response)
-    prompt, response = cut_to_length(
-        prompt,
-        response,
-        max_length=options.max_length,
-        max_prompt_length=options.max_prompt_length,
-        truncation_mode=options.truncation_mode,
-        name=name,
-    )
-    if len(prompt) < whole[0]:
-        notes.append(("truncated_prompt", f"{whole[0]} -> {len(prompt)} tokens, end kept"))
-    if len(response) < whole[1]:
-        if ended and not eos & set(response):
-            notes.append(
-                ("eos_lost", f"EOS at response token {whole[1] - 1}, cut at {len(response)}")
-            )
-        notes.append(("truncated_response", f"{whole[1]} -> {len(response)} tokens"))
+    begin, end = len(prompt), len(prompt) + len(response)
+    read, kept = cut_to_length(range(begin), range(begin, end), options, name)
+    if len(read) < begin or read[0] >= begin:
+        left = len(range(read[0], begin))
+        notes.append(("truncated_prompt", f"{begin} -> {left} tokens, end kept"))
+    if len(kept) < end - begin:
+        eos = eos_ids(tokenizer)
+        if eos & set(response) and not eos & {response[place - begin] for place in kept}:
+            last = max(place for place, token in enumerate(response) if token in eos)
+            notes.append(("eos_lost", f"EOS at response token {last}, cut at {len(kept)}"))
+        side = ", end kept" if kept[0] > begin else ""
+        notes.append(("truncated_response", f"{end - begin} -> {len(kept)} tokens{side}"))
+    mask = None if mask is None else [mask[place - begin] for place in kept]
+    ids = (*prompt, *response)
+    prompt, response = [ids[place] for place in read], [ids[place] for place in kept]
     named = tokenizer if options.texts else None
     return Example(
         prompt_ids=tuple(prompt),
         response_ids=tuple(response),
-        response_mask=None if mask is None else tuple(mask[: len(response)]),
+        response_mask=None if mask is None else tuple(mask),
         name=name,
         tokens=None if named is None else token_texts(named, response),
         prompt_tokens=None if named is None else token_texts(named, prompt),
@@ -272,42 +225,35 @@ def make_example(
 
 
 def cut_to_length(
-    prompt: Sequence[int],
-    response: Sequence[int],
-    *,
-    max_length: int | None,
-    max_prompt_length: int | None = None,
-    truncation_mode: TruncationMode = "keep_start",
-    name: str = "",
+    prompt: Sequence[int], response: Sequence[int], options: RowOptions, name: str = ""
 ) -> tuple[Sequence[int], Sequence[int]]:
     """Prompt and response, cut as TRL's collator cuts a long sequence.
+
+    Where `truncation_mode` "keep_end" leaves no token of the prompt, the first token that is left
+    of the response becomes the prompt: it is read and not counted, as in TRL.
 
     Args:
         prompt: Token ids.
         response: Token ids.
-        max_length: Most tokens of both together. None: no limit.
-        max_prompt_length: Most tokens of the prompt, whose end is kept. None: no limit.
-        truncation_mode: As in `encode`.
+        options: Most tokens of the prompt, of the response and of both, and which ones are kept.
         name: Field of the response, for errors.
 
     Raises:
-        ExampleError: If nothing of the prompt or of the response is left.
+        ExampleError: If nothing of the response is left.
     """
-    if max_prompt_length is not None:
-        prompt = prompt[-max_prompt_length:]
+    if options.max_prompt_length is not None:
+        prompt = prompt[-options.max_prompt_length :]
+    if options.max_completion_length is not None:
+        response = response[: options.max_completion_length]
+    max_length = options.max_length
     if max_length is None or len(prompt) + len(response) <= max_length:
         return prompt, response
     excess = len(prompt) + len(response) - max_length
-    if truncation_mode == "keep_end":
-        if excess >= len(prompt):
-            raise ExampleError(
-                f"the response must leave room for a prompt within max_length {max_length}, got "
-                f'{len(response)} response tokens: set truncation_mode="keep_start", or drop the '
-                "row",
-                problem="response_fills_max_length",
-                field=name,
-            )
-        return prompt[excess:], response
+    if options.truncation_mode == "keep_end":
+        if excess < len(prompt):
+            return prompt[excess:], response
+        begin = len(response) - max_length
+        return response[begin : begin + 1], response[begin + 1 :]
     if excess >= len(response):
         raise ExampleError(
             f"the prompt must leave room for a response within max_length {max_length}, got "
@@ -331,7 +277,7 @@ def _encode_text(
     prompt: str,
     response: str,
     name: str,
-    options: EncodeOptions,
+    options: RowOptions,
     siblings: Sequence[str],
 ) -> Example:
     """Encode plain text."""
@@ -365,7 +311,7 @@ def _encode_messages(
     prompt: list[dict[str, Any]],
     response: list[dict[str, Any]],
     name: str,
-    options: EncodeOptions,
+    options: RowOptions,
     siblings: Sequence[list[dict[str, Any]]] = (),
 ) -> Example:
     """Encode messages with the chat template; the template ends the turn, so no EOS is appended."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lddyn.data.columns import MASKS, PREPARED_PAIRS, Row, require_columns
-from lddyn.data.encode import EncodeOptions, make_example
+from lddyn.data.encode import make_example
 from lddyn.data.example import IGNORED_LABEL, Example, entries, token_ids
+from lddyn.data.options import RowOptions
 from lddyn.data.tokenizer import Tokenizer
 from lddyn.errors import EmptyResponseError, ExampleError
 
@@ -22,7 +23,7 @@ Encoder = Callable[[], Example]
 
 
 def prepared_encoders(
-    tokenizer: Tokenizer | None, row: Row, options: EncodeOptions
+    tokenizer: Tokenizer | None, row: Row, options: RowOptions
 ) -> list[tuple[str, Encoder]]:
     """(field, encoder) of each response of a row of token ids; empty for a row of another format.
 
@@ -55,7 +56,7 @@ def prepared_encoders(
 
 
 def _ids_encoder(
-    tokenizer: Tokenizer | None, prompt: object, response: object, name: str, options: EncodeOptions
+    tokenizer: Tokenizer | None, prompt: object, response: object, name: str, options: RowOptions
 ) -> Encoder:
     """Encoder of a prompt and a response that are both token ids."""
 
@@ -73,7 +74,7 @@ def _masked_encoder(
     ids: Sequence[int],
     counted: Sequence[bool],
     name: str,
-    options: EncodeOptions,
+    options: RowOptions,
 ) -> Encoder:
     """Encoder of ids with a loss mask; the prompt ends where counting begins."""
 

@@ -10,18 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 from lddyn.data.chat import common_prefix_length, is_messages
 from lddyn.data.columns import WHOLE, Row, missing_column, require_columns
-from lddyn.data.encode import (
-    EncodeOptions,
-    TruncationMode,
-    encode_response,
-    encode_whole,
-    not_text,
-)
+from lddyn.data.encode import encode_response, encode_whole, not_text, with_counted_prompt
 from lddyn.data.example import Example
+from lddyn.data.options import DEFAULT, RowOptions, RowSettings
 from lddyn.data.prepared import Encoder, prepared_encoders
 from lddyn.data.tokenizer import Tokenizer
 from lddyn.errors import EmptyResponseError, ExampleError, glimpse
@@ -33,15 +28,10 @@ def encode_row(
     tokenizer: Tokenizer | None,
     row: Row,
     fields: Sequence[str] | Literal["all"] | None = None,
+    options: RowOptions = DEFAULT,
     *,
-    add_eos: bool = True,
-    max_length: int | None = None,
-    max_prompt_length: int | None = None,
-    truncation_mode: TruncationMode = "keep_start",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    tools: Sequence[object] | None = None,
-    assistant_only: bool = True,
     skip_empty: bool = False,
+    **settings: Unpack[RowSettings],
 ) -> dict[str, Example]:
     """Encode one data row, in any format that TRL takes, as a dict from field to `Example`.
 
@@ -64,15 +54,10 @@ def encode_row(
         fields: Further text columns to encode as responses to the same prompt (a probing set:
             `"irr_train"`, `"random_permute"`, ...); `"all"` for every text column. None: only the
             columns of the format.
-        add_eos: As in `encode`.
-        max_length: As in `encode`.
-        max_prompt_length: As in `encode`.
-        truncation_mode: As in `encode`.
-        chat_template_kwargs: As in `encode`.
-        tools: As in `encode`.
-        assistant_only: As in `encode`.
+        options: How texts become token ids, and which of them are counted.
         skip_empty: Leave out fields whose response is empty (a sampled probing set has some)
             instead of raising.
+        settings: Fields of `RowOptions`, in place of those of `options`.
 
     Returns:
         The examples by field; the field is also the `Example.name`.
@@ -87,16 +72,9 @@ def encode_row(
         >>> encode_row(None, row)["rejected"].response_ids
         (7, 2)
     """
-    options = EncodeOptions(
-        add_eos=add_eos,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        truncation_mode=truncation_mode,
-        chat_template_kwargs=chat_template_kwargs,
-        tools=tools,
-        assistant_only=assistant_only,
-        texts=tokenizer is not None,
-    )
+    options = options.with_settings(settings)
+    if tokenizer is None:
+        options = replace(options, texts=False)
     examples = {}
     for name, encoder in row_encoders(tokenizer, row, fields, options):
         try:
@@ -111,7 +89,7 @@ def row_encoders(
     tokenizer: Tokenizer | None,
     row: Row,
     fields: Sequence[str] | str | None,
-    options: EncodeOptions,
+    options: RowOptions,
 ) -> list[tuple[str, Encoder]]:
     """Recognise a row's format and return (field, encoder) of each of its responses.
 
@@ -121,14 +99,23 @@ def row_encoders(
     Raises:
         ExampleError: If the format is not recognised or one of its columns is missing.
     """
-    prepared = prepared_encoders(tokenizer, row, options)
-    if prepared:
-        return prepared
-    content = _recognise(row, fields)
-    if tokenizer is None:
-        raise ExampleError("a row of text or messages must have a tokenizer, got None")
-    options = _with_row_options(options, row)
-    return [(name, content.encoder(tokenizer, name, options)) for name in content.responses]
+    encoders = prepared_encoders(tokenizer, row, options)
+    if not encoders:
+        content = _recognise(row, fields)
+        if tokenizer is None:
+            raise ExampleError("a row of text or messages must have a tokenizer, got None")
+        options = _with_row_options(options, row)
+        encoders = [(name, content.encoder(tokenizer, name, options)) for name in content.responses]
+    if options.completion_only:
+        return encoders
+    return [
+        (name, partial(_count_prompt, encoder) if name == "completion" else encoder)
+        for name, encoder in encoders
+    ]
+
+
+def _count_prompt(encoder: Encoder) -> Example:
+    return with_counted_prompt(encoder())
 
 
 @dataclass(frozen=True)
@@ -145,7 +132,7 @@ class _Content:
     responses: Mapping[str, object]
     paired: Sequence[str] = ()
 
-    def encoder(self, tokenizer: Tokenizer, name: str, options: EncodeOptions) -> Encoder:
+    def encoder(self, tokenizer: Tokenizer, name: str, options: RowOptions) -> Encoder:
         """Encoder of one field."""
         response = self.responses[name]
         if self.prompt is None:
@@ -232,7 +219,7 @@ def _split_prompt(chosen: object, rejected: object) -> tuple[object, object, obj
     )
 
 
-def _with_row_options(options: EncodeOptions, row: Row) -> EncodeOptions:
+def _with_row_options(options: RowOptions, row: Row) -> RowOptions:
     """Options with the row's own tools and chat_template_kwargs."""
     tools = row.get("tools") or options.tools
     if isinstance(tools, str):

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lddyn.data.columns import PREPARED_PAIRS
-from lddyn.data.encode import TruncationMode, cut_to_length
+from lddyn.data.encode import cut_to_length
 from lddyn.data.example import Example
+from lddyn.data.options import DEFAULT, RowOptions
 from lddyn.errors import ExampleError
 from lddyn.integrations.trainer import LearningDynamicsCallback
 from lddyn.integrations.watcher import Probes
@@ -56,8 +57,10 @@ def watch(
             trainer.train_dataset,
             prompts,
             trainer.args.seed,
-            max_length=getattr(trainer.args, "max_length", None),
-            truncation_mode=getattr(trainer.args, "truncation_mode", "keep_start"),
+            RowOptions(
+                max_length=getattr(trainer.args, "max_length", None),
+                truncation_mode=getattr(trainer.args, "truncation_mode", "keep_start"),
+            ),
         )
     callback = LearningDynamicsCallback(
         probes,
@@ -80,9 +83,7 @@ def pairs(
     dataset: Sequence[Mapping[str, Any]],
     limit: int = 64,
     seed: int = 0,
-    *,
-    max_length: int | None = None,
-    truncation_mode: TruncationMode = "keep_start",
+    options: RowOptions = DEFAULT,
 ) -> dict[str, list[Example]]:
     """Probes from the rows of a prepared preference set, with the token ids that TRL trains on.
 
@@ -90,9 +91,7 @@ def pairs(
         dataset: `trainer.train_dataset` of a DPOTrainer.
         limit: Most rows.
         seed: Seed of the choice of rows.
-        max_length: Most tokens of prompt and response, as the trainer's collator cuts them. None:
-            no limit.
-        truncation_mode: As in `lddyn.encode`.
+        options: How long sequences are cut, as the trainer's collator does.
 
     Returns:
         Examples by type: "chosen", "rejected", and "irr_train", the chosen response of another
@@ -123,9 +122,7 @@ def pairs(
             responses["irr_train"] = rows[(i + 1) % len(rows)][chosen]
         for name, ids in responses.items():
             try:
-                left, right = cut_to_length(
-                    row[prompt], ids, max_length=max_length, truncation_mode=truncation_mode
-                )
+                left, right = cut_to_length(row[prompt], ids, options, name)
             except ExampleError:
                 continue  # no prompt or no response is left
             if left and right:

@@ -4,6 +4,7 @@ import pytest
 from chats import FORGETFUL_TEMPLATE, GENERATION_TEMPLATE, TEMPLATE, assistant, make_tokenizer, user
 
 from lddyn.data.encode import cut_to_length, encode
+from lddyn.data.options import RowOptions
 from lddyn.errors import EmptyResponseError, ExampleError
 
 
@@ -105,9 +106,10 @@ def test_encode_truncates_from_the_start_as_trl_does(tokenizer):
         assert cut.ids == whole.ids[-length:]
         assert cut.response_ids == whole.response_ids
         assert len(cut.prompt_tokens) == len(cut.prompt_ids)
-    with pytest.raises(ExampleError, match="leave room for a prompt") as caught:
-        encode(tokenizer, prompt, " Cats in the sun", max_length=2, truncation_mode="keep_end")
-    assert caught.value.problem == "response_fills_max_length"
+    # Where the whole prompt is cut, the first token that is left is read and not counted.
+    cut = encode(tokenizer, prompt, " Cats", max_length=2, truncation_mode="keep_end")
+    assert cut.ids == whole.ids[-2:] and len(cut) == 1
+    assert {"truncated_prompt", "truncated_response"} <= set(dict(cut.notes))
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
@@ -118,19 +120,30 @@ def test_cut_to_length_is_a_slice_of_the_whole(mode, max_length, max_prompt_leng
     expected_prompt = prompt[-max_prompt_length:] if max_prompt_length else prompt
     whole = [*expected_prompt, *response]
     kept = whole if max_length is None else whole[:max_length]
+    start = len(expected_prompt)
     if mode == "keep_end" and max_length is not None:
         kept = whole[-max_length:]
-    left, right = [t for t in kept if t < 4], [t for t in kept if t > 3]
-    limits = {
-        "max_length": max_length,
-        "max_prompt_length": max_prompt_length,
-        "truncation_mode": mode,
-    }
-    if left and right:
-        assert cut_to_length(prompt, response, **limits) == (left, right)
+        start = max(1, len(kept) - len(response))
+    options = RowOptions(
+        max_length=max_length, max_prompt_length=max_prompt_length, truncation_mode=mode
+    )
+    if kept[start:]:
+        assert cut_to_length(prompt, response, options) == (kept[:start], kept[start:])
     else:
         with pytest.raises(ExampleError, match="leave room"):
-            cut_to_length(prompt, response, **limits)
+            cut_to_length(prompt, response, options)
+
+
+def test_options_come_as_one_value_or_as_keywords(tokenizer):
+    options = RowOptions(max_length=9, max_completion_length=2, add_eos=False)
+    whole = encode(tokenizer, "Where?", " Cats sleep in the sun")
+    cut = encode(tokenizer, "Where?", " Cats sleep in the sun", options)
+    assert cut.response_ids == whole.response_ids[:2]
+    assert encode(tokenizer, "Where?", " Cats sleep in the sun", options, max_length=None) == cut
+    replaced = encode(
+        tokenizer, "Where?", " Cats", options, max_completion_length=None, add_eos=True
+    )
+    assert replaced == encode(tokenizer, "Where?", " Cats", max_length=9)
 
 
 def test_encode_truncates_the_response_and_notes_the_lost_eos(tokenizer):

@@ -133,13 +133,13 @@ def test_pairs_are_cut_as_the_collator_cuts():
     from lddyn.integrations.trl import pairs
 
     row = {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5, 6], "rejected_ids": [7]}
-    start = pairs([row], max_length=5)
+    start = pairs([row], options=lddyn.RowOptions(max_length=5))
     assert start["chosen"] == [lddyn.Example([1, 2, 3], [4, 5], name="chosen")]
     assert start["rejected"] == [lddyn.Example([1, 2, 3], [7], name="rejected")]
     assert "irr_train" not in start  # there is no other row
-    end = pairs([row], max_length=5, truncation_mode="keep_end")
+    end = pairs([row], options=lddyn.RowOptions(max_length=5, truncation_mode="keep_end"))
     assert end["chosen"] == [lddyn.Example([2, 3], [4, 5, 6], name="chosen")]
-    assert pairs([row], max_length=3) == {}
+    assert pairs([row], options=lddyn.RowOptions(max_length=3)) == {}
     with pytest.raises(ValueError, match="streamed"):
         pairs(iter([row]))
     with pytest.raises(ValueError, match="empty"):
