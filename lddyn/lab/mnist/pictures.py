@@ -78,7 +78,7 @@ def draw_step(
     updated: torch.Tensor,
     rate: float,
     slope: float,
-    ordered: float,
+    correlation: float,
     epoch: int,
 ) -> Figure:
     """Above: what a 4 asks for, the three cases; below: the residual, and pull against ‖K‖_F."""
@@ -87,30 +87,56 @@ def draw_step(
         2, 4, left=0.06, right=0.985, bottom=0.085, top=0.855, hspace=0.55, wspace=0.32
     )
     by_case = {case: [r for r in rows if r["case"] == case] for case in observed}
-    first = figure.add_subplot(grid[0, 0])
-    _bars(first, [r["asked_of_update"] for r in next(iter(by_case.values()))])
-    _title(first, "What this 4 asks for", r"$-G = e_4 - \pi(x_u)$, by label")
-    _image(first, updated, (0.62, 0.6, 0.38, 0.38))
+    _draw_asked(figure.add_subplot(grid[0, 0]), next(iter(by_case.values())), updated)
     shared: Axes | None = None
     for column, (case, cells) in enumerate(by_case.items(), 1):
         axes = figure.add_subplot(grid[0, column], sharey=shared)
         shared = shared or axes
-        _bars(axes, [1000 * r["measured"] for r in cells])
-        axes.plot(
-            _DIGITS,
-            [1000 * r["predicted"] for r in cells],
-            "o",
-            markersize=4.5,
-            color=INK,
-            markerfacecolor="none",
-            markeredgewidth=0.9,
-        )
-        _title(
-            axes,
-            f"{case.capitalize()}: a {cells[0]['class_observed']}",
-            rf"$\Delta\log\pi(\cdot|x_o)$, millinats; ${_NORM}$ = {cells[0]['norm']:.3g}",
-        )
-        _image(axes, observed[case], (0.7, 0.66, 0.3, 0.34))
+        _draw_case(axes, case, cells, observed[case])
+    _explain_case(axes)
+    _draw_residuals(figure.add_subplot(grid[1, :2]), residuals, rate, slope)
+    _draw_pulls(figure.add_subplot(grid[1, 2:]), classes, correlation)
+    figure.text(
+        0.012,
+        0.975,
+        f"One step on a single 4, after {epoch} epochs, η = {rate:g}",
+        va="top",
+        fontsize=12,
+        weight="bold",
+        color=INK,
+    )
+    return figure
+
+
+def _draw_asked(axes: Axes, cells: Rows, updated: torch.Tensor) -> None:
+    """−G of the update image by label, and the image."""
+    _bars(axes, [r["asked_of_update"] for r in cells])
+    _title(axes, "What this 4 asks for", r"$-G = e_4 - \pi(x_u)$, by label")
+    _image(axes, updated, (0.62, 0.6, 0.38, 0.38))
+
+
+def _draw_case(axes: Axes, case: str, cells: Rows, observed: torch.Tensor) -> None:
+    """Δ log π of one observed image by label: bars measured, rings predicted."""
+    _bars(axes, [1000 * r["measured"] for r in cells])
+    axes.plot(
+        _DIGITS,
+        [1000 * r["predicted"] for r in cells],
+        "o",
+        markersize=4.5,
+        color=INK,
+        markerfacecolor="none",
+        markeredgewidth=0.9,
+    )
+    _title(
+        axes,
+        f"{case.capitalize()}: a {cells[0]['class_observed']}",
+        rf"$\Delta\log\pi(\cdot|x_o)$, millinats; ${_NORM}$ = {cells[0]['norm']:.3g}",
+    )
+    _image(axes, observed, (0.7, 0.66, 0.3, 0.34))
+
+
+def _explain_case(axes: Axes) -> None:
+    """What rings and bars are, in the upper left corner, with room above them."""
     axes.annotate(
         "○ predicted\n▮ measured",
         (0.04, 0.97),
@@ -122,7 +148,9 @@ def draw_step(
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.12 * (high - low))
 
-    axes = figure.add_subplot(grid[1, :2])
+
+def _draw_residuals(axes: Axes, residuals: Rows, rate: float, slope: float) -> None:
+    """‖measured − predicted‖ against the learning rate, log-log: a line per update image."""
     rates = sorted({r["learning_rate"] for r in residuals})
     count = len({r["update"] for r in residuals})
     table = np.array([r["residual"] for r in residuals]).reshape(len(rates), count)
@@ -131,32 +159,17 @@ def draw_step(
     axes.loglog(rates, middle, color=RAISED, linewidth=1.6, marker="o", markersize=3)
     guide = middle[0] * 0.12 * (np.array(rates) / rates[0]) ** 2
     axes.loglog(rates, guide, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.annotate(
-        "slope 2",
-        (rates[4], guide[4]),
-        xytext=(6, -9),
-        textcoords="offset points",
-        fontsize=7.5,
-        color=_SOFT,
-    )
-    axes.annotate(
+    _note(axes, "slope 2", (rates[4], guide[4]), (6, -9))
+    _note(
+        axes,
         f"measured: slope {slope:.3f}\nup to η = 10⁻³",
         (rates[3], middle[3]),
-        xytext=(-6, 10),
-        textcoords="offset points",
+        (-6, 10),
         ha="right",
-        fontsize=7.5,
         color=RAISED,
     )
     axes.axvline(rate, color=INK, linewidth=0.5, linestyle=":")
-    axes.annotate(
-        "training's η",
-        (rate, table.min()),
-        xytext=(4, 0),
-        textcoords="offset points",
-        fontsize=7,
-        color=_SOFT,
-    )
+    _note(axes, "training's η", (rate, table.min()), (4, 0), fontsize=7)
     axes.minorticks_off()
     axes.set_xlabel("learning rate η of the step", fontsize=8)
     tidy(axes)
@@ -166,38 +179,33 @@ def draw_step(
         "norm of measured − predicted; one line an update image",
     )
 
-    axes = figure.add_subplot(grid[1, 2:])
+
+def _note(
+    axes: Axes, text: str, at: tuple[float, float], shift: tuple[float, float], **style: Any
+) -> None:
+    """A soft small text beside a point, shifted by so many points of type."""
+    style = {"fontsize": 7.5, "color": _SOFT, **style}
+    axes.annotate(text, at, xytext=shift, textcoords="offset points", **style)
+
+
+def _draw_pulls(axes: Axes, classes: Rows, correlation: float) -> None:
+    """Mean pull on label 4 against mean ‖K‖_F, a dot per class of x_o."""
     axes.axhline(0, color=FAINT, linewidth=0.6)
     for place, r in enumerate(sorted(classes, key=lambda row: row["norm"])):
         colour = RAISED if r["class_observed"] == 4 else INK
         axes.plot([r["norm"]] * 2, [1000 * r["low"], 1000 * r["high"]], color=colour, linewidth=0.8)
         axes.plot(r["norm"], 1000 * r["pull"], "o", markersize=3, color=colour)
-        axes.annotate(
-            str(r["class_observed"]),
-            (r["norm"], 1000 * r["pull"]),
-            xytext=(4, -11 if place % 2 else 2),  # neighbours' names apart
-            textcoords="offset points",
-            fontsize=10,
-            color=colour,
-        )
+        shift = (4, -11 if place % 2 else 2)  # neighbours' names apart
+        at = (r["norm"], 1000 * r["pull"])
+        _note(axes, str(r["class_observed"]), at, shift, fontsize=10, color=colour)
     axes.set_xlabel(rf"mean ${_NORM}$ of the class of $x_o$", fontsize=8)
     tidy(axes)
     _title(
         axes,
         "Does the size of K order the pulls?",
         r"mean $\Delta\log\pi(4|x_o)$, millinats, with 95 % intervals; "
-        f"rank correlation over images {ordered:.2f}",
+        f"rank correlation over images {correlation:.2f}",
     )
-    figure.text(
-        0.012,
-        0.975,
-        f"One step on a single 4, after {epoch} epochs, η = {rate:g}",
-        va="top",
-        fontsize=12,
-        weight="bold",
-        color=INK,
-    )
-    return figure
 
 
 def draw_maps(rows: Rows) -> Figure:
