@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from lddyn.lab.record import Lab
-from lddyn.lab.settings import Bigram as Settings
-from lddyn.steps.flow import Flow, leading
-
-if TYPE_CHECKING:
-    pass
 
 from lddyn.lab.bigram.models import (
     KINDS,
@@ -26,6 +19,9 @@ from lddyn.lab.bigram.models import (
     transitions,
     vocabulary,
 )
+from lddyn.lab.record import Lab
+from lddyn.lab.settings import Bigram as Settings
+from lddyn.steps.flow import Flow, leading
 
 
 def rare_pairs(counts: Tensor, number: int, generator: torch.Generator) -> list[tuple[int, int]]:

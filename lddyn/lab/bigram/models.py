@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    pass
-
 
 KINDS = ("table", "factorised", "network")
 

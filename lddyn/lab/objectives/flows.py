@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lddyn.lab.objectives.residuals import CHOSEN, REJECTED, SETTINGS, build, coefficients
 from lddyn.lab.record import Lab
 from lddyn.objectives import LOSSES
 from lddyn.steps.flow import softmax_step
-
-if TYPE_CHECKING:
-    pass
-
-from lddyn.lab.objectives.residuals import CHOSEN, REJECTED, SETTINGS, build, coefficients
 
 
 def pushes(

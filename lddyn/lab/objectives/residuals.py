@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,6 @@ from torch import Tensor
 from lddyn.data.example import Example
 from lddyn.lab.record import Lab
 from lddyn.objectives import LOSSES, Objective, preference
-
-if TYPE_CHECKING:
-    pass
-
 
 # For pictures: of like scale, so that targets lie at h = 1 or r = ±1.
 SETTINGS: dict[str, dict[str, float]] = {

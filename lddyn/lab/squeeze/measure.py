@@ -7,7 +7,9 @@ Lemma 1 says, which `massflow.softmax_step` computes.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +17,6 @@ from torch import Tensor
 from lddyn.lab.record import Lab
 from lddyn.lab.shares import Share
 from lddyn.steps.flow import Flow, leading, renormalised, softmax_step, threshold
-
-if TYPE_CHECKING:
-    pass
-
 
 # Entropy and prediction after one step of η' = 0.5 on logits (2, 1, 0, −1, −2), App. E.
 REFERENCE = [
@@ -30,20 +28,10 @@ REFERENCE = [
 
 
 PUBLISHED_PEAK = 0.76  # of the likeliest label before the step, panel C
-
-
 STEPS = [0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
-
-
 OVERLAPS = [0.0, 0.3, 0.6, 0.9]
-
-
 POSITIONS = [1, 2, 4, 8, 16, 32]
-
-
 COSINES = [-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 0.9, 0.97, 1.0]
-
-
 BODIES = [0.0, 0.25, 0.5, 1.0, 2.0, 4.0]
 
 
@@ -65,13 +53,27 @@ def regression_step(
     return before.detach(), (features @ (weights - lr * gradient)).log_softmax(-1)
 
 
+@dataclass(frozen=True)
+class _Regime:
+    """A prediction, and the labels of it that one step pulls up (+1) or pushes down (−1)."""
+
+    name: str
+    weights: Tensor
+    features: Tensor
+    pushes: dict[int, float]
+    lr: float
+
+
 def regimes(lab: Lab, labels: int, large: int) -> list[dict[str, Any]]:
     """Takes one real step of softmax regression in each regime and compares it with Lemma 1.
 
     Returns:
         One row a regime (flat, peaky, …): the measured change of π, and what Lemma 1 predicts.
     """
+    return [_regime_row(regime) for regime in _regimes(lab, labels, large)]
 
+
+def _regimes(lab: Lab, labels: int, large: int) -> list[_Regime]:
     def normal(*shape: int, of: str) -> Tensor:
         return torch.randn(*shape, generator=lab.generator("regimes", of), dtype=torch.float64)
 
@@ -88,47 +90,44 @@ def regimes(lab: Lab, labels: int, large: int) -> list[dict[str, Any]]:
     peak, valley, other = order[1], order[int(0.8 * labels)], order[labels // 2]
     wide_x = 50**0.5 * torch.nn.functional.normalize(normal(50, of="wide features"), dim=0)
     wide = 0.5 * normal(50, large, of="wide weights")
-    cases = [
-        ("flat, one label pushed down", flat, x, {int(0.84 * labels): -1.0}, 0.3),
-        ("peaky, the second peak pulled up", peaky, x, {peak: 1.0}, 0.5),
-        ("peaky, the second peak pushed down", peaky, x, {peak: -1.0}, 0.5),
-        ("peaky, a valley pushed down", peaky, x, {valley: -1.0}, 0.5),
-        ("as published: another pulled up too", peaky, x, {valley: -1.0, other: 1.0}, 0.5),
-        (f"V = {large:,}, a typical label down", wide, wide_x, {}, 1.0),
+    typical = (wide_x @ wide).argsort(descending=True).tolist()[large // 10]
+    return [
+        _Regime("flat, one label pushed down", flat, x, {int(0.84 * labels): -1.0}, 0.3),
+        _Regime("peaky, the second peak pulled up", peaky, x, {peak: 1.0}, 0.5),
+        _Regime("peaky, the second peak pushed down", peaky, x, {peak: -1.0}, 0.5),
+        _Regime("peaky, a valley pushed down", peaky, x, {valley: -1.0}, 0.5),
+        _Regime("as published: another pulled up too", peaky, x, {valley: -1.0, other: 1.0}, 0.5),
+        _Regime(f"V = {large:,}, a typical label down", wide, wide_x, {typical: -1.0}, 1.0),
     ]
-    rows = []
-    for name, weights, features, pushes, lr in cases:
-        if not pushes:
-            middle = (features @ weights).argsort(descending=True).tolist()
-            pushes = {middle[large // 10]: -1.0}
-        before, after = regression_step(weights, features, pushes, lr)
-        eta = lr * float(features @ features)
-        coefficients = torch.zeros_like(before)
-        for label, sign in pushes.items():
-            coefficients[label] = eta * sign
-        lemma = softmax_step(before, coefficients)
-        label = torch.tensor([next(iter(pushes))])
-        flow = Flow.of(before[None], (after - before)[None], label)
-        ratio = float(flow.ratio[0])
-        rows.append(
-            {
-                "regime": name,
-                "eta": eta,
-                "pushes": {str(k): v for k, v in pushes.items()},
-                "argmax": int(flow.leading[0, 0]),
-                "threshold": float(threshold(before, label[0])),
-                "lemma_error": float((after - before - lemma).abs().max()),
-                "gainers": int(flow.gainers[0]),
-                "losers": int(flow.losers[0]),
-                "label_change": float(flow.label[0]),
-                "argmax_change": float(flow.argmax[0]),
-                "ratio": ratio if ratio == ratio else None,
-                "entropy": float(flow.entropy[0]),
-                "before": before.tolist(),
-                "after": after.tolist(),
-            }
-        )
-    return rows
+
+
+def _regime_row(regime: _Regime) -> dict[str, Any]:
+    """One real step in a regime, and its difference from Lemma 1."""
+    before, after = regression_step(regime.weights, regime.features, regime.pushes, regime.lr)
+    eta = regime.lr * float(regime.features @ regime.features)
+    coefficients = torch.zeros_like(before)
+    for label, sign in regime.pushes.items():
+        coefficients[label] = eta * sign
+    lemma = softmax_step(before, coefficients)
+    pushed = torch.tensor([next(iter(regime.pushes))])
+    flow = Flow.of(before[None], (after - before)[None], pushed)
+    ratio = float(flow.ratio[0])
+    return {
+        "regime": regime.name,
+        "eta": eta,
+        "pushes": {str(k): v for k, v in regime.pushes.items()},
+        "argmax": int(flow.leading[0, 0]),
+        "threshold": float(threshold(before, pushed[0])),
+        "lemma_error": float((after - before - lemma).abs().max()),
+        "gainers": int(flow.gainers[0]),
+        "losers": int(flow.losers[0]),
+        "label_change": float(flow.label[0]),
+        "argmax_change": float(flow.argmax[0]),
+        "ratio": ratio if ratio == ratio else None,
+        "entropy": float(flow.entropy[0]),
+        "before": before.tolist(),
+        "after": after.tolist(),
+    }
 
 
 def _sharpness(logits: Tensor, peak: float) -> float:
@@ -163,109 +162,169 @@ def push_down(log_probs: Tensor, labels: Tensor, size: Tensor) -> Tensor:
     return softmax_step(log_probs, coefficients)
 
 
-def tallies(lab: Lab, count: int, labels: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Cases:
+    """Random predictions, each with a label that is pushed down, and what the push does.
+
+    Attributes:
+        log_probs: log π before the step, nats, (count, V).
+        label: The pushed label y, (count,).
+        size: |η′|, (count,).
+        delta: Δ log π, nats, (count, V).
+        flow: Where the probability goes.
+        kinds: "flat", "between" and "peaky" to the cases of that kind, (count,) bool.
+    """
+
+    log_probs: Tensor
+    label: Tensor
+    size: Tensor
+    delta: Tensor
+    flow: Flow
+    kinds: dict[str, Tensor]
+
+    @classmethod
+    def draw(cls, lab: Lab, count: int, labels: int) -> _Cases:
+        log_probs, label, size = random_cases(lab, count, labels)
+        delta = push_down(log_probs, label, size)
+        largest = log_probs.exp().amax(1)
+        flat, peaky = largest <= 2 / labels, largest >= 0.8
+        kinds = {"flat": flat, "between": ~flat & ~peaky, "peaky": peaky}
+        return cls(log_probs, label, size, delta, Flow.of(log_probs, delta, label), kinds)
+
+    @property
+    def probs(self) -> Tensor:
+        return self.log_probs.exp()
+
+    @property
+    def others(self) -> int:
+        """The number of labels that are not pushed."""
+        return self.log_probs.shape[1] - 1
+
+    def flow_of_push(self, label: Tensor, size: Tensor) -> Flow:
+        """The flow if another label were pushed down, or by another length."""
+        return Flow.of(self.log_probs, push_down(self.log_probs, label, size), label)
+
+
+def tallies(lab: Lab, count: int, labels: int) -> dict[str, list[dict[str, Any]]]:
     """The lemma's guarantees and trends, counted on random cases."""
-    log_probs, label, size = random_cases(lab, count, labels)
-    probs = log_probs.exp()
-    delta = push_down(log_probs, label, size)
-    flow = Flow.of(log_probs, delta, label)
-    others = labels - 1
-    largest = probs.amax(1)
-    flat, peaky = largest <= 2 / labels, largest >= 0.8
-    between = ~flat & ~peaky
-    all_rise, only_star = flow.gainers == others, flow.gainers == 1
-    most = flow.change.scatter(1, label[:, None], -torch.inf).amax(1)
+    cases = _Cases.draw(lab, count, labels)
+    statements = _guarantees(cases) | _flatness(cases) | _entropy_signs(cases)
+    for name, (strong, weak, which) in _comparisons(lab, cases).items():
+        statements |= {f"{name}: {k}": v[which] for k, v in _stronger(strong, weak).items()}
+    return {
+        "shares": [{"what": k, **Share.of(v).row()} for k, v in statements.items()],
+        "kinds": [
+            {
+                "prediction": name,
+                "cases": int(of.sum()),
+                "gainers": float(cases.flow.gainers[of].double().mean()) / cases.others,
+            }
+            for name, of in cases.kinds.items()
+        ],
+        "gainers": list(_gainers_by_peak(cases)),
+    }
+
+
+def _guarantees(cases: _Cases) -> dict[str, Tensor]:
+    """Statements that hold, or not, in each case: the two guarantees, and where the mass goes."""
+    flow, label = cases.flow, cases.label[:, None]
+    most = flow.change.scatter(1, label, -torch.inf).amax(1)
+    over_half = flow.argmax > 0.5 * flow.gained
     # Rich get richer: sorted by π, the relative changes of all other labels are sorted too.
-    order = log_probs.scatter(1, label[:, None], -torch.inf).argsort(1, descending=True)[:, :-1]
-    ranked = delta.gather(1, order)
-    star = probs.argmax(1)
-    peak_pushed = Flow.of(log_probs, push_down(log_probs, star, size), star).entropy > 0
-    shares = {
+    order = cases.log_probs.scatter(1, label, -torch.inf).argsort(1, descending=True)[:, :-1]
+    ranked = cases.delta.gather(1, order)
+    return {
         "label falls": flow.label < 0,
         "argmax rises": flow.argmax > 0,
         "argmax gains most": flow.argmax >= most,
-        "argmax gets over half": flow.argmax > 0.5 * flow.gained,
-        "argmax gets over half, peaky": (flow.argmax > 0.5 * flow.gained)[peaky],
+        "argmax gets over half": over_half,
+        "argmax gets over half, peaky": over_half[cases.kinds["peaky"]],
         "richer rise more": (ranked.diff(dim=1) <= 1e-14).all(1),
+    }
+
+
+def _flatness(cases: _Cases) -> dict[str, Tensor]:
+    """Which labels rise, by the kind of prediction."""
+    flat, between, peaky = (cases.kinds[kind] for kind in ("flat", "between", "peaky"))
+    all_rise, only_star = cases.flow.gainers == cases.others, cases.flow.gainers == 1
+    return {
         "flat: all others rise": all_rise[flat],
         "between: some rise, some fall": (~all_rise & ~only_star)[between],
         "between: all others rise": all_rise[between],
         "between: all but the argmax fall": only_star[between],
         "peaky: all but the argmax fall": only_star[peaky],
-        "entropy rises when the likeliest label is pushed down": peak_pushed,
-        "entropy rises when the likeliest label is pushed down, |η′| ≤ 0.1": peak_pushed[
-            size <= 0.1
-        ],
-        "entropy falls when a label below 1/V is pushed down": (
-            flow.entropy[_own(probs, label) < 1 / labels] < 0
-        ),
     }
 
+
+def _entropy_signs(cases: _Cases) -> dict[str, Tensor]:
+    """Whether entropy rises when a peak is pushed down, and falls when a valley is."""
+    star = cases.probs.argmax(1)
+    rises = cases.flow_of_push(star, cases.size).entropy > 0
+    valley = _own(cases.probs, cases.label) < 1 / cases.probs.shape[1]
+    peak = "entropy rises when the likeliest label is pushed down"
+    return {
+        peak: rises,
+        f"{peak}, |η′| ≤ 0.1": rises[cases.size <= 0.1],
+        "entropy falls when a label below 1/V is pushed down": cases.flow.entropy[valley] < 0,
+    }
+
+
+def _comparisons(lab: Lab, cases: _Cases) -> dict[str, tuple[Flow, Flow, Tensor]]:
+    """Pairs of pushes, the one that should squeeze more first, and the cases that count."""
+    probs, label, size = cases.probs, cases.label, cases.size
+    count, labels = probs.shape
+    star = probs.argmax(1)
+    every = torch.ones(count, dtype=torch.bool)
     # Trend 4, the same prediction: of two labels other than the argmax, push the rarer one.
     pairs = torch.rand(count, labels, generator=lab.generator("pairs"), dtype=torch.float64)
-    pairs = pairs.scatter(1, probs.argmax(1, keepdim=True), -1.0).topk(2, dim=1).indices
+    pairs = pairs.scatter(1, star[:, None], -1.0).topk(2, dim=1).indices
     rarer = _own(probs, pairs[:, 0]) < _own(probs, pairs[:, 1])
     rare = torch.where(rarer, pairs[:, 0], pairs[:, 1])
     common = torch.where(rarer, pairs[:, 1], pairs[:, 0])
     # Trend 4, the same label: dig its valley three nats deeper.
-    not_star = label != probs.argmax(1)
-    deeper = log_probs.scatter_add(1, label[:, None], torch.full((count, 1), -3.0).double())
-    deeper = deeper.log_softmax(-1)
-    comparisons = {
+    dug = torch.full((count, 1), -3.0).double()
+    deeper = cases.log_probs.scatter_add(1, label[:, None], dug).log_softmax(-1)
+    in_deeper = Flow.of(deeper, push_down(deeper, label, size), label)
+    return {
         "a rarer label": (
-            Flow.of(log_probs, push_down(log_probs, rare, size), rare),
-            Flow.of(log_probs, push_down(log_probs, common, size), common),
-            torch.ones(count, dtype=torch.bool),
+            cases.flow_of_push(rare, size),
+            cases.flow_of_push(common, size),
+            every,
         ),
-        "a deeper valley": (
-            Flow.of(deeper, push_down(deeper, label, size), label),
-            flow,
-            not_star,
-        ),
-        "a step twice as long": (
-            Flow.of(log_probs, push_down(log_probs, label, 2 * size), label),
-            flow,
-            torch.ones(count, dtype=torch.bool),
-        ),
+        "a deeper valley": (in_deeper, cases.flow, label != star),
+        "a step twice as long": (cases.flow_of_push(label, 2 * size), cases.flow, every),
     }
-    for name, (strong, weak, which) in comparisons.items():
-        shares |= {
-            f"{name}: no fewer others fall": (strong.losers >= weak.losers)[which],
-            f"{name}: the squeeze ratio is larger": (strong.ratio > weak.ratio)[which],
-            f"{name}: the others lose more": (strong.lost < weak.lost)[which],
-            f"{name}: the argmax gains more": (strong.argmax > weak.argmax)[which],
-            f"{name}: the label loses more": (strong.label < weak.label)[which],
-        }
-    curve = []
+
+
+def _stronger(strong: Flow, weak: Flow) -> dict[str, Tensor]:
+    """In which respects one push squeezes more than another, in each case."""
+    return {
+        "no fewer others fall": strong.losers >= weak.losers,
+        "the squeeze ratio is larger": strong.ratio > weak.ratio,
+        "the others lose more": strong.lost < weak.lost,
+        "the argmax gains more": strong.argmax > weak.argmax,
+        "the label loses more": strong.label < weak.label,
+    }
+
+
+def _gainers_by_peak(cases: _Cases) -> Iterator[dict[str, float]]:
+    """Quantiles of the share of other labels that rise, by the largest probability."""
+    largest = cases.probs.amax(1)
     edges = torch.logspace(-1.7, 0, 15, dtype=torch.float64).tolist()
     for low, high in itertools.pairwise(edges):
         inside = (largest >= low) & (largest < high)
         if int(inside.sum()) >= 30:
-            gain = flow.gainers[inside].double() / others
+            gain = cases.flow.gainers[inside].double() / cases.others
             tenth, half, most = gain.quantile(torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
-            curve.append(
-                {
-                    "low": low,
-                    "high": high,
-                    "cases": int(inside.sum()),
-                    "tenth": tenth,
-                    "median": half,
-                    "ninetieth": most,
-                    "mean": float(gain.mean()),
-                }
-            )
-    return {
-        "shares": [{"what": k, **Share.of(v).row()} for k, v in shares.items()],
-        "kinds": [
-            {
-                "prediction": name,
-                "cases": int(of.sum()),
-                "gainers": float(flow.gainers[of].double().mean()) / others,
+            yield {
+                "low": low,
+                "high": high,
+                "cases": int(inside.sum()),
+                "tenth": tenth,
+                "median": half,
+                "ninetieth": most,
+                "mean": float(gain.mean()),
             }
-            for name, of in (("flat", flat), ("between", between), ("peaky", peaky))
-        ],
-        "gainers": curve,
-    }
 
 
 def _own(values: Tensor, labels: Tensor) -> Tensor:
@@ -335,55 +394,68 @@ def reference_rows() -> list[dict[str, Any]]:
 def limits(lab: Lab, count: int, labels: int) -> dict[str, list[dict[str, Any]]]:
     """The two guarantees where other positions and layers share what moves; η' = −0.5 each."""
     generator = lab.generator("limits")
+    return {
+        "contexts": _other_contexts(generator, count, labels),
+        "positions": [
+            _several_positions(generator, max(1, count // number), labels, number, overlap)
+            for overlap in OVERLAPS
+            for number in POSITIONS
+        ],
+        "hidden": hidden(lab, count // 4, labels),
+    }
 
-    def logits(*shape: int) -> Tensor:
-        return 2.5 * torch.randn(*shape, labels, generator=generator, dtype=torch.float64)
 
-    # Another context x_o whose features have this cosine with the pushed one's: with the same W
-    # its logits Wᵀx_o have it too, and K = cosine · ‖x‖² I.
-    contexts = []
-    here, other = logits(count), logits(count)
+def _scattered_logits(generator: torch.Generator, *shape: int) -> Tensor:
+    return 2.5 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _other_contexts(generator: torch.Generator, count: int, labels: int) -> list[dict[str, Any]]:
+    """A context x_o whose features have some cosine with those of the pushed one.
+
+    With the same W its logits Wᵀx_o have that cosine too, and K = cosine · ‖x‖² I.
+    """
+    here = _scattered_logits(generator, count, labels)
+    other = _scattered_logits(generator, count, labels)
     label = torch.randint(labels, (count, 1), generator=generator)
     push = here.softmax(-1).scatter_add(1, label, -torch.ones(count, 1, dtype=torch.float64))
-    star_here = leading(here, label[:, 0], 1)
+    star = leading(here, label[:, 0], 1)
+    rows = []
     for cosine in COSINES:
         there = (cosine * here + (1 - cosine**2) ** 0.5 * other).log_softmax(-1)
         delta = renormalised(there, 0.5 * cosine * push)
         own = Flow.of(there, delta, label[:, 0]).argmax
-        contexts.append(
+        of_pushed = delta.gather(1, star)
+        rows.append(
             {
                 "cosine": cosine,
                 "its own argmax rises": Share.of(own > 0).row(),
-                "argmax of the pushed context rises": Share.of(
-                    delta.gather(1, star_here) > 0
-                ).row(),
+                "argmax of the pushed context rises": Share.of(of_pushed > 0).row(),
             }
         )
-    # Several positions of one response, each with a label pushed down, features overlapping.
-    positions = []
-    for overlap in OVERLAPS:
-        for number in POSITIONS:
-            each = max(1, count // number)
-            apart, common = logits(each, number), logits(each, 1)
-            at = overlap**0.5 * common + (1 - overlap) ** 0.5 * apart
-            label = torch.randint(labels, (each, number, 1), generator=generator)
-            pushes = at.softmax(-1).scatter_add(
-                2, label, -torch.ones(each, number, 1, dtype=torch.float64)
-            )
-            kernel = torch.full((number, number), overlap, dtype=torch.float64).fill_diagonal_(1)
-            shift = 0.5 * torch.einsum("mn,bnv->bmv", kernel, pushes)
-            rows = at.log_softmax(-1).reshape(-1, labels)
-            delta = renormalised(rows, shift.reshape(-1, labels))
-            flow = Flow.of(rows, delta, label.reshape(-1))
-            positions.append(
-                {
-                    "overlap": overlap,
-                    "positions": number,
-                    "label falls": Share.of(flow.label < 0).row(),
-                    "argmax rises": Share.of(flow.argmax > 0).row(),
-                }
-            )
-    return {"contexts": contexts, "positions": positions, "hidden": hidden(lab, count // 4, labels)}
+    return rows
+
+
+def _several_positions(
+    generator: torch.Generator, count: int, labels: int, number: int, overlap: float
+) -> dict[str, Any]:
+    """Positions of one response, each with a label pushed down, whose features overlap."""
+    apart = _scattered_logits(generator, count, number, labels)
+    common = _scattered_logits(generator, count, 1, labels)
+    at = overlap**0.5 * common + (1 - overlap) ** 0.5 * apart
+    label = torch.randint(labels, (count, number, 1), generator=generator)
+    down = -torch.ones(count, number, 1, dtype=torch.float64)
+    pushes = at.softmax(-1).scatter_add(2, label, down)
+    kernel = torch.full((number, number), overlap, dtype=torch.float64).fill_diagonal_(1)
+    shift = 0.5 * torch.einsum("mn,bnv->bmv", kernel, pushes)
+    rows = at.log_softmax(-1).reshape(-1, labels)
+    delta = renormalised(rows, shift.reshape(-1, labels))
+    flow = Flow.of(rows, delta, label.reshape(-1))
+    return {
+        "overlap": overlap,
+        "positions": number,
+        "label falls": Share.of(flow.label < 0).row(),
+        "argmax rises": Share.of(flow.argmax > 0).row(),
+    }
 
 
 def hidden(lab: Lab, count: int, labels: int, width: int = 32) -> list[dict[str, Any]]:
