@@ -9,15 +9,15 @@ is a real one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lddyn.lab.bigram.claims import expected, make_claims, seen
 from lddyn.lab.bigram.measure import measure_pushes
 from lddyn.lab.bigram.models import KINDS
 from lddyn.lab.bigram.pictures import draw_leak, draw_longer
+from lddyn.lab.experiment import experiment
 from lddyn.lab.record import Lab
-from lddyn.lab.settings import Bigram as Settings
+from lddyn.lab.settings import Bigram
 from lddyn.lazy import attributes
 
 __getattr__, __dir__ = attributes(__name__, {})
@@ -25,29 +25,12 @@ __getattr__, __dir__ = attributes(__name__, {})
 __all__ = ["run"]
 
 
-def run(
-    out: str | Path,
-    settings: Settings | None = None,
-    *,
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Runs the experiment.
+@experiment("bigram", Bigram)
+def run(lab: Lab, settings: Bigram) -> dict[str, Any]:
+    """Trains three bigram models of one text, and pushes the same words down in each.
 
-    Args:
-        out: Folder for everything.
-        settings: See `lddyn.lab.settings.Bigram`.
-        seed: Of all random numbers.
-        progress: Show bars on standard error.
-
-    Returns:
-        What results.json holds.
-
-    Raises:
-        ValueError: If a setting is out of bounds, or the folder holds another experiment.
+    Cost: with the default settings 2 seconds of one core.
     """
-    settings = settings or Settings()
-    lab = Lab("bigram", Path(out), seed, settings.decisive(), progress)
     measured = lab.once("pushes", lambda: measure_pushes(lab, settings))
     for name in ("kernels", "longer", "repeated", "pairs"):
         lab.table(name, measured[name])

@@ -6,20 +6,19 @@ the same learning rate.
 
 from __future__ import annotations
 
-import os
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lddyn.lab.dpo.claims import expected, make_claims, seen
 from lddyn.lab.dpo.measure import LOSS, encoded_pairs, mass_of_steps, sampled_pairs
 from lddyn.lab.dpo.pictures import draw
 from lddyn.lab.dpo.tables import AGAIN, ON_POLICY, Runs, off_policy, write_tables
+from lddyn.lab.experiment import experiment
 from lddyn.lab.finetune import Recipe, checkpoint, finetune, spread
 from lddyn.lab.mass import mass_of_run
 from lddyn.lab.record import Lab
 from lddyn.lab.setting import load, one_thread
-from lddyn.lab.settings import Dpo as Settings
+from lddyn.lab.settings import Dpo
 from lddyn.lab.training import Supervised
 from lddyn.lazy import attributes
 
@@ -31,31 +30,12 @@ __getattr__, __dir__ = attributes(__name__, {})
 __all__ = ["run"]
 
 
-def run(
-    out: str | os.PathLike[str],
-    settings: Settings | None = None,
-    *,
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, Any]:
+@experiment("dpo", Dpo)
+def run(lab: Lab, settings: Dpo) -> dict[str, Any]:
     """Trains by DPO after SFT of several lengths, and measures every response type on the way.
-
-    Args:
-        out: Folder for everything.
-        settings: See `lddyn.lab.settings.Dpo`.
-        seed: Of all random numbers.
-        progress: Show bars on standard error.
-
-    Returns:
-        What results.json holds.
-
-    Raises:
-        ValueError: If a setting is out of bounds, or the folder holds another experiment.
 
     Cost: with the default settings about 3 minutes of one core.
     """
-    settings = settings or Settings()
-    lab = Lab("dpo", Path(out), seed, settings.decisive(), progress)
     setting = load(lab, settings)
     pairs = setting.pairs(setting.train, ("chosen", "rejected"))
     longest = settings.lengths[-1]

@@ -6,20 +6,19 @@ and the negative log-likelihood of y+ added to the loss.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lddyn.lab.curves import Curves
+from lddyn.lab.experiment import experiment
 from lddyn.lab.extend import pictures
 from lddyn.lab.extend.claims import GATE, expected, make_claims, seen
 from lddyn.lab.extend.measure import examine, summary
 from lddyn.lab.finetune import Recipe, checkpoint, finetune
 from lddyn.lab.record import Lab
 from lddyn.lab.setting import load, one_thread
-from lddyn.lab.settings import Extend as Settings
+from lddyn.lab.settings import Extend
 from lddyn.lab.training import Preferring, Supervised
 from lddyn.lazy import attributes
 from lddyn.objectives import Loss
@@ -37,31 +36,12 @@ _PLAN = {
 }
 
 
-def run(
-    out: str | os.PathLike[str],
-    settings: Settings | None = None,
-    *,
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, Any]:
+@experiment("extend", Extend)
+def run(lab: Lab, settings: Extend) -> dict[str, Any]:
     """Runs SFT on y+ or on both, then DPO; measures probes, samples, and held-out pairs.
-
-    Args:
-        out: Folder for everything.
-        settings: See `lddyn.lab.settings.Extend`.
-        seed: Of all random numbers.
-        progress: Show bars on standard error.
-
-    Returns:
-        What results.json holds.
-
-    Raises:
-        ValueError: If a setting is out of bounds, or the folder holds another experiment.
 
     Cost: with the default settings about 3 minutes of one core.
     """
-    settings = settings or Settings()
-    lab = Lab("extend", Path(out), seed, settings.decisive(), progress)
     setting = load(lab, settings)
     pairs = setting.pairs(setting.train, ("chosen", "rejected"))
     tuned: dict[str, Curves] = {}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from lddyn.lab.experiment import experiment
 from lddyn.lab.mnist.claims import judge_kernel, judge_maps, judge_step, judge_sums
 from lddyn.lab.mnist.measure import Descent, descend, halve, one_step
 from lddyn.lab.record import Lab
-from lddyn.lab.settings import Mnist as Settings
+from lddyn.lab.settings import Mnist
 from lddyn.lazy import attributes
 
 __getattr__, __dir__ = attributes(__name__, {})
@@ -18,40 +18,16 @@ __getattr__, __dir__ = attributes(__name__, {})
 __all__ = ["run"]
 
 
-def run(
-    out: str | Path,
-    settings: Settings | None = None,
-    *,
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, Any]:
+@experiment("mnist", Mnist)
+def run(lab: Lab, settings: Mnist) -> dict[str, Any]:
     """Trains a network on digits twice, and compares what K predicts with what was measured.
 
     The second run is the control: no momentum, and a constant learning rate of
     `lr` / (1 − `momentum`).
 
-    Args:
-        out: Folder for everything; a run that was stopped continues from its last five epochs.
-        settings: See `lddyn.lab.settings.Mnist`.
-        seed: Of all random numbers.
-        progress: Show bars on standard error.
-
-    Returns:
-        What results.json holds.
-
-    Raises:
-        ValueError: If a setting is out of bounds, the data are corrupt, or the folder holds another
-            experiment.
-        ImportError: If scikit-learn or torchvision is needed and not installed.
-
     Cost: with the default settings about 4 minutes on one core; memory grows with the square of
     `probes`.
-
-    Example:
-        >>> # results = lddyn.lab.mnist.run("lab/mnist", lddyn.lab.settings.Mnist(network="mlp"))
     """
-    settings = settings or Settings()
-    lab = Lab("mnist", Path(out), seed, settings.decisive(), progress)
     halves = halve(lab, settings)
     momentum = settings.momentum
     descents = (

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
+from lddyn.lab.experiment import experiment
 from lddyn.lab.probes.claims import expected, make_claim, seen
 from lddyn.lab.probes.measure import by_type, compare
 from lddyn.lab.probes.pictures import draw_types
 from lddyn.lab.record import Lab
 from lddyn.lab.setting import UNTRACKED, load, one_thread
-from lddyn.lab.settings import Probes as Settings
+from lddyn.lab.settings import Probes
 from lddyn.lazy import attributes
 from lddyn.probes.endpoint import Endpoint, write
 
@@ -20,31 +19,12 @@ __getattr__, __dir__ = attributes(__name__, {})
 __all__ = ["run"]
 
 
-def run(
-    out: str | os.PathLike[str],
-    settings: Settings | None = None,
-    *,
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, Any]:
+@experiment("probes", Probes)
+def run(lab: Lab, settings: Probes) -> dict[str, Any]:
     """Builds or reads a probing set, reports on it, and times the pass.
-
-    Args:
-        out: Folder for everything; probes.jsonl is the set.
-        settings: See `lddyn.lab.settings.Probes`.
-        seed: Of all random numbers.
-        progress: Show bars on standard error.
-
-    Returns:
-        What results.json holds.
-
-    Raises:
-        ValueError: If a setting is out of bounds, or the folder holds another experiment.
 
     Cost: with the default settings 40 seconds of one core.
     """
-    settings = settings or Settings()
-    lab = Lab("probes", Path(out), seed, settings.decisive(), progress)
     setting = load(lab, settings)
     probes = setting.probes
     if settings.endpoint:

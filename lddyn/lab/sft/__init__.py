@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lddyn.lab.curves import Curves
+from lddyn.lab.experiment import experiment
 from lddyn.lab.finetune import Recipe, finetune, spread
 from lddyn.lab.record import Lab
 from lddyn.lab.setting import Setting, load, one_thread
-from lddyn.lab.settings import Sft as Settings
+from lddyn.lab.settings import Sft
 from lddyn.lab.sft import pictures
 from lddyn.lab.sft.claims import expected, make_claims, seen
 from lddyn.lab.sft.measure import accuracy, influence_maps
@@ -27,31 +26,12 @@ __getattr__, __dir__ = attributes(__name__, {})
 __all__ = ["run"]
 
 
-def run(
-    out: str | os.PathLike[str],
-    settings: Settings | None = None,
-    *,
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, Any]:
+@experiment("sft", Sft)
+def run(lab: Lab, settings: Sft) -> dict[str, Any]:
     """Finetunes on the chosen responses, and measures every response type on the way.
-
-    Args:
-        out: Folder for everything.
-        settings: See `lddyn.lab.settings.Sft`.
-        seed: Of all random numbers.
-        progress: Show bars on standard error.
-
-    Returns:
-        What results.json holds.
-
-    Raises:
-        ValueError: If a setting is out of bounds, or the folder holds another experiment.
 
     Cost: with the default settings about 3 minutes of one core, two thirds of it for K.
     """
-    settings = settings or Settings()
-    lab = Lab("sft", Path(out), seed, settings.decisive(), progress)
     setting = load(lab, settings)
     learned = setting.pairs(setting.train, ("chosen",))
     tuned = setting.fresh()

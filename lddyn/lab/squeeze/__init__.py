@@ -8,9 +8,9 @@ where other positions and other layers share the parameters that move.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from lddyn.lab.experiment import experiment
 from lddyn.lab.record import Lab
 from lddyn.lab.settings import Squeeze
 from lddyn.lab.squeeze import measure, pictures
@@ -22,29 +22,12 @@ __getattr__, __dir__ = attributes(__name__, {})
 __all__ = ["run"]
 
 
-def run(
-    out: str | Path,
-    settings: Squeeze | None = None,
-    *,
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Runs the experiment.
+@experiment("squeeze", Squeeze)
+def run(lab: Lab, settings: Squeeze) -> dict[str, Any]:
+    """Takes real steps of softmax regression, tallies random cases, and goes beyond one softmax.
 
-    Args:
-        out: Folder for everything.
-        settings: See `lddyn.lab.settings.Squeeze`.
-        seed: Of all random numbers.
-        progress: Show bars on standard error.
-
-    Returns:
-        What results.json holds.
-
-    Raises:
-        ValueError: If a setting is out of bounds, or the folder holds another experiment.
+    Cost: with the default settings a second of one core.
     """
-    settings = settings or Squeeze()
-    lab = Lab("squeeze", Path(out), seed, settings.decisive(), progress)
     cases, labels = settings.cases, settings.labels
     measured = Measured(
         regimes=lab.once("regimes", lambda: measure.regimes(lab, labels, settings.large)),

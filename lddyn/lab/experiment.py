@@ -1,0 +1,74 @@
+"""How every experiment is started: one `run(out, settings, seed=0, progress=True)` for all."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from lddyn.lab.record import Lab
+from lddyn.lab.settings import Settings
+
+__all__ = ["Run", "experiment"]
+
+S = TypeVar("S", bound=Settings)
+_S = TypeVar("_S", bound=Settings, contravariant=True)
+
+_COMMON = """
+
+Args:
+    out: Folder for everything. A run that was stopped continues there.
+    settings: See `lddyn.lab.settings.{kind}`; None: the defaults.
+    seed: Of all random numbers.
+    progress: Show bars on standard error.
+
+Returns:
+    What results.json holds.
+
+Raises:
+    ValueError: If a setting is out of bounds, the data are corrupt, or the folder holds another
+        experiment.
+    ImportError: If a package of `lddyn[lab]` is needed and not installed.
+"""
+
+
+class Run(Protocol[_S]):
+    """What `run` of every experiment's package is."""
+
+    def __call__(
+        self,
+        out: str | os.PathLike[str],
+        settings: _S | None = None,
+        *,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> dict[str, Any]:
+        """Runs the experiment and returns what results.json holds."""
+
+
+def experiment(name: str, kind: type[S]) -> Callable[[Callable[[Lab, S], dict[str, Any]]], Run[S]]:
+    """Makes `run(out, settings, seed, progress)` of a function (lab, settings) → results.
+
+    Args:
+        name: Of the experiment, and of its package.
+        kind: The class of its settings.
+    """
+
+    def decorate(measure: Callable[[Lab, S], dict[str, Any]]) -> Run[S]:
+        def run(
+            out: str | os.PathLike[str],
+            settings: S | None = None,
+            *,
+            seed: int = 0,
+            progress: bool = True,
+        ) -> dict[str, Any]:
+            chosen = settings or kind()
+            return measure(Lab(name, Path(out), seed, chosen.decisive(), progress), chosen)
+
+        run.__module__ = measure.__module__
+        run.__doc__ = inspect.cleandoc(measure.__doc__ or "") + _COMMON.format(kind=kind.__name__)
+        return run
+
+    return decorate
