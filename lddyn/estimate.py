@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lddyn.files import plain
+from lddyn.files import json_safe
 from lddyn.results import Result, load_result, save_result
 
 
@@ -78,7 +78,7 @@ class Estimate(Result):
         value, stderr = self.value.double(), self.stderr.double()
         empty = value.numel() == 0
         return dict(
-            plain(
+            json_safe(
                 {
                     "shape": list(value.shape),
                     "samples": self.samples,
@@ -113,8 +113,8 @@ class Estimate(Result):
     def to_dict(self) -> dict[str, Any]:
         """Values and standard errors as nested lists, and samples; JSON-safe."""
         return {
-            "value": plain(self.value.tolist()),
-            "stderr": plain(self.stderr.tolist()),
+            "value": json_safe(self.value.tolist()),
+            "stderr": json_safe(self.stderr.tolist()),
             "samples": self.samples,
         }
 

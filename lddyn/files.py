@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lddyn.errors import StoreCorruptError, StoreError
 
-__all__ = ["canonical", "digest_of", "plain", "put", "replace_file"]
+__all__ = [
+    "canonical",
+    "digest_of",
+    "json_lines",
+    "json_safe",
+    "read_stored",
+    "replace_file",
+    "write_durably",
+]
 
 TEMPORARY = "incoming.tmp"  # name of a file until it is complete
 
@@ -54,7 +63,7 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def put(path: Path, data: bytes | bytearray) -> None:
+def write_durably(path: Path, data: bytes | bytearray) -> None:
     """Write a file that is whole or old after a crash of the process or a loss of power.
 
     Cost: it waits for the disk, twice.
@@ -74,7 +83,8 @@ def put(path: Path, data: bytes | bytearray) -> None:
 def replace_file(path: Path, content: str | bytes) -> None:
     """Write a file that other processes see whole: the old one or the new one.
 
-    Unlike `put` it does not wait for the disk: after a loss of power the old one may be there.
+    Unlike `write_durably` it does not wait for the disk: after a loss of power the old one may be
+    there.
 
     Args:
         path: The file; it may exist.
@@ -85,7 +95,7 @@ def replace_file(path: Path, content: str | bytes) -> None:
     temporary.replace(path)
 
 
-def read(path: Path, offset: int = 0, limit: int | None = None) -> bytes:
+def read_stored(path: Path, offset: int = 0, limit: int | None = None) -> bytes:
     """Bytes of a file of a store, from an offset to its end.
 
     Args:
@@ -109,12 +119,19 @@ def read(path: Path, offset: int = 0, limit: int | None = None) -> bytes:
         raise StoreError(f"{path}: cannot be read: {error}") from error
 
 
-def plain(value: Any) -> Any:
+def json_lines(path: Path) -> Iterator[Any]:
+    """The value of every line of a JSONL file; a line that a crash cut short is skipped."""
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+def json_safe(value: Any) -> Any:
     """The value as strict JSON can hold it: NaN and infinities are None, tuples lists, keys str."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): json_safe(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [json_safe(v) for v in value]
     return value

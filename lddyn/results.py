@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lddyn.files import plain, replace_file
+from lddyn.files import json_safe, replace_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,7 @@ def save_result(
 
         kept = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
         replace_file(data, save(kept))
-    text = json.dumps({**head, **plain(facts)}, indent=1, allow_nan=False)
+    text = json.dumps({**head, **json_safe(facts)}, indent=1, allow_nan=False)
     replace_file(meta, text)
 
 

@@ -27,7 +27,7 @@ class Repeats:
         parts = self._parts(a, b)
         return Estimate(parts.mean(2), parts.std(2) / self.repeats**0.5, self.repeats)
 
-    def to_json(self):
+    def to_dict(self):
         return {"kind": "repeats", "repeats": self.repeats, "scale": self.scale}
 
 

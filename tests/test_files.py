@@ -7,35 +7,44 @@ import os
 import pytest
 
 from lddyn.errors import StoreCorruptError, StoreError
-from lddyn.files import TEMPORARY, canonical, digest_of, plain, put, read, replace_file
+from lddyn.files import (
+    TEMPORARY,
+    canonical,
+    digest_of,
+    json_lines,
+    json_safe,
+    read_stored,
+    replace_file,
+    write_durably,
+)
 
 
-def test_put_writes_the_whole_file_and_leaves_nothing_else(tmp_path):
+def test_write_durably_writes_the_whole_file_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "a"
     for content in (b"first", b"second, which is longer"):
-        put(path, content)
+        write_durably(path, content)
         assert path.read_bytes() == content
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("failing", ["fsync", "pwrite", "replace"])
-def test_put_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch, failing):
+def test_write_durably_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch, failing):
     path = tmp_path / "a"
-    put(path, b"old")
+    write_durably(path, b"old")
 
     def full(*_):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, failing, full)
     with pytest.raises(OSError, match="no space left"):
-        put(path, b"new")
+        write_durably(path, b"new")
     assert path.read_bytes() == b"old"
 
 
-def test_put_never_writes_through_a_link(tmp_path):
+def test_write_durably_never_writes_through_a_link(tmp_path):
     (tmp_path / "other").write_bytes(b"somebody's")
     (tmp_path / TEMPORARY).symlink_to(tmp_path / "other")
-    put(tmp_path / "a", b"ours")
+    write_durably(tmp_path / "a", b"ours")
     assert (tmp_path / "other").read_bytes() == b"somebody's"
     assert (tmp_path / "a").read_bytes() == b"ours"
 
@@ -51,13 +60,13 @@ def test_replace_file_takes_text_and_bytes(tmp_path):
 
 def test_read_says_what_is_wrong_with_a_file_of_a_store(tmp_path):
     (tmp_path / "a").write_bytes(b"0123456789")
-    assert read(tmp_path / "a", 3) == b"3456789"
+    assert read_stored(tmp_path / "a", 3) == b"3456789"
     with pytest.raises(StoreCorruptError, match="a: larger than 9 bytes"):
-        read(tmp_path / "a", limit=9)
+        read_stored(tmp_path / "a", limit=9)
     with pytest.raises(StoreCorruptError, match="absent: this file of the store is missing"):
-        read(tmp_path / "absent")
+        read_stored(tmp_path / "absent")
     with pytest.raises(StoreError, match="cannot be read"):
-        read(tmp_path)
+        read_stored(tmp_path)
 
 
 def test_digests_do_not_depend_on_parts_or_order_of_keys():
@@ -67,8 +76,14 @@ def test_digests_do_not_depend_on_parts_or_order_of_keys():
         canonical({"a": math.nan})
 
 
-def test_plain_values_are_strict_json():
+def test_json_safe_values_are_strict_json():
     value = {1: (math.nan, [math.inf, 2.0]), "b": {"c": -math.inf}, "d": None}
     want = {"1": [None, [None, 2.0]], "b": {"c": None}, "d": None}
-    assert plain(value) == want
-    assert json.loads(json.dumps(plain(value), allow_nan=False)) == want
+    assert json_safe(value) == want
+    assert json.loads(json.dumps(json_safe(value), allow_nan=False)) == want
+
+
+def test_json_lines_skips_what_a_crash_cut_short(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n\n[2, "\u2028"]\n{"step": 3, "lo', encoding="utf-8")
+    assert list(json_lines(path)) == [{"step": 1}, [2, "\u2028"]]

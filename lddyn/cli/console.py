@@ -29,9 +29,9 @@ def safe(text: str) -> str:
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Prints one JSON document; NaN and infinities become null."""
-    from lddyn.files import plain
+    from lddyn.files import json_safe
 
-    typer.echo(json.dumps(plain(document), ensure_ascii=False, indent=1, allow_nan=False))
+    typer.echo(json.dumps(json_safe(document), ensure_ascii=False, indent=1, allow_nan=False))
 
 
 def print_parts(parts: Iterable[str | Table]) -> None:

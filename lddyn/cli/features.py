@@ -265,7 +265,7 @@ def _layout(path: Path) -> Layout | None:
     from lddyn.store.store import Store
 
     described = Store.open(path).layout_json
-    return None if described is None else Layout.from_json(described)
+    return None if described is None else Layout.from_dict(described)
 
 
 def _example_id(store: Store, example: str | None, index: int | None) -> str:

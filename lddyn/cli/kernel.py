@@ -215,10 +215,10 @@ def _estimate_to_dict(estimate: Estimate | None) -> dict[str, Any] | None:
 
 
 def _save(out: Path, document: Mapping[str, Any], kernel: Kernel) -> None:
-    from lddyn.files import plain, replace_file
+    from lddyn.files import json_safe, replace_file
 
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plain(document), ensure_ascii=False, indent=1, allow_nan=False)
+    text = json.dumps(json_safe(document), ensure_ascii=False, indent=1, allow_nan=False)
     replace_file(out / "ntk.json", text + "\n")
     kernel.save(out)
 

@@ -344,7 +344,7 @@ def massflow(
     (and predicted to first order). --out FOLDER gets massflow.json.
     """
     import lddyn
-    from lddyn.files import plain, replace_file
+    from lddyn.files import json_safe, replace_file
 
     given = prepare(model, rows, step.update, step.observe, step.responses)
     seconds = {"load": given.seconds}
@@ -369,7 +369,7 @@ def massflow(
     document["responses"] = {name: flow.to_dict() for name, flow in flows.items()}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(plain(document), ensure_ascii=False, indent=1, allow_nan=False)
+        text = json.dumps(json_safe(document), ensure_ascii=False, indent=1, allow_nan=False)
         replace_file(out / "massflow.json", text + "\n")
     return Answer(document, _tell_flows(flows, out))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lddyn.data.encode import encode
 from lddyn.data.example import Example
 from lddyn.demo.world import World, build_world, falling_pair, sft
+from lddyn.engine.logits import own_response
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -229,7 +230,8 @@ def _take_dpo_step(
 ) -> dict[str, Any]:
     """Takes a real DPO step on one pair: the change of log π of both answers, in nats.
 
-    In plain torch, without anything of lddyn's: the demo compares its explanation with this.
+    The model's own forward pass and torch's optimizer take it; the demo compares its explanation
+    with this.
     """
     pair = [encode(tokenizer, row["prompt"], row[k]) for k in ("chosen", "rejected")]
     with torch.no_grad():
@@ -253,13 +255,8 @@ def _take_dpo_step(
 
 
 def _log_probs(model: LlamaForCausalLM, examples: list[Example]) -> list[Tensor]:
-    """Log π of each response, in nats."""
-    sums = []
-    for example in examples:
-        logits = model(input_ids=torch.tensor([example.ids]), use_cache=False).logits[0]
-        log_probs = logits[list(example.positions)].log_softmax(-1)
-        sums.append(log_probs.gather(-1, torch.tensor(example.targets)[:, None]).sum())
-    return sums
+    """Log π of each response by the model's own forward pass, with its graph, in nats."""
+    return [own_response(model, example).log_probs.sum() for example in examples]
 
 
 def _opening(

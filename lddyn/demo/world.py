@@ -43,6 +43,8 @@ from lddyn.demo.training import (
     train,
     train_tokenizer,
 )
+from lddyn.engine.gradient import flat_gradient
+from lddyn.engine.logits import own_response
 from lddyn.memory import cpu_threads
 
 if TYPE_CHECKING:
@@ -241,10 +243,8 @@ def falling_pair(world: World, kind: str = "near", candidates: int = 64) -> int:
 
     def gradient(prompt: str, response: str) -> Tensor:
         example = encode(world.tokenizer, prompt, response)
-        logits = world.model(input_ids=torch.tensor([example.ids]), use_cache=False).logits[0]
-        log_probs = logits[list(example.positions)].log_softmax(-1)
-        total = log_probs.gather(-1, torch.tensor(example.targets)[:, None]).sum()
-        return torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters)]).double()
+        total = own_response(world.model, example).log_probs.sum()
+        return flat_gradient(total, parameters).double()
 
     def rise(index: int) -> float:
         row = world.preference_pairs[index]

@@ -21,7 +21,7 @@ from lddyn.engine.head import back_project, project
 from lddyn.engine.trace import Trace
 from lddyn.entk.norms import span_basis
 from lddyn.estimate import Estimate
-from lddyn.files import plain
+from lddyn.files import json_safe
 from lddyn.results import Result, load_result, save_result
 
 KIND, FORMAT = "lddyn.LowRank", 1
@@ -166,8 +166,8 @@ class LowRank(Result):
             "observed_tokens": self.shape[0],
             "updated_tokens": self.shape[2],
             "vocabulary": self.shape[1],
-            "residual": plain(float(self.residual.value)),
-            "residual_stderr": plain(float(self.residual.stderr)),
+            "residual": json_safe(float(self.residual.value)),
+            "residual_stderr": json_safe(float(self.residual.stderr)),
             "centred": self.centred,
         }
 
@@ -186,7 +186,7 @@ class LowRank(Result):
         return {
             **self.summary(),
             "residual": self.residual.to_dict(),
-            **{name: plain(factor.tolist()) for name, factor in factors.items()},
+            **{name: json_safe(factor.tolist()) for name, factor in factors.items()},
         }
 
     def save(self, path: str | Path) -> None:

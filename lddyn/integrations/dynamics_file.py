@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lddyn.files import plain, replace_file
+from lddyn.files import json_lines, json_safe, replace_file
 from lddyn.probes.probe_set import Encoded
 
 __all__ = ["DynamicsFile"]
@@ -48,14 +48,10 @@ class DynamicsFile:
         Returns:
             The rows, and the log-prob of each example in the first of them, (N,).
         """
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        written = self.path.exists() and self.path.stat().st_size > 0
         kept: list[dict[str, Any]] = []
-        foreign = not step and bool(lines)
-        for line in lines if step else ():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # cut by a crash
+        foreign = written and not step
+        for row in json_lines(self.path) if written and step else ():
             if not isinstance(row, dict) or row.get("probes") != self._probes:
                 foreign = True
             elif row["step"] <= step:
@@ -79,7 +75,7 @@ class DynamicsFile:
         """
         line = {**row, "each": [round(x, 4) for x in each], "probes": self._probes}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(line), allow_nan=False) + "\n")
+            file.write(json.dumps(json_safe(line), allow_nan=False) + "\n")
 
     def _set_aside(self) -> None:
         number = 1

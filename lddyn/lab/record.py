@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from lddyn import __version__
-from lddyn.files import digest_of, plain, replace_file
+from lddyn.files import digest_of, json_safe, replace_file
 from lddyn.report import render
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Lab:
         self.identity = {
             "experiment": self.name,
             "seed": self.seed,
-            "options": plain(self.options),
+            "options": json_safe(self.options),
             "made by": {"lddyn": __version__, "code": _code(), "torch": str(torch.__version__)},
             "inputs": {},
         }
@@ -172,7 +172,7 @@ class Lab:
             ValueError: If steps of the folder were made of another content; names it.
         """
         before = self.identity["inputs"]
-        self.identity["inputs"] = {**before, **plain(inputs)}
+        self.identity["inputs"] = {**before, **json_safe(inputs)}
         self._must_equal({**self.identity, "inputs": {**self.identity["inputs"], **before}})
         self._begin()
         write_json(self.folder / "identity.json", self.identity)
@@ -245,7 +245,7 @@ class Lab:
             value: T = json.loads(path.read_text(encoding="utf-8"))["value"]
             return value
         start = time.perf_counter()
-        made = plain(make())
+        made = json_safe(make())
         write_json(path, {"value": made, "seconds": time.perf_counter() - start})
         return made  # type: ignore[no-any-return]
 
@@ -263,7 +263,7 @@ class Lab:
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Every number of a figure, as tables/NAME.json and, with pyarrow, tables/NAME.parquet."""
-        rows = [plain(dict(row)) for row in rows]
+        rows = [json_safe(dict(row)) for row in rows]
         write_json(self.path("tables", f"{name}.json"), rows)
         self.tables.append(name)
         try:
@@ -300,7 +300,7 @@ class Lab:
 
         steps = sorted(self.path("steps", "x").parent.glob("*.json"))
         took = {p.stem: json.loads(p.read_text(encoding="utf-8"))["seconds"] for p in steps}
-        results = plain(
+        results = json_safe(
             {
                 "experiment": self.name,
                 "seed": self.seed,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lddyn.files import replace_file
+from lddyn.files import json_lines, replace_file
 from lddyn.report.data import Rows
 from lddyn.report.page import axis, render, versions
 from lddyn.text import printable, signed
@@ -48,14 +47,9 @@ def read_dynamics(folder: str | Path) -> list[dict[str, Any]]:
             "(docs/watch.md)"
         )
     rows = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            rows[int(row["step"])] = {
-                str(k): float(v) for k, v in row.items() if isinstance(v, int | float)
-            }
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # cut by a crash
+    for row in json_lines(path):
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows[row["step"]] = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
     if not rows:
         raise ValueError(f"{path}: no row of a watched run in it (a line is a JSON object)")
     return [rows[step] for step in sorted(rows)]

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lddyn.files import plain, replace_file
+from lddyn.files import json_safe, replace_file
 from lddyn.report.data import CheckData, Checks, ResponseData, StepData, Steps
 from lddyn.report.figures import plot_step
 from lddyn.report.page import render, versions, word
@@ -321,7 +321,7 @@ def _settings(step: StepData) -> dict[str, str]:
     }
     worst = max(o["agreement"] for o in step["observed"])
     shown["factors against push"] = f"largest difference {worst:.1e} of the largest row"
-    return {str(k).replace("_", " "): str(plain(v)) for k, v in shown.items() if v is not None}
+    return {str(k).replace("_", " "): str(json_safe(v)) for k, v in shown.items() if v is not None}
 
 
 def _check_rows(check: CheckData | None) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lddyn.files import plain
+from lddyn.files import json_safe
 from lddyn.objectives import Loss
 from lddyn.results import Result
 from lddyn.sets.close_ups import CloseUp
@@ -422,7 +422,7 @@ class Diagnosis(Result):
             "meaning": SCORES,
             "meaning_of_tokens": TOKENS,
         }
-        return dict(plain(document))
+        return dict(json_safe(document))
 
     def _tokens_to_dict(self, pair: int) -> dict[str, Any]:
         row = {"row": self.pairs.row_numbers[pair]} if self.pairs.row_numbers else {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lddyn.environment import env
-from lddyn.files import plain, replace_file
+from lddyn.files import json_safe, replace_file
 from lddyn.probes.probe_set import LABELS
 from lddyn.report.data import Rows
 from lddyn.report.diagnosis import write_diagnosis_page
@@ -86,7 +86,7 @@ def write_page(
 
 
 def _write(path: Path, content: Any) -> None:
-    text = json.dumps(plain(content), indent=1, allow_nan=False)
+    text = json.dumps(json_safe(content), indent=1, allow_nan=False)
     replace_file(path, text + "\n")
 
 
@@ -105,8 +105,8 @@ def page_data(
         "summary": summarise(diagnosis, pair_steps, measured),
         "names": [pairs.name(i) for i in range(len(pairs))],
         "log_probs": diagnosis.log_probs.mean(1).tolist(),
-        "change": plain(change.tolist()),
-        "run_change": None if forecast is None else plain(forecast.change.tolist()),
+        "change": json_safe(change.tolist()),
+        "run_change": None if forecast is None else json_safe(forecast.change.tolist()),
         "sources": _sources(diagnosis),
         "table": _table(diagnosis, tokenizer),
         "scores": {
@@ -166,7 +166,7 @@ def _table(diagnosis: Diagnosis, tokenizer: PreTrainedTokenizerBase | None) -> l
         rows.append(
             {
                 **action,
-                "values": plain({k: float(v[i]) for k, v in columns.items()}),
+                "values": json_safe({k: float(v[i]) for k, v in columns.items()}),
                 **_texts(diagnosis, i, tokenizer),
                 "tokens": _coloured(diagnosis, i),
                 "lowered_by": linked(lowered_by, i),

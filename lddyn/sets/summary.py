@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lddyn.files import plain
+from lddyn.files import json_safe
 from lddyn.text import visible
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def summarise(
         "measured": None if measured is None else _measured(diagnosis, measured),
         "unavailable": diagnosis.unavailable,
     }
-    return dict(plain(summary))
+    return dict(json_safe(summary))
 
 
 def _uncertain(diagnosis: Diagnosis) -> int | None:

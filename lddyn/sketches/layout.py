@@ -64,7 +64,7 @@ class Layout:
     is an unbiased estimate of the inner product of two token gradients. The estimate is the mean of
     the x_r; its standard error is sd(x_r) / √R, with Student's t of R − 1 degrees of freedom.
 
-    Made by `choose_layout`, or by `from_json` from what `to_json` returned.
+    Made by `choose_layout`, or by `from_dict` from what `to_dict` returned.
 
     Attributes:
         sketch: How gradients are projected.
@@ -76,7 +76,7 @@ class Layout:
         >>> import lddyn
         >>> from lddyn.sketches.layout import Layout, Part
         >>> layout = Layout(lddyn.Sketch(k=64, repeats=8), (Part("w", "sketch", (6, 5), (2, 4)),))
-        >>> layout.width, layout.linear, Layout.from_json(layout.to_json()) == layout
+        >>> layout.width, layout.linear, Layout.from_dict(layout.to_dict()) == layout
         (64, True, True)
         >>> layout
         Layout(64 numbers a row for 1 parameters (1 sketch); twosided, k = 64, R = 8)
@@ -103,10 +103,6 @@ class Layout:
             f"k = {self.sketch.k:,} in {self.sketch.repeats} repeats) and "
             f"{len(names - sketched)} are stored without error"
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """`to_json`, under the name that all results share."""
-        return self.to_json()
 
     @functools.cached_property
     def _lengths(self) -> tuple[int, int]:
@@ -293,14 +289,14 @@ class Layout:
         stderr = x.double().std(0) / self.sketch.repeats**0.5
         return Estimate(x.mean(0) + self._unsampled(a, b), stderr.to(x), self.sketch.repeats)
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything that defines the layout, JSON-safe, for `from_json`."""
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that defines the layout, JSON-safe, for `from_dict`."""
         parts = [[p.name, p.kind, list(p.shape), list(p.sizes)] for p in self.parts]
         return {"format": FORMAT, "sketch": dataclasses.asdict(self.sketch), "parts": parts}
 
     @classmethod
-    def from_json(cls, described: Mapping[str, Any]) -> Layout:
-        """The layout from what `to_json` returned.
+    def from_dict(cls, described: Mapping[str, Any]) -> Layout:
+        """The layout from what `to_dict` returned.
 
         Raises:
             ValueError: If the content is not a layout of this format version.

@@ -21,7 +21,7 @@ from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.gram import Side, factored_gram, token_gram
 from lddyn.engine.guard import undisturbed
 from lddyn.estimate import Estimate
-from lddyn.files import plain
+from lddyn.files import json_safe
 from lddyn.memory import DEFAULT_MEMORY, parse_memory
 from lddyn.results import Result
 from lddyn.sketches.candidates import Candidate, Task, exact_candidates, sketched_candidates
@@ -79,7 +79,7 @@ class Plan(Result):
         names = ("method", "flops", "seconds", "memory", "disk", "error")
         chosen = {name: getattr(self.chosen, name, None) for name in names}
         numbers = {"shape": list(self.shape), "by": self.by, "rtol": self.rtol}
-        return {name: plain(value) for name, value in (numbers | chosen).items()}
+        return {name: json_safe(value) for name, value in (numbers | chosen).items()}
 
     def explain(self) -> str:
         """A table of all ways with their costs, and an arrow at the one to take."""
@@ -112,7 +112,7 @@ class Plan(Result):
             row["chosen"] = c is self.chosen
             row["sketch"] = None if c.layout is None else asdict(c.layout.sketch)
             row["width"] = None if c.layout is None else c.layout.width
-            rows.append(plain(row))
+            rows.append(json_safe(row))
         return {
             "shape": list(self.shape),
             "memory": self.memory,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lddyn.data.token_table import COLUMNS, TokenTable, arrow_table, sequence_table
 from lddyn.estimate import Estimate
-from lddyn.files import plain
+from lddyn.files import json_safe
 from lddyn.results import Result, load_result, save_result
 from lddyn.sketches.layout import Layout, Part
 from lddyn.sketches.projections import haar, hashed
@@ -93,7 +93,7 @@ class Features(Result):
         """Rows, token table and layout, JSON-safe; `save` is smaller."""
         columns = {name: getattr(self.tokens, name).tolist() for name in _COLUMNS}
         return {
-            "rows": plain(self.rows.tolist()),
+            "rows": json_safe(self.rows.tolist()),
             "tokens": {"example_id": list(self.tokens.example_id)} | columns,
             "layout": self.layout.to_dict(),
         }
@@ -215,7 +215,7 @@ class Features(Result):
     def save(self, path: str | Path) -> None:
         """Writes `path`.safetensors (rows and token table) and `path`.json (layout, examples)."""
         columns = {name: getattr(self.tokens, name) for name in _COLUMNS}
-        facts = {"layout": self.layout.to_json(), "example_id": self.tokens.example_id}
+        facts = {"layout": self.layout.to_dict(), "example_id": self.tokens.example_id}
         save_result(path, "lddyn.Features", _FORMAT, {"rows": self.rows} | columns, facts)
 
     @classmethod
@@ -227,7 +227,7 @@ class Features(Result):
                 or another version of lddyn wrote them.
         """
         tensors, facts = load_result(path, "lddyn.Features", _FORMAT)
-        layout = Layout.from_json(facts["layout"])
+        layout = Layout.from_dict(facts["layout"])
         names, rows = facts["example_id"], tensors["rows"]
         if tuple(rows.shape) != (len(names), layout.width):
             raise ValueError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from lddyn.files import plain
+from lddyn.files import json_safe
 from lddyn.report.data import ResponseData, StepData
 from lddyn.results import Result, load_result, save_result
 from lddyn.steps.verification import Verification
@@ -172,7 +172,7 @@ class Observed(Result):
     def summary(self) -> dict[str, Any]:
         """Totals over the response's tokens, in nats, JSON-safe."""
         return dict(
-            plain(
+            json_safe(
                 {
                     "name": self.name,
                     "tokens": len(self.token_ids),
@@ -202,14 +202,14 @@ class Observed(Result):
             "name": self.name,
             "token_ids": list(self.token_ids),
             "tokens": list(self.tokens),
-            "logp": plain(self.logp.tolist()),
-            "delta_logp": plain(self.delta_logp.tolist()),
-            "influence": plain(self.influence.tolist()),
-            "by_sequence": {k: plain(v.tolist()) for k, v in self.by_sequence().items()},
-            "by_parameter": plain(self.by_parameter()),
-            "by_block": plain(self.by_parameter("block")),
-            "error_estimate": plain(self.error_estimate.tolist()),
-            "agreement": plain(float(self.agreement)),
+            "logp": json_safe(self.logp.tolist()),
+            "delta_logp": json_safe(self.delta_logp.tolist()),
+            "influence": json_safe(self.influence.tolist()),
+            "by_sequence": {k: json_safe(v.tolist()) for k, v in self.by_sequence().items()},
+            "by_parameter": json_safe(self.by_parameter()),
+            "by_block": json_safe(self.by_parameter("block")),
+            "error_estimate": json_safe(self.error_estimate.tolist()),
+            "agreement": json_safe(float(self.agreement)),
         }
 
 
@@ -312,13 +312,13 @@ class Decomposition(Result):
             }
             for o in self.observed
         ]
-        settings = plain(self.settings)
+        settings = json_safe(self.settings)
         return {
             **settings,
-            "loss": plain(self.loss),
+            "loss": json_safe(self.loss),
             "lr": self.lr,
             "rule": self.rule,
-            "observed": plain(observed),
+            "observed": json_safe(observed),
         }
 
     def explain(self, verification: Verification | None = None) -> str:
@@ -346,7 +346,7 @@ class Decomposition(Result):
         """
         sequences = self.observed[0].sequences if self.observed else {}
         return {
-            "settings": plain(self.settings),
+            "settings": json_safe(self.settings),
             "lr": self.lr,
             "loss": self.loss,
             "rule": self.rule,

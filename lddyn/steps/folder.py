@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lddyn.files import plain, replace_file
+from lddyn.files import json_safe, replace_file
 from lddyn.report.figures import plot_step
 from lddyn.report.step import measured_totals, write_step_page
 from lddyn.steps.decomposition import Decomposition
@@ -27,7 +27,7 @@ def summarise(dec: Decomposition, verification: Verification | None = None) -> d
         measured = measured_totals(dec.to_dict(), check)
         for entry in summary["observed"]:
             entry["measured"] = measured[entry["name"]]
-    return dict(plain(summary))
+    return dict(json_safe(summary))
 
 
 def write_steps(
@@ -134,5 +134,5 @@ def read_steps(
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     """JSON that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(json_safe(content), indent=1, ensure_ascii=False, allow_nan=False)
     replace_file(path, text + "\n")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
-from lddyn.files import plain
+from lddyn.files import json_safe
 from lddyn.memory import DEFAULT_MEMORY
 from lddyn.objectives import Objective
 from lddyn.results import Result, load_result, save_result
@@ -105,7 +105,7 @@ class MassFlow(Result):
         result: dict[str, Any] = {
             "name": self.name,
             "positions": len(self.labels),
-            **plain(self.settings),
+            **json_safe(self.settings),
             "argmax_gains_most": _mean((self.measured.argmax >= most) & (self.measured.argmax > 0)),
             "argmax_falls": _mean(self.measured.argmax < 0),
         }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lddyn.files import plain, replace_file
+from lddyn.files import json_safe, replace_file
 from lddyn.report.data import CheckData
 from lddyn.results import Result
 
@@ -50,7 +50,7 @@ class Verification(Result):
     def summary(self) -> dict[str, Any]:
         """Largest rate, totals over tokens there in nats, relative error, slope and its target."""
         return dict(
-            plain(
+            json_safe(
                 {
                     "lr": self.lrs[0],
                     "measured": float(self.measured[0].sum()),
@@ -116,7 +116,7 @@ class Verification(Result):
         """Writes a JSON file at this path, as a whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(plain(self.to_dict()), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(json_safe(self.to_dict()), indent=1, ensure_ascii=False, allow_nan=False)
         replace_file(path, text + "\n")
 
     @classmethod

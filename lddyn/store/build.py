@@ -191,7 +191,7 @@ def _stored_layout(paths: Sequence[Path], sketch: Sketch) -> Layout | None:
     for path in paths:
         if (path / MANIFEST).exists():
             described = Store.open(path).layout_json
-            layout = None if described is None else Layout.from_json(described)
+            layout = None if described is None else Layout.from_dict(described)
             if layout is not None and layout.sketch == sketch:
                 return layout
     return None
@@ -247,7 +247,7 @@ def store_features(
     Cost: that of `features`; in memory one example's rows, or those of 64 whole sequences, and a
     shard.
     """
-    if store.layout_json != layout.to_json():
+    if store.layout_json != layout.to_dict():
         raise ValueError(f"{store.path} has another layout: create it with that of these rows")
     anatomy = Anatomy.of(model)
     bar = tqdm(

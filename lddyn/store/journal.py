@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lddyn.errors import StoreCorruptError
-from lddyn.files import canonical, digest_of, read, write_all
+from lddyn.files import canonical, digest_of, read_stored, write_all
 from lddyn.store.manifest import parse_json
 
 
@@ -95,7 +95,7 @@ class Journal:
         Raises:
             StoreCorruptError: (by the iterator) If a line is damaged or out of order.
         """
-        *lines, rest = read(self.path, self._offset).split(b"\n")
+        *lines, rest = read_stored(self.path, self._offset).split(b"\n")
         self.torn = bool(rest)
         return self._parse(lines)
 

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 
 from lddyn.errors import StoreCorruptError, StoreError
-from lddyn.files import canonical, digest_of, read
+from lddyn.files import canonical, digest_of, read_stored
 
 FORMAT = 1
 
@@ -26,7 +26,7 @@ class Manifest(TypedDict):
     Keys:
         format: Version of the files.
         identity: What the features depend on; see `identify`.
-        layout: `to_json()` of the layout of the rows; None: plain vectors.
+        layout: `to_dict()` of the layout of the rows; None: plain vectors.
         dtype: Name of the dtype of the rows, a key of `DTYPES`.
         width: Numbers in a row.
         shard_bytes: Bytes of features after which a shard is written.
@@ -100,7 +100,7 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     if not file.exists():
         raise StoreError(f"{path}: no store here (no {MANIFEST})")
-    data = read(file, limit=LARGEST_MANIFEST)
+    data = read_stored(file, limit=LARGEST_MANIFEST)
     try:
         content = parse_json(data)
         manifest: Manifest = content["manifest"]

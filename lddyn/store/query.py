@@ -167,7 +167,7 @@ class InnerProduct(Protocol):
     def estimate(self, rows_a: Tensor, rows_b: Tensor) -> Estimate:
         """The same with standard errors, (n, m)."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Everything that defines the inner product, as JSON."""
 
 

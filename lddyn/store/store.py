@@ -26,7 +26,7 @@ from torch import Tensor
 from lddyn.data.example import Example
 from lddyn.data.token_table import TokenTable, arrow_table
 from lddyn.errors import StoreError, StoreIdentityError
-from lddyn.files import TEMPORARY, canonical, digest_of, put, sync_folder
+from lddyn.files import TEMPORARY, canonical, digest_of, sync_folder, write_durably
 from lddyn.memory import parse_memory
 from lddyn.store.contents import Contents
 from lddyn.store.export import faiss_index
@@ -73,7 +73,7 @@ class Store:
         width: Numbers in a row.
         dtype: torch.float32, float16 or bfloat16.
         identity: What the features belong to; see `identify`.
-        layout_json: `layout.to_json()` of the layout of the rows; None: plain vectors.
+        layout_json: `layout.to_dict()` of the layout of the rows; None: plain vectors.
         layout: The layout that the store was opened with, or None.
 
     Example:
@@ -157,7 +157,7 @@ class Store:
         manifest: Manifest = {
             "format": FORMAT,
             "identity": json_copy("identity", dict(identity)),
-            "layout": None if isinstance(layout, int) else json_copy("layout", layout.to_json()),
+            "layout": None if isinstance(layout, int) else json_copy("layout", layout.to_dict()),
             "dtype": name,
             "width": width,
             "shard_bytes": parse_memory(shard),
@@ -191,8 +191,8 @@ class Store:
             others = {p.name for p in path.iterdir()} - {LOCK, JOURNAL, TEMPORARY}
             if others:
                 raise StoreError(f"{path} must be empty, got {sorted(others)[0]!r} in it")
-            put(path / JOURNAL, b"")
-            put(path / MANIFEST, text)  # from here on it is a store
+            write_durably(path / JOURNAL, b"")
+            write_durably(path / MANIFEST, text)  # from here on it is a store
             sync_folder(path.parent)
             return cls(path, manifest, layout, lock)
         except BaseException as error:
@@ -596,5 +596,5 @@ class Store:
 
 def _other_layout(stored: object, layout: InnerProduct) -> dict[str, tuple[object, object]]:
     """Fields in which a layout differs from a store's."""
-    given = json_copy("layout", layout.to_json())
+    given = json_copy("layout", layout.to_dict())
     return differences({"layout": stored}, {"layout": given})

@@ -12,7 +12,7 @@ from torch import Tensor
 from lddyn.data.example import Example
 from lddyn.data.token_table import COLUMNS, token_columns
 from lddyn.errors import StoreError
-from lddyn.files import TEMPORARY, put
+from lddyn.files import TEMPORARY, write_durably
 from lddyn.store.contents import CONTENT_ID, Contents
 from lddyn.store.journal import Record
 from lddyn.store.lock import Lock
@@ -113,7 +113,7 @@ class Writer:
             data, record = self._packed  # the same bytes again if this fails half way
             path = contents.shards.file(record.number)
             try:
-                put(path, data)
+                write_durably(path, data)
                 contents.journal.append(record)
             except OSError as error:
                 with contextlib.suppress(OSError):

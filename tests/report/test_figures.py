@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lddyn import report
-from lddyn.files import plain
+from lddyn.files import json_safe
 from lddyn.report import figures
 from lddyn.report.canvas import sequence_colours
 from lddyn.steps.decomposition import Decomposition, Observed, UpdateToken
@@ -313,4 +313,4 @@ def test_run_that_is_not_there_or_damaged(tmp_path):
 
 
 def test_json_of_numbers_that_json_does_not_have():
-    assert plain({"a": math.nan, "b": (1, math.inf)}) == {"a": None, "b": [1, None]}
+    assert json_safe({"a": math.nan, "b": (1, math.inf)}) == {"a": None, "b": [1, None]}

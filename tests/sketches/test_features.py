@@ -214,7 +214,7 @@ def test_chunks_move_rounding_alone():
 def test_a_layout_does_not_depend_on_the_order_of_layers_or_runs():
     layouts = [choose_layout(model("gpt2"), zoo.examples(), lddyn.Sketch(k=2000)) for _ in range(2)]
     assert layouts[0] == layouts[1]
-    assert Layout.from_json(layouts[0].to_json()) == layouts[0]
+    assert Layout.from_dict(layouts[0].to_dict()) == layouts[0]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -346,7 +346,7 @@ def test_a_store_answers_with_standard_errors(tmp_path):
     with lddyn.Store.create(tmp_path / "s", {}, feats.layout) as store:
         for i, ex in enumerate(examples):
             store.append(ex, feats.rows[feats.tokens.example_index == i], index=i)
-    store = lddyn.Store.open(tmp_path / "s", layout=Layout.from_json(store.layout_json))
+    store = lddyn.Store.open(tmp_path / "s", layout=Layout.from_dict(store.layout_json))
     estimate = feats.gram()
     hits = store.query(feats.rows[:2], k=len(feats))
     for query in range(2):
@@ -385,7 +385,7 @@ def test_features_say_what_they_are(by):
     assert summary["rows"] == len(feats) and summary["examples"] == 2 and summary["k"] == 2000
     document = json.loads(json.dumps(feats.to_dict()))
     assert torch.equal(torch.tensor(document["rows"]), feats.rows)
-    assert Layout.from_json(document["layout"]) == feats.layout
+    assert Layout.from_dict(document["layout"]) == feats.layout
     assert str(feats) == feats.explain() and "are stored without error" in str(feats)
     assert len(repr(feats.layout).splitlines()) == 1 and "k = 2,000, R = 8" in repr(feats.layout)
 

@@ -267,7 +267,7 @@ def test_exact_parts_have_no_error():
 
 def test_layouts_go_through_json():
     layout = Layout(lddyn.Sketch(k=90, repeats=3, seed=4, kind="lowrank"), PARTS)
-    assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
+    assert Layout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
 
 
 @pytest.mark.parametrize(
@@ -280,10 +280,10 @@ def test_layouts_go_through_json():
         ({"sketch": {"colour": 1}}, "no sketch layout"),
     ],
 )
-def test_from_json_refuses_what_is_no_layout(change, message):
-    described = Layout(lddyn.Sketch(), PARTS).to_json() | change
+def test_from_dict_refuses_what_is_no_layout(change, message):
+    described = Layout(lddyn.Sketch(), PARTS).to_dict() | change
     with pytest.raises(ValueError, match=message):
-        Layout.from_json(described)
+        Layout.from_dict(described)
 
 
 def test_rows_of_another_width_are_refused():

@@ -173,7 +173,7 @@ def test_arrow_is_asked_for_by_name(filled, monkeypatch):
 def test_identity_names_every_field_that_differs(tmp_path):
     layout = Repeats(6)
     Store.create(tmp_path / "s", IDENTITY, layout).close()
-    assert Store.open(tmp_path / "s", IDENTITY, layout=Repeats(6)).layout_json == layout.to_json()
+    assert Store.open(tmp_path / "s", IDENTITY, layout=Repeats(6)).layout_json == layout.to_dict()
     other = {"model": {"weights": "xyz", "config": "def"}, "data": 3}
     with pytest.raises(StoreIdentityError) as caught:
         Store.open(tmp_path / "s", other, layout=Repeats(6, scale=2.0))
@@ -263,21 +263,21 @@ def test_what_create_and_open_refuse(tmp_path, filled):
 
 
 def test_a_creation_that_was_killed_can_be_repeated(tmp_path, monkeypatch):
-    put = files.put
+    write = files.write_durably
     for cut in (0, 1):
         calls = iter(range(9))
 
         def stop(path, data, cut=cut, calls=calls):
             if next(calls) == cut:
                 raise KeyboardInterrupt
-            put(path, data)
+            write(path, data)
 
-        monkeypatch.setattr("lddyn.store.store.put", stop)
+        monkeypatch.setattr("lddyn.store.store.write_durably", stop)
         with pytest.raises(KeyboardInterrupt):
             Store.create(tmp_path / "s", {}, 3)
         with pytest.raises(StoreError, match="no store here"):
             Store.open(tmp_path / "s")
-    monkeypatch.setattr("lddyn.store.store.put", put)
+    monkeypatch.setattr("lddyn.store.store.write_durably", write)
     Store.create(tmp_path / "s", {}, 3).close()
     assert len(Store.open(tmp_path / "s")) == 0
 
