@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 __all__ = ["Curves", "bell", "explained_share", "unrelated"]
+from lddyn.lab.record import Row
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,10 @@ class Curves:
     log_prob: np.ndarray
     greedy: np.ndarray
     means: dict[str, np.ndarray]
-    raw: Mapping[str, Any] = field(repr=False)
+    raw: Row = field(repr=False)
 
     @classmethod
-    def of(cls, raw: Mapping[str, Any]) -> Curves:
+    def of(cls, raw: Row) -> Curves:
         """Makes the curves from the result of `finetune`."""
         return cls(
             list(raw["updates"]),
@@ -59,7 +58,7 @@ class Curves:
         mean: np.ndarray = np.nanmean(getattr(self, kind)[:, :, self.column(name)], axis=1)
         return mean
 
-    def rows(self, run: str) -> list[dict[str, Any]]:
+    def rows(self, run: str) -> list[Row]:
         """For a table: one row per update and type."""
         return [
             {

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lddyn.probes.probe_set import TYPES
 from lddyn.report.canvas import FAINT, INK, blank_figure, tidy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 __all__ = ["COLOURS", "GROUP_COLOURS", "axes_grid", "curves", "heat_map", "label_ends", "tidy"]
 
@@ -41,7 +46,7 @@ _STYLES = {
 
 def axes_grid(
     name: str, rows: int, columns: int, width: float, height: float, **kwargs: Any
-) -> tuple[Any, Any]:
+) -> tuple[Figure, np.ndarray]:
     """An off-screen figure and its axes, flat."""
     figure = blank_figure(width, height, name)
     figure.set_layout_engine("constrained")
@@ -54,7 +59,7 @@ def label(name: str) -> str:
 
 
 def curves(
-    axes: Any, x: Sequence[float], lines: Mapping[str, np.ndarray], title: str, unit: str
+    axes: Axes, x: Sequence[float], lines: Mapping[str, np.ndarray], title: str, unit: str
 ) -> None:
     """One line per response type, named at its end."""
     for name, y in lines.items():
@@ -75,10 +80,14 @@ def curves(
     label_ends(axes, x[-1], {name: float(y[-1]) for name, y in lines.items()})
 
 
-def label_ends(axes: Any, x: float, ends: Mapping[str, float]) -> None:
+def label_ends(axes: Axes, x: float, ends: Mapping[str, float]) -> None:
     """Names beside the ends of lines, moved apart until none covers another."""
-    axes.figure.draw_without_rendering()  # so that the layout is known
-    inches = axes.figure.get_size_inches()[1] * max(axes.get_position().height, 1e-3)
+    from matplotlib.figure import Figure
+
+    figure = axes.figure
+    assert isinstance(figure, Figure), "a figure of its own, not a part of one"
+    figure.draw_without_rendering()  # so that the layout is known
+    inches = figure.get_size_inches()[1] * max(axes.get_position().height, 1e-3)
     gap = 0.13 / inches
     names = sorted(ends, key=lambda name: ends[name])
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -116,13 +125,13 @@ def label_ends(axes: Any, x: float, ends: Mapping[str, float]) -> None:
 
 
 def heat_map(
-    axes: Any,
+    axes: Axes,
     values: np.ndarray,
     rows: Sequence[str],
     columns: Sequence[str],
     title: str,
     largest: float | None = None,
-) -> Any:
+) -> AxesImage:
     """Numbers in cells: blue raised, red lowered."""
     largest = largest or float(np.nanmax(np.abs(values)))
     image = axes.imshow(values, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")

@@ -6,9 +6,9 @@ import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Results
 from lddyn.lab.settings import Settings
 
 __all__ = ["Run", "experiment"]
@@ -44,11 +44,11 @@ class Run(Protocol[_S]):
         *,
         seed: int = 0,
         progress: bool = True,
-    ) -> dict[str, Any]:
+    ) -> Results:
         """Runs the experiment and returns what results.json holds."""
 
 
-def experiment(name: str, kind: type[S]) -> Callable[[Callable[[Lab, S], dict[str, Any]]], Run[S]]:
+def experiment(name: str, kind: type[S]) -> Callable[[Callable[[Lab, S], Results]], Run[S]]:
     """Makes `run(out, settings, seed, progress)` of a function (lab, settings) → results.
 
     Args:
@@ -56,14 +56,14 @@ def experiment(name: str, kind: type[S]) -> Callable[[Callable[[Lab, S], dict[st
         kind: The class of its settings.
     """
 
-    def decorate(measure: Callable[[Lab, S], dict[str, Any]]) -> Run[S]:
+    def decorate(measure: Callable[[Lab, S], Results]) -> Run[S]:
         def run(
             out: str | os.PathLike[str],
             settings: S | None = None,
             *,
             seed: int = 0,
             progress: bool = True,
-        ) -> dict[str, Any]:
+        ) -> Results:
             chosen = settings or kind()
             return measure(Lab(name, Path(out), seed, chosen.decisive(), progress), chosen)
 

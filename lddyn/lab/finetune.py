@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from lddyn.data.example import Example
 from lddyn.lab.curves import Curves
 from lddyn.lab.kernel_norms import kernel_norms, some_tokens
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Row
 from lddyn.lab.setting import Setting, one_thread
 from lddyn.lab.tracker import Tracker
 from lddyn.lab.training import Explained, Explanations, TrainingLoss, train
@@ -82,8 +82,8 @@ class _Watch:
     tracker: Tracker
     kernel_prompts: int
     kernel_tokens: int
-    explained: list[dict[str, Any]] = field(default_factory=list)
-    kernels: list[dict[str, Any]] = field(default_factory=list)
+    explained: list[Row] = field(default_factory=list)
+    kernels: list[Row] = field(default_factory=list)
     kernel_seconds: float = 0.0
 
     def observe(self, update: int, model: nn.Module) -> None:
@@ -109,7 +109,7 @@ class _Watch:
             }
         )
 
-    def results(self, losses: Sequence[float], seconds: float) -> dict[str, Any]:
+    def results(self, losses: Sequence[float], seconds: float) -> Row:
         """All of it, as JSON can hold it."""
         means = {
             key: np.nanmean(self.tracker.grids(key, per_token=True), axis=1)
@@ -165,7 +165,7 @@ def finetune(
     probes = setting.encode(setting.probes, setting.fields)
     some = probes.select(range(min(explained_prompts, len(setting.probes))))
 
-    def make() -> dict[str, Any]:
+    def make() -> Row:
         tracker = Tracker(probes, recipe.every, recipe.updates)
         watch = _Watch(lab, name, recipe, probes, tracker, kernel_prompts, kernel_tokens)
         start = time.process_time()
@@ -190,9 +190,7 @@ def finetune(
     return Curves.of(raw)
 
 
-def _kernels(
-    model: nn.Module, probes: Encoded, prompt: int, tokens: int, seed: int
-) -> list[dict[str, Any]]:
+def _kernels(model: nn.Module, probes: Encoded, prompt: int, tokens: int, seed: int) -> list[Row]:
     """‖K‖_F from the chosen response of one prompt to all its response types."""
     own = probes.select([prompt])
     observed = {e.name: some_tokens(e, tokens) for e in own.examples}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from lddyn.engine.gram import sequence_gram
 from lddyn.engine.logits import own_response
 from lddyn.entk.operator import ntk
 from lddyn.entk.proxies import lbk, sign_delta
+from lddyn.lab.record import Row
 from lddyn.steps.setup import shifted_copy
 
 __all__ = ["influence", "kernel_norms", "some_tokens"]
@@ -51,7 +51,7 @@ def kernel_norms(
     lr: float = 1e-5,
     rtol: float = 0.1,
     seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """‖K(χo, χu)‖_F, and the paper's LBK and SignDelta of one real SGD step on χu.
 
     All of the same counted tokens. K is centred, which loses nothing of log π; to first order

@@ -36,9 +36,23 @@ from lddyn.report import render
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["AGREES", "DISAGREES", "UNTESTABLE", "Claim", "Lab", "anew", "write_json"]
+__all__ = [
+    "AGREES",
+    "DISAGREES",
+    "UNTESTABLE",
+    "Claim",
+    "Lab",
+    "Results",
+    "Row",
+    "Rows",
+    "anew",
+    "write_json",
+]
 
 T = TypeVar("T")
+Row = dict[str, Any]  # one row of a table: column → number, text, or what is nested in it
+Rows = Sequence[Row]
+Results = dict[str, Any]  # what results.json holds
 AGREES, DISAGREES, UNTESTABLE = "agrees", "disagrees", "not testable at this scale"
 Verdict = Literal["agrees", "disagrees", "not testable at this scale"]
 # All that experiments write into their folder: what --fresh deletes, and nothing else.
@@ -261,7 +275,7 @@ class Lab:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def table(self, name: str, rows: Rows) -> None:
         """Every number of a figure, as tables/NAME.json and, with pyarrow, tables/NAME.parquet."""
         rows = [json_safe(dict(row)) for row in rows]
         write_json(self.path("tables", f"{name}.json"), rows)
@@ -286,7 +300,7 @@ class Lab:
             raise ValueError(f"claim {claim.name!r} was made already")
         self.claims.append(claim)
 
-    def finish(self, expected: Sequence[str], seen: Sequence[str]) -> dict[str, Any]:
+    def finish(self, expected: Sequence[str], seen: Sequence[str]) -> Results:
         """Writes results.json and index.html.
 
         Args:
@@ -331,11 +345,11 @@ def _identity(folder: Path) -> dict[str, Any] | None:
     """Of the experiment in a folder; None if there is none."""
     path = folder / "identity.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    ours = isinstance(found, dict) and found.keys() >= {"experiment", "seed", "options"}
-    return found if ours else None
+    ours = isinstance(content, dict) and content.keys() >= {"experiment", "seed", "options"}
+    return content if ours else None
 
 
 def _must_be(identity: Mapping[str, Any], folder: Path, name: str) -> None:
@@ -347,15 +361,15 @@ def _must_be(identity: Mapping[str, Any], folder: Path, name: str) -> None:
 
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
     """The identity without its levels, inner ones joined by blanks: "model weights"."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in identity.items():
         if not isinstance(value, Mapping):
-            found[name] = value
+            flat[name] = value
         elif name in ("options", "made by", "inputs"):
-            found |= _flat(value)
+            flat |= _flat(value)
         else:
-            found |= {f"{name} {inner}": v for inner, v in _flat(value).items()}
-    return found
+            flat |= {f"{name} {inner}": v for inner, v in _flat(value).items()}
+    return flat
 
 
 def _made_by() -> dict[str, Any]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lddyn.files import replace_file
-from lddyn.lab.record import write_json
+from lddyn.lab.record import Row, Rows, write_json
 
 
-def write(results: Sequence[Mapping[str, Any]], folder: str | Path) -> dict[str, Any]:
+def write(results: Rows, folder: str | Path) -> Row:
     """Writes scoreboard.json and scoreboard.md.
 
     Args:
@@ -38,7 +36,7 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def _markdown(rows: Rows) -> str:
     lines = ["| claim | published | corrected | ours | verdict |", "|---|---|---|---|---|"]
     for row in rows:
         low, high = row["interval"] or (None, None)

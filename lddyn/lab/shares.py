@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lddyn.lab.record import Claim, Lab, Verdict
+from lddyn.lab.record import Claim, Lab, Row, Verdict
 from lddyn.stats import bootstrap
 
 _RULE = 0.95
@@ -66,7 +66,7 @@ class Share:
             return "not testable at this scale"
         return verdict(low > threshold)
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> Row:
         """Count, total, rate and interval, for a table."""
         low, high = self.interval
         return {

@@ -9,14 +9,13 @@ is a real one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from lddyn.lab.bigram.claims import expected, make_claims, seen
 from lddyn.lab.bigram.measure import measure_pushes
 from lddyn.lab.bigram.models import KINDS
 from lddyn.lab.bigram.pictures import draw_leak, draw_longer
 from lddyn.lab.experiment import experiment
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Results, Row
 from lddyn.lab.settings import Bigram
 from lddyn.lazy import attributes
 
@@ -26,7 +25,7 @@ __all__ = ["run"]
 
 
 @experiment("bigram", Bigram)
-def run(lab: Lab, settings: Bigram) -> dict[str, Any]:
+def run(lab: Lab, settings: Bigram) -> Results:
     """Trains three bigram models of one text, and pushes the same words down in each.
 
     Cost: with the default settings 2 seconds of one core.
@@ -48,7 +47,7 @@ def run(lab: Lab, settings: Bigram) -> dict[str, Any]:
     return lab.finish(expected(), seen(measured, made))
 
 
-def _shown_rows(shown: Mapping[str, Mapping[str, list[list[float]]]]) -> list[dict[str, Any]]:
+def _shown_rows(shown: Mapping[str, Mapping[str, list[list[float]]]]) -> list[Row]:
     """The picture's push, one row per model and context, with four digits."""
     return [
         {

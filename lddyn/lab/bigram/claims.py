@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 
 from lddyn.lab.bigram.models import KINDS
-from lddyn.lab.record import Claim
+from lddyn.lab.record import Claim, Row, Rows
 from lddyn.lab.settings import Bigram as Settings
 from lddyn.lab.shares import Share, verdict
 
@@ -17,7 +16,7 @@ _POSTER = "poster §5, 2-gram example"
 _PICTURE = "a picture; its content is not preserved"
 
 
-def make_claims(measured: Mapping[str, Any], settings: Settings) -> Iterator[Claim]:
+def make_claims(measured: Row, settings: Settings) -> Iterator[Claim]:
     """All claims of the experiment, from what `measure_pushes` returned."""
     pushes = {kind: [r for r in measured["pairs"] if r["model"] == kind] for kind in KINDS}
     kernels = {row["model"]: row for row in measured["kernels"]}
@@ -33,7 +32,7 @@ def make_claims(measured: Mapping[str, Any], settings: Settings) -> Iterator[Cla
         yield _again(kind, measured, settings.pushes)
 
 
-def _table(kernel: Mapping[str, Any], pushes: Sequence[Mapping[str, Any]]) -> Claim:
+def _table(kernel: Row, pushes: Rows) -> Claim:
     moved = max(row["moved elsewhere"] for row in pushes)
     return Claim(
         "table",
@@ -48,7 +47,7 @@ def _table(kernel: Mapping[str, Any], pushes: Sequence[Mapping[str, Any]]) -> Cl
     )
 
 
-def _leak(kernel: Mapping[str, Any], pushes: Mapping[str, Sequence[Mapping[str, Any]]]) -> Claim:
+def _leak(kernel: Row, pushes: Mapping[str, Rows]) -> Claim:
     network = pushes["network"]
     mean, interval = _mean([row["moved elsewhere"] / row["moved here"] for row in network])
     return Claim(
@@ -69,13 +68,13 @@ def _leak(kernel: Mapping[str, Any], pushes: Mapping[str, Sequence[Mapping[str, 
     )
 
 
-def leak_ratio(pushes: Sequence[Mapping[str, Any]]) -> float:
+def leak_ratio(pushes: Rows) -> float:
     """Probability moved in other contexts over probability moved in the pushed one."""
     elsewhere = sum(row["moved elsewhere"] for row in pushes)
     return float(elsewhere / sum(row["moved here"] for row in pushes))
 
 
-def _leaked_squeeze(pushes: Sequence[Mapping[str, Any]]) -> Claim:
+def _leaked_squeeze(pushes: Rows) -> Claim:
     share, interval = _mean([row["label falls elsewhere"] for row in pushes])
     rises, _ = _mean([row["argmax rises elsewhere"] for row in pushes])
     return Claim(
@@ -93,7 +92,7 @@ def _leaked_squeeze(pushes: Sequence[Mapping[str, Any]]) -> Claim:
     )
 
 
-def _kernel(pushes: Sequence[Mapping[str, Any]]) -> Claim:
+def _kernel(pushes: Rows) -> Claim:
     correlation, interval = _mean([row["kernel rank correlation"] for row in pushes])
     return Claim(
         "kernel",
@@ -109,7 +108,7 @@ def _kernel(pushes: Sequence[Mapping[str, Any]]) -> Claim:
     )
 
 
-def _argmax(kind: str, pushes: Sequence[Mapping[str, Any]]) -> Claim:
+def _argmax(kind: str, pushes: Rows) -> Claim:
     most = Share(sum(row["argmax gains most"] for row in pushes), len(pushes))
     table = kind == "table"
     return Claim(
@@ -129,7 +128,7 @@ def _argmax(kind: str, pushes: Sequence[Mapping[str, Any]]) -> Claim:
     )
 
 
-def _longer(kind: str, measured: Mapping[str, Any], steps: int) -> Claim:
+def _longer(kind: str, measured: Row, steps: int) -> Claim:
     fall, falls = trend(measured, kind, "others fall")
     lose, loses = trend(measured, kind, "others lose")
     first, last = (
@@ -151,7 +150,7 @@ def _longer(kind: str, measured: Mapping[str, Any], steps: int) -> Claim:
     )
 
 
-def _again(kind: str, measured: Mapping[str, Any], repeats: int) -> Claim:
+def _again(kind: str, measured: Row, repeats: int) -> Claim:
     gain, gains = trend(measured, kind, "argmax", "repeated")
     _, entropies = trend(measured, kind, "entropy", "repeated")
     return Claim(
@@ -166,9 +165,7 @@ def _again(kind: str, measured: Mapping[str, Any], repeats: int) -> Claim:
     )
 
 
-def trend(
-    measured: Mapping[str, Any], kind: str, key: str, table: str = "longer"
-) -> tuple[float, str]:
+def trend(measured: Row, kind: str, key: str, table: str = "longer") -> tuple[float, str]:
     """Last minus first value of a curve, and both as text."""
     rows = [row for row in measured[table] if row["model"] == kind]
     return rows[-1][key] - rows[0][key], f"{rows[0][key]:.3g} → {rows[-1][key]:.3g}"
@@ -191,7 +188,7 @@ def expected() -> list[str]:
     ]
 
 
-def seen(measured: Mapping[str, Any], made: Sequence[Claim]) -> list[str]:
+def seen(measured: Row, made: Sequence[Claim]) -> list[str]:
     """What was measured."""
     kernels = {row["model"]: row for row in measured["kernels"]}
     network = kernels["network"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from lddyn.lab.bigram.models import (
     transitions,
     vocabulary,
 )
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Row
 from lddyn.lab.settings import Bigram as Settings
 from lddyn.steps.flow import Flow, leading
 
@@ -33,7 +32,7 @@ def rare_pairs(counts: Tensor, number: int, generator: torch.Generator) -> list[
 
 def consequences(
     before: Tensor, after: Tensor, context: int, label: int, blocks: Tensor | None = None
-) -> dict[str, Any]:
+) -> Row:
     """What one push did at its own context and at the others."""
     labels = torch.full((len(before),), label)
     flow = Flow.of(before, after - before, labels)
@@ -71,7 +70,7 @@ def _rank_correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-def _average(rows: list[dict[str, Any]]) -> dict[str, float]:
+def _average(rows: list[Row]) -> dict[str, float]:
     """Means over pairs, and half the width of their 95 % intervals for what is drawn."""
     means: dict[str, float] = {}
     numbers = (k for k, v in rows[0].items() if not isinstance(v, str) and "rank" not in k)
@@ -82,7 +81,7 @@ def _average(rows: list[dict[str, Any]]) -> dict[str, float]:
     return means
 
 
-def measure_pushes(lab: Lab, settings: Settings) -> dict[str, Any]:
+def measure_pushes(lab: Lab, settings: Settings) -> Row:
     """Trains the three models and pushes words down in each.
 
     Returns:
@@ -97,7 +96,7 @@ def measure_pushes(lab: Lab, settings: Settings) -> dict[str, Any]:
     words, _ = vocabulary()
     # The picture's push: a context and a word that the grammar does not allow there.
     shown = (words.index("dog"), words.index("quiet"))
-    result: dict[str, Any] = {"longer": [], "repeated": [], "kernels": [], "shown": {}, "pairs": []}
+    result: Row = {"longer": [], "repeated": [], "kernels": [], "shown": {}, "pairs": []}
     result["context"], result["label"] = shown
     for kind in KINDS:
         model = Bigram(kind, len(counts), lab.generator("model", kind))
@@ -120,7 +119,7 @@ def measure_pushes(lab: Lab, settings: Settings) -> dict[str, Any]:
     return result
 
 
-def _kernel_norms(kind: str, model: Bigram) -> tuple[Tensor, dict[str, Any]]:
+def _kernel_norms(kind: str, model: Bigram) -> tuple[Tensor, Row]:
     """‖K‖_F between all contexts (C, C), and a row about K between different contexts."""
     full = kernel(model).permute(0, 2, 1, 3)
     norms = torch.linalg.matrix_norm(full)
@@ -150,7 +149,7 @@ def _shown(
 
 def _push_each(
     model: Bigram, pairs: Sequence[tuple[int, int]], strength: float, norms: Tensor | None
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """The consequences of each push by itself, with the pushed words by name."""
     words, _ = vocabulary()
     before = model().log_softmax(-1).detach()

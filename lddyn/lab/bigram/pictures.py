@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lddyn.lab.bigram.models import KINDS, vocabulary
+from lddyn.lab.record import Row, Rows
 from lddyn.report.canvas import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 from lddyn.steps.flow import leading
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 COLOURS = {"table": "#d55e00", "factorised": "#009e73", "network": "#0072b2"}
 
 
-def draw_leak(measured: Mapping[str, Any]) -> Figure:
+def draw_leak(measured: Row) -> Figure:
     """Kernel norms between contexts, and Δ log π of every word at every context."""
     from matplotlib.colors import AsinhNorm
 
@@ -186,7 +187,7 @@ _LONGER = (  # table, key, its name on the axis, title of the panel
 )
 
 
-def draw_longer(measured: Mapping[str, Any]) -> Figure:
+def draw_longer(measured: Row) -> Figure:
     """The squeeze by steps of training before the push, and by pushes."""
     figure = blank_figure(11.0, 6.0, "longer")
     for place, (table, key, text, title) in enumerate(_LONGER):
@@ -210,9 +211,7 @@ def draw_longer(measured: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _draw_band(
-    axes: Axes, kind: str, x: list[float], rows: Sequence[Mapping[str, Any]], key: str, named: bool
-) -> None:
+def _draw_band(axes: Axes, kind: str, x: list[float], rows: Rows, key: str, named: bool) -> None:
     """A curve with its 95 % band in the model's colour, and the model's name at its end."""
     y = [r[key] for r in rows]
     spread = [r[f"{key} ±"] for r in rows]

@@ -7,7 +7,7 @@ the same learning rate.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lddyn.lab.dpo.claims import expected, make_claims, seen
 from lddyn.lab.dpo.measure import LOSS, encoded_pairs, mass_of_steps, sampled_pairs
@@ -16,7 +16,7 @@ from lddyn.lab.dpo.tables import AGAIN, ON_POLICY, Runs, off_policy, write_table
 from lddyn.lab.experiment import experiment
 from lddyn.lab.finetune import Recipe, checkpoint, finetune, spread
 from lddyn.lab.mass import mass_of_run
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Results
 from lddyn.lab.setting import load, one_thread
 from lddyn.lab.settings import Dpo
 from lddyn.lab.training import Supervised
@@ -31,7 +31,7 @@ __all__ = ["run"]
 
 
 @experiment("dpo", Dpo)
-def run(lab: Lab, settings: Dpo) -> dict[str, Any]:
+def run(lab: Lab, settings: Dpo) -> Results:
     """Trains by DPO after SFT of several lengths, and measures every response type on the way.
 
     Cost: with the default settings about 3 minutes of one core.

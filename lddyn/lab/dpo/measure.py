@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -18,7 +17,7 @@ from lddyn.lab.mass import (
     measured_flows,
     predicted_flows,
 )
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Row
 from lddyn.lab.setting import Setting
 from lddyn.lab.training import Batch, Explained, Explanations, Preferring, train
 from lddyn.objectives import Loss
@@ -94,7 +93,7 @@ def mass_of_steps(
     steps: int = 6,
     lr: float = 1e-3,
     positions: int = 16,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Single SGD steps on 4 pairs: where the mass of their y− went, by position and in all.
 
     Predicted to first order, by the y+ and the y− term, and measured; position −1 is the sum.

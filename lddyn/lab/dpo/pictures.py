@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,8 +13,11 @@ from lddyn.lab.mass import (
     shares_of_mass,
     total_mass,
 )
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Rows
 from lddyn.report.canvas import INK, LOWERED, RAISED
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NAMED_PLACES = {
     "response": ("y− itself", "#d55e00"),
@@ -35,7 +38,7 @@ def draw(lab: Lab, runs: Runs) -> None:
     lab.figure("longer", _draw_longer(runs), "How DPO changes after longer SFT.")
 
 
-def _draw_curves(runs: Runs) -> Any:
+def _draw_curves(runs: Runs) -> Figure:
     panels = {
         f"DPO, off-policy, after {runs.lengths[-1]} updates of SFT": runs.curves[runs.main],
         "DPO, on-policy": runs.curves[ON_POLICY],
@@ -49,7 +52,7 @@ def _draw_curves(runs: Runs) -> Any:
     return figure
 
 
-def _draw_terms(rows: Sequence[Mapping[str, Any]]) -> Any:
+def _draw_terms(rows: Rows) -> Figure:
     figure, grid = axes_grid("terms", 1, 1, 8, 0.9 + 0.3 * len(rows))
     axes = grid[0]
     for at, row in enumerate(rows):
@@ -70,9 +73,7 @@ def _draw_terms(rows: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
-def _draw_mass(
-    flows: Mapping[str, Sequence[Mapping[str, float]]], step: Sequence[Mapping[str, Any]]
-) -> Any:
+def _draw_mass(flows: Mapping[str, Sequence[Mapping[str, float]]], step: Rows) -> Figure:
     figure, grid = axes_grid("mass", 1, 2, 12.5, 4.4)
     bars: dict[str, dict[str, float]] = {
         f"whole run, {name.removeprefix('off-policy ')}": {
@@ -132,7 +133,7 @@ def _draw_mass(
     return figure
 
 
-def _draw_longer(runs: Runs) -> Any:
+def _draw_longer(runs: Runs) -> Figure:
     lengths = runs.lengths
     figure, grid = axes_grid("longer", 1, 3, 12.5, 3.6)
     tuned = [runs.curves[off_policy(n)] for n in lengths]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from lddyn.lab.curves import Curves
 from lddyn.lab.mass import (
     total_mass,
 )
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Row
 
 AGAIN, ON_POLICY = "SFT at the same rate", "on-policy"
 
@@ -36,14 +35,14 @@ class Runs:
     lengths: tuple[int, ...]
     curves: dict[str, Curves] = field(default_factory=dict)
     mass: dict[str, list[dict[str, float]]] = field(default_factory=dict)
-    steps: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[Row] = field(default_factory=list)
 
     @property
     def main(self) -> str:
         """Name of the off-policy run after the longest SFT."""
         return off_policy(self.lengths[-1])
 
-    def step(self, kind: str) -> dict[str, Any]:
+    def step(self, kind: str) -> Row:
         """The sum over positions of the single steps: "measured" or "predicted"."""
         return next(row for row in self.steps if row["kind"] == kind and row["position"] < 0)
 
@@ -75,7 +74,7 @@ def write_tables(lab: Lab, runs: Runs) -> None:
     lab.table("mass_step", runs.steps)
 
 
-def terms(curves: Mapping[str, Curves]) -> list[dict[str, Any]]:
+def terms(curves: Mapping[str, Curves]) -> list[Row]:
     """The y+ and the y− term at every type, mean over probes and explained updates."""
     rows = []
     for name, curve in curves.items():

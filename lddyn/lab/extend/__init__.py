@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from lddyn.lab.curves import Curves
 from lddyn.lab.experiment import experiment
@@ -16,7 +15,7 @@ from lddyn.lab.extend import pictures
 from lddyn.lab.extend.claims import GATE, expected, make_claims, seen
 from lddyn.lab.extend.measure import examine, summary
 from lddyn.lab.finetune import Recipe, checkpoint, finetune
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Results, Row
 from lddyn.lab.setting import load, one_thread
 from lddyn.lab.settings import Extend
 from lddyn.lab.training import Preferring, Supervised
@@ -37,7 +36,7 @@ _PLAN = {
 
 
 @experiment("extend", Extend)
-def run(lab: Lab, settings: Extend) -> dict[str, Any]:
+def run(lab: Lab, settings: Extend) -> Results:
     """Runs SFT on y+ or on both, then DPO; measures probes, samples, and held-out pairs.
 
     Cost: with the default settings about 3 minutes of one core.
@@ -52,7 +51,7 @@ def run(lab: Lab, settings: Extend) -> dict[str, Any]:
         )
         tuned[name] = finetune(lab, _file("sft", name), setting, setting.fresh(), pairs, recipe)
     runs: dict[str, Curves] = {}
-    after: dict[str, dict[str, Any]] = {}
+    after: dict[str, Row] = {}
     for name, (start, loss) in _PLAN.items():
         before, policy = (checkpoint(lab, _file("sft", start), setting.fresh()) for _ in range(2))
         recipe = Recipe(loss, settings.updates, settings.lr, every=settings.every)
@@ -80,7 +79,7 @@ def _file(stage: str, name: str) -> str:
     return f"{stage}-{name}".replace(" ", "-").replace("+", "plus").replace(",", "")
 
 
-def _curve_rows(stages: Mapping[str, Mapping[str, Curves]]) -> list[dict[str, Any]]:
+def _curve_rows(stages: Mapping[str, Mapping[str, Curves]]) -> list[Row]:
     columns = ("run", "update", "type", "log_prob", "greedy")
     return [
         {name: row[name] for name in columns}

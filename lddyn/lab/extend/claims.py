@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from lddyn.lab.curves import Curves, unrelated
-from lddyn.lab.record import Claim, Lab, Verdict
+from lddyn.lab.record import Claim, Lab, Row, Rows, Verdict
 from lddyn.lab.setting import Setting
 from lddyn.lab.shares import bootstrap_of, verdict
 
 GATE = (20.0, 0.3)  # sharpness, and the geometric mean probability at which the gate is half open
 
 Runs = Mapping[str, Curves]
-After = Mapping[str, Mapping[str, Any]]
+After = Mapping[str, Row]
 
 
 def make_claims(lab: Lab, tuned: Runs, runs: Runs, after: After) -> Iterator[Claim]:
@@ -180,7 +180,7 @@ def expected() -> list[str]:
     ]
 
 
-def seen(setting: Setting, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def seen(setting: Setting, rows: Rows) -> list[str]:
     """What was measured."""
     return [
         f"{setting.title}; DPO after SFT on {row['run']}: y+ {row['y+']:+.2f}, y− "

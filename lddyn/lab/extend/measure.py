@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -14,14 +13,13 @@ from lddyn.lab.mass import (
     mass_of_run,
     shares_of_mass,
 )
+from lddyn.lab.record import Row
 from lddyn.lab.setting import Setting
 from lddyn.probes.build import sample
 from lddyn.probes.measure import measure
 
 
-def examine(
-    setting: Setting, before: nn.Module, after: nn.Module, new_tokens: int
-) -> dict[str, Any]:
+def examine(setting: Setting, before: nn.Module, after: nn.Module, new_tokens: int) -> Row:
     """Held-out preferences, greedy answers to held-out prompts, where the mass of y− went."""
     prompts = sorted({row["prompt"] for row in setting.test.rows})
     texts = {
@@ -77,9 +75,7 @@ def degeneration(texts: Sequence[str]) -> dict[str, float]:
     }
 
 
-def summary(
-    curves: Mapping[str, Curves], after: Mapping[str, Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def summary(curves: Mapping[str, Curves], after: Mapping[str, Row]) -> list[Row]:
     """One row per run: changes of log π by DPO, and the state after it."""
     rows = []
     for name, curve in curves.items():

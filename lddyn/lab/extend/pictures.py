@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lddyn.lab.curves import Curves
 from lddyn.lab.drawing import axes_grid, curves, tidy
+from lddyn.lab.record import Rows
 from lddyn.report.canvas import INK
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLOURS = {
     "y+ only": "#d55e00",
@@ -19,7 +23,7 @@ _COLOURS = {
 }
 
 
-def draw_sft(tuned: Mapping[str, Curves]) -> Any:
+def draw_sft(tuned: Mapping[str, Curves]) -> Figure:
     """Curves of the two SFT runs."""
     figure, grid = axes_grid("sft", 1, 2, 11, 4.4, sharey=True)
     for axes, (name, curve) in zip(grid, tuned.items(), strict=True):
@@ -28,7 +32,7 @@ def draw_sft(tuned: Mapping[str, Curves]) -> Any:
     return figure
 
 
-def draw_dpo(runs: Mapping[str, Curves]) -> Any:
+def draw_dpo(runs: Mapping[str, Curves]) -> Figure:
     """Curves of the four DPO runs."""
     figure, grid = axes_grid("dpo", 1, 4, 14, 3.8)
     panels = {
@@ -61,7 +65,7 @@ def draw_dpo(runs: Mapping[str, Curves]) -> Any:
     return figure
 
 
-def draw_summary(rows: Sequence[Mapping[str, Any]]) -> Any:
+def draw_summary(rows: Rows) -> Figure:
     """Bars of the runs after DPO; a black line is the value before it."""
     shown = ("unrelated", "greedy", "squeeze ratio", "held-out accuracy", "repeated", "distinct 2")
     titles = (

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from lddyn.lab.experiment import experiment
 from lddyn.lab.mnist.claims import judge_kernel, judge_maps, judge_step, judge_sums
 from lddyn.lab.mnist.measure import Descent, descend, halve, one_step
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Results
 from lddyn.lab.settings import Mnist
 from lddyn.lazy import attributes
 
@@ -19,7 +17,7 @@ __all__ = ["run"]
 
 
 @experiment("mnist", Mnist)
-def run(lab: Lab, settings: Mnist) -> dict[str, Any]:
+def run(lab: Lab, settings: Mnist) -> Results:
     """Trains a network on digits twice, and compares what K predicts with what was measured.
 
     The second run is the control: no momentum, and a constant learning rate of

@@ -70,9 +70,9 @@ def load(data: str | Path | None = None, torchvision: str | None = None) -> Imag
     else:
         pixels, classes = _embedded()
         source, published = "scikit-learn's handwritten digits (8×8, enlarged)", False
-    found = sorted(set(classes.tolist()))
-    if found != list(range(10)):
-        raise ValueError(f"the classes of {source} must be 0 … 9, got {found}")
+    values = sorted(set(classes.tolist()))
+    if values != list(range(10)):
+        raise ValueError(f"the classes of {source} must be 0 … 9, got {values}")
     return Images((pixels - _MEAN) / _DEVIATION, classes, source, published)
 
 

@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,7 +28,7 @@ from torch.nn import functional
 from lddyn.files import digest_of
 from lddyn.lab.mnist.images import Images
 from lddyn.lab.mnist.images import load as load_images
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Row
 from lddyn.lab.settings import Mnist
 
 __all__ = [
@@ -119,8 +118,8 @@ def _named(module: nn.Module, theta: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def logits(module: nn.Module, theta: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     """Logits z (N, 10) at the parameters θ (P,), for images (N, 1, 28, 28)."""
-    found: torch.Tensor = functional_call(module, _named(module, theta), (pixels,))
-    return found
+    z: torch.Tensor = functional_call(module, _named(module, theta), (pixels,))
+    return z
 
 
 def jacobian(module: nn.Module, theta: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
@@ -136,8 +135,8 @@ def jacobian(module: nn.Module, theta: torch.Tensor, pixels: torch.Tensor) -> to
     """
 
     def one(parameters: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = functional_call(module, parameters, (image[None],))[0]
-        return found
+        z: torch.Tensor = functional_call(module, parameters, (image[None],))[0]
+        return z
 
     parts = vmap(jacrev(one), (None, 0), chunk_size=_CHUNK)(_named(module, theta), pixels)
     return torch.cat([part.flatten(2) for part in parts.values()], 2)
@@ -203,8 +202,8 @@ def predict(
         >>> from lddyn.lab.mnist import measure
         >>> module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 10))
         >>> theta, x = torch.zeros(50), torch.ones(1, 1, 2, 2)
-        >>> found = measure.predict(module, theta, x, x, torch.tensor([4]))[0, 0]
-        >>> round(float(found[4]), 4), round(float(found[0]), 4)
+        >>> change = measure.predict(module, theta, x, x, torch.tensor([4]))[0, 0]
+        >>> round(float(change[4]), 4), round(float(change[0]), 4)
         (4.5, -0.5)
     """
     pull = _residual(module, theta, updated, classes)
@@ -255,16 +254,18 @@ def halve(lab: Lab, settings: Mnist) -> Halves:
         ValueError: If too few are left to observe, or of a class; or the experiment's folder was
             made with other images.
     """
-    found = load_images(settings.images, settings.torchvision)
-    lab.reads(images=digest_of(*(part.numpy().tobytes() for part in (found.pixels, found.classes))))
-    if settings.train >= len(found.classes):
+    images = load_images(settings.images, settings.torchvision)
+    lab.reads(
+        images=digest_of(*(part.numpy().tobytes() for part in (images.pixels, images.classes)))
+    )
+    if settings.train >= len(images.classes):
         raise ValueError(
-            f"train must leave images to observe: fewer than {len(found.classes)}, got "
+            f"train must leave images to observe: fewer than {len(images.classes)}, got "
             f"{settings.train}"
         )
-    order = torch.randperm(len(found.classes), generator=lab.generator("split"))
-    learned = _part(found, order[: settings.train])
-    unseen = _part(found, order[settings.train :][:_UNSEEN])
+    order = torch.randperm(len(images.classes), generator=lab.generator("split"))
+    learned = _part(images, order[: settings.train])
+    unseen = _part(images, order[settings.train :][:_UNSEEN])
     return Halves(
         learned,
         unseen,
@@ -273,13 +274,13 @@ def halve(lab: Lab, settings: Mnist) -> Halves:
     )
 
 
-def _part(found: Images, at: torch.Tensor) -> Images:
-    return Images(found.pixels[at], found.classes[at], found.source, found.published)
+def _part(images: Images, at: torch.Tensor) -> Images:
+    return Images(images.pixels[at], images.classes[at], images.source, images.published)
 
 
-def _probes(found: Images, count: int, name: str) -> torch.Tensor:
+def _probes(images: Images, count: int, name: str) -> torch.Tensor:
     """The first images of every class: indices (10 count,), sorted by class."""
-    by_class = [(found.classes == c).nonzero()[:count, 0] for c in range(CLASSES)]
+    by_class = [(images.classes == c).nonzero()[:count, 0] for c in range(CLASSES)]
     for c, these in enumerate(by_class):
         if len(these) < count:
             raise ValueError(
@@ -305,7 +306,7 @@ class Descent:
         return _FLOOR + (self.learning_rate - _FLOOR) * share
 
 
-def descend(lab: Lab, settings: Mnist, halves: Halves, descent: Descent) -> dict[str, Any]:
+def descend(lab: Lab, settings: Mnist, halves: Halves, descent: Descent) -> Row:
     """Trains, or goes on; returns the records of the epochs and the last state's tensors."""
     records: list[dict[str, float]] = []
     segments = range(0, settings.epochs, _SEGMENT)
@@ -422,14 +423,14 @@ def _pushed(
         ]
         return tangent
 
-    found: torch.Tensor = vmap(one)(directions)
-    return found
+    moved: torch.Tensor = vmap(one)(directions)
+    return moved
 
 
 # --------------------------------------------------------------------------- one step on a "4"
 
 
-def one_step(settings: Mnist, halves: Halves, theta: torch.Tensor) -> dict[str, Any]:
+def one_step(settings: Mnist, halves: Halves, theta: torch.Tensor) -> Row:
     """Steps on single 4s, in float64: predicted and measured Δ log π of every observed probe.
 
     Returns:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lddyn.lab.record import Rows
 from lddyn.report.canvas import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Rows = Sequence[Mapping[str, Any]]
 _DIGITS = range(10)
 _SOFT = "#555555"
 _NORM = r"\Vert K_{uo}\Vert_F"

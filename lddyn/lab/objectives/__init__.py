@@ -8,12 +8,11 @@ softmax of 50 labels does under each objective when y− is unlikely, and when i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lddyn.lab.experiment import experiment
 from lddyn.lab.objectives import flows, pictures, residuals
 from lddyn.lab.objectives.claims import Measured, expected, make_claims, seen
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Results
 from lddyn.lab.settings import Objectives
 from lddyn.lazy import attributes
 
@@ -23,7 +22,7 @@ __all__ = ["run"]
 
 
 @experiment("objectives", Objectives)
-def run(lab: Lab, settings: Objectives) -> dict[str, Any]:
+def run(lab: Lab, settings: Objectives) -> Results:
     """Compares the residuals of twelve objectives, and descends a softmax under each.
 
     Cost: with the default settings 6 seconds of one core.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lddyn.lab.objectives.flows import SITUATIONS
 from lddyn.lab.objectives.residuals import PRINTED, SETTINGS, at_margin, strength_at_start
-from lddyn.lab.record import Claim
+from lddyn.lab.record import Claim, Row, Rows
 from lddyn.lab.shares import Share, verdict
 from lddyn.objectives import LOSSES
 
@@ -39,9 +38,9 @@ class Measured:
         steps: Steps of those descents.
     """
 
-    residuals: Sequence[Mapping[str, Any]]
-    margins: Sequence[Mapping[str, Any]]
-    flows: Sequence[Mapping[str, Any]]
+    residuals: Rows
+    margins: Rows
+    flows: Rows
     steps: int
 
     @property
@@ -59,7 +58,7 @@ class Measured:
         """c− of an objective along the margins."""
         return [row["c-"] for row in self.margins if row["objective"] == name]
 
-    def flow(self, situation: str, name: str) -> Mapping[str, Any]:
+    def flow(self, situation: str, name: str) -> Row:
         """The row of a situation and an objective."""
         return next(
             row for row in self.flows if row["situation"] == situation and row["objective"] == name
@@ -111,7 +110,7 @@ def _closed_forms(measured: Measured) -> Claim:
     )
 
 
-def _printed(name: str, row: Mapping[str, Any]) -> Claim:
+def _printed(name: str, row: Row) -> Claim:
     title, off = LOSSES[name].title, row["error of the printed form"]
     return Claim(
         f"{title}, printed",
@@ -221,7 +220,7 @@ def _off_policy(measured: Measured) -> Claim:
     )
 
 
-def _same_context(dpo: Mapping[str, Any]) -> Claim:
+def _same_context(dpo: Row) -> Claim:
     return Claim(
         "same context",
         "Where y+ and y− are labels of one softmax, DPO's two pushes cancel for all other labels.",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lddyn.lab.objectives.residuals import CHOSEN, REJECTED, SETTINGS, build, coefficients
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Row
 from lddyn.objectives import LOSSES
 from lddyn.steps.flow import softmax_step
 
@@ -66,12 +64,12 @@ def descend(
 STARTS = {"valley": (0.12, 0.03, 0.85), "peak": (0.3, 0.5, 0.2)}  # π of y+, y−, the other
 
 
-def fields(lab: Lab, resolution: int = 12) -> dict[str, Any]:
+def fields(lab: Lab, resolution: int = 12) -> Row:
     """dπ on the simplex and the path from the reference, by objective and start."""
-    found: dict[str, Any] = {}
+    by_start: Row = {}
     for where, point in STARTS.items():
         start = torch.tensor(point, dtype=torch.float64).log()
-        found[where] = {}
+        by_start[where] = {}
         for name in lab.bar(LOSSES, f"simplex, {where}"):
             arrows = []
             for i in range(1, resolution):
@@ -82,8 +80,8 @@ def fields(lab: Lab, resolution: int = 12) -> dict[str, Any]:
                     move = on - on.sum() * probs
                     arrows.append([*probs.tolist(), *(probs * (move - probs @ move)).tolist()])
             path = descend(name, start, 0, 1, 250, shared=True)[::5]
-            found[where][name] = {"arrows": arrows, "path": [p.exp().tolist() for p, _ in path]}
-    return found
+            by_start[where][name] = {"arrows": arrows, "path": [p.exp().tolist() for p, _ in path]}
+    return by_start
 
 
 # Which label y− is: unlikely; the model's second choice; its own answer, as on-policy samples
@@ -91,7 +89,7 @@ def fields(lab: Lab, resolution: int = 12) -> dict[str, Any]:
 SITUATIONS = ("valley", "second", "likeliest", "valley, same context")
 
 
-def flows(lab: Lab, labels: int, steps: int) -> dict[str, Any]:
+def flows(lab: Lab, labels: int, steps: int) -> Row:
     """What becomes of the softmax at χ−: y* and the others, under each objective."""
     logits = 2.5 * torch.randn(labels, generator=lab.generator("flow"), dtype=torch.float64)
     start = logits.log_softmax(-1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lddyn.lab.record import Row
 from lddyn.objectives import LOSSES
 from lddyn.report.canvas import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 
@@ -28,7 +29,7 @@ def _panels(name: str, title: str, height: float = 7.4) -> tuple[Figure, dict[st
     return figure, axes
 
 
-def draw_scan(rows: list[dict[str, Any]]) -> Figure:
+def draw_scan(rows: list[Row]) -> Figure:
     """c+ and c− by the margin, and the printed forms where they are wrong."""
     figure, panels = _panels("coefficients", "How hard each objective pulls y+ and pushes y−")
     for name, axes in panels.items():
@@ -71,7 +72,7 @@ def _on_paper(probs: Tensor) -> tuple[Tensor, Tensor]:
     return probs[..., 0] + probs[..., 2] / 2, probs[..., 2] * 3**0.5 / 2
 
 
-def draw_simplex(found: dict[str, Any], where: str) -> Figure:
+def draw_simplex(fields: Row, where: str) -> Figure:
     """Gradient fields; arrows are blue where the mass of the third label grows."""
     texts = {
         "valley": "One softmax, y− in a valley: who feeds a third label?",
@@ -82,7 +83,7 @@ def draw_simplex(found: dict[str, Any], where: str) -> Figure:
     for name, axes in panels.items():
         x, y = _on_paper(corners)
         axes.plot(x, y, color=FAINT, linewidth=0.8)
-        arrows = torch.tensor(found[where][name]["arrows"], dtype=torch.float64)
+        arrows = torch.tensor(fields[where][name]["arrows"], dtype=torch.float64)
         x, y = _on_paper(arrows[:, :3])
         u, v = _on_paper(arrows[:, 3:])
         size = (u * u + v * v).sqrt()
@@ -102,7 +103,7 @@ def draw_simplex(found: dict[str, Any], where: str) -> Figure:
             pivot="mid",
             zorder=2,
         )
-        path = torch.tensor(found[where][name]["path"], dtype=torch.float64)
+        path = torch.tensor(fields[where][name]["path"], dtype=torch.float64)
         x, y = _on_paper(path)
         axes.plot(x, y, color="#e66100", linewidth=2.6, zorder=3)
         axes.plot(x[:1], y[:1], "o", color="#e66100", markersize=5, zorder=4)
@@ -133,7 +134,7 @@ def draw_simplex(found: dict[str, Any], where: str) -> Figure:
     return figure
 
 
-def draw_flow(curves: list[dict[str, Any]]) -> Figure:
+def draw_flow(curves: list[Row]) -> Figure:
     """Curves of log π at χ−: y−, y* and all others together, in three situations."""
     figure, panels = _panels("flow", "Where y− is: what its push does to y* and to the others")
     for name, axes in panels.items():

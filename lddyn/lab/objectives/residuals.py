@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lddyn.data.example import Example
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Row
 from lddyn.objectives import LOSSES, Objective, preference
 
 # For pictures: of like scale, so that targets lie at h = 1 or r = ±1.
@@ -166,7 +165,7 @@ def _draw_parameters(name: str, generator: torch.Generator) -> dict[str, float]:
     return {key: uniform(*ranges[key]) for key in wanted}
 
 
-def check(lab: Lab, cases: int) -> list[dict[str, Any]]:
+def check(lab: Lab, cases: int) -> list[Row]:
     """Coefficients and logit gradients by autograd against closed and printed forms."""
     rows = []
     for name in lab.bar(LOSSES, "residuals"):
@@ -248,14 +247,14 @@ def at_margin(
     return coefficients(objective, log_probs)
 
 
-def scan(lab: Lab) -> list[dict[str, Any]]:
+def scan(lab: Lab) -> list[Row]:
     """c± along the margin, r± = ±h/2, log π_ref = −2 of both."""
     rows = []
     for name in lab.bar(LOSSES, "margins"):
         for step in range(-24, 25):
             h = step / 4
             c = at_margin(name, (h / 2, -h / 2), (-2.0, -2.0))
-            row: dict[str, Any] = {"objective": name, "margin": h, "c+": c[0], "c-": c[1]}
+            row: Row = {"objective": name, "margin": h, "c+": c[0], "c-": c[1]}
             if name in PRINTED:
                 full = {**SETTINGS[name]}
                 said = printed_form(name, h / 2 - 2, -h / 2 - 2, (h / 2, -h / 2), full)

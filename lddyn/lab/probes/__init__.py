@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lddyn.lab.experiment import experiment
 from lddyn.lab.probes.claims import expected, make_claim, seen
 from lddyn.lab.probes.measure import by_type, compare
 from lddyn.lab.probes.pictures import draw_types
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Results
 from lddyn.lab.setting import UNTRACKED, load, one_thread
 from lddyn.lab.settings import Probes
 from lddyn.lazy import attributes
@@ -20,7 +18,7 @@ __all__ = ["run"]
 
 
 @experiment("probes", Probes)
-def run(lab: Lab, settings: Probes) -> dict[str, Any]:
+def run(lab: Lab, settings: Probes) -> Results:
     """Builds or reads a probing set, reports on it, and times the pass.
 
     Cost: with the default settings 40 seconds of one core.

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from lddyn.lab.record import Claim
+from lddyn.lab.record import Claim, Row, Rows
 from lddyn.lab.setting import Setting
 from lddyn.lab.shares import verdict
 
 _WANTED = 4.0  # times faster
 
 
-def make_claim(passes: Mapping[str, Any]) -> Claim:
+def make_claim(passes: Row) -> Claim:
     """The pass with shared prompts against the authors' pass, from what `compare` returned."""
     faster, worst = passes["times faster"], max(passes["largest difference"].values())
     each = passes["times faster, each repeat"]
@@ -41,9 +38,7 @@ def expected() -> list[str]:
     ]
 
 
-def seen(
-    setting: Setting, passes: Mapping[str, Any], types: Sequence[Mapping[str, Any]]
-) -> list[str]:
+def seen(setting: Setting, passes: Row, types: Rows) -> list[str]:
     """What was measured."""
     empty = sum(row["empty"] for row in types)
     worst = max(passes["largest difference"].values())

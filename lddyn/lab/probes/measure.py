@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lddyn.data.example import Example
+from lddyn.lab.record import Row
 from lddyn.lab.setting import Setting
 from lddyn.probes.measure import Measured, measure
 from lddyn.probes.probe_set import Encoded
 
 
-def by_type(
-    setting: Setting, encoded: Encoded, report: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def by_type(setting: Setting, encoded: Encoded, report: list[Row]) -> list[Row]:
     """Adds means per token to the rows of a probing set's report."""
     measured = measure(setting.model, encoded)
     grids = {
@@ -77,7 +75,7 @@ def one_by_one(
     return Measured(count, *torch.stack(sums).unbind(1))
 
 
-def compare(model: nn.Module, encoded: Encoded, repeats: int = 3) -> dict[str, Any]:
+def compare(model: nn.Module, encoded: Encoded, repeats: int = 3) -> Row:
     """Both passes over the same probes on one thread, in turns: seconds of CPU, largest difference.
 
     Differences are relative to the larger of 1 and the number itself.

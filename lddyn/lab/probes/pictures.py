@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lddyn.lab.drawing import GROUP_COLOURS, axes_grid, tidy
+from lddyn.lab.record import Rows
 from lddyn.probes.probe_set import TYPES
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def draw_types(by_type: Sequence[dict[str, Any]]) -> Any:
+
+def draw_types(by_type: Rows) -> Figure:
     """Log π and entropy per token of every response type."""
     shown = [row for row in by_type if "log_prob" in row]
     figure, grid = axes_grid("types", 1, 2, 9.6, 0.9 + 0.28 * len(shown))

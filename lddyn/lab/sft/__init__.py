@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from lddyn.lab.curves import Curves
 from lddyn.lab.experiment import experiment
 from lddyn.lab.finetune import Recipe, finetune, spread
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Results
 from lddyn.lab.setting import Setting, load, one_thread
 from lddyn.lab.settings import Sft
 from lddyn.lab.sft import pictures
@@ -27,7 +26,7 @@ __all__ = ["run"]
 
 
 @experiment("sft", Sft)
-def run(lab: Lab, settings: Sft) -> dict[str, Any]:
+def run(lab: Lab, settings: Sft) -> Results:
     """Finetunes on the chosen responses, and measures every response type on the way.
 
     Cost: with the default settings about 3 minutes of one core, two thirds of it for K.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -11,7 +10,7 @@ from scipy.stats import spearmanr
 from lddyn.lab.curves import Curves, bell, explained_share
 from lddyn.lab.drawing import label
 from lddyn.lab.finetune import PAPER_LR
-from lddyn.lab.record import Claim, Lab, Verdict
+from lddyn.lab.record import Claim, Lab, Rows, Verdict
 from lddyn.lab.setting import Setting
 from lddyn.lab.sft.tables import kernel_grid, kernel_means
 from lddyn.lab.shares import bootstrap_of, over_prompts, verdict
@@ -20,8 +19,6 @@ from lddyn.stats import bootstrap
 _SIMILAR = ("rejected", "chosen_gptsemantic", "chosen_gptformat", "irr_test", "irr_hum")
 _NOISE = ("random_permute", "random_nonhum")
 _REWORDED = ("chosen_gptsemantic", "reject_gptsemantic", "chosen", "rejected")
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 def make_claims(

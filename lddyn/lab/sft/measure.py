@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from lddyn.data.example import Example
 from lddyn.lab.curves import explained_share
 from lddyn.lab.finetune import PAPER_LR, batches
 from lddyn.lab.kernel_norms import influence
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Row
 from lddyn.lab.setting import Setting
 from lddyn.lab.training import Explained, Explanations, Supervised, train
 from lddyn.optimizers import make_optimizer
@@ -44,7 +43,7 @@ def accuracy(
     learned: Sequence[Mapping[str, Example]],
     lr: float,
     steps: int,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """How much of Δ log π the first order explains, with float64 weights.
 
     Args:

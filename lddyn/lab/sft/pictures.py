@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,8 +21,11 @@ from lddyn.lab.sft.tables import kernel_means
 from lddyn.probes.probe_set import TYPES
 from lddyn.report.canvas import INK
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def draw_curves(run: Curves) -> Any:
+
+def draw_curves(run: Curves) -> Figure:
     """Four panels: answers, other responses, confidence of y+, energies."""
     figure, grid = axes_grid("curves", 2, 2, 11, 7.2)
     by_group = {
@@ -39,7 +42,7 @@ def draw_curves(run: Curves) -> Any:
     return figure
 
 
-def draw_kernel(run: Curves) -> Any:
+def draw_kernel(run: Curves) -> Figure:
     """‖K‖_F over training by response type, and √LBK / η beside it."""
     means = kernel_means(run)
     points = sorted({row["update"] for row in run.raw["kernel"]})
@@ -57,7 +60,7 @@ def draw_kernel(run: Curves) -> Any:
     return figure
 
 
-def draw_influence(maps: Mapping[str, np.ndarray], fields: Sequence[str]) -> Any:
+def draw_influence(maps: Mapping[str, np.ndarray], fields: Sequence[str]) -> Figure:
     """Influence between response types, at the start and at the end."""
     figure, grid = axes_grid("influence", 1, 2, 13, 5.6, sharey=True)
     for axes, (when, values) in zip(grid, maps.items(), strict=True):
@@ -66,7 +69,7 @@ def draw_influence(maps: Mapping[str, np.ndarray], fields: Sequence[str]) -> Any
     return figure
 
 
-def draw_first_order(run: Curves) -> Any:
+def draw_first_order(run: Curves) -> Figure:
     """Predicted against measured changes: single updates, and their sum."""
     figure, grid = axes_grid("first_order", 1, 2, 9.6, 4.2)
     types = run.raw["explained types"]

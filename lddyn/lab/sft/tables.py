@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from lddyn.lab.curves import Curves
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Rows
 
 
 def kernel_means(run: Curves) -> dict[str, dict[str, list[float]]]:
@@ -37,7 +36,7 @@ def write_tables(
     run: Curves,
     maps: Mapping[str, np.ndarray],
     fields: Sequence[str],
-    accuracy: Sequence[Mapping[str, Any]],
+    accuracy: Rows,
 ) -> None:
     """Writes every table of the experiment."""
     lab.table("curves", run.rows("sft"))
@@ -69,7 +68,7 @@ def write_tables(
     )
 
 
-def kernel_grid(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+def kernel_grid(rows: Rows, key: str) -> np.ndarray:
     """One quantity of the table of kernels, (prompts, updates, types); NaN where there is none."""
     places = ("prompt", "update", "observed")
     names = [list(dict.fromkeys(row[place] for row in rows)) for place in places]

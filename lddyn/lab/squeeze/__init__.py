@@ -7,11 +7,10 @@ where other positions and other layers share the parameters that move.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lddyn.lab.experiment import experiment
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Results, Row
 from lddyn.lab.settings import Squeeze
 from lddyn.lab.squeeze import measure, pictures
 from lddyn.lab.squeeze.claims import Measured, expected, make_claims, seen
@@ -23,7 +22,7 @@ __all__ = ["run"]
 
 
 @experiment("squeeze", Squeeze)
-def run(lab: Lab, settings: Squeeze) -> dict[str, Any]:
+def run(lab: Lab, settings: Squeeze) -> Results:
     """Takes real steps of softmax regression, tallies random cases, and goes beyond one softmax.
 
     Cost: with the default settings a second of one core.
@@ -83,7 +82,7 @@ def _tables(lab: Lab, measured: Measured) -> None:
         lab.table(name, [_flat(row) for row in measured.limits[name]])
 
 
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(row: Row) -> Row:
     """A row whose shares are columns of their own: "argmax rises: count"."""
     return {
         f"{name}: {part}" if part else name: value

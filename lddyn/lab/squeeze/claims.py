@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from lddyn.lab.record import Claim
+from lddyn.lab.record import Claim, Row, Rows
 from lddyn.lab.shares import Share, claim_of_share, verdict
-
-Rows = Sequence[Mapping[str, Any]]
 
 # How a share of cases decides. A comparison, or a "largely", must hold more often than not. What is
 # said without an "often" of all predictions of a kind must hold as a rule.
@@ -32,12 +29,12 @@ class Measured:
         limits: Rates with other contexts, several positions, a hidden layer.
     """
 
-    regimes: list[dict[str, Any]]
-    counted: dict[str, list[dict[str, Any]]]
-    accuracy: list[dict[str, Any]]
-    entropy: list[dict[str, Any]]
-    reference: list[dict[str, Any]]
-    limits: dict[str, list[dict[str, Any]]]
+    regimes: list[Row]
+    counted: dict[str, list[Row]]
+    accuracy: list[Row]
+    entropy: list[Row]
+    reference: list[Row]
+    limits: dict[str, list[Row]]
 
     @property
     def shares(self) -> dict[str, Share]:
@@ -288,7 +285,7 @@ def _beyond(limits: Mapping[str, Rows]) -> Claim:
     )
 
 
-def _crowded(limits: Mapping[str, Rows]) -> tuple[Mapping[str, Any], Share, Share]:
+def _crowded(limits: Mapping[str, Rows]) -> tuple[Row, Share, Share]:
     """The setting of positions in which y* rises least often; how often y* rises and y falls."""
     crowd = min(limits["positions"], key=lambda row: float(row["argmax rises"]["share"]))
     rises, falls = (

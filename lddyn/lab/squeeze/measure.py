@@ -9,12 +9,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lddyn.lab.record import Lab
+from lddyn.lab.record import Lab, Row
 from lddyn.lab.shares import Share
 from lddyn.steps.flow import Flow, leading, renormalised, softmax_step, threshold
 
@@ -64,7 +63,7 @@ class _Regime:
     lr: float
 
 
-def regimes(lab: Lab, labels: int, large: int) -> list[dict[str, Any]]:
+def regimes(lab: Lab, labels: int, large: int) -> list[Row]:
     """Takes one real step of softmax regression in each regime and compares it with Lemma 1.
 
     Returns:
@@ -101,7 +100,7 @@ def _regimes(lab: Lab, labels: int, large: int) -> list[_Regime]:
     ]
 
 
-def _regime_row(regime: _Regime) -> dict[str, Any]:
+def _regime_row(regime: _Regime) -> Row:
     """One real step in a regime, and its difference from Lemma 1."""
     before, after = regression_step(regime.weights, regime.features, regime.pushes, regime.lr)
     eta = regime.lr * float(regime.features @ regime.features)
@@ -205,7 +204,7 @@ class _Cases:
         return Flow.of(self.log_probs, push_down(self.log_probs, label, size), label)
 
 
-def tallies(lab: Lab, count: int, labels: int) -> dict[str, list[dict[str, Any]]]:
+def tallies(lab: Lab, count: int, labels: int) -> dict[str, list[Row]]:
     """The lemma's guarantees and trends, counted on random cases."""
     cases = _Cases.draw(lab, count, labels)
     statements = _guarantees(cases) | _flatness(cases) | _entropy_signs(cases)
@@ -331,7 +330,7 @@ def _own(values: Tensor, labels: Tensor) -> Tensor:
     return values.gather(1, labels[:, None])[:, 0]
 
 
-def threshold_accuracy(lab: Lab, count: int, labels: int) -> list[dict[str, Any]]:
+def threshold_accuracy(lab: Lab, count: int, labels: int) -> list[Row]:
     """How often π_i > τ says rightly whether a label rises, by the length of the step."""
     log_probs, label, _ = random_cases(lab, count, labels)
     own = torch.zeros_like(log_probs, dtype=torch.bool).scatter_(1, label[:, None], True)
@@ -343,7 +342,7 @@ def threshold_accuracy(lab: Lab, count: int, labels: int) -> list[dict[str, Any]
     return rows
 
 
-def entropy_curves(lab: Lab, labels: int) -> list[dict[str, Any]]:
+def entropy_curves(lab: Lab, labels: int) -> list[Row]:
     """ΔH of pushing down each label in turn (η' = −0.5), for three predictions."""
     logits = torch.randn(labels, generator=lab.generator("entropy"), dtype=torch.float64)
     rows = []
@@ -365,7 +364,7 @@ def entropy_curves(lab: Lab, labels: int) -> list[dict[str, Any]]:
     return rows
 
 
-def reference_rows() -> list[dict[str, Any]]:
+def reference_rows() -> list[Row]:
     """The published example: prediction and entropy change, ours beside theirs."""
     logits = torch.tensor([2.0, 1, 0, -1, -2], dtype=torch.float64)
     rows = []
@@ -391,7 +390,7 @@ def reference_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def limits(lab: Lab, count: int, labels: int) -> dict[str, list[dict[str, Any]]]:
+def limits(lab: Lab, count: int, labels: int) -> dict[str, list[Row]]:
     """The two guarantees where other positions and layers share what moves; η' = −0.5 each."""
     generator = lab.generator("limits")
     return {
@@ -409,7 +408,7 @@ def _scattered_logits(generator: torch.Generator, *shape: int) -> Tensor:
     return 2.5 * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def _other_contexts(generator: torch.Generator, count: int, labels: int) -> list[dict[str, Any]]:
+def _other_contexts(generator: torch.Generator, count: int, labels: int) -> list[Row]:
     """A context x_o whose features have some cosine with those of the pushed one.
 
     With the same W its logits Wᵀx_o have that cosine too, and K = cosine · ‖x‖² I.
@@ -437,7 +436,7 @@ def _other_contexts(generator: torch.Generator, count: int, labels: int) -> list
 
 def _several_positions(
     generator: torch.Generator, count: int, labels: int, number: int, overlap: float
-) -> dict[str, Any]:
+) -> Row:
     """Positions of one response, each with a label pushed down, whose features overlap."""
     apart = _scattered_logits(generator, count, number, labels)
     common = _scattered_logits(generator, count, 1, labels)
@@ -458,7 +457,7 @@ def _several_positions(
     }
 
 
-def hidden(lab: Lab, count: int, labels: int, width: int = 32) -> list[dict[str, Any]]:
+def hidden(lab: Lab, count: int, labels: int, width: int = 32) -> list[Row]:
     """Networks z = W₂ tanh(W₁ x): one real step with the hidden layer's rate scaled by `body`.
 
     K = ‖h‖² I + body ‖x‖² W₂ D² W₂ᵀ: at body = 0 this is Lemma 1, beyond it labels share features.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lddyn.lab.record import Row
 from lddyn.report.canvas import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 
 if TYPE_CHECKING:
@@ -17,17 +18,17 @@ if TYPE_CHECKING:
 from lddyn.lab.squeeze.measure import BODIES, OVERLAPS, POSITIONS
 
 
-def draw_regimes(found: list[dict[str, Any]]) -> Figure:
+def draw_regimes(regimes: list[Row]) -> Figure:
     """Every label before and after, on a logarithmic scale."""
     figure = blank_figure(11.0, 6.3, "regimes")
-    small = [p for case in found[:-1] for p in case["before"] + case["after"]]
-    for place, case in enumerate(found):
+    small = [p for case in regimes[:-1] for p in case["before"] + case["after"]]
+    for place, case in enumerate(regimes):
         line, column = divmod(place, 3)
         axes = figure.add_axes((0.065 + 0.32 * column, 0.545 - 0.465 * line, 0.275, 0.31))
         before, after = (
             torch.tensor(case[k], dtype=torch.float64).exp() for k in ("before", "after")
         )
-        if case is found[-1]:
+        if case is regimes[-1]:
             _by_rank(axes, case, before, after)
         else:
             _by_label(axes, case, before, after)
@@ -57,7 +58,7 @@ def draw_regimes(found: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _by_label(axes: Axes, case: dict[str, Any], before: Tensor, after: Tensor) -> None:
+def _by_label(axes: Axes, case: Row, before: Tensor, after: Tensor) -> None:
     x = range(len(before))
     colours = [RAISED if rose else LOWERED for rose in (after > before).tolist()]
     axes.vlines(x, before, after, colors=colours, linewidth=1.4, zorder=1)
@@ -95,7 +96,7 @@ def _by_label(axes: Axes, case: dict[str, Any], before: Tensor, after: Tensor) -
     axes.set_xlabel("label", fontsize=8, color=INK)
 
 
-def _by_rank(axes: Axes, case: dict[str, Any], before: Tensor, after: Tensor) -> None:
+def _by_rank(axes: Axes, case: Row, before: Tensor, after: Tensor) -> None:
     order = before.argsort(descending=True)
     rank = torch.arange(1, len(before) + 1)
     pushed = next(int(k) for k in case["pushes"])
@@ -129,9 +130,7 @@ def _by_rank(axes: Axes, case: dict[str, Any], before: Tensor, after: Tensor) ->
     axes.set_xlabel("rank of the label before the step", fontsize=8, color=INK)
 
 
-def draw_trends(
-    results: dict[str, Any], accuracy: list[dict[str, Any]], entropy: list[dict[str, Any]]
-) -> Figure:
+def draw_trends(results: Row, accuracy: list[Row], entropy: list[Row]) -> Figure:
     """Who gains by peakedness; where τ holds; entropy by the pushed label's probability."""
     figure = blank_figure(11.0, 3.4, "trends")
     left, middle, right = (figure.add_axes((0.065 + 0.33 * i, 0.15, 0.25, 0.73)) for i in range(3))
@@ -197,14 +196,14 @@ def draw_trends(
     return figure
 
 
-def draw_limits(found: dict[str, list[dict[str, Any]]]) -> Figure:
+def draw_limits(limits: dict[str, list[Row]]) -> Figure:
     """How often the guarantees hold with shared features, several positions, a hidden layer."""
     figure = blank_figure(11.0, 3.4, "limits")
     left, middle, right = (figure.add_axes((0.065 + 0.33 * i, 0.15, 0.25, 0.73)) for i in range(3))
     # Nothing moves at cosine 0: the lines end on both sides of it.
     for rows in (
-        [r for r in found["contexts"] if r["cosine"] < 0],
-        [r for r in found["contexts"] if r["cosine"] > 0],
+        [r for r in limits["contexts"] if r["cosine"] < 0],
+        [r for r in limits["contexts"] if r["cosine"] > 0],
     ):
         for key, colour in (
             ("argmax of the pushed context rises", LOWERED),
@@ -219,7 +218,7 @@ def draw_limits(found: dict[str, list[dict[str, Any]]]) -> Figure:
     left.set_title("At another context: who rises?", loc="left", fontsize=10, weight="bold")
     shades = ["#9ecae1", "#6baed6", "#3182bd", "#08519c"]
     for overlap, colour in zip(OVERLAPS, shades, strict=True):
-        rows = [r for r in found["positions"] if r["overlap"] == overlap]
+        rows = [r for r in limits["positions"] if r["overlap"] == overlap]
         x = [r["positions"] for r in rows]
         _line(middle, x, [r["argmax rises"] for r in rows], colour)
         middle.annotate(
@@ -236,7 +235,7 @@ def draw_limits(found: dict[str, list[dict[str, Any]]]) -> Figure:
     middle.set_xlim(0.9, 110)
     middle.set_xlabel("positions pushed down together", fontsize=8.5)
     middle.set_title("Several positions: y* rises at", loc="left", fontsize=10, weight="bold")
-    rows = found["hidden"]
+    rows = limits["hidden"]
     x = list(range(len(rows)))
     for key, colour, text, at, above in (
         ("label falls", LOWERED, "y falls", 4, -11),
@@ -264,7 +263,7 @@ def draw_limits(found: dict[str, list[dict[str, Any]]]) -> Figure:
     return figure
 
 
-def _line(axes: Axes, x: list[Any], rows: list[dict[str, Any]], colour: str) -> None:
+def _line(axes: Axes, x: list[Any], rows: list[Row], colour: str) -> None:
     axes.plot(x, [r["share"] for r in rows], "o-", color=colour, linewidth=1.6, markersize=3.5)
     axes.fill_between(
         x,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from lddyn.lab.mnist.claims.statistics import (
 )
 from lddyn.lab.mnist.measure import CLASSES, Halves
 from lddyn.lab.mnist.pictures import draw_kernel
-from lddyn.lab.record import Claim, Lab
+from lddyn.lab.record import Claim, Lab, Row
 from lddyn.lab.settings import Mnist
 
 __all__ = ["judge_kernel"]
@@ -55,7 +55,7 @@ class _Course:
     to_next: np.ndarray
 
     @classmethod
-    def of(cls, name: str, trained: Mapping[str, Any]) -> _Course:
+    def of(cls, name: str, trained: Row) -> _Course:
         norms = trained["norms"].numpy()
         return cls(
             name,
@@ -114,9 +114,7 @@ class _Similarity:
         return [PAIRS[i] for i in np.argsort(self.pairs)]
 
 
-def judge_kernel(
-    lab: Lab, settings: Mnist, halves: Halves, runs: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
+def judge_kernel(lab: Lab, settings: Mnist, halves: Halves, runs: Mapping[str, Row]) -> list[str]:
     """Items 1 to 4 of App. C.1: ‖K‖_F over training."""
     each, early = settings.probes, settings.early
     of_updates = draws(lab, "ranking u", [each] * CLASSES)
@@ -148,7 +146,7 @@ def judge_kernel(
     ]
 
 
-def _rows(course: _Course, of_updates: np.ndarray) -> Iterator[dict[str, Any]]:
+def _rows(course: _Course, of_updates: np.ndarray) -> Iterator[Row]:
     """A row per epoch of a run."""
     for t, table in enumerate(course.norms):
         low, high = interval(course.to_last[t][of_updates].mean(1))

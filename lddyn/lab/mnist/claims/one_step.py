@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lddyn.lab.mnist.claims.statistics import draws, interval, six_digits, spearman, verdict
 from lddyn.lab.mnist.measure import CLASSES, FITTED, Halves
 from lddyn.lab.mnist.pictures import draw_step
-from lddyn.lab.record import Claim, Lab
+from lddyn.lab.record import Claim, Lab, Row
 from lddyn.lab.settings import Mnist
 
 __all__ = ["judge_step"]
@@ -44,7 +43,7 @@ class _Step:
     similar: int
 
     @classmethod
-    def of(cls, step: Mapping[str, Any]) -> _Step:
+    def of(cls, step: Row) -> _Step:
         arrays = ("norms", "predicted", "measured", "pulls", "rates", "residuals")
         return cls(
             **{name: np.array(step[name]) for name in arrays},
@@ -100,9 +99,7 @@ class _Pulls:
         )
 
 
-def judge_step(
-    lab: Lab, settings: Mnist, halves: Halves, step: Mapping[str, Any], late: Mapping[str, Any]
-) -> list[str]:
+def judge_step(lab: Lab, settings: Mnist, halves: Halves, step: Row, late: Row) -> list[str]:
     """Panels a and b: one step on a 4, early in training; `late` is the same at its end."""
     taken, each = _Step.of(step), settings.probes
     of_fours = draws(lab, "fours", [taken.norms.shape[1]])
@@ -222,7 +219,7 @@ def _doubts(cases: Mapping[str, int], pulls: _Pulls) -> Iterator[str]:
         )
 
 
-def _cells(step: _Step, images: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+def _cells(step: _Step, images: Mapping[str, int]) -> Iterator[Row]:
     """A row per case and label, of the image that stands for the case."""
     for case, o in images.items():
         for label in range(CLASSES):
@@ -237,7 +234,7 @@ def _cells(step: _Step, images: Mapping[str, int]) -> Iterator[dict[str, Any]]:
             }
 
 
-def _residual_rows(step: _Step) -> Iterator[dict[str, Any]]:
+def _residual_rows(step: _Step) -> Iterator[Row]:
     for rate, row in zip(step.rates, step.residuals, strict=True):
         for u, residual in enumerate(row):
             yield {
@@ -247,7 +244,7 @@ def _residual_rows(step: _Step) -> Iterator[dict[str, Any]]:
             }
 
 
-def _class_rows(pulls: _Pulls) -> Iterator[dict[str, Any]]:
+def _class_rows(pulls: _Pulls) -> Iterator[Row]:
     for c in range(CLASSES):
         low, high = interval(pulls.repeats[:, c])
         yield {

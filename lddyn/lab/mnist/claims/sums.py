@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lddyn.lab.mnist.claims.statistics import draws, interval, six_digits, verdict
 from lddyn.lab.mnist.measure import CLASSES, NETWORKS, Halves, logits
 from lddyn.lab.mnist.pictures import draw_accumulated
-from lddyn.lab.record import Claim, Lab
+from lddyn.lab.record import Claim, Lab, Row
 from lddyn.lab.settings import Mnist
 
 __all__ = ["judge_sums"]
@@ -40,7 +39,7 @@ class _Total:
     by_step: list[float]
 
     @classmethod
-    def of(cls, settings: Mnist, halves: Halves, trained: Mapping[str, Any]) -> _Total:
+    def of(cls, settings: Mnist, halves: Halves, trained: Row) -> _Total:
         observed = halves.unseen.pixels[halves.observed].double()
         module, sums = NETWORKS[settings.network](), trained["sums"]
         last = logits(module, trained["theta"], observed).log_softmax(-1)
@@ -58,7 +57,7 @@ class _Total:
         repeats = 1 - missed[of_images].sum(1) / moved[of_images].sum(1)
         return float(1 - missed.sum() / moved.sum()), interval(repeats)
 
-    def rows(self, name: str, each: int) -> Iterator[dict[str, Any]]:
+    def rows(self, name: str, each: int) -> Iterator[Row]:
         """A row per observed image and label."""
         for i, (predicted, measured) in enumerate(zip(self.predicted, self.measured, strict=True)):
             for label in range(CLASSES):
@@ -71,12 +70,10 @@ class _Total:
                 }
 
 
-def judge_sums(
-    lab: Lab, settings: Mnist, halves: Halves, runs: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
+def judge_sums(lab: Lab, settings: Mnist, halves: Halves, runs: Mapping[str, Row]) -> list[str]:
     """Σ_t of predictions against the total Δ log π."""
     of_images = draws(lab, "sums", [settings.probes] * CLASSES)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     shares = []
     for name, trained in runs.items():
         total = _Total.of(settings, halves, trained)
