@@ -7,11 +7,12 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lddyn import ops, reference
+from lddyn.files import JsonObject
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +51,7 @@ _WORDS = ("LDDYN_BACKEND", "LDDYN_STRICT", "LDDYN_CUDA", "LDDYN_CUDA_ARCHS", "TR
 _BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-def env() -> dict[str, Any]:
+def env() -> JsonObject:
     """Versions, devices, compiled parts and backends of this installation, for a bug report.
 
     Returns:
@@ -108,7 +109,7 @@ def _python() -> dict[str, str]:
     }
 
 
-def _system() -> dict[str, Any]:
+def _system() -> JsonObject:
     flags: set[str] = set()
     memory: dict[str, int] = {}
     if Path("/proc/meminfo").exists():
@@ -140,7 +141,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _devices() -> list[dict[str, Any]]:
+def _devices() -> list[JsonObject]:
     if not torch.cuda.is_available():
         return []
     devices = []
@@ -157,7 +158,7 @@ def _devices() -> list[dict[str, Any]]:
     return devices
 
 
-def _traps(report: dict[str, Any]) -> list[dict[str, str]]:
+def _traps(report: JsonObject) -> list[dict[str, str]]:
     """Known traps that this report shows, each with what to do."""
     traps: list[dict[str, str]] = []
 
@@ -183,7 +184,7 @@ def _version_traps(versions: dict[str, str], trap: Trap) -> None:
                 trap(name, versions[name], f"{low} to {high}, which are tested", do)
 
 
-def _system_traps(report: dict[str, Any], trap: Trap) -> None:
+def _system_traps(report: JsonObject, trap: Trap) -> None:
     """Processor, memory and precision."""
     system = report["system"]
     if report["compiled"]["cpu"] != "built":
@@ -229,7 +230,7 @@ def _variable_traps(trap: Trap) -> None:
         trap("TRITON_INTERPRET", "1", "unset: the interpreter is for tests, and slow", "unset it")
 
 
-def _gpu_traps(report: dict[str, Any], trap: Trap) -> None:
+def _gpu_traps(report: JsonObject, trap: Trap) -> None:
     """GPUs that are missing, too old, or without kernels."""
     versions, compiled, gpu = report["versions"], report["compiled"], report["devices"]
     if not gpu and torch.version.cuda:
@@ -292,7 +293,7 @@ def _unmet(trap: Trap) -> None:
                 )
 
 
-def selftest() -> list[dict[str, Any]]:
+def selftest() -> list[JsonObject]:
     """Errors of every op with every backend and dtype that can run here, against float64.
 
     Returns:
@@ -317,7 +318,7 @@ def selftest() -> list[dict[str, Any]]:
     ]
 
 
-def _case(op: str, device: str, backend: str, dtype: torch.dtype) -> dict[str, Any]:
+def _case(op: str, device: str, backend: str, dtype: torch.dtype) -> JsonObject:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from lddyn.files import json_safe
+from lddyn.files import JsonObject, json_safe
 from lddyn.results import Result, load_result, save_result
 
 
@@ -70,7 +69,7 @@ class Estimate(Result):
         """Some of the entries, by an index of torch."""
         return Estimate(self.value[index], self.stderr[index], self.samples)  # type: ignore[index]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """Shape, samples, mean of the values, and the largest standard error.
 
         `largest_relative_stderr` is the largest |stderr / value|, None if a value is zero.
@@ -110,7 +109,7 @@ class Estimate(Result):
         ending = "exact" if error == 0 else f"standard errors{of} up to {error:.2g}"
         return f"{tuple(self.value.shape)} estimates from {low:.4g} to {high:.4g}, {ending}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Values and standard errors as nested lists, and samples; JSON-safe."""
         return {
             "value": json_safe(self.value.tolist()),

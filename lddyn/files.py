@@ -14,6 +14,7 @@ from typing import Any
 from lddyn.errors import StoreCorruptError, StoreError
 
 __all__ = [
+    "JsonObject",
     "canonical",
     "digest_of",
     "json_lines",
@@ -23,6 +24,7 @@ __all__ = [
     "write_durably",
 ]
 
+JsonObject = dict[str, Any]  # what a JSON object becomes: name → value, or what is nested in it
 TEMPORARY = "incoming.tmp"  # name of a file until it is complete
 
 

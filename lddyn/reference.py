@@ -124,13 +124,13 @@ def _stretches(t: int, n: int, lengths: Tensor | None) -> list[tuple[int, int, i
             stops.append(length)
         else:
             stops[-1] = length
-    found, first, start = [], 0, 0
+    stretches, first, start = [], 0, 0
     for stop in stops:
         if stop > start:
-            found.append((start, stop, first))
+            stretches.append((start, stop, first))
         first = next((i for i, length in enumerate(reach) if length > stop), n)
         start = stop
-    return found
+    return stretches
 
 
 def _gram_materialise(a_o: Tensor, g_o: Tensor, a_u: Tensor, g_u: Tensor) -> Tensor:

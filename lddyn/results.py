@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lddyn.files import json_safe, replace_file
+from lddyn.files import JsonObject, json_safe, replace_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ class Result(abc.ABC):
     """Base of result classes. `print(result)` shows `explain()`; the repr shows the summary."""
 
     @abc.abstractmethod
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """A few numbers and names, JSON-safe."""
 
     @abc.abstractmethod
@@ -82,7 +82,7 @@ def save_result(
 
 def load_result(
     path: str | Path, kind: str, version: int, device: str = "cpu"
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], JsonObject]:
     """Reads what `save_result` wrote: the tensors, and the facts.
 
     Raises:
@@ -92,7 +92,7 @@ def load_result(
     data, meta = _files(path)
     tensors: dict[str, Tensor] = {}
     try:
-        facts: dict[str, Any] = json.loads(meta.read_text(encoding="utf-8"))
+        facts: JsonObject = json.loads(meta.read_text(encoding="utf-8"))
         if facts.pop("tensors", True):
             from safetensors.torch import load_file
 

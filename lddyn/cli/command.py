@@ -35,7 +35,7 @@ _AsJson = Annotated[
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command found.
+    """What a command returns.
 
     Attributes:
         document: What --json prints. None: nothing is printed either way.

@@ -40,7 +40,7 @@ def audit(
     """List rows that would train badly: empty, cut, merged, identical, or without an end token."""
     name = tokenizer or model
     if name is None:
-        raise ValueError("give --model or --tokenizer: what is found depends on the tokens")
+        raise ValueError("give --model or --tokenizer: what the audit finds depends on the tokens")
     from lddyn.data.audit import audit as find
     from lddyn.loading import load_config, load_tokenizer
 
@@ -48,11 +48,11 @@ def audit(
     config = None
     if model is not None:
         config = load_config(model, trust_remote_code=trust_remote_code)
-    found = find(
+    audit_of_rows = find(
         load_tokenizer(name, trust_remote_code=trust_remote_code),
         rows.data,
         columns,
         rows.encoding,
         config=config,
     )
-    return Answer(found.to_dict(), [str(found)])
+    return Answer(audit_of_rows.to_dict(), [str(audit_of_rows)])

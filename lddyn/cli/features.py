@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,8 +23,11 @@ from lddyn.cli.options import (
     Seed,
     SketchKind,
 )
+from lddyn.files import JsonObject
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lddyn.data.example import Example
     from lddyn.engine.anatomy import Anatomy
     from lddyn.sketches.layout import Layout
@@ -121,7 +124,7 @@ def build(
 
 def _open(
     model: ModelOptions, rows: ResponseOptions, quiet: bool = False
-) -> tuple[Any, Anatomy, dict[int, Example], list[str]]:
+) -> tuple[PreTrainedTokenizerBase, Anatomy, dict[int, Example], list[str]]:
     """Tokenizer, opened model, responses by their number, and why others were left out."""
     from lddyn.data.data_set import distinct_examples
     from lddyn.data.read import rows as read
@@ -241,8 +244,8 @@ def query(
         for i in places
     ]
     queries = [
-        {**query, "hits": found}
-        for query, found in zip(asked, hits.to_dict()["queries"], strict=True)
+        {**query, "hits": of_query}
+        for query, of_query in zip(asked, hits.to_dict()["queries"], strict=True)
     ]
     document = {"store": str(store), "example_id": name, "by": by, "queries": queries}
     whole = opened.identity.get("rows") == "sequence"
@@ -291,10 +294,10 @@ def verify(stores: Stores) -> Answer:
     from lddyn.errors import StoreCorruptError
     from lddyn.store.store import Store
 
-    documents: list[dict[str, Any]] = []
+    documents: list[JsonObject] = []
     summaries: dict[Path, str] = {}
     for path in stores:
-        document: dict[str, Any] = {"path": str(path)}
+        document: JsonObject = {"path": str(path)}
         try:
             store = Store.open(path)
             document |= store.to_dict()

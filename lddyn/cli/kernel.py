@@ -15,10 +15,12 @@ import typer
 from lddyn.cli.command import Answer
 from lddyn.cli.options import Attention, Memory, ModelOptions, OneRowOptions, Out, Seed
 from lddyn.cli.rows import check_fits, choose_columns, encode_columns, read_row
+from lddyn.files import JsonObject
 
 if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from lddyn.data.example import Example
     from lddyn.entk.lowrank import LowRank
@@ -111,7 +113,7 @@ class Kernel:
             factors = kernel.lowrank(options.rank, seed=seed)
         return cls(kernel.gram(), norms, whole, factors)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Everything but the factors, for JSON."""
         lowrank = None
         if self.factors is not None:
@@ -187,7 +189,9 @@ def ntk(
     return Answer(document, _tell(document, kernel, observed, learned, out))
 
 
-def _encode_response(tokenizer: Any, rows: OneRowOptions, field: str | None) -> Example:
+def _encode_response(
+    tokenizer: PreTrainedTokenizerBase, rows: OneRowOptions, field: str | None
+) -> Example:
     """One response of one row."""
     row = read_row(rows)
     columns = choose_columns(row, rows.row, field, None, 1)
@@ -195,7 +199,7 @@ def _encode_response(tokenizer: Any, rows: OneRowOptions, field: str | None) -> 
     return examples[name]
 
 
-def _response_to_dict(example: Example, row: int) -> dict[str, Any]:
+def _response_to_dict(example: Example, row: int) -> JsonObject:
     return {
         "row": row,
         "field": example.name,
@@ -204,7 +208,7 @@ def _response_to_dict(example: Example, row: int) -> dict[str, Any]:
     }
 
 
-def _estimate_to_dict(estimate: Estimate | None) -> dict[str, Any] | None:
+def _estimate_to_dict(estimate: Estimate | None) -> JsonObject | None:
     if estimate is None:
         return None
     return {

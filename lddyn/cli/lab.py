@@ -16,6 +16,7 @@ import typer
 
 from lddyn.cli.command import OUTPUT, Answer, commands, group
 from lddyn.cli.options import Out, Seed
+from lddyn.files import JsonObject
 from lddyn.lab import EXPERIMENTS
 from lddyn.lab.settings import Settings
 
@@ -93,13 +94,13 @@ def _title(kind: type[Settings]) -> str:
     return (kind.__doc__ or "").splitlines()[0]
 
 
-def _results(name: str, settings: Settings, folder: Path, lab: LabOptions) -> dict[str, Any]:
+def _results(name: str, settings: Settings, folder: Path, lab: LabOptions) -> JsonObject:
     """Runs an experiment."""
     from lddyn.lab.record import anew
 
     experiment = importlib.import_module(f"lddyn.lab.{name}")
     with anew() if lab.fresh else contextlib.nullcontext():
-        results: dict[str, Any] = experiment.run(folder, settings, seed=lab.seed, progress=True)
+        results: JsonObject = experiment.run(folder, settings, seed=lab.seed, progress=True)
     return results
 
 

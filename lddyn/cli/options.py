@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,6 +16,9 @@ from lddyn.cli.command import OUTPUT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lddyn.data.example import Example
     from lddyn.data.options import RowOptions
@@ -131,17 +134,17 @@ class ModelOptions:
     ] = "cpu"
     trust_remote_code: TrustRemoteCode = False
 
-    def load_tokenizer(self) -> Any:
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         from lddyn.loading import load_tokenizer
 
         return load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
 
-    def load(self) -> Any:
+    def load(self) -> PreTrainedModel | nn.Module:
         """The model, with its adapter."""
         return self.load_other(self.model, self.adapter)
 
-    def load_other(self, name: str, adapter: str | None = None) -> Any:
+    def load_other(self, name: str, adapter: str | None = None) -> PreTrainedModel | nn.Module:
         """Another model in the same number type and on the same device."""
         from lddyn.loading import check_device, load_model
 
@@ -154,7 +157,7 @@ class ModelOptions:
             trust_remote_code=self.trust_remote_code,
         )
 
-    def load_reference(self, reference: str) -> Any:
+    def load_reference(self, reference: str) -> PreTrainedModel | nn.Module | str:
         """The option --reference as the library takes it: a model, or a word."""
         return reference if reference in ("self", "adapter-off") else self.load_other(reference)
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lddyn.cli.options import OneRowOptions, split
+from lddyn.files import JsonObject
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lddyn.data.audit import Audit, Finding
     from lddyn.data.example import Example
 
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 _RESPONSES = ("completion", "chosen", "messages", "conversations", "text", "input_ids")
 
 
-def read_row(options: OneRowOptions) -> dict[str, Any]:
+def read_row(options: OneRowOptions) -> JsonObject:
     """The row that --row names.
 
     Raises:
@@ -92,7 +95,10 @@ def choose_columns(
 
 
 def encode_columns(
-    tokenizer: Any, row: Mapping[str, Any], options: OneRowOptions, columns: Columns
+    tokenizer: PreTrainedTokenizerBase,
+    row: Mapping[str, Any],
+    options: OneRowOptions,
+    columns: Columns,
 ) -> tuple[dict[str, Example], list[str], list[str]]:
     """The responses of a row as token sequences.
 
@@ -132,7 +138,7 @@ def encode_columns(
     return examples, learned, watched
 
 
-def check_fits(example: Example, name: str, config: Any) -> None:
+def check_fits(example: Example, name: str, config: object) -> None:
     """Raises a ValueError if the model cannot read the example: too long, or an unknown token."""
     text = getattr(config, "text_config", None) or config
     vocabulary = getattr(text, "vocab_size", None)
@@ -143,7 +149,7 @@ def check_fits(example: Example, name: str, config: Any) -> None:
         raise ValueError(f"{name}: {error}") from error
 
 
-def finding_to_dict(finding: Finding, row: int) -> dict[str, Any]:
+def finding_to_dict(finding: Finding, row: int) -> JsonObject:
     """A finding of the audit of one row, by its number in the file."""
     return {**vars(finding), "row": row if finding.row >= 0 else None}
 

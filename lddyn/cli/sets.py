@@ -27,10 +27,14 @@ from lddyn.cli.options import (
     Seed,
 )
 from lddyn.cli.rows import check_fits
+from lddyn.files import JsonObject
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
 
+    from lddyn.data.audit import Audit
     from lddyn.data.example import Example
     from lddyn.data.options import RowOptions
     from lddyn.sets.diagnosis import Diagnosis
@@ -158,12 +162,12 @@ class PairSet:
     rows: list[int]
     skipped: list[tuple[int, str]]
     faults: dict[int, str]
-    audit: Any
+    audit: Audit
 
 
 def encode_pairs(
-    tokenizer: Any,
-    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: object,
     content: Sequence[Mapping[str, Any]],
     options: RowOptions,
 ) -> PairSet:
@@ -334,7 +338,7 @@ def _warn_of_skipped(given: PairSet, data: Path) -> None:
         warn(f"{len(given.skipped)} rows in all are not diagnosed")
 
 
-def _sketch(model: Any, pairs: int, memory: str, k: int | None, seed: int) -> Sketch | None:
+def _sketch(model: nn.Module, pairs: int, memory: str, k: int | None, seed: int) -> Sketch | None:
     """The sketch from which inner products are estimated. None: all gradients fit."""
     from lddyn.memory import parse_memory
     from lddyn.sketches.sketch import Sketch
@@ -353,7 +357,7 @@ def _sketch(model: Any, pairs: int, memory: str, k: int | None, seed: int) -> Sk
 
 def _log_probs_after(
     after: str | None, model: ModelOptions, pairs: Sequence[tuple[Example, Example]]
-) -> Any:
+) -> Tensor | None:
     """Log π of the chosen responses under a later checkpoint (N,), nats. None: there is none."""
     if after is None:
         return None
@@ -364,9 +368,9 @@ def _log_probs_after(
 
 def _extra(
     model: ModelOptions, rows: DataOptions, loss: LossOptions, page: PageOptions, given: PairSet
-) -> dict[str, Any]:
+) -> JsonObject:
     """Facts for the page's last table."""
-    extra: dict[str, Any] = {"model": model.model, "data": str(rows.data)}
+    extra: JsonObject = {"model": model.model, "data": str(rows.data)}
     extra["rows left out"] = len(given.skipped)
     extra |= {} if loss.reference == "self" else {"reference": loss.reference}
     return extra | ({} if page.after is None else {"after": page.after})
@@ -375,8 +379,8 @@ def _extra(
 def _write_page(
     diagnosis: Diagnosis,
     page: PageOptions,
-    loaded: tuple[Any, Any],
-    moved: Any,
+    loaded: tuple[nn.Module, PreTrainedTokenizerBase],
+    moved: Tensor | None,
     extra: Mapping[str, Any],
     data: Path,
 ) -> Path:
@@ -397,7 +401,7 @@ def _write_page(
 def _explain(
     document: Mapping[str, Any],
     diagnosis: Diagnosis,
-    audit: Any,
+    audit: Audit,
     close_ups: int,
     page: Path | None,
 ) -> Iterator[str | Table]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -33,9 +33,12 @@ from lddyn.cli.rows import (
     finding_to_dict,
     read_row,
 )
+from lddyn.files import JsonObject
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from lddyn.data.audit import Audit
     from lddyn.data.example import Example
@@ -77,8 +80,8 @@ class Prepared:
         seconds: How long reading, loading and encoding took.
     """
 
-    model: Any
-    tokenizer: Any
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
     examples: Mapping[str, Example]
     update: list[str]
     observe: list[str]
@@ -125,7 +128,7 @@ def prepare(
         check_fits(examples[name], name, config)
     from lddyn.data.audit import audit
 
-    found = audit(
+    audited = audit(
         tokenizer,
         [row],
         list(columns.named) or None,
@@ -133,10 +136,10 @@ def prepare(
         config=config,
     )
     seconds = time.perf_counter() - began
-    return Prepared(lm, tokenizer, examples, learned, watched, found, seconds)
+    return Prepared(lm, tokenizer, examples, learned, watched, audited, seconds)
 
 
-def _open_stream(options: ModelOptions, memory: str) -> Any:
+def _open_stream(options: ModelOptions, memory: str) -> nn.Module:
     """The model with blocks that are read as they are used, and its adapter."""
     if options.adapter is None:
         raise ValueError(
@@ -231,7 +234,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         seconds[name] = time.perf_counter() - began
 
 
-def _true_float64(dtype: str) -> contextlib.AbstractContextManager[Any]:
+def _true_float64(dtype: str) -> contextlib.AbstractContextManager[None]:
     """float64 all through: transformers computes parts of a float64 model in float32."""
     import lddyn
 
@@ -240,7 +243,7 @@ def _true_float64(dtype: str) -> contextlib.AbstractContextManager[Any]:
 
 def _facts(
     model: ModelOptions, rows: OneRowOptions, given: Prepared, seconds: Mapping[str, float]
-) -> dict[str, Any]:
+) -> JsonObject:
     """What the command worked on, for JSON."""
     return {
         "model": model.model,
@@ -256,7 +259,7 @@ def _write_page(
     out: Path,
     dec: Decomposition,
     checked: Verification | None,
-    facts: dict[str, Any],
+    facts: JsonObject,
     rows: OneRowOptions,
     step: StepOptions,
     seed: int,

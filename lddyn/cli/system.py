@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lddyn.cli.command import OUTPUT, Answer
 from lddyn.cli.environment import env_parts, selftest_parts
 from lddyn.cli.options import Seed
+from lddyn.files import JsonObject
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -116,7 +117,7 @@ def _report_decompositions(folder: Path) -> Answer:
 
 
 def _page(page: Path, explanation: Mapping[str, Sequence[str]]) -> Answer:
-    document: dict[str, Any] = {"page": str(page), "explanation": explanation}
+    document: JsonObject = {"page": str(page), "explanation": explanation}
     lines: list[str] = []
     for name, said in explanation.items():
         lines += [f"{name}:"] if name else []

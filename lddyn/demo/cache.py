@@ -9,11 +9,13 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import platformdirs
 import torch
 from safetensors.torch import load_file, save_file
+
+from lddyn.files import JsonObject
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -26,7 +28,7 @@ class Trained(NamedTuple):
 
     model: LlamaForCausalLM
     tokenizer: PreTrainedTokenizerFast
-    stats: dict[str, Any]
+    stats: JsonObject
 
 
 def cache_root() -> Path:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lddyn.data.encode import encode
 from lddyn.data.example import Example
 from lddyn.demo.world import World, build_world, falling_pair, sft
 from lddyn.engine.logits import own_response
+from lddyn.files import JsonObject
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -115,7 +116,7 @@ def run(
     seed: int = 0,
     *,
     cache_dir: str | os.PathLike[str] | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The whole demo: train, finetune, take DPO steps, and explain one step of each kind.
 
     Args:
@@ -189,7 +190,7 @@ def _explain_sft(world: World, scale: Scale, progress: bool) -> ExplainedStep:
 
 def _dpo_steps(
     tuned: World, scale: Scale, progress: bool
-) -> tuple[ExplainedStep, list[dict[str, Any]]]:
+) -> tuple[ExplainedStep, list[JsonObject]]:
     """Some real DPO steps, one pair each; before one of them, that step is explained."""
     from lddyn.objectives import DPO
     from lddyn.steps.decompose import decompose
@@ -197,7 +198,7 @@ def _dpo_steps(
     policy = copy.deepcopy(tuned.model)
     optimizer = torch.optim.SGD(policy.parameters(), lr=scale.dpo_lr)
     near = [row for row in tuned.preference_pairs if row["kind"] == "near"]
-    steps: list[dict[str, Any]] = []
+    steps: list[JsonObject] = []
     explained: ExplainedStep | None = None
     for step, row in enumerate(near[: scale.steps]):
         if step == scale.explained:
@@ -227,7 +228,7 @@ def _take_dpo_step(
     optimizer: torch.optim.Optimizer,
     tokenizer: PreTrainedTokenizerFast,
     row: Mapping[str, str],
-) -> dict[str, Any]:
+) -> JsonObject:
     """Takes a real DPO step on one pair: the change of log π of both answers, in nats.
 
     The model's own forward pass and torch's optimizer take it; the demo compares its explanation
@@ -263,7 +264,7 @@ def _opening(
     world: World,
     taught: Mapping[str, str],
     preferred: Mapping[str, str],
-    steps: list[dict[str, Any]],
+    steps: list[JsonObject],
 ) -> list[str]:
     """What the demo did before the explanations."""
 

@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ from lddyn.demo.training import (
 )
 from lddyn.engine.gradient import flat_gradient
 from lddyn.engine.logits import own_response
+from lddyn.files import JsonObject
 from lddyn.memory import cpu_threads
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class World:
     preference_pairs: list[dict[str, str]]
     probe_fields: tuple[str, ...] = PROBE_FIELDS
     seed: int = 0
-    stats: dict[str, Any] = field(default_factory=dict)
+    stats: JsonObject = field(default_factory=dict)
     path: Path | None = None
 
     def __repr__(self) -> str:

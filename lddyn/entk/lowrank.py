@@ -21,7 +21,7 @@ from lddyn.engine.head import back_project, project
 from lddyn.engine.trace import Trace
 from lddyn.entk.norms import span_basis
 from lddyn.estimate import Estimate
-from lddyn.files import json_safe
+from lddyn.files import JsonObject, json_safe
 from lddyn.results import Result, load_result, save_result
 
 KIND, FORMAT = "lddyn.LowRank", 1
@@ -159,7 +159,7 @@ class LowRank(Result):
         square += head.pow(2) * (self.shape[1] - int(self.centred))
         return square.clamp(min=0).sqrt()
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """Rank, tokens of both sides, vocabulary, residual with its standard error, centred."""
         return {
             "rank": self.rank,
@@ -180,7 +180,7 @@ class LowRank(Result):
             f"{vocabulary}; distance ‖K − K̂‖_F {metric}: {self.residual.explain()}"
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The summary and all factors as nested lists, JSON-safe; not the head and the logits."""
         factors = {"left": self.left, "right": self.right, "head": self.head, "ids": self.ids}
         return {

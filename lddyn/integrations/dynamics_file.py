@@ -7,12 +7,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lddyn.files import json_lines, json_safe, replace_file
+from lddyn.files import JsonObject, json_lines, json_safe, replace_file
 from lddyn.probes.probe_set import Encoded
 
 __all__ = ["DynamicsFile"]
@@ -49,7 +48,7 @@ class DynamicsFile:
             The rows, and the log-prob of each example in the first of them, (N,).
         """
         written = self.path.exists() and self.path.stat().st_size > 0
-        kept: list[dict[str, Any]] = []
+        kept: list[JsonObject] = []
         foreign = written and not step
         for row in json_lines(self.path) if written and step else ():
             if not isinstance(row, dict) or row.get("probes") != self._probes:

@@ -50,9 +50,9 @@ def _check_finite(name: str, logits: Tensor) -> None:
     if wrong.any():
         row = int(wrong.nonzero()[0])
         values = logits[row]
-        found = "NaN" if values.isnan().any() else f"a maximum of {float(values.max())}"
+        largest = "NaN" if values.isnan().any() else f"a maximum of {float(values.max())}"
         raise ValueError(
-            f"{name} must be finite (or -inf for a masked token), got {found} in row {row}; "
+            f"{name} must be finite (or -inf for a masked token), got {largest} in row {row}; "
             "look for an overflow in the model (float16 weights, a NaN parameter)"
         )
 
@@ -268,12 +268,12 @@ def _residual_gram_cpp(
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         peak = logits.new_empty(len(logits), dtype=reference.wide(logits.dtype))
         others = logits.new_zeros(len(logits), dtype=torch.float64)
-        found = _Side(logits, targets.contiguous(), peak, others)
-        pointers = [x.data_ptr() for x in (found.logits, found.targets, peak, others)]
+        operands = _Side(logits, targets.contiguous(), peak, others)
+        pointers = [x.data_ptr() for x in (operands.logits, operands.targets, peak, others)]
         sizes = *logits.shape, logits.stride(0), DTYPES[logits.dtype]
         rows = native().ResidualRows(*pointers, *sizes)
         native().residual_gram_peaks_cpu(rows, threads)
-        return found, rows
+        return operands, rows
 
     (o, rows_o), (u, rows_u) = side(logits_o, targets_o), side(logits_u, targets_u)
     rows, vocabulary = len(logits_o) + len(logits_u), logits_o.shape[1]

@@ -21,7 +21,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from lddyn.data.example import Example
 from lddyn.data.read import rows as read_rows
 from lddyn.data.tokenizer import Tokenizer
 from lddyn.errors import EmptyResponseError
-from lddyn.files import replace_file
+from lddyn.files import JsonObject, replace_file
 
 __all__ = ["LABELS", "TYPES", "Encoded", "ProbeSet", "ResponseType"]
 
@@ -200,7 +199,7 @@ class ProbeSet:
                 cells.append((i, j))
         return Encoded(examples, torch.tensor(cells).view(-1, 2), len(self.rows), names)
 
-    def table(self) -> list[dict[str, Any]]:
+    def table(self) -> list[JsonObject]:
         """One row per type: "count" of responses, number of "empty" ones, mean "words" of one."""
         table = []
         for name in self.fields:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import TypedDict
 
+from lddyn.files import JsonObject
 from lddyn.report.explain import Summary
 from lddyn.report.words import count, named, percent, true_minus
 
@@ -69,7 +70,7 @@ def _falling(summary: Summary, sure: str) -> Warning:
 def _other_loss(summary: Summary, falls: float) -> str:
     """A loss that also widens the margins and lowers fewer chosen responses."""
     without = ("sft", "unlikelihood", "extend", summary["objective"])
-    losses: list[dict[str, Any]] = [
+    losses: list[JsonObject] = [
         o
         for o in summary["losses"]
         if o["chosen"] > o["rejected"] and o["objective"] not in without

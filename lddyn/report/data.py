@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from lddyn.files import JsonObject
+
 __all__ = ["CheckData", "ResponseData", "StepData", "TokenData"]
 
 
@@ -65,7 +67,7 @@ class StepData(TypedDict):
         observed: The observed responses.
     """
 
-    settings: dict[str, Any]
+    settings: JsonObject
     lr: float
     loss: float
     rule: str

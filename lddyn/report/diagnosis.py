@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lddyn.files import replace_file
+from lddyn.files import JsonObject, replace_file
 from lddyn.report.advice import warnings
 from lddyn.report.data import Rows
 from lddyn.report.dynamics import Labels, curves, explain_dynamics
@@ -105,7 +105,7 @@ def write_diagnosis_page(
     return path
 
 
-def _points(data: Data, change: Sequence[Sequence[float | None]]) -> dict[str, Any]:
+def _points(data: Data, change: Sequence[Sequence[float | None]]) -> JsonObject:
     """Each pair as a point, Δ log π(y−) across and Δ log π(y+) up; and the means."""
     both = zip(data["names"], *change, strict=True)
     shown = [
@@ -140,7 +140,7 @@ def _points(data: Data, change: Sequence[Sequence[float | None]]) -> dict[str, A
     }
 
 
-def _mean(name: str, before: float, changes: Sequence[float]) -> dict[str, Any]:
+def _mean(name: str, before: float, changes: Sequence[float]) -> JsonObject:
     mean = sum(changes) / max(len(changes), 1)
     return {
         "name": name,
@@ -151,7 +151,7 @@ def _mean(name: str, before: float, changes: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _bars(sources: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+def _bars(sources: Mapping[str, Mapping[str, float]]) -> list[JsonObject]:
     """Mean Δ log π of y+ and of y−, by the responses that cause it."""
     shown = []
     for name, side in (("y+", "chosen"), ("y−", "rejected")):
@@ -176,12 +176,12 @@ def _columns(data: Data) -> dict[str, tuple[str, str]]:
     return {k: v for k, v in _COLUMNS.items() if run or k != "run_chosen"}
 
 
-def _table(data: Data) -> list[dict[str, Any]]:
+def _table(data: Data) -> list[JsonObject]:
     """One row a pair, the most harmful first."""
     return [_row(rank, row, data) for rank, row in enumerate(data["table"])]
 
 
-def _row(rank: int, row: Mapping[str, Any], data: Data) -> dict[str, Any]:
+def _row(rank: int, row: Mapping[str, Any], data: Data) -> JsonObject:
     values = {k: row["values"][k] for k in _columns(data)}
     values = {k: math.nan if v is None else v for k, v in values.items()}
     changes = (values["set_chosen"], values["set_rejected"])
@@ -233,10 +233,10 @@ def _row(rank: int, row: Mapping[str, Any], data: Data) -> dict[str, Any]:
     }
 
 
-def _coloured(tokens: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def _coloured(tokens: Sequence[Mapping[str, Any]]) -> dict[str, list[JsonObject]]:
     """Response -> its tokens, coloured by their contribution to the chosen responses of all."""
     largest = max([abs(t["nats"]) for t in tokens] + [1e-300])
-    shown: dict[str, list[dict[str, Any]]] = {}
+    shown: dict[str, list[JsonObject]] = {}
     for token in tokens:
         nats = token["nats"]
         shown.setdefault(token["response"], []).append(
@@ -250,15 +250,15 @@ def _coloured(tokens: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, A
     return shown
 
 
-def _map(data: Data) -> dict[str, Any]:
+def _map(data: Data) -> JsonObject:
     """The pair × pair tables as bytes, and their largest entries."""
     table, names = data["map"], data["names"]
 
-    def packed(values: Sequence[Sequence[float]], largest: float) -> dict[str, Any]:
+    def packed(values: Sequence[Sequence[float]], largest: float) -> JsonObject:
         cells = np.clip(np.round(np.asarray(values) / largest * 127), -127, 127).astype(np.int8)
         return {"cells": base64.b64encode(cells.tobytes()).decode(), "largest": largest}
 
-    def listed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def listed(rows: Sequence[Mapping[str, Any]]) -> list[JsonObject]:
         return [
             {
                 "row": names[r["row"]],
@@ -283,7 +283,7 @@ def _map(data: Data) -> dict[str, Any]:
     }
 
 
-def _pair_step(number: int, pair_step: Mapping[str, Any], data: Data) -> dict[str, Any]:
+def _pair_step(number: int, pair_step: Mapping[str, Any], data: Data) -> JsonObject:
     """A pair's own step: its token tables, and bars of where the probability goes."""
     names = {"chosen": "its own y+", "rejected": "its own y−"}
     if pair_step["victim"] is not None:
@@ -311,7 +311,7 @@ def _pair_step(number: int, pair_step: Mapping[str, Any], data: Data) -> dict[st
     }
 
 
-def _flow_bars(moved: Mapping[str, float]) -> list[dict[str, Any]]:
+def _flow_bars(moved: Mapping[str, float]) -> list[JsonObject]:
     names = {"label": "the token", "argmax": "likeliest other", "top": "next nine", "rest": "rest"}
     largest = max([abs(v) for v in moved.values()] + [1e-300])
     return [
@@ -320,7 +320,7 @@ def _flow_bars(moved: Mapping[str, float]) -> list[dict[str, Any]]:
     ]
 
 
-def _objectives(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _objectives(summary: Mapping[str, Any]) -> list[JsonObject]:
     """Losses, those that lower the fewest chosen responses first."""
     rows = summary["losses"]
     largest = {k: max([abs(r[k]) for r in rows] + [1e-300]) for k in ("chosen", "rejected")}
@@ -337,7 +337,7 @@ def _objectives(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _correlations(data: Data) -> list[dict[str, Any]]:
+def _correlations(data: Data) -> list[JsonObject]:
     """Rank correlations with their intervals; scores that do not vary are left out."""
 
     def shown(value: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lddyn.files import json_lines, replace_file
+from lddyn.files import JsonObject, json_lines, replace_file
 from lddyn.report.data import Rows
 from lddyn.report.page import axis, render, versions
 from lddyn.text import printable, signed
@@ -24,7 +24,7 @@ _CHARTS = {
 _LINES = 8  # response types in a chart
 
 
-def read_dynamics(folder: str | Path) -> list[dict[str, Any]]:
+def read_dynamics(folder: str | Path) -> list[JsonObject]:
     """Reads the rows that `lddyn.integrations` wrote while it watched a run.
 
     Args:
@@ -141,7 +141,7 @@ def _explain_first_order(rows: Rows) -> list[str]:
     ]
 
 
-def curves(rows: Rows, labels: Labels | None = None) -> list[dict[str, Any]]:
+def curves(rows: Rows, labels: Labels | None = None) -> list[JsonObject]:
     """The charts, as the template draws them."""
     shown = []
     for what, (title, measure) in _CHARTS.items():
@@ -161,12 +161,12 @@ def _chart(
     measure: str,
     series: Mapping[str, list[tuple[float, float]]],
     labels: Labels | None,
-) -> dict[str, Any]:
+) -> JsonObject:
     flat = [point for values in series.values() for point in values]
     x, across = axis([s for s, _ in flat], 44, 286)
     y, upwards = axis([v for _, v in flat], 232, 8, zero=what == "change")
     places, start = list(zip(x, y, strict=True)), 0
-    lines: list[dict[str, Any]] = []
+    lines: list[JsonObject] = []
     for kind, values in series.items():
         own = places[start : start + len(values)]
         start += len(values)
@@ -197,7 +197,7 @@ def _chart(
     }
 
 
-def _unsigned(ticks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _unsigned(ticks: list[JsonObject]) -> list[JsonObject]:
     return [t | {"text": t["text"].lstrip("+")} for t in ticks]
 
 
@@ -245,7 +245,7 @@ def _cost(rows: Rows) -> dict[str, str]:
     return {"watching took": f"{100 * spent[-1]:.1f} % of the time of training"} if spent else {}
 
 
-def _table(rows: Rows, labels: Labels | None) -> dict[str, Any]:
+def _table(rows: Rows, labels: Labels | None) -> JsonObject:
     """Sums of log-probs by response type; of many passes some, evenly spread."""
     kinds = list(_series(rows, "log_prob"))
     count = min(len(rows), 40)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lddyn.files import JsonObject
 from lddyn.report.canvas import (
     DPI,
     FAINT,
@@ -87,7 +88,7 @@ def plot_overview(step: StepData) -> Figure:
 
 def _heading(figure: Figure, text: str) -> None:
     width, height = figure.get_size_inches()
-    style: dict[str, Any] = {"va": "top", "fontsize": 12.5, "weight": "bold", "color": INK}
+    style: JsonObject = {"va": "top", "fontsize": 12.5, "weight": "bold", "color": INK}
     figure.text(0.18 / width, 1 - 0.12 / height, text, **style)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lddyn.files import JsonObject
 from lddyn.report.canvas import (
     DIVERGING,
     FAINT,
@@ -187,7 +188,7 @@ def _draw_column_sums(
             solid_capstyle="butt",
         )
         text = drawable(f"{pretty(name)}: {signed(parts[name].sum())}")
-        style: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 8.5, "color": INK}
+        style: JsonObject = {"ha": "center", "va": "bottom", "fontsize": 8.5, "color": INK}
         plain_text(top.text((x0 + x1) / 2, 1.1, text, transform=across, **style))
 
 
@@ -228,7 +229,7 @@ def _draw_title(figure: Figure, step: StepData, response: ResponseData, at: _Lay
     verb = "rose" if change > 0 else "fell"
     title = f"{printable(response['name'])} {verb} by {signed(change).lstrip('+−')} nats"
     x, y = 0.18 / at.width, 1 - 0.12 / at.height
-    style: dict[str, Any] = {"va": "top", "fontsize": 12.5, "weight": "bold", "color": INK}
+    style: JsonObject = {"va": "top", "fontsize": 12.5, "weight": "bold", "color": INK}
     plain_text(figure.text(x, y, drawable(title), **style))
     y = 1 - 0.4 / at.height
     plain_text(figure.text(x, y, step_line(step), va="top", fontsize=8, color="#555555"))

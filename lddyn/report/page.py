@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lddyn.files import JsonObject
 from lddyn.text import signed
 
 __all__ = ["axis", "installation", "render", "versions", "word"]
@@ -30,7 +31,7 @@ def word(value: float) -> str:
 
 def axis(
     values: Sequence[float], low: float, high: float, *, zero: bool = True
-) -> tuple[list[float], list[dict[str, Any]]]:
+) -> tuple[list[float], list[JsonObject]]:
     """Positions of values on an axis of a drawing, and its round ticks ("at", "text").
 
     Args:

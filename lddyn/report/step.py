@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lddyn.files import json_safe, replace_file
+from lddyn.files import JsonObject, json_safe, replace_file
 from lddyn.report.data import CheckData, Checks, ResponseData, StepData, Steps
 from lddyn.report.figures import plot_step
 from lddyn.report.page import render, versions, word
@@ -72,7 +72,7 @@ def _column_sums(response: ResponseData) -> list[float]:
     return [sum(column) for column in zip(*response["influence"], strict=True)]
 
 
-def strongest(step: StepData, response: ResponseData, count: int) -> list[dict[str, Any]]:
+def strongest(step: StepData, response: ResponseData, count: int) -> list[JsonObject]:
     """Update tokens with the largest effect on a response: their `TokenData` with "nats"."""
     sums = _column_sums(response)
     order = sorted(range(len(sums)), key=lambda i: -abs(sums[i]))[:count]
@@ -255,7 +255,7 @@ def _section(
     step: StepData,
     check: CheckData | None,
     figures: Sequence[Figure] | None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """All that the template needs for one step."""
     sources = list(dict.fromkeys(k for o in step["observed"] for k in o["by_sequence"]))
     measured = {} if check is None else measured_totals(step, check)
@@ -284,7 +284,7 @@ def _response_row(
     response: ResponseData,
     sources: Sequence[str],
     measured: Mapping[str, float],
-) -> dict[str, Any]:
+) -> JsonObject:
     """One line of the table of responses, and its strongest update tokens."""
     parts = {k: sum(v) for k, v in response["by_sequence"].items()}
     change = sum(response["delta_logp"])
@@ -324,7 +324,7 @@ def _settings(step: StepData) -> dict[str, str]:
     return {str(k).replace("_", " "): str(json_safe(v)) for k, v in shown.items() if v is not None}
 
 
-def _check_rows(check: CheckData | None) -> dict[str, Any] | None:
+def _check_rows(check: CheckData | None) -> JsonObject | None:
     if check is None:
         return None
     rows = zip(check["lrs"], check["measured"], check["predicted"], check["errors"], strict=True)
@@ -344,7 +344,7 @@ def _check_rows(check: CheckData | None) -> dict[str, Any] | None:
     }
 
 
-def token_tables(step: StepData) -> dict[str, Any]:
+def token_tables(step: StepData) -> JsonObject:
     """Texts and influence tables for the page's script, with three significant digits."""
     responses = []
     for response in step["observed"]:

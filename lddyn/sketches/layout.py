@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lddyn.estimate import Estimate
+from lddyn.files import JsonObject
 from lddyn.sketches.sketch import Sketch, best_sizes
 
 FORMAT = 1
@@ -289,7 +290,7 @@ class Layout:
         stderr = x.double().std(0) / self.sketch.repeats**0.5
         return Estimate(x.mean(0) + self._unsampled(a, b), stderr.to(x), self.sketch.repeats)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Everything that defines the layout, JSON-safe, for `from_dict`."""
         parts = [[p.name, p.kind, list(p.shape), list(p.sizes)] for p in self.parts]
         return {"format": FORMAT, "sketch": dataclasses.asdict(self.sketch), "parts": parts}

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,7 +21,7 @@ from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.gram import Side, factored_gram, token_gram
 from lddyn.engine.guard import undisturbed
 from lddyn.estimate import Estimate
-from lddyn.files import json_safe
+from lddyn.files import JsonObject, json_safe
 from lddyn.memory import DEFAULT_MEMORY, parse_memory
 from lddyn.results import Result
 from lddyn.sketches.candidates import Candidate, Task, exact_candidates, sketched_candidates
@@ -74,7 +74,7 @@ class Plan(Result):
             f"{len(self.candidates)} ways)"
         )
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """The chosen way: FLOPs, seconds, bytes and error, JSON-safe; None if nothing fits."""
         names = ("method", "flops", "seconds", "memory", "disk", "error")
         chosen = {name: getattr(self.chosen, name, None) for name in names}
@@ -104,7 +104,7 @@ class Plan(Result):
             lines.append("nothing fits: raise memory or rtol, or plan for fewer examples at a time")
         return "\n".join(lines)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The table and all ways to it, JSON-safe."""
         rows = []
         for c in self.candidates:

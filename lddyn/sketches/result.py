@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lddyn.data.token_table import COLUMNS, TokenTable, arrow_table, sequence_table
 from lddyn.estimate import Estimate
-from lddyn.files import json_safe
+from lddyn.files import JsonObject, json_safe
 from lddyn.results import Result, load_result, save_result
 from lddyn.sketches.layout import Layout, Part
 from lddyn.sketches.projections import haar, hashed
@@ -64,7 +64,7 @@ class Features(Result):
             f"{str(self.rows.dtype).removeprefix('torch.')}; {sketch.kind}, k = {sketch.k:,})"
         )
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """Numbers of rows and examples, width, bytes and the sketch's kind and size; JSON-safe."""
         sketch = self.layout.sketch
         return {
@@ -89,7 +89,7 @@ class Features(Result):
             ]
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Rows, token table and layout, JSON-safe; `save` is smaller."""
         columns = {name: getattr(self.tokens, name).tolist() for name in _COLUMNS}
         return {

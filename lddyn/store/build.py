@@ -18,6 +18,7 @@ from lddyn.data.example import Example
 from lddyn.data.token_table import token_columns
 from lddyn.engine.anatomy import Anatomy
 from lddyn.errors import StoreIdentityError
+from lddyn.files import JsonObject
 from lddyn.memory import DEFAULT_MEMORY
 from lddyn.sketches.allocation import choose_layout
 from lddyn.sketches.features import features
@@ -86,7 +87,7 @@ class BuiltStore:
     written: int
     processes: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """`Store.to_dict` with `written` and `processes`, JSON-safe."""
         return self.store.to_dict() | {"written": self.written, "processes": self.processes}
 

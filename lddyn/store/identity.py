@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lddyn.data.example import Example
 from lddyn.engine.streamed import present
-from lddyn.files import canonical, digest_of
+from lddyn.files import JsonObject, canonical, digest_of
 from lddyn.store.manifest import json_copy
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def identify(
     tokenizer: PreTrainedTokenizerBase | None = None,
     examples: Iterable[Example] | None = None,
     **settings: Any,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The identity of a store: digests of everything that its features depend on.
 
     Args:
@@ -56,7 +56,7 @@ def identify(
 
     from lddyn import __version__
 
-    identity: dict[str, Any] = {
+    identity: JsonObject = {
         "model": {"class": type(model).__name__, "weights": _weights(model)},
         "versions": {
             "lddyn": __version__,
@@ -88,7 +88,7 @@ def _weights(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def _configuration(config: PretrainedConfig) -> dict[str, Any]:
+def _configuration(config: PretrainedConfig) -> JsonObject:
     """Digest of a model's configuration, and its attention implementation."""
     # Where it was loaded from, and by which version, does not change what the model computes.
     volatile = ("_name_or_path", "transformers_version")
@@ -100,7 +100,7 @@ def _configuration(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> JsonObject:
     """Digests of a tokenizer's rules (a slow one's vocabulary) and of its chat template."""
     rules: Any = sorted(tokenizer.get_vocab().items())
     if getattr(tokenizer, "backend_tokenizer", None) is not None:

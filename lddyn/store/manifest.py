@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 
 from lddyn.errors import StoreCorruptError, StoreError
-from lddyn.files import canonical, digest_of, read_stored
+from lddyn.files import JsonObject, canonical, digest_of, read_stored
 
 FORMAT = 1
 
@@ -33,8 +33,8 @@ class Manifest(TypedDict):
     """
 
     format: int
-    identity: dict[str, Any]
-    layout: dict[str, Any] | None
+    identity: JsonObject
+    layout: JsonObject | None
     dtype: str
     width: int
     shard_bytes: int

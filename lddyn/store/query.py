@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lddyn.data.token_table import COLUMNS
 from lddyn.estimate import Estimate
+from lddyn.files import JsonObject
 from lddyn.memory import parse_memory
 from lddyn.results import Result
 from lddyn.store.contents import Contents
@@ -122,7 +123,7 @@ class Hits(Result):
             f"{float(values.min()):.4g} to {float(values.max()):.4g})"
         )
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """What was searched for and the range of the values, JSON-safe."""
         m, k = self.index.shape
         values = self.estimate.value
@@ -142,7 +143,7 @@ class Hits(Result):
             lines += [f"  {hit.explain()}" for hit in self[query]]
         return "\n".join(lines)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """All hits, JSON-safe: {"by", "queries": [[fields of each `Hit`] for each query]}."""
         queries = [[asdict(hit) for hit in self[query]] for query in range(len(self))]
         return {"by": self.by, "queries": queries}
@@ -167,7 +168,7 @@ class InnerProduct(Protocol):
     def estimate(self, rows_a: Tensor, rows_b: Tensor) -> Estimate:
         """The same with standard errors, (n, m)."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Everything that defines the inner product, as JSON."""
 
 

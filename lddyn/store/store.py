@@ -26,7 +26,7 @@ from torch import Tensor
 from lddyn.data.example import Example
 from lddyn.data.token_table import TokenTable, arrow_table
 from lddyn.errors import StoreError, StoreIdentityError
-from lddyn.files import TEMPORARY, canonical, digest_of, sync_folder, write_durably
+from lddyn.files import TEMPORARY, JsonObject, canonical, digest_of, sync_folder, write_durably
 from lddyn.memory import parse_memory
 from lddyn.store.contents import Contents
 from lddyn.store.export import faiss_index
@@ -395,7 +395,7 @@ class Store:
         place = self._contents.places[name]
         return slice(place.start, place.start + place.count)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """Path, numbers of rows (`tokens`), examples and shards, bytes, width, dtype; JSON-safe."""
         return {
             "path": str(self.path),
@@ -416,7 +416,7 @@ class Store:
             f"{str(self.dtype).removeprefix('torch.')}"
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """`summary`, `layout` and `identity`, JSON-safe; no rows."""
         return self.summary() | {"layout": self.layout_json, "identity": self.identity}
 
