@@ -1,7 +1,7 @@
-"""Every op in plain torch: the specification, and the CPU path where BLAS does the work.
+"""Every op in plain torch: its specification, and its CPU backend where BLAS does the work.
 
-Inputs are trusted: `lddyn.ops` checks them. Low-precision inputs are widened, so that products and
-sums are in float32; float64 stays float64.
+Inputs are not checked here but in `lddyn.ops`. Products and sums are in float64 for float64 inputs
+and in float32 for all others.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-# Largest float32 workspace of `gram` in elements (32 MiB): what a chunk of pushed rows may take.
+# Most elements of the workspace of `gram`, that is of a chunk of pushed rows (32 MiB in float32).
 _WORKSPACE = 8 << 20
 
 GramOrder = Literal["push_o", "push_u", "materialise"]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of accumulation and results: float64 for float64, else float32."""
+    """Dtype of sums and results: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def residual(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Softmax residual e_y - π and its statistics; see `lddyn.ops.residual`.
 
-    Everything is measured from the top token, z_v - z_top <= 0, with the partition function as
-    1 + tail, tail = sum over v != top of exp(z_v - z_top): nothing cancels when π_top → 1.
+    All exponents are relative to the top token, z_v - z_top <= 0. The partition function is
+    1 + tail with tail = Σ exp(z_v - z_top) over v != top, so that no digits cancel when π_top → 1.
     """
     z = logits.to(wide(logits.dtype))
     peak, top = z.max(dim=1, keepdim=True)
-    peak = peak.masked_fill(peak.isinf(), torch.nan)  # +inf, or nothing but -inf: a NaN row
+    peak = peak.masked_fill(peak.isinf(), torch.nan)  # a row with +inf, or of -inf only, is NaN
     rest = z.scatter(1, top, -torch.inf)
     runner = rest.argmax(dim=1, keepdim=True)
-    runner = torch.where(runner == top, 1, runner)  # top is 0 and all others are masked
+    runner = torch.where(runner == top, 1, runner)  # if top is 0 and all others are masked
     z = z - peak
     weight = rest.sub_(peak).exp_()  # exp(z - peak), 0 at top
     tail = weight.sum(dim=1, keepdim=True)
@@ -54,10 +54,12 @@ def residual(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def gram_order(s: int, t: int, d_in: int, d_out: int, m: int, n: int) -> GramOrder:
-    """Cheapest contraction order of `gram` by FLOP count (m and n cotangents on s and t tokens).
+    """The order of contraction of `gram` that takes the fewest FLOPs.
 
-    ``push_o`` pushes the observed gradients onto the updated tokens through S = a_o a_uᵀ and pairs
-    them there; ``push_u`` is its mirror; ``materialise`` forms the m + n gradient matrices.
+    There are m cotangents on s observed tokens and n on t updated tokens. ``push_o`` maps the
+    observed gradients to the updated tokens by S = a_o a_uᵀ and takes inner products there;
+    ``push_u`` does the same with the sides exchanged; ``materialise`` forms all m + n gradient
+    matrices.
 
     >>> gram_order(128, 128, 768, 768, 128, 128)
     'push_o'
@@ -80,7 +82,7 @@ def gram(
     lengths_o: Tensor | None = None,
     lengths_u: Tensor | None = None,
 ) -> Tensor:
-    """Token Gram of one linear layer from its factors; see `lddyn.ops.gram`."""
+    """Inner products of one linear layer's token gradients; see `lddyn.ops.gram`."""
     (s, d_in), (t, _) = activations_o.shape, activations_u.shape
     m, n, d_out = len(grads_o), len(grads_u), grads_o.shape[2]
     order = gram_order(s, t, d_in, d_out, m, n)
@@ -94,7 +96,7 @@ def gram(
 def _gram_push(
     a_o: Tensor, g_o: Tensor, a_u: Tensor, g_u: Tensor, lengths_u: Tensor | None
 ) -> Tensor:
-    """G = <Sᵀ g_o, g_u> with S = a_o a_uᵀ, a chunk of rows of g_o and a stretch of u at a time."""
+    """G = <Sᵀ g_o, g_u>, S = a_o a_uᵀ, by chunks of rows of g_o and stretches of tokens of u."""
     dtype = wide(g_o.dtype)
     m, d_out = len(g_o), g_o.shape[2]
     similarity = a_u.to(dtype) @ a_o.to(dtype).T  # (t, s)
@@ -111,13 +113,16 @@ def _gram_push(
 
 
 def _stretches(t: int, n: int, lengths: Tensor | None) -> list[tuple[int, int, int]]:
-    """Stretches (start, stop, first) of t tokens that cotangents first, first + 1, … reach."""
+    """The t tokens in stretches (start, stop, first).
+
+    Cotangents first, first + 1, … are not zero in tokens start … stop − 1; earlier ones are.
+    """
     if lengths is None:
         return [(0, t, 0)]
     reach = [min(t, int(x)) for x in lengths.tolist()]
     if reach != sorted(reach):
         return [(0, max(reach, default=0), 0)]
-    # Stops are an eighth of the tokens apart at least: short stretches make slow products.
+    # Stretches have at least an eighth of the tokens: products of short ones are slow.
     step, stops = max(16, t // 8), list[int]()
     for length in reach:
         if len(stops) < 2 or length - stops[-2] > step:
@@ -140,7 +145,8 @@ def _gram_materialise(a_o: Tensor, g_o: Tensor, a_u: Tensor, g_u: Tensor) -> Ten
     out = torch.zeros(len(g_o), len(g_u), dtype=dtype, device=g_o.device)
     rows = max(1, _WORKSPACE // max(1, (len(g_o) + len(g_u)) * g_o.shape[2]))
     for lo in range(0, a_o.shape[1], rows):
-        # a.T from the left keeps d_out contiguous: five times faster than g.mT @ a at d_in = 8.
+        # With a.T as the left factor d_out stays contiguous: at d_in = 8 five times faster than
+        # g.mT @ a.
         left_o, left_u = (a[:, lo : lo + rows].to(dtype).T for a in (a_o, a_u))
         formed_o = torch.bmm(left_o.expand(len(g_o), -1, -1), g_o).flatten(1)
         formed_u = torch.bmm(left_u.expand(len(g_u), -1, -1), g_u).flatten(1)
@@ -161,11 +167,11 @@ def residual_gram(
 def preconditioned_push(
     scale: Tensor, activations_o: Tensor, activations_u: Tensor, grads_u: Tensor
 ) -> Tensor:
-    """(P ∘ Σ_t g_u[l,t] ⊗ a_u[t]) a_o[s], source by source; see `lddyn.ops.preconditioned_push`."""
+    """(P ∘ Σ_t g_u[l,t] ⊗ a_u[t]) a_o[s], one l at a time; see `lddyn.ops.preconditioned_push`."""
     dtype = wide(grads_u.dtype)
     scale, a_o, a_u = (x.to(dtype) for x in (scale, activations_o, activations_u))
     out = torch.empty(len(grads_u), len(a_o), grads_u.shape[2], dtype=dtype, device=grads_u.device)
-    gradient = torch.empty_like(scale, memory_format=torch.contiguous_format)  # one for all sources
+    gradient = torch.empty_like(scale, memory_format=torch.contiguous_format)  # reused
     for row, result in zip(grads_u, out, strict=True):
         torch.mm(row.to(dtype).T, a_u, out=gradient)
         torch.mm(a_o, gradient.mul_(scale).T, out=result)
@@ -173,10 +179,13 @@ def preconditioned_push(
 
 
 def words(seed: int, count: int) -> Tensor:
-    """The first numbers of SplitMix64 (Steele, Lea & Flood 2014), int64: unsigned ones, wrapped."""
+    """The first `count` numbers of SplitMix64 (Steele, Lea & Flood 2014), (count,) int64.
+
+    The generator's numbers are unsigned; their 64 bits are stored as signed ones.
+    """
 
     def shifted(x: Tensor, by: int) -> Tensor:
-        return (x >> by) & ((1 << (64 - by)) - 1)  # a logical shift of signed words
+        return (x >> by) & ((1 << (64 - by)) - 1)  # a logical shift: no copies of the sign bit
 
     x = torch.arange(1, count + 1, device="cpu") * -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
     x = x + seed
@@ -186,19 +195,20 @@ def words(seed: int, count: int) -> Tensor:
 
 
 def sign_key(seed: int, side: int) -> int:
-    """SplitMix64's seed of the stream (seed, side); side 0 is the activations', 1 the gradients'.
+    """SplitMix64's seed for the signs of one side: 0 is the activations, 1 the gradients.
 
-    Mixed twice, so that no two seeds a user may count or hash with share a stream: the sides of
-    `seed` and of `seed + 0x9E3779B97F4A7C15` would overlap if it were mixed once.
+    The user's seed is mixed twice, so that different seeds have different streams. Mixed once, the
+    streams of `seed` and of `seed + 0x9E3779B97F4A7C15` would overlap.
     """
     return int(words(int(words(seed, 1)), side + 1)[side])
 
 
 def signs(seed: int, side: int, repeats: int, size: int, width: int) -> Tensor:
-    """Random signs ±1 (repeats, size, width), int8, from a counter.
+    """Random signs ±1 (repeats, size, width), int8, each computed from its index.
 
     Sign (r, i, j) is bit e % 64, e = r * size + i, of number e // 64 * width + j of SplitMix64
-    seeded with `sign_key(seed, side)`; a set bit is −1. More repeats begin with the same ones.
+    seeded with `sign_key(seed, side)`; a set bit is −1. The first repeats do not depend on how many
+    there are.
     """
     rows = repeats * size
     blocks = -(-rows // 64)
@@ -214,7 +224,7 @@ def sketch(
 ) -> Tensor:
     """Two-sided random projections of per-token weight gradients; see `lddyn.ops.sketch`.
 
-    One product per cotangent, whose bits then do not depend on the others.
+    Each cotangent has a product of its own, so that its bits do not depend on the others.
     """
     dtype, device = wide(grads.dtype), grads.device
     (c, t, d_out), d_in = grads.shape, activations.shape[1]
@@ -233,7 +243,7 @@ def sketch(
 
 
 def gated_pullback(value: Tensor, slope: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
-    """(g ∘ slope, g ∘ value); see `lddyn.ops.gated_pullback`."""
+    """Cotangents (g ∘ slope, g ∘ value) of gate and up; see `lddyn.ops.gated_pullback`."""
     return (grads * slope).contiguous(), (grads * value).contiguous()
 
 
@@ -243,7 +253,7 @@ def gated_pushforward(value: Tensor, slope: Tensor, gate: Tensor, up: Tensor) ->
 
 
 def _normalize_tangent(normalized: Tensor, rstd: Tensor, x: Tensor, centred: bool) -> Tensor:
-    """The symmetric Jacobian of the normalisation: r (x − x̂ mean(x̂ ∘ x) [− mean(x)])."""
+    """The normalisation's (symmetric) Jacobian times x: r (x − x̂ mean(x̂ ∘ x) [− mean(x)])."""
     out = x - normalized * (normalized * x).mean(-1, keepdim=True)
     if centred:
         out = out - x.mean(-1, keepdim=True)
@@ -256,21 +266,21 @@ def norm_pullback(
     """Gradients of a norm's input and gain; see `lddyn.ops.norm_pullback`."""
     wide_grads, x_hat = grads.to(rstd.dtype), normalized.to(rstd.dtype)
     moved = _normalize_tangent(x_hat, rstd, wide_grads * weight.to(rstd.dtype), centred)
-    grad_weight = (wide_grads * x_hat).sum(1).contiguous()  # einsum would be 20 times slower
+    grad_weight = (wide_grads * x_hat).sum(1).contiguous()  # einsum takes 20 times longer
     return moved.to(grads.dtype).contiguous(), grad_weight
 
 
 def norm_pushforward(
     normalized: Tensor, rstd: Tensor, weight: Tensor, tangents: Tensor, centred: bool
 ) -> Tensor:
-    """Tangent of a norm's output from that of its input; see `lddyn.ops.norm_pushforward`."""
+    """Tangent of a norm's output for a tangent of its input; see `lddyn.ops.norm_pushforward`."""
     x_hat = normalized.to(rstd.dtype)
     moved = _normalize_tangent(x_hat, rstd, tangents.to(rstd.dtype), centred)
     return (moved * weight.to(rstd.dtype)).to(tangents.dtype).contiguous()
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:
-    """Rotary embedding, or its transpose, laid out as (C, T, H, e); see `lddyn.ops.rotary`."""
+    """Rotary embedding or its transpose, as (C, T, H, e) in memory; see `lddyn.ops.rotary`."""
     half = x.shape[-1] // 2
     x, cos, sin = x.transpose(1, 2), cos[:, None], sin[:, None]
     if transpose:
@@ -299,12 +309,13 @@ def attention(
     return torch.softmax(scores + mask.to(dtype), dim=-1), slope
 
 
-# Queries of a tile of attention: what the mask closes to all of them is skipped (half, if causal).
+# Queries in a tile of attention. Keys that the mask closes to all of them are skipped: with a
+# causal mask half of all pairs.
 _QUERIES = 64
 
 
 class Tile(NamedTuple):
-    """Some queries and the keys open to them; R = H/G * rows is a group's share."""
+    """Some queries and the keys that the mask opens to them; R = H/G · (number of queries)."""
 
     rows: slice
     keys: slice
@@ -316,7 +327,7 @@ class Tile(NamedTuple):
 
 
 def open_keys(mask: Tensor) -> Tensor:
-    """Which keys (T, S) a mask (1 or H, T, S) opens to a query of any head."""
+    """Whether a mask (1 or H, T, S) opens a key to a query in at least one head, (T, S) bool."""
     return (mask > -1e4).any(0)
 
 
@@ -329,7 +340,7 @@ def tiles(
     softcap: float,
     queries: int = _QUERIES,
 ) -> Iterator[Tile]:
-    """Tiles of queries, with the keys from the first to the last that the mask opens to them."""
+    """Tiles of queries, each with all keys from the first to the last one open to its queries."""
     groups = len(key)
     query, key, value = (x.to(wide(x.dtype)) for x in (query, key, value))
     opened = open_keys(mask)
@@ -355,7 +366,8 @@ def attention_pullback(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value for many cotangents; see `lddyn.ops.attention_pullback`.
 
-    Products are laid out as (G, R, C, n), so that each is one large matrix product per group.
+    Operands are laid out as (G, R, C, n), so that every product is one large matrix product for
+    each group.
     """
     count, dtype, groups = len(grads), wide(grads.dtype), len(key)
     results = [grads.new_zeros(count, *x.shape, dtype=dtype) for x in (query, key, value)]
@@ -400,7 +412,7 @@ def attention_pushforward(
         moved = (t_q.reshape(groups, r * count, e) @ k.mT).view(groups, r, count, s)
         moved = moved + (q @ t_k.reshape(groups, count * s, e).mT).view(moved.shape)
         moved = moved * weight
-        # (Ṡ∘P − P rowsum(P∘Ṡ)) V: the second term needs P V alone
+        # (Ṡ∘P − P rowsum(P∘Ṡ)) V; the second term is rowsum(P∘Ṡ) times P V
         tangent = (moved.view(groups, r * count, s) @ v).view(groups, r, count, f)
         tangent = tangent - moved.sum(-1, keepdim=True) * (p @ v)[:, :, None]
         tangent = tangent + (p @ t_v.reshape(groups, s, count * f)).view(tangent.shape)

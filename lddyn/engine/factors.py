@@ -1,7 +1,8 @@
-"""Token gradients as factors: what a pullback leaves at the taps, and its inner products.
+"""Token gradients kept as factors, and the inner products of two sides' factors.
 
-The gradient of a weight W at a tap y = x Wᵀ is Σ_t δ[t] ⊗ x[t] for each of c cotangents. It is kept
-as the pair (x, δ), paired with the factors of another side by `ops.gram`, and never formed.
+At a tap y = x Wᵀ the gradient of the weight W is Σ_t δ[t] ⊗ x[t], for each of c cotangents. Only
+the pair (x, δ) is kept; the gradient itself is never formed. `ops.gram` computes inner products of
+gradients from the pairs of two sides.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ from lddyn.engine.trace import Replay
 def batched_vjp(
     outputs: Sequence[Tensor], targets: Sequence[Any], cotangents: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Gradients (c, …) of the targets for c cotangents of one graph; None without a path."""
+    """Gradients (c, …) of the targets for c cotangents; None for a target that is not reached.
+
+    Args:
+        outputs: Tensors of one graph.
+        targets: Leaves or edges of that graph.
+        cotangents: One for each output, (c, *shape).
+    """
     gradients: list[Tensor | None] = [None] * len(targets)
     reached: list[int] = []
 
@@ -31,7 +38,7 @@ def batched_vjp(
         reached[:] = [i for i, x in enumerate(results) if x is not None]
         return tuple(x for x in results if x is not None)
 
-    if all(len(x) == 1 for x in cotangents):  # vmap would cost more than a small model's products
+    if all(len(x) == 1 for x in cotangents):  # for small models vmap costs more than the products
         results = tuple(x[None] for x in vjp(*(x[0] for x in cotangents)))
     else:
         results = torch.func.vmap(vjp)(*cotangents)
@@ -44,8 +51,9 @@ def batched_vjp(
 class BodyRows:
     """Cotangents at the head's input, in place of cotangents v on the logits.
 
-    Products of the head's own weight are left to the caller, in closed form. If the head is tied to
-    the embedding, the embedding rows of the other sequence's tokens need v at their ids.
+    The caller computes the head's own part of the products in closed form. If the head is tied to
+    the embedding, the product with an embedding row of the other sequence needs v at that token's
+    id; `picked` holds these entries of v.
 
     Attributes:
         hidden: g = Wᵀ v, (R, d).
@@ -63,18 +71,18 @@ class BodyRows:
 
 @dataclass
 class HeadFactor:
-    """The head's factors: one row each. Gradient of W for cotangent l: v_l ⊗ h_l.
+    """The head's factors, one row for each cotangent: the gradient of W for l is v_l ⊗ h_l.
 
     Attributes:
         weight: Name of W; None: frozen.
         bias: Name of the bias, or None.
         hidden: The head's inputs h, (L, d).
-        given: Cotangents v on W h + b, (L, V). None: the log-prob rows e_y − π, which are formed
+        given: Cotangents v on W h + b, (L, V). None: those of log π, e_y − π, which are computed
             when they are used.
         logits: (L, V).
         targets: Realised tokens, (L,).
-        ids: If not None, `given` has the columns of these sorted ids alone (see `BodyRows`), and
-            two heads are not paired.
+        ids: Sorted ids of the columns of `given`, if it does not have all V (see `BodyRows`); then
+            two heads are not paired. None: `given` has all columns.
     """
 
     weight: str | None
@@ -103,14 +111,14 @@ class HeadFactor:
 
 @dataclass
 class Factors:
-    """Token gradients of one segment for one chunk of cotangents, as factors.
+    """Token gradients of one segment for one chunk of c cotangents, as factors.
 
     Attributes:
-        taps: Pairs (tap, δ). δ is (c, rows, d_out); or (c, d_out), where cotangent m has row m of
-            the activations for its own (see `rowwise`).
+        taps: Pairs (tap, δ). δ has shape (c, rows, d_out); or (c, d_out), if cotangent m belongs to
+            row m of the activations only (see `rowwise`).
         direct: Gradients of directly differentiated parameters, name -> (c, *shape).
-        head: The head's factors, for the head alone.
-        lengths: (c,): cotangent m is zero at tokens t >= lengths[m]. None: not known.
+        head: The head's factors, if the segment is the head.
+        lengths: Cotangent m is zero at tokens t >= lengths[m], (c,). None: unknown.
         tokens: Number of replayed tokens.
     """
 
@@ -121,9 +129,9 @@ class Factors:
     tokens: int = 0
 
     def in_order(self, lengths: Tensor, tokens: int) -> bool:
-        """Whether all rows are the tokens in their order: then δ is zero beyond the lengths.
+        """Whether the rows of every tap are the tokens in order, with δ zero beyond the lengths.
 
-        It is not so in a block that sends tokens to experts, or sorts them.
+        In a block that sends tokens to experts, or sorts them, they are not.
         """
         beyond = torch.arange(tokens, device=lengths.device)[None] >= lengths[:, None]
         for tap, delta in self.taps:
@@ -143,7 +151,7 @@ class Factors:
 
     @classmethod
     def of(cls, replay: Replay, gradients: Sequence[Tensor | None], count: int) -> Factors:
-        """From the gradients (count, …) of a replay's taps and direct parameters."""
+        """The factors from the gradients (count, …) of a replay's taps and direct parameters."""
         factors = cls()
         for tap, gradient in zip(replay.taps, gradients, strict=False):
             if gradient is not None:
@@ -156,12 +164,12 @@ class Factors:
         return factors
 
     def add_direct(self, name: str, gradient: Tensor) -> None:
-        """One more use of a directly differentiated parameter."""
+        """Adds the gradient of one more use of a directly differentiated parameter."""
         known = self.direct.get(name)
         self.direct[name] = gradient if known is None else known + gradient
 
     def part(self, rows: slice) -> Factors:
-        """The factors of some of the cotangents; no copy."""
+        """The factors of some of the cotangents, as views."""
         taps = [
             (t if d.dim() == 3 else replace(t, activations=t.activations[rows]), d[rows])
             for t, d in self.taps
@@ -178,10 +186,11 @@ class Factors:
 
 
 def pair(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> None:
-    """Adds Σ over parameters of ⟨gradient of one's m, gradient of other's l⟩, named, as (c, c').
+    """Calls add(name, products) for each parameter, with inner products of gradients (c, c').
 
-    `one` is observed, `other` updated: autograd does not update the embedding row of a padding
-    token, so that row is left out of the updated side only.
+    Entry (m, l) is ⟨gradient of cotangent m of `one`, gradient of cotangent l of `other`⟩. `one` is
+    the observed side and `other` the updated one. The order matters: an optimizer does not update
+    the embedding row of a padding token, so that row is left out of the updated side only.
     """
     weights: dict[str, list[tuple[Tap, Tensor]]] = {}
     biases: dict[str, list[Tensor]] = {}
@@ -205,9 +214,9 @@ def pair(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> No
 
 
 class Shelf:
-    """Buffers of one segment's factors, which the next segment uses again.
+    """Buffers of one segment's factors, to be reused by the next segment.
 
-    Blocks are alike, and new memory costs more than writing to it.
+    Blocks have equal shapes, and allocating memory takes longer than writing to it.
     """
 
     def __init__(self) -> None:
@@ -227,25 +236,25 @@ class Shelf:
         return buffer.view(shape)
 
     def turn(self) -> None:
-        """Ends a segment: its buffers are free again; buffers that it did not use are dropped."""
+        """Ends a segment: frees its buffers, and drops the buffers that it did not use."""
         self.free, self.lent = self.lent, []
 
 
 class Merged:
-    """Chunks of one side, joined, so that the other side is pushed once and not for each chunk.
+    """Joined chunks of one side, so that the other side is pushed once instead of once per chunk.
 
     Attributes:
-        rows: The rows of the side, chunk after chunk.
-        parts: Where each chunk is in `rows`.
+        rows: Numbers of the side's cotangents, chunk after chunk.
+        parts: The slice of `rows` that each chunk has.
     """
 
     def __init__(self, rows: Tensor, first: Factors, count: int, tokens: int, shelf: Shelf):
         self.rows, self.parts, self._last = rows, [slice(0, len(rows))], first
-        # Nothing is appended to the last chunk, or to rows that are not the tokens in their order.
+        # No chunk follows the last one, and none can be appended unless rows are tokens in order.
         self._open = first.lengths is not None and count > len(rows)
         if not self._open:
             return
-        # Of all but the last chunk only this is kept: its taps hold the graph of its replay.
+        # Earlier chunks are kept in these lists only: a chunk's taps hold the graph of its replay.
         self._names = _names(first)
         self._lengths: list[Tensor] = []
         self._direct: dict[str, list[Tensor]] = {name: [] for name in first.direct}
@@ -258,7 +267,7 @@ class Merged:
         self._append(first)
 
     def _append(self, factors: Factors) -> None:
-        """Moves a chunk in; dense taps are padded with zeros beyond its prefix, and emptied."""
+        """Copies a chunk's factors; dense ones get zeros beyond its prefix and are then emptied."""
         rows, self._last = self.parts[-1], factors
         assert factors.lengths is not None
         self._lengths.append(factors.lengths)
@@ -274,7 +283,7 @@ class Merged:
                 factors.taps[i] = tap, delta[:0].clone()
 
     def take(self, rows: Tensor, factors: Factors) -> bool:
-        """Appends a chunk, if it has the same taps."""
+        """Appends a chunk if it has the same taps; returns whether it was appended."""
         if not self._open or factors.lengths is None or _names(factors) != self._names:
             return False
         start = len(self.rows)
@@ -285,7 +294,7 @@ class Merged:
 
     @property
     def factors(self) -> Factors:
-        """All chunks' factors; the last chunk's activations reach furthest."""
+        """The factors of all chunks. Activations are the last chunk's, whose prefix is longest."""
         last = self._last
         if not self._open:
             return last
@@ -304,7 +313,7 @@ class Merged:
 
 
 def _names(factors: Factors) -> list[Any]:
-    """What two chunks must have in common to be joined."""
+    """Kinds, names and widths of the taps: chunks can be joined if these are equal."""
     taps = [(t.kind, t.weight, t.bias, d.dim(), d.shape[-1]) for t, d in factors.taps]
     return [taps, factors.direct.keys()]
 
@@ -312,13 +321,13 @@ def _names(factors: Factors) -> list[Any]:
 def merge(
     chunks: Iterable[tuple[Tensor, Factors]], count: int, tokens: int, shelf: Shelf
 ) -> list[Merged]:
-    """Joins the chunks of one side as they come; chunks with other taps stay separate.
+    """Joins successive chunks of one side that have the same taps; others stay separate.
 
     Args:
-        chunks: (rows, factors), prefixes in ascending order; their taps are emptied.
+        chunks: (rows, factors) by ascending length of prefix; their taps are emptied.
         count: Number of rows of all chunks.
         tokens: Tokens of the longest prefix.
-        shelf: Provides the buffers.
+        shelf: Where buffers are taken from.
     """
     merged: list[Merged] = []
     for rows, factors in chunks:
@@ -329,7 +338,7 @@ def merge(
 
 
 def pair_head(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> None:
-    """The head's part, and the cross terms of a head tied to the embedding."""
+    """As `pair`, for the head, and for a head tied to the embedding."""
     if one.head is not None and other.head is not None:
         if one.head.ids is not None or other.head.ids is not None:
             return
@@ -364,12 +373,12 @@ def _pair_embedding_head(tap: Tap, delta: Tensor, head: HeadFactor) -> Tensor:
 
 
 def summed(delta: Tensor) -> Tensor:
-    """Σ_t δ[t] (c, d_out): the gradient of a bias."""
+    """The gradient of a bias, Σ_t δ[t], (c, d_out)."""
     return delta.sum(1) if delta.dim() == 3 else delta
 
 
 def over_rows(delta: Tensor) -> Tensor:
-    """Factors over the rows of the activations (c, rows, d_out), also where they are rank one."""
+    """δ over all rows, (c, rows, d_out): from a δ (c, d_out) by zeros in all rows but m."""
     return delta if delta.dim() == 3 else torch.diag_embed(delta.T).movedim(0, -1)
 
 

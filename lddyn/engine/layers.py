@@ -1,10 +1,14 @@
 """The pieces of a decoder block that are not products, differentiable for many cotangents at once.
 
-Attention, norms, gated activations and rotary embeddings are linear in their cotangents once the
-forward pass is fixed. Each is an autograd Function whose backward is one op of `lddyn.ops` over the
-whole batch of cotangents (under `torch.func.vmap`), whose derivative of that backward with respect
-to the cotangent is the matching pushforward, and whose forward mode is the same pushforward. Second
-derivatives with respect to the layer's own inputs are refused, not returned as zeros.
+The derivatives of attention, norms, gated activations and rotary embeddings are linear maps, once
+the forward pass is fixed. Each layer is an autograd Function:
+
+- its backward pass is one op of `lddyn.ops` (the pullback) over a whole batch of cotangents, under
+  `torch.func.vmap`;
+- the derivative of the backward pass with respect to the cotangent is the matching pushforward;
+- forward mode calls the same pushforward.
+
+A second derivative with respect to the layer's own inputs raises an error: a zero would be wrong.
 """
 
 from __future__ import annotations
@@ -25,11 +29,17 @@ Batched = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear map and its transpose, on batches: every operand and result is (C, *shape)."""
+    """A linear map and its transpose, both on batches.
+
+    Attributes:
+        pull: The map. Every operand and result has shape (C, *shape).
+        push: The transposed map, likewise.
+        backend: Backend that the ops are called with. None: lddyn's choice.
+    """
 
     pull: Batched
     push: Batched
-    # Who asked for which backend: autograd may run the map in a thread that does not know.
+    # Taken when the map is made: autograd may run it in another thread, which has no override.
     backend: str | None = field(default_factory=ops.overridden)
 
     @property
@@ -56,10 +66,11 @@ class Linear:
 
 
 class _Apply(torch.autograd.Function):
-    """Applies `linear.pull` to cotangents; differentiates by `linear.push`.
+    """Applies `linear.pull` to cotangents; its derivative applies `linear.push`.
 
-    `guards` are the inputs of the layer, which the map depends on too: they are not used, and a
-    derivative with respect to them raises.
+    The arguments are (linear, count, *tensors): `count` cotangents, then guards. Guards are the
+    inputs of the layer, on which the map depends as well. They are not read, and a derivative with
+    respect to them raises an error.
     """
 
     @staticmethod
@@ -79,7 +90,7 @@ class _Apply(torch.autograd.Function):
             x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
             for x, dim in zip(tensors[:count], in_dims[2:], strict=False)
         ]
-        if len(tensors) > count:  # an outer derivative must still meet the guards
+        if len(tensors) > count:  # keep the guards, so that a second derivative still raises
             stacked = linear.stacked(info.batch_size)
             results = _Apply.apply(stacked, count, *batched, *tensors[count:])  # type: ignore[no-untyped-call]
         else:
@@ -94,7 +105,7 @@ class _Apply(torch.autograd.Function):
 
 
 class _Guard(torch.autograd.Function):
-    """The identity; a derivative through it raises."""
+    """The identity; taking a derivative through it raises an error."""
 
     generate_vmap_rule = True
 
@@ -117,9 +128,10 @@ class _Guard(torch.autograd.Function):
 
 
 class _Layer(torch.autograd.Function):
-    """A layer whose value is known and whose Jacobian is `linear`: (linear, (value,), *inputs).
+    """A layer whose value is known and whose transposed Jacobian is `linear`.
 
-    The value is in a tuple, lest autograd take it for an input that the output is a view of.
+    The arguments are (linear, (value,), *inputs). The value is in a tuple: otherwise autograd would
+    take it for an input, of which the output is a view.
     """
 
     @staticmethod
@@ -182,12 +194,15 @@ _instead: ContextVar[Callable[..., Tensor] | None] = ContextVar("lddyn_attention
 
 
 class Stopped(Exception):
-    """Raised by a function given to `intercepted`: the rest of the block need not run."""
+    """Raised by a function that was given to `intercepted`, to skip the rest of the block."""
 
 
 @contextlib.contextmanager
 def intercepted(function: Callable[..., Tensor]) -> Iterator[None]:
-    """Calls function(query, key, value, mask, scale, softcap) -> (1, T, H, f) for `attention`."""
+    """Within the block `attention` calls this function instead of its own computation.
+
+    The function takes (query, key, value, mask, scale, softcap) and returns (1, T, H, f).
+    """
     token = _instead.set(function)
     try:
         yield
@@ -196,9 +211,10 @@ def intercepted(function: Callable[..., Tensor]) -> Iterator[None]:
 
 
 class Rows:
-    """Attention of some queries, each of them the token of one cotangent.
+    """Attention of c queries, each at the position of one cotangent.
 
-    Query (H, c, e), key and value (G, S, e), mask (1 or H, c, S). `output` (H, c, f) is a leaf.
+    Query (H, c, e), key and value (G, S, e), mask (1 or H, c, S). The attribute `output` (H, c, f)
+    is a leaf of the graph.
     """
 
     def __init__(
@@ -209,7 +225,11 @@ class Rows:
         self.output = output.requires_grad_(True)
 
     def pull(self, grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Cotangents (H, c, f) -> of queries (H, c, e), and of keys and values, (c, G, S, e)."""
+        """Cotangents of the queries (H, c, e), and of keys and values, (c, G, S, e).
+
+        Args:
+            grads: Cotangents of the output, (H, c, f).
+        """
         p, groups = self.probabilities, len(self.key)
 
         def grouped(x: Tensor) -> Tensor:  # (H, c, n) -> (G, H/G, c, n)
@@ -238,12 +258,14 @@ def attention(
     s_aux: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """Attention out of differentiable parts, for transformers' AttentionInterface.
+    """Attention (B, T, H, d) as transformers' AttentionInterface calls it, and None for weights.
 
-    O = softmax(cap(scaling Q Kᵀ) + mask) V. Grouped queries are folded into rows, so K and V are
-    never repeated. Query (B, H, T, d), key and value (B, G, T, d) -> (B, T, H, d). `attend`, whose
-    pullback takes many cotangents at once, sees the heads of several sequences as those of one;
-    learned sinks are put together from differentiable parts.
+        O = softmax(cap(scaling Q Kᵀ) + mask) V
+
+    Query (B, H, T, d), key and value (B, G, T, d). Grouped queries become rows of one product, so K
+    and V are never repeated. Without learned sinks or a learned mask `attend` does the work: its
+    pullback takes many cotangents at once, and the heads of B sequences are passed to it as the
+    heads of one. Otherwise the output is made of torch's own differentiable operations.
     """
     if dropout:
         raise ValueError(f"lddyn's attention has no dropout, got {dropout}: set the config's to 0")
@@ -251,18 +273,18 @@ def attention(
     groups = key.shape[1]
     scale = width**-0.5 if scaling is None else scaling
     learned = attention_mask is not None and attention_mask.requires_grad
-    # A trace needs no derivative, but its watch must see what the products cost.
+    # Without grad mode this is a trace, whose watch counts the FLOPs of the products below.
     if s_aux is None and not learned and torch.is_grad_enabled():
         instead = _instead.get()
         if instead is not None:
             with torch._C.DisableTorchFunction():
                 return instead(query, key, value, attention_mask, scale, softcap or 0.0), None
-        with torch._C.DisableTorchFunction():  # a watch has nothing to see here
+        with torch._C.DisableTorchFunction():  # no parameter is used here: skip the watch
             if attention_mask is None:
                 mask = query.new_zeros(1, length, key.shape[2])
             else:
                 mask = _of_all_heads(attention_mask[..., : key.shape[2]], batch, heads)
-            # Views alone, no selection: its pullback would fill zeros.
+            # Views only: the pullback of a selection would fill a tensor with zeros.
             q, k, v = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
             out = attend(q, k, v, mask, scale, softcap or 0.0)
             return out.unflatten(0, (batch, heads)).transpose(1, 2).contiguous(), None
@@ -295,9 +317,13 @@ def _of_all_heads(mask: Tensor, batch: int, heads: int) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int | None = None) -> Tensor:
-    """The product x (…, k) with a frozen weight (k, n), plus a frozen bias (n,).
+    """The product of x (…, k) with a frozen weight (k, n), plus a frozen bias (n,).
 
-    rows: of one sequence, where there are several (`ops.product`).
+    Args:
+        x: Activations.
+        weight: Not differentiated.
+        bias: Not differentiated.
+        rows: Rows of x that belong to one sequence, as in `ops.product`. None: all of them.
     """
     with torch.no_grad():
         out = ops.product(x.detach(), weight, rows)
@@ -324,7 +350,7 @@ class Norm:
     centred: bool
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x (…, n), differentiable for many cotangents; and x̂ in x's shape."""
+        """The norm of x (…, n), differentiable for many cotangents at once, and x̂ in x's shape."""
         precise = torch.promote_types(x.dtype, torch.float32)
         with torch.no_grad():
             rows = x.detach().reshape(-1, x.shape[-1]).to(precise)
@@ -370,11 +396,11 @@ class Norm:
 def recognise_norm(
     module: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor
 ) -> Norm | None:
-    """The closed form of a norm module, if it reproduces its output on x and on x/16; else None.
+    """The closed form that reproduces a norm module's output and gradient; None if none does.
 
-    Nothing is taken from the module's name but the order of trying: the parameters must be at most
-    a gain and a bias over the last axis, and the numbers must agree. On x/16 they tell a norm from
-    the identity where x is normalised already, and a wrong eps from the right one.
+    The module's class and name do not matter. Its parameters must be at most a gain and a bias over
+    the last axis, and the outputs must agree on x and on x/16. The second input distinguishes a
+    norm from the identity where x is already normalised, and a right eps from a wrong one.
     """
     parameters = dict(module.named_parameters(recurse=False))
     width = x.shape[-1]
@@ -402,18 +428,19 @@ def recognise_norm(
             out = function(probe)
         return torch.autograd.grad(out, probe, cotangent)[0]
 
-    expected = pulled(original)  # a norm may hold its statistics fixed
+    expected = pulled(original)  # differs from a norm's if the module holds its statistics fixed
 
     @torch.no_grad()
     def error(norm: Norm) -> float:
         gradient = pulled(lambda z: norm(z)[0])
         apart = float((gradient - expected).abs().max() / expected.abs().max())
         values = (float((norm(z)[0] - y).abs().max() / y.abs().max()) for z, y in pairs)
-        return max(apart / 4, *values)  # gradients are rounded more often
+        return max(apart / 4, *values)  # a gradient goes through more roundings than an output
 
     errors = [error(norm) for norm in forms]
     best = min(range(len(forms)), key=errors.__getitem__)
-    # The other normalisation must fit worse: a gain of zero, or inputs of mean zero, tell nothing.
+    # The other normalisation (with or without centring) must fit worse: with a gain of zero, or
+    # with inputs of mean zero, the two cannot be told apart.
     rival = min(e for e, f in zip(errors, forms, strict=True) if f.centred != forms[best].centred)
     fits = errors[best] <= max(2 * torch.finfo(x.dtype).eps, 1e-5)
     return forms[best] if fits and rival > 4 * errors[best] else None
@@ -424,7 +451,10 @@ def recognise_norm(
 
 @dataclass(frozen=True)
 class Activated:
-    """φ(a) of an elementwise activation, with a and the slope φ'(a), at least in float32."""
+    """An elementwise activation: its argument a, its value φ(a), and its slope φ'(a).
+
+    The slope is in float32, or in float64 for a float64 argument.
+    """
 
     argument: Tensor
     value: Tensor
@@ -459,7 +489,7 @@ class Activated:
 
 
 def activate(function: Callable[[Tensor], Tensor], x: Tensor) -> Activated:
-    """An elementwise function of x, with its slope by autograd."""
+    """The value and, by autograd, the slope of an elementwise function at x."""
     precise = torch.promote_types(x.dtype, torch.float32)
     with torch.enable_grad():
         leaf = x.detach().to(precise).requires_grad_(True)
@@ -469,10 +499,13 @@ def activate(function: Callable[[Tensor], Tensor], x: Tensor) -> Activated:
 
 
 def is_elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """Whether a function treats every entry alone: half of the entries move, the others' stay."""
-    x = x.detach().contiguous()  # in one layout an entry has the same bits both times
+    """Whether each entry of the output depends on the same entry of the input only.
+
+    Half of the entries are changed; the output at the other half must keep its bits.
+    """
+    x = x.detach().contiguous()  # the layout must be that of x + …, or bits may differ
     index = torch.arange(x.numel(), device=x.device).view(x.shape)
-    moves = (index * 0x9E3779B1 >> 16) % 2 == 1  # of no period in any axis
+    moves = (index * 0x9E3779B1 >> 16) % 2 == 1  # a pattern without a period along any axis
     with torch.no_grad():
         before = function(x)
         after = function(x + 0.5 * moves.to(x.dtype))
@@ -483,7 +516,7 @@ def is_elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, H, T, e) by angles (T, e), differentiable for many cotangents."""
+    """Rotary embedding of x (B, H, T, e) by angles with cosines and sines (T, e)."""
     cos, sin = (angle.detach().to(x.dtype) for angle in (cos, sin))
 
     def turn(transpose: bool) -> Batched:

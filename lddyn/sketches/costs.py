@@ -1,4 +1,4 @@
-"""FLOPs and bytes of every way to a table of token pairs, counted from a traced forward pass."""
+"""FLOPs and bytes of each way to compute an influence table, counted from a traced forward pass."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lddyn.sketches.layout import Layout
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOPs and elements of a model's products, for each token of one forward pass.
+    """FLOPs, elements and bytes of a model for one token of a forward pass.
 
     Attributes:
         linear: FLOPs of products with weights, up to the last attention.
-        mixing: FLOPs of attention, for each token squared.
-        row: FLOPs of one cotangent above the last attention, where it stays in one row.
-        width: Elements that products with weights put out.
-        widest: The same in the widest segment.
-        workspace: Bytes of a cotangent that is pulled back.
-        trace: Elements that a stored forward pass holds.
+        mixing: FLOPs of attention, divided by the squared number of tokens.
+        row: FLOPs of the products above the last attention, where a cotangent stays in one row.
+        width: Elements of the outputs of products with weights.
+        widest: Elements of these outputs in the segment that has most.
+        workspace: Bytes of one cotangent that is pulled back.
+        trace: Elements of a stored forward pass.
         hidden: Width of the head's input.
         vocabulary: Width of the head's output.
         element: Bytes of a number.
@@ -48,7 +48,7 @@ class Rates:
 
     @classmethod
     def of(cls, side: Side) -> Rates:
-        """The rates of a traced sequence's model. Cost: that of `rowwise.spread`."""
+        """The rates of the model, measured on a traced sequence. Cost: as `rowwise.spread`."""
         trace, length = side.trace, side.trace.length
         last, share = trace.anatomy.segments[-2], spread(trace)
         work = {n: w for n, w in trace.work.items() if n != HEAD}
@@ -76,9 +76,9 @@ class Load:
     """A sequence with a cotangent on each of its counted tokens.
 
     Attributes:
-        rates: The model's.
-        length: T, its tokens.
-        positions: Positions of the cotangents, ascending.
+        rates: Rates of the model.
+        length: Number of tokens T.
+        positions: Positions of the cotangents in ascending order.
     """
 
     rates: Rates
@@ -97,12 +97,12 @@ class Load:
 
     @property
     def reached(self) -> float:
-        """Mean number of tokens that a cotangent reaches, p + 1."""
+        """Mean over cotangents of the tokens that they reach: p + 1 at position p."""
         return sum(self.positions) / len(self.positions) + 1
 
     @property
     def workspace(self) -> int:
-        """Bytes of one cotangent that is pulled back."""
+        """Bytes of the workspace of one cotangent that is pulled back."""
         return math.ceil(self.rates.workspace * self.length)
 
     @property
@@ -113,11 +113,15 @@ class Load:
         return int((rates.trace * self.length + head) * rates.element)
 
     def pulled(self, budget: int) -> tuple[float, float]:
-        """FLOPs of (replaying segments, pulling back) for all cotangents, in the engine's chunks.
+        """FLOPs of replaying the segments, and of pulling all cotangents back.
 
-        A cotangent at position p costs (p + 1)/T of a segment's linear FLOPs, and ((p + 1)/T)² of
-        twice its attention FLOPs, because both operands of each product have a gradient. Above the
-        last attention it costs one row (see `rowwise`).
+        Cotangents are pulled back in chunks, as in the engine. A cotangent at position p takes
+        (p + 1)/T of a segment's linear FLOPs. It takes ((p + 1)/T)² of twice the attention FLOPs,
+        because both operands of each of these products have a gradient. Above the last attention it
+        takes the FLOPs of one row (see `rowwise`).
+
+        Args:
+            budget: Bytes of memory; they decide the size of a chunk.
         """
         rates, far = self.rates, reach(self.positions[-1], self.length)
         chunk = chunk_size(far, self.workspace, budget, rates.device)  # as `Side.chunk`
@@ -130,7 +134,7 @@ class Load:
         return replay, pullback
 
     def passed(self) -> tuple[float, float]:
-        """FLOPs of (a forward pass, a backward pass) for the sum of all cotangents."""
+        """FLOPs of one forward pass, and of one backward pass of the sum of all cotangents."""
         far, rates = self.positions[-1] + 1, self.rates
         linear, mixing = far * (rates.linear + rates.row), far**2 * rates.mixing
         return linear + mixing + self.head / 2, linear + 2 * mixing + self.head / 2
@@ -147,8 +151,8 @@ class Cost:
 
     Attributes:
         replay: Forward passes of the segments, one for each chunk of cotangents.
-        pullback: Pulling the cotangents through the products, each on its causal prefix.
-        pairing: Pushing the factors of one side and contracting them with the other side's.
+        pullback: Pulling the cotangents through the products, each over its causal prefix.
+        pairing: Inner products of the factors of the two sides.
         head: Pulling the cotangents through the head, and the head's own part of the kernel.
     """
 
@@ -172,9 +176,9 @@ class Cost:
 def gram_cost(
     observed: Sequence[Side], updated: Sequence[Side], memory: int | str = DEFAULT_MEMORY
 ) -> Cost:
-    """FLOPs of `token_gram` for sides with a cotangent on every response token.
+    """FLOPs of `token_gram` with a cotangent on every response token of all sides.
 
-    A side that is both observed and updated is pulled back once.
+    A side that is both observed and updated is pulled back only once.
     """
     loads = {id(side): Load.of(side) for side in (*observed, *updated)}
     budget = parse_memory(memory, updated[0].trace.hidden.device)
@@ -189,7 +193,14 @@ def gram_cost(
 def paired_cost(
     observed: Sequence[Load], updated: Sequence[Load], distinct: Sequence[Load], budget: int
 ) -> Cost:
-    """Cost of pulling both sides back and pairing their factors."""
+    """Cost of pulling both sides back and taking inner products of their factors.
+
+    Args:
+        observed: Loads of the observed sequences.
+        updated: Loads of the updated sequences.
+        distinct: Loads of all sequences, each once.
+        budget: Bytes of memory.
+    """
     pulled = [load.pulled(budget) for load in distinct]
     widths = sum(len(o) * o.rates.width * o.reached for o in observed)
     rows = sum(len(o) * o.rates.width for o in observed)
@@ -217,9 +228,16 @@ def pushed_cost(observed: Sequence[Load], updated: Sequence[Load], budget: int) 
 def sketched_cost(
     loads: Sequence[Load], layout: Layout, pairs: int, budget: int
 ) -> tuple[Cost, int]:
-    """Cost of pulling every row back, sketching it and comparing all pairs; bytes of all rows."""
+    """Cost of token rows (each pulled back, sketched, compared in pairs), and bytes of all rows.
+
+    Args:
+        loads: The sequences.
+        layout: Layout of a row.
+        pairs: Number of inner products of two rows.
+        budget: Bytes of memory.
+    """
     pulled = [load.pulled(budget) for load in loads]
-    fixed = per_token = 0.0  # FLOPs of a row
+    fixed = per_token = 0.0  # FLOPs to sketch one row: of any length, and for each token
     repeats, sketch = layout.sketch.repeats, layout.sketch
     for part in layout.parts:
         (left, right), (rows, columns) = part.sizes, part.shape
@@ -245,7 +263,7 @@ def sketched_cost(
 
 
 def summed_cost(loads: Sequence[Load], layout: Layout, pairs: int) -> Cost:
-    """Cost of a forward and a backward pass of every sequence, sketching, comparing all pairs."""
+    """Cost of rows of whole sequences: one forward and backward pass each, sketched, compared."""
     repeats, kind = layout.sketch.repeats, layout.sketch.kind
     work = 0.0
     for part in layout.parts:
