@@ -23,7 +23,7 @@ from torch import Tensor
 
 import lddyn
 from lddyn.engine.logits import sequence_log_probs
-from lddyn.objectives import Loss
+from lddyn.objectives.loss import Loss
 from lddyn.probes.measure import measure
 from lddyn.stats import spearman
 

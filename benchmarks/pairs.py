@@ -14,14 +14,14 @@ from torch import Tensor, nn
 import lddyn
 from lddyn.data.read import rows
 from lddyn.engine.logits import sequence_log_probs
-from lddyn.objectives import Pair
+from lddyn.objectives.losses import Pairs as Scores
 
 if TYPE_CHECKING:
     import trl
     from transformers import PreTrainedTokenizerBase
 
 Pairs = list[tuple[lddyn.Example, lddyn.Example]]
-PairLoss = Callable[[Pair], Tensor]
+PairLoss = Callable[[Scores], Tensor]
 
 BATCH = 8  # pairs of one update
 # What TRL's trainers are told in every benchmark.
@@ -125,8 +125,8 @@ def finetune(
                 total = -up.sum() / lengths[0, part].sum()
             else:
                 both = torch.stack([up, sequence_log_probs(model, [rejected[i] for i in part])])
-                pair = Pair(*both, *(both - reference[:, part]), *lengths[:, part])
-                total = (weights[part] * loss(pair)).mean()
+                scores = Scores.of(both, reference[:, part], lengths[:, part])
+                total = (weights[part] * loss(scores)).mean()
             optimizer.zero_grad()
             total.backward()
             optimizer.step()

@@ -22,26 +22,42 @@ if TYPE_CHECKING:
 
     from lddyn.data.example import Example
     from lddyn.data.options import RowOptions
-    from lddyn.objectives import Objective
+    from lddyn.objectives.objective import Objective
 
 MODEL, DATA, STEP, SKETCH, COMPUTATION = "Model", "Data", "Step", "Sketch", "Computation"
 
 FloatType = Literal["float32", "bfloat16", "float16", "float64"]
 
-# The names of `lddyn.objectives.LOSSES`; that module imports torch, which --help must not.
+# The names of `LOSSES` and `ALIASES` in lddyn.objectives, which imports torch; --help must not.
 ObjectiveName = Literal[
     "sft",
     "unlikelihood",
     "dpo",
     "cdpo",
+    "robust",
+    "hinge",
     "ipo",
-    "slic",
-    "sppo",
+    "sigmoid_norm",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
     "kto",
+    "cpo",
+    "cpo_hinge",
+    "cpo_ipo",
     "simpo",
+    "orpo",
+    "slic",
     "dpop",
     "dpo+nll",
     "cal-dpo",
+    "sigmoid",
 ]
 
 Out = Annotated[
@@ -347,12 +363,14 @@ class StepOptions:
 
     def make(self, examples: Sequence[Example], model: ModelOptions) -> Objective:
         """The objective on the examples that the step learns from."""
-        from lddyn.objectives import SFT, Loss, preference
+        from lddyn.objectives.loss import Loss
+        from lddyn.objectives.objective import SFT
+        from lddyn.objectives.paired import preference
 
         if self.objective == "sft":
             return SFT(examples[0])
         reference = model.load_reference(self.reference)
-        loss = Loss(self.objective, **({} if self.beta is None else {"beta": self.beta}))
+        loss = Loss(self.objective, None, **({} if self.beta is None else {"beta": self.beta}))
         return preference(loss, examples[0], examples[1], reference=reference)
 
 

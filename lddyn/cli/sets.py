@@ -235,10 +235,10 @@ def diagnose(
     page.check()
     import lddyn
     from lddyn.data.read import rows as read_rows
-    from lddyn.objectives import Loss
+    from lddyn.objectives.loss import Loss
 
     planned = run.make(seed)
-    objective = Loss(loss.objective, **loss.given)  # errors in it are raised before the work
+    objective = Loss(loss.objective, None, **loss.given)  # errors in it are raised before the work
     content = read_rows(rows.data, limit=rows.limit)
     tokenizer, lm = model.load_tokenizer(), model.load()
     given = encode_pairs(tokenizer, lm.config, content, rows.encoding)

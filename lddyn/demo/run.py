@@ -172,7 +172,7 @@ def run(
 
 def _explain_sft(world: World, scale: Scale, progress: bool) -> ExplainedStep:
     """An SFT step on the chosen answer of the first row."""
-    from lddyn.objectives import SFT
+    from lddyn.objectives.objective import SFT
     from lddyn.steps.decompose import decompose
 
     row = world.preference_pairs[0]
@@ -192,7 +192,7 @@ def _dpo_steps(
     tuned: World, scale: Scale, progress: bool
 ) -> tuple[ExplainedStep, list[JsonObject]]:
     """Some real DPO steps, one pair each; before one of them, that step is explained."""
-    from lddyn.objectives import DPO
+    from lddyn.objectives.paired import DPO
     from lddyn.steps.decompose import decompose
 
     policy = copy.deepcopy(tuned.model)

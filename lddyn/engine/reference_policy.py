@@ -9,12 +9,16 @@ One resolver for everything that `reference=` may be, in every function that has
 | "adapter-off" | the policy, a peft model, with its adapters disabled |
 | "adapter:NAME" | the policy, a peft model, with the adapter NAME alone |
 | log-probs in nats | not needed: the pair (log π_ref(y+), log π_ref(y−)), or a tensor (2, N) |
+
+TRL's trainers take the adapter named "ref" of a peft policy as the reference where it has one, and
+else the policy with its adapters disabled (`trainer_reference`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -24,7 +28,16 @@ from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.logits import token_log_probs
 
-__all__ = ["Reference", "check_reference", "policy_of", "reference_log_probs"]
+__all__ = [
+    "Reference",
+    "adapter_remarks",
+    "check_reference",
+    "describe_reference",
+    "policy_of",
+    "reference_log_probs",
+    "trainer_reference",
+    "warn_of_adapter",
+]
 
 Reference: TypeAlias = nn.Module | Anatomy | Tensor | Sequence[float] | Sequence[Tensor] | str
 
@@ -35,15 +48,16 @@ _KINDS = (
 )
 
 
-def check_reference(reference: Reference, pairs: int) -> Tensor | None:
-    """Log-probs of the reference, (2, N) float64 in nats, where they are given; else None.
+def check_reference(reference: Reference, count: int, sides: int = 2) -> Tensor | None:
+    """Log-probs of the reference, (sides, N) float64 in nats, where they are given; else None.
 
     Args:
         reference: See this module's table.
-        pairs: N.
+        count: N: pairs, or responses where `sides` is 1.
+        sides: 2 for pairs, 1 for single responses.
 
     Raises:
-        ValueError: If it is none of these, or its log-probs are not 2 N finite numbers.
+        ValueError: If it is none of these, or its log-probs are not so many finite numbers.
     """
     if isinstance(reference, nn.Module | Anatomy):
         return None
@@ -61,21 +75,45 @@ def check_reference(reference: Reference, pairs: int) -> Tensor | None:
             )
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"reference must be {_KINDS}, got {reference!r}") from None
-    shapes = [(2, pairs), (2,)] if pairs == 1 else [(2, pairs)]
+    shapes: list[tuple[int, ...]] = [(sides, count)]
+    shapes += [(sides,)] if count == 1 else []
+    shapes += [(count,)] if sides == 1 else []
     if tuple(values.shape) not in shapes:
+        what = "(y+, y−) " if sides == 2 else ""
         raise ValueError(
-            f"reference log-probs (y+, y−) must have the shape {shapes[-1]}, got "
-            f"{tuple(values.shape)}"
+            f"reference log-probs {what}must have the shape {shapes[-1]}, got {tuple(values.shape)}"
         )
     if not bool(values.isfinite().all()):
         raise ValueError(
             f"reference log-probs (y+, y−) must be finite numbers of nats, got {reference!r}"
         )
-    return values.view(2, pairs)
+    return values.view(sides, count)
+
+
+def describe_reference(reference: Reference) -> str:
+    """What the reference is, in a few words."""
+    if isinstance(reference, Anatomy):
+        reference = reference.model
+    if isinstance(reference, nn.Module):
+        path = str(getattr(getattr(reference, "config", None), "name_or_path", "") or "")
+        return f"another model ({path or type(reference).__name__})"
+    if not isinstance(reference, str):
+        return "log-probs that were given"
+    if reference.startswith(_ADAPTER):
+        return f"the model with its adapter {reference.removeprefix(_ADAPTER)!r} alone"
+    named = {
+        "self": "the model itself before the step",
+        "adapter-off": "the model with its adapters off",
+    }
+    return named[reference]
 
 
 def reference_log_probs(
-    reference: Reference, anatomy: Anatomy, examples: Sequence[Example]
+    reference: Reference,
+    anatomy: Anatomy,
+    examples: Sequence[Example],
+    sums: Callable[[list[Tensor]], Tensor] | None = None,
+    sides: int = 2,
 ) -> Tensor:
     """The log π_ref of N chosen and N rejected responses, (2, N) float64, in nats.
 
@@ -83,23 +121,29 @@ def reference_log_probs(
         reference: See this module's table.
         anatomy: The policy.
         examples: All chosen responses, then all rejected ones.
+        sums: Maps the log-probs of the tokens of every response to a number per response; None:
+            their sum.
+        sides: 1 for N single responses; the result is (1, N).
 
     Raises:
         ValueError: If the reference is none of the table, or the policy lacks the adapter.
 
     Cost: one forward pass per example, unless log-probs are given.
     """
-    given = check_reference(reference, len(examples) // 2)
+    given = check_reference(reference, len(examples) // sides, sides)
     if given is not None:
         return given
     with policy_of(reference, anatomy) as policy:
         values = token_log_probs(policy, examples)
-    return torch.stack([lp.sum() for lp in values]).double().cpu().view(2, -1)
+    total = torch.stack([lp.sum() for lp in values]) if sums is None else sums(values)
+    return total.double().cpu().view(sides, -1)
 
 
 @contextlib.contextmanager
 def policy_of(reference: Reference, anatomy: Anatomy) -> Iterator[Anatomy]:
     """The opened model to run for π_ref, with the policy's adapters switched while the block runs.
+
+    Warns where "adapter-off" is not the model that training started from (`adapter_remarks`).
 
     Args:
         reference: A model, "self", "adapter-off" or "adapter:NAME".
@@ -124,6 +168,7 @@ def policy_of(reference: Reference, anatomy: Anatomy) -> Iterator[Anatomy]:
                 f"reference={reference!r} needs a peft model with adapters, got "
                 f"{type(policy).__name__}: wrap it with peft, or pass the reference model"
             )
+        warn_of_adapter(reference, policy)
         flags = [(p, p.requires_grad) for p in policy.parameters()]
         try:
             with _adapters(policy, reference):
@@ -153,3 +198,80 @@ def _adapters(policy: Any, reference: str) -> Iterator[None]:
     finally:
         policy.base_model.set_adapter(several)
         policy.active_adapter = active
+
+
+# ---------------------------------------------------------------------------------------------
+# Adapters as references
+
+
+def trainer_reference(model: nn.Module | Anatomy) -> str:
+    """The reference that TRL's trainers take for this policy where they get no reference model.
+
+    "adapter:ref" or "adapter-off" for a peft model; "self" for another one, which is the start
+    model only before the first step.
+    """
+    policy: Any = model.model if isinstance(model, Anatomy) else model
+    adapters = getattr(policy, "peft_config", None)
+    if not adapters or not hasattr(policy, "disable_adapter"):
+        return "self"
+    return f"{_ADAPTER}ref" if "ref" in adapters else "adapter-off"
+
+
+def adapter_remarks(policy: nn.Module) -> list[str]:
+    """Why this peft model with its adapters off is not the model that training started from.
+
+    Looks for initialisations that change the base weights, and for trainable weights that
+    `disable_adapter` does not switch. Empty: nothing was noticed.
+    """
+    model: Any = policy
+    remarks = []
+    for name, config in getattr(model, "peft_config", {}).items():
+        kind = getattr(config, "init_lora_weights", True)
+        if kind is False:
+            remarks.append(
+                f"adapter {name!r} was initialised with random weights (init_lora_weights=False), "
+                "so that the model started with the adapter's effect, not without it"
+            )
+        elif isinstance(kind, str) and kind.lower().startswith(_MOVES_BASE):
+            remarks.append(
+                f"adapter {name!r} was initialised by {kind}, which takes a part out of the base "
+                "weights: with the adapter off that part is missing"
+            )
+    beside = [
+        name
+        for name, parameter in policy.named_parameters()
+        if parameter.requires_grad and not _switched(model, name)
+    ]
+    if beside:
+        remarks.append(
+            f"{len(beside)} weights are trained beside the adapter, {beside[0]} first, and "
+            "disable_adapter does not put them back"
+        )
+    return remarks
+
+
+# Initialisations that change base weights: principal or orthogonal parts go into the adapter.
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+# Parts of parameter names that peft switches off with the adapter.
+_SWITCHED = (".modules_to_save.", "trainable_tokens_", "prompt_encoder.")
+
+
+def _switched(policy: Any, name: str) -> bool:
+    """Whether a parameter of a peft model acts only while its adapter is on."""
+    prefix = getattr(getattr(policy, "base_model", None), "prefix", None) or "lora_"
+    adapters = [f".{adapter}" for adapter in policy.peft_config]
+    own = any(f"{adapter}." in f"{name}." for adapter in adapters)
+    return own and (prefix in name or any(part in name for part in _SWITCHED))
+
+
+def warn_of_adapter(reference: Reference, policy: nn.Module) -> None:
+    """Warns where "adapter-off" is not the model that training started from."""
+    if not (isinstance(reference, str) and reference == "adapter-off"):
+        return
+    for remark in adapter_remarks(policy):
+        warnings.warn(
+            f"reference='adapter-off' is not the model that training started from: {remark}; pass "
+            "the start model or its log-probs as the reference",
+            stacklevel=2,
+        )

@@ -21,7 +21,7 @@ from lddyn.data.example import Example
 from lddyn.engine.gradient import gradient_of
 from lddyn.engine.logits import sequence_log_probs
 from lddyn.lab.first_order import first_order
-from lddyn.objectives import Loss
+from lddyn.objectives.loss import Loss
 from lddyn.optimizers import Direction, optimizer_step
 from lddyn.probes.measure import measure
 from lddyn.probes.probe_set import Encoded

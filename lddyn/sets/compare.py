@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lddyn.objectives import LOSSES
 from lddyn.sets.forecast import simulate
 from lddyn.sets.step import pair_effects
 
@@ -17,12 +16,33 @@ if TYPE_CHECKING:
 
 __all__ = ["compare_objectives"]
 
+# Losses that pull at chosen and rejected responses in ways of their own.
+COMPARED = (
+    "sft",
+    "unlikelihood",
+    "dpo",
+    "ipo",
+    "hinge",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "kto",
+    "simpo",
+    "cpo",
+    "orpo",
+    "slic",
+    "dpop",
+    "dpo+nll",
+    "cal-dpo",
+)
+
 EXTEND = "extend"  # SFT on both responses first, the paper's remedy
 
 
 def compare_objectives(diagnosis: Diagnosis) -> list[dict[str, Any]]:
     """The rows of `Diagnosis.objectives`."""
-    return [_row(diagnosis, name) for name in (*LOSSES, EXTEND)]
+    names = dict.fromkeys([*COMPARED, diagnosis.objective])
+    return [_row(diagnosis, name) for name in (*names, EXTEND)]
 
 
 def _row(diagnosis: Diagnosis, name: str) -> dict[str, Any]:

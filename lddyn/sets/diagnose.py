@@ -23,7 +23,8 @@ from lddyn.engine.guard import undisturbed
 from lddyn.engine.reference_policy import Reference, check_reference
 from lddyn.errors import UnsupportedModelError
 from lddyn.memory import DEFAULT_MEMORY, parse_memory
-from lddyn.objectives import Loss
+from lddyn.objectives.loss import Loss
+from lddyn.objectives.losses import Value
 from lddyn.sets.access import Access
 from lddyn.sets.close_ups import look_at_tokens
 from lddyn.sets.diagnosis import Diagnosis
@@ -42,7 +43,7 @@ __all__ = ["diagnose"]
 def diagnose(
     model: nn.Module | Anatomy,
     pairs: Iterable[Pair],
-    objective: str | Loss = "dpo",
+    objective: str | Loss | Sequence[str] = "dpo",
     *,
     reference: Reference = "self",
     memory: int | str = DEFAULT_MEMORY,
@@ -53,7 +54,7 @@ def diagnose(
     row_numbers: Sequence[int] | None = None,
     faults: Mapping[int, str] | None = None,
     progress: bool = False,
-    **parameters: float,
+    **parameters: Value,
 ) -> Diagnosis:
     """What one step on a preference set does to every pair's log-probs, and which pairs do it.
 
@@ -61,7 +62,7 @@ def diagnose(
         model: A causal LM of transformers, or its Anatomy; only parameters with
             requires_grad=True move.
         pairs: (chosen, rejected) examples.
-        objective: A loss of a pair, `lddyn.Loss("dpo", beta=0.1)`, or its name: dpo, ipo, simpo, …
+        objective: A loss of pairs, `lddyn.Loss("dpo", beta=0.1)`, or its name: dpo, ipo, simpo, …
         reference: The reference: a model, log-probs (2, N) in nats, "adapter-off" or
             "adapter:NAME". Default: the model itself, as when training begins.
         memory: Workspace for gradients. Where those of all sequences fit, the Gram is exact;
@@ -110,7 +111,7 @@ def diagnose(
     """
     set_ = PairSet.of(pairs, row_numbers, faults)
     _check(set_, close_ups, validate)
-    loss = Loss(objective, **parameters)
+    loss = Loss(objective, None, **parameters)
     module = model.model if isinstance(model, Anatomy) else model
     _check_limits(module, set_)
     check_reference(reference, len(set_))  # errors in it are raised before the work

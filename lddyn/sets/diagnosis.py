@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lddyn.files import json_safe
-from lddyn.objectives import Loss
+from lddyn.objectives.loss import Loss
+from lddyn.objectives.losses import Value
 from lddyn.results import Result
 from lddyn.sets.close_ups import CloseUp
 from lddyn.sets.forecast import AdamMetric, Forecast, Run, projected, simulate
@@ -69,7 +70,7 @@ class Diagnosis(Result):
         return self.loss.name
 
     @property
-    def parameters(self) -> Mapping[str, float]:
+    def parameters(self) -> Mapping[str, Value]:
         """Hyper-parameters of the loss."""
         return self.loss.parameters
 
@@ -216,7 +217,7 @@ class Diagnosis(Result):
 
     # ----- other objectives, runs and weights
 
-    def under(self, objective: str | Loss, **parameters: float) -> Diagnosis:
+    def under(self, objective: str | Loss | Sequence[str], **parameters: Value) -> Diagnosis:
         """The diagnosis of the same pairs under another loss, without a forecast; needs no model.
 
         Gradients do not depend on the loss, so only the weights ∂L/∂ log π are computed again.
@@ -224,7 +225,7 @@ class Diagnosis(Result):
         Raises:
             ValueError: If the loss or a parameter is unknown.
         """
-        step = replace(self.step, loss=Loss(objective, **parameters))
+        step = replace(self.step, loss=Loss(objective, None, **parameters))
         return replace(self, step=step, forecast=None, validation=None)
 
     def simulate(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lddyn.engine.anatomy import Anatomy
-from lddyn.objectives import preference
+from lddyn.objectives.paired import preference
 from lddyn.sets.diagnosis import Diagnosis
 from lddyn.steps.decompose import decompose
 from lddyn.steps.decomposition import Decomposition

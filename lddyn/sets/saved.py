@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lddyn.data.example import Example
-from lddyn.objectives import Loss
+from lddyn.objectives.loss import Loss
 from lddyn.results import load_result, save_result
 from lddyn.sets.close_ups import CloseUp
 from lddyn.sets.forecast import AdamMetric, Forecast, Run
@@ -33,7 +33,7 @@ def write(diagnosis: Diagnosis, path: str | Path) -> None:
     """Writes a diagnosis to `path`.safetensors and `path`.json, which also has `to_dict`."""
     step, pairs = diagnosis.step, diagnosis.pairs
     state: dict[str, Any] = {
-        "loss": [step.loss.name, step.loss.parameters],
+        "loss": step.loss.to_dict(),
         "pairs": [[{k: getattr(e, k) for k in _EXAMPLE} for e in pair] for pair in pairs],
         "row_numbers": list(pairs.row_numbers),
         "faults": {str(k): v for k, v in pairs.faults.items()},
@@ -103,7 +103,7 @@ def _assemble(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Diagnosis:
     token_facts = {name: list(x.split(sizes)) for name, x in under("token_facts").items()}
     readings = Readings(tensors["log_probs"], under("facts"), token_facts)
     step = SetStep(
-        Loss(meta["loss"][0], **meta["loss"][1]),
+        Loss(**meta["loss"]),
         pairs,
         readings,
         Gram(tensors["gram"], tensors.get("stderr")),

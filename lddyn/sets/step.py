@@ -20,7 +20,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lddyn.objectives import Loss
+from lddyn.objectives.loss import Loss
 from lddyn.sets.pairs import PairSet
 from lddyn.sets.readings import Readings
 from lddyn.sets.rows import Gram

@@ -19,7 +19,7 @@ from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.guard import undisturbed
 from lddyn.memory import DEFAULT_MEMORY
-from lddyn.objectives import Objective
+from lddyn.objectives.objective import Objective
 from lddyn.steps.decomposition import Decomposition
 from lddyn.steps.passes import make_passes
 from lddyn.steps.setup import make_setup

@@ -18,7 +18,7 @@ from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.files import json_safe
 from lddyn.memory import DEFAULT_MEMORY
-from lddyn.objectives import Objective
+from lddyn.objectives.objective import Objective
 from lddyn.results import Result, load_result, save_result
 from lddyn.steps.decompose import decompose
 from lddyn.steps.flow import Flow, renormalised, threshold

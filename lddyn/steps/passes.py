@@ -22,7 +22,7 @@ from lddyn.engine.pushforward import AlongDirection, log_prob_shift, pair_direct
 from lddyn.engine.trace import Trace
 from lddyn.engine.trial import WHOLE_STEP
 from lddyn.errors import DisagreementError
-from lddyn.objectives import Objective
+from lddyn.objectives.objective import Objective
 from lddyn.optimizers import Direction
 from lddyn.steps.decomposition import Decomposition, Observed, UpdateToken
 from lddyn.steps.session import Session

@@ -17,7 +17,7 @@ from lddyn.engine.gradient import gradient
 from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Trace
 from lddyn.errors import UnsupportedModelError
-from lddyn.objectives import Objective
+from lddyn.objectives.objective import Objective
 from lddyn.optimizers import (
     Direction,
     Step,

@@ -89,9 +89,9 @@ def test_every_command_has_json_and_help():
 
 def test_objective_names_are_those_of_the_table():
     from lddyn.cli.options import ObjectiveName
-    from lddyn.objectives import LOSSES
+    from lddyn.objectives import ALIASES, LOSSES
 
-    assert get_args(ObjectiveName) == tuple(LOSSES)
+    assert get_args(ObjectiveName) == (*LOSSES, *ALIASES)
 
 
 def test_kinds_of_sketches_are_those_of_the_library():

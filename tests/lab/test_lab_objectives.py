@@ -10,7 +10,6 @@ import lddyn
 from lddyn.lab import objectives
 from lddyn.lab.objectives import flows, residuals
 from lddyn.lab.settings import Objectives as Settings
-from lddyn.objectives import LOSSES
 
 torch.set_num_threads(1)
 
@@ -27,7 +26,7 @@ def claims(results):
 
 def test_closed_forms_agree_with_autograd(results):
     rows = json.loads((results[1] / "tables/residuals.json").read_text())
-    assert [r["objective"] for r in rows] == list(LOSSES) and len(rows) == 12
+    assert [r["objective"] for r in rows] == list(residuals.OBJECTIVES) and len(rows) == 12
     for row in rows:
         assert row["error of c"] <= 1e-8 and row["error of the logit gradient"] <= 1e-8, row
         assert 0 < row["negative margins"] < row["cases"]
@@ -48,7 +47,7 @@ def test_closed_forms_agree_with_finite_differences():
             gains = (sums[0] - reference[0], sums[1] - reference[1])
             parameters = dict(settings)
             if name == "kto":
-                parameters |= {"baseline": 0.0, "desirable": 1.0, "undesirable": 1.0}
+                parameters |= {"baseline": 0.0, "desirable_weight": 1.0, "undesirable_weight": 1.0}
             expected = residuals.closed_form(name, *sums, gains, (3, 2), parameters)
             for side, sign in ((0, -1), (1, 1)):
                 values = []
@@ -65,25 +64,31 @@ def test_the_printed_forms_are_wrong(results):
         claim = claims(results)[f"{name}, printed"]
         assert claim["verdict"] == "disagrees" and claim["value"] > 0.1
     # SPPO's is the negative of the true gradient.
-    true = residuals.closed_form("sppo", -3, -4, (0.3, -0.2), (1, 1), {"eta": 2.0})
-    said = residuals.printed_form("sppo", -3, -4, (0.3, -0.2), {"eta": 2.0})
+    true = residuals.closed_form("sppo_hard", -3, -4, (0.3, -0.2), (1, 1), {"beta": 0.5})
+    said = residuals.printed_form("sppo_hard", -3, -4, (0.3, -0.2), {"beta": 0.5})
     assert said == pytest.approx((-true[0], -true[1]))
 
 
 def test_strengths_at_the_start_are_the_tabulated_ones(results):
     assert claims(results)["strength at the start"]["value"] <= 1e-8
-    for name, expected in (("dpo", 0.25), ("ipo", 2.0), ("sppo", 2.0), ("kto", 0.125), ("sft", 0)):
+    for name, expected in (
+        ("dpo", 0.25),
+        ("ipo", 2.0),
+        ("sppo_hard", 2.0),
+        ("kto", 0.0625),
+        ("sft", 0),
+    ):
         assert residuals.at_margin(name, (0.0, 0.0), (-2.0, -2.0))[1] == pytest.approx(expected)
 
 
 def test_signs_flip_where_the_closed_forms_say(results):
     rows = json.loads((results[1] / "tables/margins.json").read_text())
-    for name, target in (("ipo", 1.0), ("sppo", 2.0)):
+    for name, target in (("ipo", 1.0), ("sppo_hard", 2.0)):
         for row in rows:
             if row["objective"] == name and row["margin"] != target:
                 assert (row["c-"] < 0) == (row["margin"] > target)
     flips = {r["objective"] for r in rows if r["c-"] < -1e-9}
-    assert flips == {"cdpo", "ipo", "sppo", "cal-dpo"}
+    assert flips == {"cdpo", "ipo", "sppo_hard", "cal-dpo"}
 
 
 def test_a_descent_is_gradient_descent_on_the_loss():
@@ -92,7 +97,7 @@ def test_a_descent_is_gradient_descent_on_the_loss():
     start = (2 * torch.randn(9, generator=generator, dtype=torch.float64)).log_softmax(-1)
     reference = (float(start[2]), float(start[5]))
     one, other = lddyn.Example([0], [1]), lddyn.Example([0], [2])
-    for name in ("dpo", "sppo", "unlikelihood"):
+    for name in ("dpo", "sppo_hard", "unlikelihood"):
         objective = residuals.build(name, one, other, reference, residuals.SETTINGS[name])
         for shared in (True, False):
             path = flows.descend(name, start, 2, 5, 5, shared=shared)

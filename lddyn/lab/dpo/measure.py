@@ -20,7 +20,7 @@ from lddyn.lab.mass import (
 from lddyn.lab.record import Lab, Row
 from lddyn.lab.setting import Setting
 from lddyn.lab.training import Batch, Explained, Explanations, Preferring, train
-from lddyn.objectives import Loss
+from lddyn.objectives.loss import Loss
 from lddyn.optimizers import Direction, make_optimizer
 from lddyn.probes.build import sample
 from lddyn.probes.probe_set import Encoded

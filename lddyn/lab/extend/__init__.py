@@ -20,7 +20,7 @@ from lddyn.lab.setting import load, one_thread
 from lddyn.lab.settings import Extend
 from lddyn.lab.training import Preferring, Supervised
 from lddyn.lazy import attributes
-from lddyn.objectives import Loss
+from lddyn.objectives.loss import Loss
 
 __getattr__, __dir__ = attributes(__name__, {})
 

@@ -7,10 +7,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lddyn.lab.objectives.flows import SITUATIONS
-from lddyn.lab.objectives.residuals import PRINTED, SETTINGS, at_margin, strength_at_start
+from lddyn.lab.objectives.residuals import (
+    OBJECTIVES,
+    PRINTED,
+    SETTINGS,
+    at_margin,
+    strength_at_start,
+)
 from lddyn.lab.record import Claim, Row, Rows
 from lddyn.lab.shares import Share, verdict
-from lddyn.objectives import LOSSES
+from lddyn.objectives.losses import LOSSES
 
 _EXACT = 1e-8  # two numbers that differ by no more are called equal
 _OTHERS = "change of log others"
@@ -18,12 +24,12 @@ _OTHERS = "change of log others"
 _CORRECTED = {
     "ipo": "2 (1/(2β) − h) on both",
     "slic": "1[·] on y−, 1[·] + β on y+ (regularised on y+)",
-    "sppo": "2 (η/2 − r+) and 2 (η/2 + r−)",
+    "sppo_hard": "2 (η/2 − r+) and 2 (η/2 + r−)",
 }
 _PUBLISHED = {
     "ipo": "β (1 − a), a = h − 1/(2β)",
     "slic": "1[·] times DPO's",
-    "sppo": "2 (r+ − η/2) (π − y+) + 2 (r− + η/2) (π − y−)",
+    "sppo_hard": "2 (r+ − η/2) (π − y+) + 2 (r− + η/2) (π − y−)",
 }
 
 
@@ -52,7 +58,7 @@ class Measured:
     @property
     def turning(self) -> list[str]:
         """Objectives whose push on y− turns into a pull at some margin."""
-        return [name for name in LOSSES if any(c < -1e-9 for c in self.pushes(name))]
+        return [name for name in OBJECTIVES if any(c < -1e-9 for c in self.pushes(name))]
 
     def pushes(self, name: str) -> list[float]:
         """c− of an objective along the margins."""
@@ -67,7 +73,7 @@ class Measured:
     @property
     def pushing(self) -> list[str]:
         """Objectives that push an unlikely y− down at the start."""
-        return [name for name in LOSSES if self.flow("valley", name)["c- at the start"] > 0]
+        return [name for name in OBJECTIVES if self.flow("valley", name)["c- at the start"] > 0]
 
     @property
     def squeezing(self) -> list[str]:
@@ -127,7 +133,7 @@ def _printed(name: str, row: Row) -> Claim:
 
 
 def _strength_at_start() -> Iterator[Claim]:
-    pushes = {name: at_margin(name, (0.0, 0.0), (-2.0, -2.0))[1] for name in LOSSES}
+    pushes = {name: at_margin(name, (0.0, 0.0), (-2.0, -2.0))[1] for name in OBJECTIVES}
     off = max(abs(c - strength_at_start(name, SETTINGS[name])) for name, c in pushes.items())
     yield Claim(
         "strength at the start",
@@ -144,11 +150,11 @@ def _strength_at_start() -> Iterator[Claim]:
         "SPPO has “no negative sign”, and therefore does not squeeze.",
         "App. B",
         "two positive vectors",
-        f"c− = η = {pushes['sppo']:g} at the start; it changes sign at r− = −η/2",
-        verdict(pushes["sppo"] <= 0),
+        f"c− = η = {pushes['sppo_hard']:g} at the start; it changes sign at r− = −η/2",
+        verdict(pushes["sppo_hard"] <= 0),
         "the push on y− is bounded, not absent",
         "a push until r− = −η/2, then a pull",
-        pushes["sppo"],
+        pushes["sppo_hard"],
     )
 
 
@@ -175,7 +181,7 @@ def _sign_flips(turning: Sequence[str]) -> Claim:
         "App. B, corrected",
         "IPO, SPPO (and cDPO, Cal-DPO)",
         _titles(turning),
-        verdict(set(turning) == {"ipo", "sppo", "cdpo", "cal-dpo"}),
+        verdict(set(turning) == {"ipo", "sppo_hard", "cdpo", "cal-dpo"}),
         "|h| ≤ 6",
         value=len(turning),
     )

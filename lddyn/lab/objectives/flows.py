@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lddyn.lab.objectives.residuals import CHOSEN, REJECTED, SETTINGS, build, coefficients
+from lddyn.lab.objectives.residuals import (
+    CHOSEN,
+    OBJECTIVES,
+    REJECTED,
+    SETTINGS,
+    build,
+    coefficients,
+)
 from lddyn.lab.record import Lab, Row
-from lddyn.objectives import LOSSES
 from lddyn.steps.flow import softmax_step
 
 
@@ -70,7 +76,7 @@ def fields(lab: Lab, resolution: int = 12) -> Row:
     for where, point in STARTS.items():
         start = torch.tensor(point, dtype=torch.float64).log()
         by_start[where] = {}
-        for name in lab.bar(LOSSES, f"simplex, {where}"):
+        for name in lab.bar(OBJECTIVES, f"simplex, {where}"):
             arrows = []
             for i in range(1, resolution):
                 for j in range(1, resolution - i):
@@ -101,7 +107,7 @@ def flows(lab: Lab, labels: int, steps: int) -> Row:
         star = order[0] if rejected != order[0] else order[1]
         others = torch.ones(labels, dtype=torch.bool)
         others[[star, chosen, rejected]] = False
-        for name in lab.bar(LOSSES, where):
+        for name in lab.bar(OBJECTIVES, where):
             path = descend(name, start, chosen, rejected, steps, shared="same" in where)
             for step in range(0, steps + 1, max(1, steps // 25)):
                 now, c = path[step]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lddyn.lab.objectives.residuals import OBJECTIVES
 from lddyn.lab.record import Row
-from lddyn.objectives import LOSSES
+from lddyn.objectives.losses import LOSSES
 from lddyn.report.canvas import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def _panels(name: str, title: str, height: float = 7.4) -> tuple[Figure, dict[str, Axes]]:
     figure = blank_figure(11.0, height, name)
     axes = {}
-    for place, objective in enumerate(LOSSES):
+    for place, objective in enumerate(OBJECTIVES):
         line, column = divmod(place, 4)
         axes[objective] = figure.add_axes((0.055 + 0.24 * column, 0.7 - 0.31 * line, 0.19, 0.2))
         axes[objective].set_title(

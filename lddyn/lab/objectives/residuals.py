@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lddyn.data.example import Example
 from lddyn.lab.record import Lab, Row
-from lddyn.objectives import LOSSES, Objective, preference
+from lddyn.objectives.losses import LOSSES
+from lddyn.objectives.objective import Objective
+from lddyn.objectives.paired import preference
 
 # For pictures: of like scale, so that targets lie at h = 1 or r = ±1.
 SETTINGS: dict[str, dict[str, float]] = {
@@ -23,15 +25,18 @@ SETTINGS: dict[str, dict[str, float]] = {
     "cdpo": {"beta": 0.5, "label_smoothing": 0.1},
     "ipo": {"beta": 0.5},
     "slic": {"delta": 1.0, "beta": 0.1},
-    "sppo": {"eta": 2.0},
+    "sppo_hard": {"beta": 0.5},
     "kto": {"beta": 0.5},
-    "simpo": {"beta": 0.5, "gamma": 0.5},
+    "simpo": {"beta": 0.5, "simpo_gamma": 0.5},
     "dpop": {"beta": 0.5, "penalty": 5.0},
     "dpo+nll": {"beta": 0.5, "alpha": 0.2},
     "cal-dpo": {"beta": 0.5},
 }
 
-PRINTED = ("ipo", "slic", "sppo")  # whose printed residual (Eq. 16-22) is not the gradient
+# The objectives that are examined.
+OBJECTIVES = tuple(SETTINGS)
+
+PRINTED = ("ipo", "slic", "sppo_hard")  # whose printed residual (Eq. 16-22) is not the gradient
 
 
 def _sigmoid(x: float) -> float:
@@ -59,7 +64,7 @@ def closed_form(
     good, bad = gains
     h = good - bad
     if name == "sft":
-        return 1.0, 0.0
+        return 1.0 / lengths[0], 0.0
     if name == "unlikelihood":
         return 0.0, 1.0
     if name in ("dpo", "cdpo", "dpo+nll"):
@@ -67,19 +72,21 @@ def closed_form(
         c = p["beta"] * ((1 - smooth) * (1 - a) - smooth * a)
         return c + p.get("alpha", 0.0) / lengths[0], c
     if name == "ipo":
-        c = 2 * (1 / (2 * p["beta"]) - h)
-        return c, c
+        c = 2 * (1 / (2 * p["beta"]) - (good / lengths[0] - bad / lengths[1]))
+        return c / lengths[0], c / lengths[1]
     if name == "slic":
         active = 1.0 if p["delta"] - (chosen - rejected) > 0 else 0.0
         return active + p["beta"], active
-    if name == "sppo":
-        return 2 * (p["eta"] / 2 - good), 2 * (p["eta"] / 2 + bad)
+    if name == "sppo_hard":
+        target = 1 / (2 * p["beta"])
+        return 2 * (target - good), 2 * (target + bad)
     if name == "kto":
         s = _sigmoid(p["beta"] * (good - p["baseline"]))
         t = _sigmoid(p["beta"] * (p["baseline"] - bad))
-        return p["desirable"] * p["beta"] * s * (1 - s), p["undesirable"] * p["beta"] * t * (1 - t)
+        weights = (p["desirable_weight"] / 2, p["undesirable_weight"] / 2)
+        return weights[0] * p["beta"] * s * (1 - s), weights[1] * p["beta"] * t * (1 - t)
     if name == "simpo":
-        s = _sigmoid(p["beta"] * (chosen / lengths[0] - rejected / lengths[1]) - p["gamma"])
+        s = _sigmoid(p["beta"] * (chosen / lengths[0] - rejected / lengths[1]) - p["simpo_gamma"])
         return p["beta"] / lengths[0] * (1 - s), p["beta"] / lengths[1] * (1 - s)
     if name == "dpop":
         s = _sigmoid(p["beta"] * (h - p["penalty"] * max(0.0, -good)))
@@ -103,8 +110,8 @@ def printed_form(
         active = 1.0 if p["delta"] - (chosen - rejected) > 0 else 0.0
         c = active * p["beta"] * (1 - _sigmoid(p["beta"] * (good - bad)))
         return c + p["beta"], c
-    if name == "sppo":  # both signs turned
-        return 2 * (good - p["eta"] / 2), -2 * (bad + p["eta"] / 2)
+    if name == "sppo_hard":  # both signs turned
+        return 2 * (good - 1 / (2 * p["beta"])), -2 * (bad + 1 / (2 * p["beta"]))
     raise ValueError(f"{name!r} has no printed form that differs")
 
 
@@ -118,9 +125,9 @@ def strength_at_start(name: str, p: Mapping[str, float], length: int = 1) -> flo
         "cdpo": beta * (1 - 2 * p.get("label_smoothing", 0.0)) / 2,
         "ipo": 1 / beta if beta else 0.0,
         "slic": 1.0,
-        "sppo": p.get("eta", 0.0),
-        "kto": p.get("undesirable", 1.0) * beta / 4,
-        "simpo": beta / length * (1 - _sigmoid(-p.get("gamma", 0.0))),
+        "sppo_hard": 1 / beta if beta else 0.0,
+        "kto": p.get("undesirable_weight", 1.0) * beta / 8,
+        "simpo": beta / length * (1 - _sigmoid(-p.get("simpo_gamma", 0.0))),
         "dpop": beta / 2,
         "dpo+nll": beta / 2,
         "cal-dpo": 0.5 + (1 / (2 * beta) if beta else 0.0),
@@ -153,22 +160,21 @@ def _draw_parameters(name: str, generator: torch.Generator) -> dict[str, float]:
         "beta": (0.05, 2.0),
         "label_smoothing": (0.0, 0.45),
         "delta": (0.0, 5.0),
-        "eta": (0.2, 5.0),
         "baseline": (-1.0, 1.0),
-        "desirable": (0.5, 2.0),
-        "undesirable": (0.5, 2.0),
-        "gamma": (0.0, 2.0),
+        "desirable_weight": (0.5, 2.0),
+        "undesirable_weight": (0.5, 2.0),
+        "simpo_gamma": (0.0, 2.0),
         "penalty": (0.0, 50.0),
         "alpha": (0.0, 2.0),
     }
-    wanted = SETTINGS[name] if name != "kto" else ("beta", "baseline", "desirable", "undesirable")
+    wanted = LOSSES[name].parameters if name == "kto" else SETTINGS[name]
     return {key: uniform(*ranges[key]) for key in wanted}
 
 
 def check(lab: Lab, cases: int) -> list[Row]:
     """Coefficients and logit gradients by autograd against closed and printed forms."""
     rows = []
-    for name in lab.bar(LOSSES, "residuals"):
+    for name in lab.bar(OBJECTIVES, "residuals"):
         generator = lab.generator("residuals", name)
         drawn = [_random_pair(name, generator) for _ in range(cases)]
         printed = max(case["printed"] for case in drawn)
@@ -213,16 +219,17 @@ def _random_pair(name: str, generator: torch.Generator, labels: int = 12) -> dic
         residual = z.detach().softmax(-1) - torch.nn.functional.one_hot(y, labels)
         gradient = torch.zeros_like(residual) if g is None else g
         outside = max(outside, float((gradient - c * residual).abs().max()))
-    printed = exact
-    if name in PRINTED:
+    printed = stated = exact
+    if name in PRINTED:  # the paper states sums over tokens, IPO's authors and TRL mean a token
         printed = printed_form(name, sums[0], sums[1], gains, parameters)
+        stated = closed_form(name, sums[0], sums[1], gains, (1, 1), parameters)
     return {
         "negative margin": gains[0] < gains[1],
         "c- below zero": exact[1] < 0,
         "largest coefficient": max(map(abs, exact)),
         "coefficients": _difference(coefficients(objective, log_probs), exact),
         "gradient": outside,
-        "printed": _difference(printed, exact),
+        "printed": _difference(printed, stated),
     }
 
 
@@ -250,7 +257,7 @@ def at_margin(
 def scan(lab: Lab) -> list[Row]:
     """c± along the margin, r± = ±h/2, log π_ref = −2 of both."""
     rows = []
-    for name in lab.bar(LOSSES, "margins"):
+    for name in lab.bar(OBJECTIVES, "margins"):
         for step in range(-24, 25):
             h = step / 4
             c = at_margin(name, (h / 2, -h / 2), (-2.0, -2.0))

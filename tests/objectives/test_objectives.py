@@ -261,7 +261,7 @@ def test_the_table_in_the_documentation_is_the_table():
         assert shown == lddyn.Loss(name).parameters, name
 
 
-@pytest.mark.parametrize("name", list(objectives.LOSSES))
+@pytest.mark.parametrize("name", [n for n, row in objectives.LOSSES.items() if not row.of_batch])
 def test_a_batch_is_the_mean_over_its_pairs(name):
     chosen, rejected, values, reference = several()
     batch = lddyn.preference(name, chosen, rejected, reference=reference)
@@ -276,7 +276,31 @@ def test_a_batch_is_the_mean_over_its_pairs(name):
     assert loss == pytest.approx(sum(losses) / 3, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", list(objectives.LOSSES))
+def test_losses_of_a_batch_are_those_of_all_its_tokens_or_sorted_margins():
+    """SFT is the mean over all tokens of the batch; AOT compares sorted margins, not pairs."""
+    chosen, rejected, values, reference = several()
+    loss, weights = lddyn.preference("sft", chosen, rejected).weights(values)
+    tokens = torch.cat(values[:3])
+    assert loss == pytest.approx(-float(tokens.mean()))
+    assert all(torch.allclose(w, torch.full_like(w, -1 / len(tokens))) for w in weights[:3])
+    mixed = lddyn.Loss(["sigmoid", "sft"], loss_weights=[0.5, 2.0])
+    parts = [
+        lddyn.preference(name, chosen, rejected, reference=reference).weights(values)[0]
+        for name in ("dpo", "sft")
+    ]
+    total, _ = lddyn.preference(mixed, chosen, rejected, reference=reference).weights(values)
+    assert total == pytest.approx(0.5 * parts[0] + 2 * parts[1])
+    sums = torch.stack([v.sum() for v in values]).view(2, 3)
+    ratios, known = (x[0] - x[1] for x in (sums, reference))
+    expected = -torch.nn.functional.logsigmoid(0.1 * (ratios.sort()[0] - known.sort()[0])).mean()
+    got, _ = lddyn.preference("aot", chosen, rejected, reference=reference).weights(values)
+    assert got == pytest.approx(float(expected), rel=1e-12)
+
+
+PROMPTLESS = [n for n, row in objectives.LOSSES.items() if not row.reads_prompt]
+
+
+@pytest.mark.parametrize("name", PROMPTLESS)
 def test_weights_of_pairs_have_the_sign_of_the_objective(name):
     """w = ∂L/∂log π, negative raises: one meaning for one pair, a batch and a whole set."""
     chosen, rejected, values, reference = several()
@@ -341,10 +365,73 @@ def test_a_named_objective_can_be_decomposed(name):
     assert dec.verify([1e-6]).relative_error < 0.01
 
 
+def test_orpo_learns_the_prompt_too_and_stays_finite_where_the_response_is_certain():
+    chosen, rejected = lddyn.Example([1, 5], [7], name="one"), lddyn.Example([1, 5], [9, 2])
+    orpo = lddyn.preference("orpo", chosen, rejected, beta=0.1)
+    assert orpo.examples[0].prompt_ids == (1,) and orpo.examples[0].response_ids == (5, 7)
+    prompt, down = -1.0, torch.tensor([-3.0, -2.0], dtype=torch.float64)
+    for certain in (0.0, -1e-12, -0.7, -5.0):
+        up = torch.tensor([prompt, certain], dtype=torch.float64)
+        loss, weights = orpo.weights([up, down])
+        a, b = certain, float(down.mean())
+        odds = torch.tensor(a - b).double() - math.log(-math.expm1(a) or 1e-300)
+        odds = odds + math.log(-math.expm1(b))
+        expected = -(prompt + a) / 2 - 0.1 * torch.nn.functional.logsigmoid(odds)
+        assert loss == pytest.approx(float(expected), rel=1e-9)
+        slope = 1 / (-math.expm1(a) + math.exp(a - b) * -math.expm1(b))
+        assert weights[0].tolist() == pytest.approx([-0.5, -0.5 - 0.1 * slope], rel=1e-9)
+    with pytest.raises(ValueError, match=r"not finite at response 'y-' \(two\), where log π = 0"):
+        two = lddyn.Example([1, 5], [9], name="two")
+        lddyn.preference("orpo", chosen, two).weights([down, down[:1] * 0])
+
+
+def test_kto_on_single_responses_and_on_pairs():
+    chosen, rejected, values, reference = several()
+    known, flags = reference.flatten(), [True] * 3 + [False] * 3
+    options = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}
+    single = lddyn.KTO([*chosen, *rejected], flags, reference=known, kl=0.4, **options)
+    paired = lddyn.preference("kto", chosen, rejected, reference=reference, baseline=0.4, **options)
+    (one, ones), (other, others) = single.weights(values), paired.weights(values)
+    assert one == pytest.approx(other, rel=1e-12)
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(ones, others, strict=True))
+    model, base = zoo.build("llama"), zoo.build("llama", seed=3)
+    examples = [zoo.examples()[0], zoo.examples()[1]]
+    ready = lddyn.KTO(examples, [True, False], reference=base).prepare(lddyn.Anatomy(model))
+    mixed = [
+        lddyn.Example(a.prompt_ids, b.response_ids, b.response_mask)
+        for a, b in zip(examples, reversed(examples), strict=True)
+    ]
+    gains = [
+        float((zoo.token_log_probs(model.eval(), e) - zoo.token_log_probs(base.eval(), e)).sum())
+        for e in mixed
+    ]
+    assert ready.kl == pytest.approx(max(0.0, sum(gains) / 2), rel=1e-4, abs=1e-6)
+    assert lddyn.KTO(examples[0], False).prepare(lddyn.Anatomy(model)).kl == 0.0
+    with pytest.raises(ValueError, match="give two examples or more"):
+        lddyn.KTO(examples[0], False, reference=base).prepare(lddyn.Anatomy(model))
+    with pytest.raises(ValueError, match="labels must be one bool per example, got 1 for 2"):
+        lddyn.KTO(examples, True)
+
+
+def test_a_loss_that_is_not_finite_names_the_response():
+    one, other = lddyn.Example([1], [2], name="one"), lddyn.Example([1], [3, 4], name="two")
+    objective = lddyn.Objective(lambda lp: torch.log(-lp[0].sum()) + lp[1].sum(), [one, other])
+    with pytest.raises(ValueError, match="not finite at response 'one', where log π = 0"):
+        objective.weights([torch.zeros(1), -torch.ones(2)])
+
+
+def test_dft_weighs_a_token_by_its_own_probability():
+    example = lddyn.Example([1], [2, 3])
+    values = torch.tensor([-0.5, -2.0], dtype=torch.float64)
+    loss, weights = lddyn.SFT(example, loss_type="dft").weights([values])
+    assert loss == pytest.approx(float(-(values * values.exp()).mean()))
+    assert torch.allclose(weights[0], -values.exp() / 2)
+
+
 def test_mistakes_in_a_named_objective_are_named():
     chosen, rejected = pair()
-    with pytest.raises(ValueError, match=r"objective must be one of sft, .*, got 'orpo'"):
-        lddyn.preference("orpo", chosen, rejected)
+    with pytest.raises(ValueError, match=r"objective must be one of sft, .*, got 'orpos'"):
+        lddyn.preference("orpos", chosen, rejected)
     with pytest.raises(ValueError, match=r"ipo has the parameters \['beta'\], got 'gamma'"):
         lddyn.preference("ipo", chosen, rejected, gamma=1.0)
     with pytest.raises(ValueError, match="beta must be positive, got 0"):
