@@ -67,6 +67,7 @@ TESTS = (
     *(
         "trainer",
         "trl",
+        "trl_losses",
         "loop",
         "ops",
         "elementwise_ops",

@@ -58,7 +58,7 @@ label_smoothing ε (0), alpha α (0), cpo_alpha c (0) |
 beta (0.1) |
     | slic | max(0, δ − (p+ − p−)) − β p+ | delta (1), beta (0.1) |
     | dpop | −log σ(β(h − λ max(0, −r+))) | beta (0.1), penalty λ (5) |
-    | dpo+nll | −log σ(β h) + α sft | beta (0.1), alpha (1) |
+    | dpo+nll | −log σ(β h) − α p+/n+ | beta (0.1), alpha (1) |
     | cal-dpo | −log σ(h) + ½ (r+ − 1/(2β))² + ½ (r− + 1/(2β))² | beta (0.1) |
 
     Names are TRL's, and values, too: `docs/losses.md` says which versions were compared. "sigmoid"

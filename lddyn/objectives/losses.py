@@ -322,7 +322,7 @@ def _dpop(p: Pairs, beta: float, penalty: float) -> Tensor:
 
 
 def _dpo_nll(p: Pairs, beta: float, alpha: float) -> Tensor:
-    return -_log_sigmoid(beta * p.margin) + alpha * _sft(p)
+    return -_log_sigmoid(beta * p.margin) - alpha * p.chosen / p.chosen_length
 
 
 def _cal_dpo(p: Pairs, beta: float) -> Tensor:
@@ -407,9 +407,7 @@ LOSSES: dict[str, LossRow] = {
     ),
     "slic": LossRow("SLiC", _slic, {"delta": Parameter(1.0, NOT_NEGATIVE), **_BETA}, False),
     "dpop": LossRow("DPOP", _dpop, {**_BETA, "penalty": Parameter(5.0, NOT_NEGATIVE)}),
-    "dpo+nll": LossRow(
-        "DPO + NLL", _dpo_nll, {**_BETA, "alpha": Parameter(1.0, NOT_NEGATIVE)}, of_batch=True
-    ),
+    "dpo+nll": LossRow("DPO + NLL", _dpo_nll, {**_BETA, "alpha": Parameter(1.0, NOT_NEGATIVE)}),
     "cal-dpo": LossRow("Cal-DPO", _cal_dpo, _BETA),
 }
 

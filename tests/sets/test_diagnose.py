@@ -12,9 +12,9 @@ from preference_pairs import log_probs, some_pairs
 import lddyn
 from lddyn.engine.anatomy import Anatomy
 from lddyn.errors import UnsupportedModelError
-from lddyn.objectives import LOSSES
 from lddyn.report import explain_diagnosis
 from lddyn.sets import readings
+from lddyn.sets.compare import COMPARED
 from lddyn.sets.readings import edit_distance
 from lddyn.steps.flow import softmax_step
 
@@ -242,7 +242,7 @@ def test_edit_distance():
 
 def test_all_objectives_are_compared(found):
     rows = found.objectives()
-    assert [r["objective"] for r in rows] == [*LOSSES, "extend"]
+    assert [r["objective"] for r in rows] == [*COMPARED, "extend"]
     by_name = {r["objective"]: r for r in rows}
     assert by_name["sft"]["chosen_falls"] == 0 or by_name["sft"]["chosen"] > 0
     assert by_name["unlikelihood"]["rejected"] < 0
