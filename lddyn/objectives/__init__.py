@@ -15,17 +15,17 @@ responses with a label.
 
 from lddyn.lazy import attributes
 
-__getattr__, __dir__ = attributes(
-    __name__,
-    {
-        "ALIASES": "losses",
-        "DPO": "paired",
-        "KTO": "unpaired",
-        "LOSSES": "losses",
-        "Loss": "loss",
-        "Objective": "objective",
-        "Preference": "paired",
-        "SFT": "objective",
-        "preference": "paired",
-    },
-)
+# Name → the module that defines it.
+_PUBLIC = {
+    "ALIASES": "losses",
+    "DPO": "paired",
+    "KTO": "unpaired",
+    "LOSSES": "losses",
+    "Loss": "loss",
+    "Objective": "objective",
+    "Preference": "paired",
+    "SFT": "objective",
+    "preference": "paired",
+}
+
+__getattr__, __dir__ = attributes(__name__, _PUBLIC)
