@@ -1,14 +1,15 @@
 // Attention's pullback and pushforward on CPU, for many cotangents (tangents) that share one
-// forward pass: what is left once the probabilities are known.
+// forward pass. The caller has computed the probabilities.
 //
 //   pullback      M = W o (g V^T - <g, O>),      dQ = M K,   dK += M^T Q,   dV += P^T g
 //   pushforward   M = W o (tQ K^T + Q tK^T),     O' = M V - rowsum(M) O + P tV
 //
 // W = scale cap' o P. One task is one batch entry and one head of keys. It takes tiles of kQueries
-// queries and kKeys keys, so that M lives in the first cache and is met there by all products that
-// need it: what four calls of BLAS write to memory and read back. Keys that are closed to eight
-// queries are skipped, and so are rows beyond the last that is not zero: causality leaves half of
-// the work. Each entry is summed in one fixed order, whatever `threads` and the batch are.
+// queries and kKeys keys, so that M stays in the first-level cache while all products use it; four
+// calls of BLAS would write M to memory and read it back. Keys that the mask closes to a block of
+// eight queries are skipped, and so are rows after the last one that is not zero: under a causal
+// mask this halves the work. Each entry is summed in a fixed order, which depends neither on
+// `threads` nor on the batch.
 #include <omp.h>
 
 #include <algorithm>
@@ -25,7 +26,7 @@ struct Range {
   int64_t lo, hi;
 };
 
-// Keys that a block of queries [i0, i1) sees, clipped to [keys.lo, keys.hi); may be empty.
+// Keys open to a block of queries [i0, i1), clipped to [keys.lo, keys.hi); may be empty.
 LDDYN_INLINE Range seen(const Attention& p, int64_t i0, int64_t i1, const Range& keys) {
   Range range{keys.hi, keys.lo};
   for (int64_t i = i0; i < i1; ++i) {
@@ -35,7 +36,7 @@ LDDYN_INLINE Range seen(const Attention& p, int64_t i0, int64_t i1, const Range&
   return {std::max(range.lo, keys.lo), std::min(range.hi, keys.hi)};
 }
 
-// One past the last row of (rows, n) that is not zero everywhere.
+// One past the last row of (rows, n) that has an entry other than zero.
 LDDYN_INLINE int64_t live_rows(const float* x, int64_t stride, int64_t rows, int64_t n) {
   for (; rows > 0; --rows) {
     const float* row = x + (rows - 1) * stride;
@@ -53,7 +54,7 @@ struct Block {
   float* m;
 };
 
-// Calls body(i, j, range) for each block of queries [i, j) and the keys that it sees.
+// Calls body(i, j, range) for each block of queries [i, j) and the range of keys open to it.
 template <typename Body>
 LDDYN_INLINE void each_block(const Attention& p, const Block& tile, const Body& body) {
   for (int64_t i = tile.i0; i < tile.i1; i += kBlock) {
@@ -62,7 +63,7 @@ LDDYN_INLINE void each_block(const Attention& p, const Block& tile, const Body& 
   }
 }
 
-// out (rows of left, columns) = left right, row blocks of R, then single rows.
+// out (rows of left, columns) = left right, in blocks of R rows, then single rows.
 template <typename V, int R, int C, bool kAdd>
 LDDYN_INLINE void multiply(Left left, const Right& right, int64_t rows, int64_t depth,
                            int64_t columns, Into out) {
@@ -74,7 +75,7 @@ LDDYN_INLINE void multiply(Left left, const Right& right, int64_t rows, int64_t 
   }
 }
 
-// M[i, :] on the keys that each block sees = left[i, :] right (depth, pitch); zero on the others.
+// M[i, :] = left[i, :] right (depth, pitch) at the keys open to i's block, zero at the others.
 template <typename V, int R, int C, bool kAdd>
 LDDYN_INLINE void scores(const Attention& p, const Block& tile, const float* left, int64_t left_row,
                          const float* right, int64_t depth) {
@@ -95,7 +96,7 @@ LDDYN_INLINE void scores(const Attention& p, const Block& tile, const float* lef
   });
 }
 
-// Queries [lo, hi) of the tile that see some of the keys [j0, j1), relative to the tile.
+// Queries [lo, hi) of the tile to which some key of [j0, j1) is open, relative to the tile.
 LDDYN_INLINE Range looking(const Attention& p, const Block& tile, int64_t j0, int64_t j1) {
   Range range{tile.i1, tile.i0};
   for (int64_t i = tile.i0; i < tile.i1; ++i) {
@@ -234,7 +235,7 @@ void pull_any(const Attention& p, int64_t c, int64_t g, float* m) { pull<Vec8, 4
 void push_any(const Attention& p, int64_t c, int64_t g, float* m) { push<Vec8, 4, 2>(p, c, g, m); }
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-// Registers decide the tiles: 16 of 32 bytes, or 32 of 64.
+// The tile's size follows from the number of registers: 16 of 32 bytes, or 32 of 64.
 #define LDDYN_TASKS(level, V, R, C)                                                               \
   __attribute__((target("arch=x86-64-" #level))) void pull_##level(const Attention& p, int64_t c, \
                                                                    int64_t g, float* m) {         \
@@ -261,7 +262,7 @@ Task choose(Task any, Task, Task) { return any; }
 
 void each_task(const Attention& p, Task run, int64_t more, int threads) {
   const int64_t size = kQueries * kKeys + more, tasks = p.c * p.groups;
-  // Allocated here: an exception must not leave a parallel region.
+  // Allocated outside of the parallel region, which an exception must not leave.
   std::vector<float> buffers(size * std::max(1, threads));
   const bool parallel = tasks > 1 && tasks * p.rows * p.keys * (p.e + p.f) > 1 << 18;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (parallel)

@@ -7,7 +7,7 @@
 
 #include "lddyn.h"
 
-// One body, compiled for several instruction sets and chosen at load time.
+// Compiles a function for several instruction sets; the loader chooses one.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define LDDYN_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else

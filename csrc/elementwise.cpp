@@ -1,10 +1,10 @@
-// What lies between a block's products, for many cotangents that share one forward pass, on CPU.
+// Gated activations, norms and rotary embeddings for many cotangents of one forward pass, on CPU.
 //
-// Every row of a batch is read once and written once. The rows of the forward pass are taken a
-// block of positions at a time, so that they stay in L2 while all cotangents run over them; longer
-// blocks make longer streams, which the hardware prefetches better. A row's result depends on that
-// row alone, and sums over positions run in order: the bits depend neither on `threads` nor on what
-// else is in the batch.
+// Every row of a batch is read once and written once. Positions are processed in blocks, so that
+// the forward pass's rows of a block stay in L2 while all cotangents use them; longer blocks make
+// longer streams, which the hardware prefetches better. A row's result depends on that row only,
+// and sums over positions run in order: the bits depend neither on `threads` nor on the other rows
+// of the batch.
 #include <algorithm>
 
 #include "element.h"
@@ -13,9 +13,9 @@ namespace lddyn {
 namespace {
 
 constexpr int64_t kShared = 256 << 10;    // bytes of a forward activation that stay in L2
-constexpr int64_t kWorthwhile = 1 << 15;  // elements: a parallel region costs tens of microseconds
+constexpr int64_t kWorthwhile = 1 << 15;  // elements: a parallel region takes tens of microseconds
 
-// Rows of a batch and of what it shares, (t, n) contiguous.
+// Rows of a batch, and of the forward pass that its entries share, (t, n) contiguous.
 template <typename T>
 LDDYN_INLINE const T* at(const Batch& batch, int64_t c, int64_t t) {
   return static_cast<const T*>(batch.data) + c * batch.c_stride + t * batch.t_stride;
@@ -168,13 +168,13 @@ LDDYN_SIMD void run(const NormPullback& op, const Sizes& s, Span span) { each_ro
 LDDYN_SIMD void run(const NormPushforward& op, const Sizes& s, Span span) { each_row(op, s, span); }
 LDDYN_SIMD void run(const Rotary& op, const Sizes& s, Span span) { each_row(op, s, span); }
 
-// Positions whose rows of the forward pass are taken together.
+// Number of positions in a block.
 int64_t block_size(const Sizes& s) {
   const int64_t bytes = s.n * (s.dtype == Dtype::kFloat64 ? 8 : 4);
   return std::max<int64_t>(1, kShared / std::max<int64_t>(1, bytes));
 }
 
-// Blocks of positions outside, cotangents inside; threads share all of it.
+// Loops over blocks of positions, within them over cotangents; threads divide all iterations.
 template <typename Op>
 void over_rows(const Op& op, const Sizes& s, int threads) {
   const int64_t step = block_size(s), spans = (s.t + step - 1) / step * s.c;
@@ -185,7 +185,7 @@ void over_rows(const Op& op, const Sizes& s, int threads) {
   }
 }
 
-// The same for sums over positions: threads share the cotangents, each sums its own in order.
+// The same for sums over positions: threads divide the cotangents, and each sums in order.
 template <typename Op>
 void over_cotangents(const Op& op, const Sizes& s, int threads) {
   const int64_t step = block_size(s), share = std::max<int64_t>(1, (s.c + threads - 1) / threads);

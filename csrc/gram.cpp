@@ -1,12 +1,12 @@
-// Token Gram of one linear layer on CPU, after S = a_u a_o^T: push a tile of tokens, pair it while
-// it is in cache.
+// Inner products of one linear layer's token gradients on CPU, given S = a_u a_o^T: computes a tile
+// of pushed gradients E and takes its inner products while the tile is in cache.
 //
 //   E[m, t] = sum_s S[t, s] g_o[m, s],   G[m, l] = sum_t <E[m, t], g_u[l, t]>
 //
-// A task is a tile of kTokens tokens and kRows cotangents m; its E (kRows, kTokens, kColumns) stays
-// in the second-level cache, where all cotangents l meet it, so that neither E is written nor g_u
-// read more than once per kRows cotangents: what two calls of BLAS cannot have. Every task has its
-// own partial sums, added in a fixed order, so that the bits do not depend on `threads`.
+// A task is a tile of kTokens tokens and kRows cotangents m. Its E (kRows, kTokens, kColumns) stays
+// in the second-level cache while all cotangents l are multiplied with it: E is never written to
+// memory, and g_u is read once per kRows cotangents. Two calls of BLAS would do neither. Every task
+// has its own partial sums, added in a fixed order, so that the bits do not depend on `threads`.
 #include <omp.h>
 
 #include <algorithm>
@@ -27,9 +27,9 @@ LDDYN_INLINE void pair_tile(const float* e, int64_t e_stride, const float* const
                             int64_t out_stride, const int64_t* at) {
   constexpr int64_t kW = kWidth<V>;
   V sum[R][C] = {};
-  // The columns beyond the last whole vector, with zeros after them: one instruction per product
-  // whatever R is. A scalar loop is fused or not as the compiler likes, and then a row's bits
-  // depend on how many rows share its tile.
+  // The columns after the last whole vector, padded with zeros, so that every R takes the same
+  // instruction per product. The compiler may or may not fuse a scalar loop's multiply and add, and
+  // then a row's bits would depend on the number of rows in its tile.
   const int64_t whole = columns / kW * kW;
   const size_t rest = (columns - whole) * sizeof(float);
   for (int64_t t = 0; t < tokens; ++t) {
@@ -80,7 +80,7 @@ LDDYN_INLINE void pair_rows(int64_t rows, const float* e, int64_t e_stride, cons
 template <typename V, int kPushed, int kPaired>
 LDDYN_INLINE void task(const GramCpu& p, int64_t j0, int64_t columns, int64_t t0, int64_t t1,
                        int64_t m0, int64_t m1, float* e, float* ragged, float* out) {
-  // Cotangents l that reach into the tile, and how far.
+  // Cotangents l that are not zero in the tile, and the number of their tokens in it.
   std::vector<int64_t> at, reach;
   for (int64_t l = 0; l < p.n; ++l) {
     const int64_t stop = p.lengths_u ? std::min(p.lengths_u[l], t1) : t1;
@@ -111,7 +111,7 @@ LDDYN_INLINE void task(const GramCpu& p, int64_t j0, int64_t columns, int64_t t0
       const float* rows = p.grads_u + (at[i + c] * p.t + t0) * p.d + j0;
       g[c] = *least == *most ? rows : ragged + c * kTokens * columns;
       if (*least == *most) continue;
-      // What lies beyond a reach is not read: the group is copied, with zeros there.
+      // Tokens at or beyond a length are not read: the group is copied, with zeros in their place.
       float* copy = ragged + c * kTokens * columns;
       for (int64_t t = 0; t < reach[i + c]; ++t) {
         std::copy(rows + t * p.d, rows + t * p.d + columns, copy + t * columns);
@@ -131,7 +131,7 @@ LDDYN_INLINE void task(const GramCpu& p, int64_t j0, int64_t columns, int64_t t0
 using Task = void (*)(const GramCpu&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float*,
                       float*, float*);
 
-// Registers decide the tiles: 16 of 32 bytes, or 32 of 64.
+// The tile's size follows from the number of registers: 16 of 32 bytes, or 32 of 64.
 #define LDDYN_TASK(name, V, pushed, paired)                                                    \
   void name(const GramCpu& p, int64_t j0, int64_t columns, int64_t t0, int64_t t1, int64_t m0, \
             int64_t m1, float* e, float* ragged, float* out) {                                 \
@@ -164,7 +164,7 @@ void gram_cpu(const GramCpu& p, int threads) {
                 groups = (tiles + deep - 1) / deep;
   std::vector<float> partial(groups * p.m * p.n);
   const bool parallel = groups * blocks > 1 && p.m * p.n * p.t * p.d > 1 << 20;
-  // Allocated here: an exception must not leave a parallel region.
+  // Allocated outside of the parallel region, which an exception must not leave.
   const int64_t width = std::min(kColumns, p.d), size = (kRows + kMostPaired) * kTokens * width;
   std::vector<float> buffers(size * std::max(1, threads));
 #pragma omp parallel num_threads(threads) if (parallel)

@@ -1,11 +1,11 @@
-// Token Gram of one linear layer on CUDA: push, then pair. With S = a_u a_o^T from the caller,
+// Inner products of one linear layer's token gradients on CUDA. With S = a_u a_o^T from the caller,
 //
 //   E[m] = S g_o[m] (t, d_out)        G[m, l] = <E[m], g_u[l]> over (t, d_out),
 //
-// a chunk of columns of d_out at a time: every operand is read once, and E stays in cache. The pair
-// product is split over tokens t; each split keeps its own partial G, and the splits are summed in
-// a fixed order (no atomics: equal inputs, equal bits). What lengths promise to be zero is neither
-// read nor multiplied, tile by tile; inside a tile it is masked.
+// a chunk of columns of d_out at a time: every operand is read once, and E stays in cache. The
+// second product is split over tokens t; each split keeps its own partial G, and the splits are
+// summed in a fixed order (no atomics: equal inputs, equal bits). Tiles that the lengths declare
+// to be zero are neither read nor multiplied; inside a tile such entries are masked.
 //
 // Both products run on one 128 x 128 block of four warps, fed by cp.async through kStages buffers.
 // bfloat16: tensor cores, E rounded to bfloat16. float16: TF32 tensor cores, which hold its 11 bits
@@ -38,7 +38,7 @@ __device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 // --------------------------------------------------------------------------- tiles
 
 // Tiles of one stage. A is (rows, depth). B is (columns, depth) when paired, (depth, columns) when
-// pushed. Rows are padded so that neither ldmatrix nor a fragment's loads meet in a bank.
+// pushed. Rows are padded so that neither ldmatrix nor a fragment's loads have bank conflicts.
 template <typename Unit, bool kPaired>
 struct Tiles {
   using Element = typename Unit::Element;
@@ -203,13 +203,13 @@ __device__ void product(int steps, Load load, Sums& sum) {
   const auto load_step = [&](int step) {
     Element* stage = tiles + step % kStages * X::kSize;
     if (step < steps) load(stage, stage + kRows * X::kPitchA);
-    commit_copies();  // an empty group too, so that the count is right
+    commit_copies();  // also an empty group, because wait_copies counts groups
   };
 #pragma unroll 1
   for (int step = 0; step < kStages - 1; ++step) load_step(step);
   for (int step = 0; step < steps; ++step) {
     wait_copies<kStages - 2>();
-    __syncthreads();  // this step's tiles are there, and nobody reads those of the last step
+    __syncthreads();  // this step's tiles are complete, and no thread reads the last step's
     load_step(step + kStages - 1);
     const Element* a = tiles + step % kStages * X::kSize;
     const Element* b = a + kRows * X::kPitchA;
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   using Element = typename Unit::Element;
   const int64_t tiles = (width + kColumns - 1) / kColumns, item = blockIdx.z;
   const int64_t row = blockIdx.x / tiles * kRows, column = blockIdx.x % tiles * kColumns;
-  if (p.reach_u && row >= *p.reach_u) return;  // no source reaches so far
+  if (p.reach_u && row >= *p.reach_u) return;  // every source is zero here
   const int64_t depth = reach_of(p.lengths_o, item, p.s);
 
   const auto* s = static_cast<const Element*>(p.similarity);
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   Element* pushed = static_cast<Element*>(p.pushed) + item * p.t * p.pitch;
   drain(sum, [&](int r, int c, float x, float y) {
     if (row + r >= p.t || column + c >= p.pitch) return;
-    // Both at once: pitch and column are even. Columns beyond width are zero, and are read.
+    // Both stored at once: pitch and column are even. The columns beyond width are zero.
     struct alignas(2 * sizeof(Element)) Two {
       Element x, y;
     };
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // partial[split] (+)= <E, g_u> over columns first .. first + width and the tokens t of the split,
-// t = split, split + splits, ...: late tokens are seen by few sources, so the splits interleave.
+// t = split, split + splits, ...: few sources reach late tokens, so the splits interleave.
 // blockIdx.x: tile; blockIdx.z: split.
 template <typename Unit, typename T>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t tiles = (p.n + kColumns - 1) / kColumns, split = blockIdx.z;
   const int64_t row = blockIdx.x / tiles * kRows, column = blockIdx.x % tiles * kColumns;
 
-  // reach[c]: tokens of source column + c that are not promised to be zero.
+  // reach[c]: number of tokens of source column + c that may be other than zero.
   __shared__ int reach[kColumns], furthest[kThreads / 32];
   static_assert(kColumns == kThreads);
   const int64_t source = column + threadIdx.x;

@@ -1,4 +1,4 @@
-// Every host function of lddyn._C. Pointers are trusted: lddyn/ops/ checks shapes and dtypes.
+// Every host function of lddyn._C. Nothing is checked here: lddyn/ops/ checks shapes and dtypes.
 // All strides are in elements, not bytes. CUDA functions take a stream, never allocate and never
 // synchronise; they return 0 or a cudaError_t.
 #pragma once
@@ -69,8 +69,8 @@ struct Sizes {
   Dtype dtype;
 };
 
-// elementwise.cpp. What the batch shares, (t, n) or (n), and the results, (c, t, n), are
-// contiguous; rstd (t) and grad_weight (c, n), which is added to, are float64 for float64, else
+// elementwise.cpp. The forward pass's operands, (t, n) or (n), and the results, (c, t, n), are
+// contiguous. rstd (t) and grad_weight (c, n), which is added to, are float64 for float64, else
 // float32.
 void gated_pullback_cpu(const void* value, const void* slope, const Batch& grads, void* gate,
                         void* up, const Sizes& s, int threads);
@@ -168,11 +168,11 @@ struct Heads {
 };
 
 // Operands of `attention_pullback` and `attention_pushforward` on CPU, float32, for a band of
-// `rows` queries and the `keys` keys that they see. Shared, contiguous: probabilities P and weight
+// `rows` queries and the `keys` keys open to them. Shared, contiguous: probabilities P and weight
 // scale cap' o P (heads, rows, keys), query (heads, rows, e), output P V (heads, rows, f), and
 // transposed (groups, e or f, pitch) with pitch >= keys a multiple of 16: values for the pullback,
 // keys for the pushforward. key (groups, keys, e) for the pullback; in its place value (groups,
-// keys, f) for the pushforward. first, last (rows): query i sees keys in [first[i], last[i]).
+// keys, f) for the pushforward. first, last (rows): keys [first[i], last[i]) are open to query i.
 // Pullback: grads (c, heads, rows, f); to_query is set, to_key and to_value are added to.
 // Pushforward: grads is the queries' tangent, to_query (c, heads, rows, f) the result, set.
 struct Attention {

@@ -1,9 +1,9 @@
 // Softmax residual e_y - pi of each row with its statistics, on CPU.
 //
 // Two passes over a row: (1) the two largest logits, (2) exp(z - z_top) into the output, with its
-// sums; the output is then scaled in cache. The top token is left out of the sums, so that
-// partition = 1 + tail and nothing cancels when pi_top -> 1. Sums run in float over kChunk columns
-// and in double over chunks; the order is fixed, so the bits do not depend on `threads`.
+// sums; the output is then scaled in cache. The sums leave the top token out, so that
+// partition = 1 + tail, and no digits cancel when pi_top -> 1. Sums are float over kChunk columns
+// and double over chunks; the order is fixed, so the bits do not depend on `threads`.
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -151,7 +151,8 @@ LDDYN_INLINE void row(const Residual& p, int64_t n) {
   out[y] = A(others / partition);
 }
 
-// residual_gram: the largest logit but the target's, so that no other entry is lost when pi_y -> 1.
+// residual_gram: the largest logit but the target's, so that no other entry underflows when
+// pi_y -> 1.
 template <typename T>
 LDDYN_INLINE void find_peak(const ResidualRows& p, int64_t n) {
   using A = decltype(widen(T{}));
@@ -201,7 +202,7 @@ LDDYN_SIMD void row_bfloat16(const Residual& p, int64_t n) { row<BFloat16, float
 LDDYN_SIMD void row_float16(const Residual& p, int64_t n) { row<Float16, float>(p, n); }
 LDDYN_SIMD void row_float64(const Residual& p, int64_t n) { row<double, double>(p, n); }
 
-// Touching fresh pages of 4 KiB costs more than the op itself: asks for large ones.
+// Asks the system for large pages: first access to pages of 4 KiB takes longer than the op itself.
 void prefer_large_pages(void* data, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr intptr_t kPage = 1 << 21;
@@ -219,7 +220,7 @@ void residual_cpu(const Residual& p, int threads) {
   constexpr void (*kRows[])(const Residual&, int64_t) = {row_float32, row_bfloat16, row_float16,
                                                          row_float64};
   const auto compute = kRows[static_cast<int>(p.dtype)];
-  // A parallel region costs tens of microseconds: not worth it for a few thousand logits.
+  // A parallel region takes tens of microseconds, more than a few thousand logits.
   const bool parallel = p.n > 1 && p.n * p.vocabulary > 1 << 15;
 #pragma omp parallel for num_threads(threads) schedule(static) if (parallel)
   for (int64_t n = 0; n < p.n; ++n) compute(p, n);

@@ -1,8 +1,8 @@
 // Softmax residual e_y - pi of each row with its statistics, on CUDA: one block per row.
 //
 // Three passes over a row: the two largest logits, the sums of exp(z - z_top) without the top token
-// (so that nothing cancels when pi_top -> 1), the result. The first reads from memory, the others
-// mostly from the second-level cache. Sums are float, in a fixed order: equal inputs, equal bits.
+// (so that no digits cancel when pi_top -> 1), the result. The first reads from memory, the others
+// mostly from the second-level cache. Sums are float in a fixed order: equal inputs, equal bits.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

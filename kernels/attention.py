@@ -4,17 +4,17 @@
                  dV = Pᵀ dO
     pushforward  Ṡ = scale cap' ∘ (Q̇ Kᵀ + Q K̇ᵀ),  Ȯ = P ∘ (Ṡ − rowsum(P ∘ Ṡ)) V + P V̇
 
-One kernel computes O and the log-sum-exp of every row of scores. The others form each tile of P
-once from it and use it for BLOCK_C cotangents: cotangents lie next to queries, c fastest, so that a
-product with K or V has the rows (t, c), and one that sums over queries has the columns (c, s) or
-(c, f); a reshape leads from one to the other. dQ, and Ȯ, are of a tile of queries; dK and dV are of
-a tile of keys, and go through the heads of its group: no atomics, equal bits for equal inputs.
-A tile that the mask closes throughout is skipped if it is before the first or after the last open
-key of its queries (or query of its keys), which covers causal masks, windows and padding.
+One kernel computes O and the log-sum-exp of every row of scores. The others compute each tile of P
+once from it and use it for BLOCK_C cotangents. Cotangents lie next to queries, c fastest: a product
+with K or V has the rows (t, c), a product that sums over queries has the columns (c, s) or (c, f),
+and a reshape turns one layout into the other. A program computes dQ or Ȯ of a tile of queries, or
+dK and dV of a tile of keys, for which it loops over the heads of the group: there are no atomics,
+and equal inputs have equal bits. A tile is skipped if it lies before the first or after the last
+open key of its queries (or query of its keys), which covers causal masks, windows and padding.
 
-Accumulation is in float32. Products: bfloat16 for bfloat16; for float16 those of P and of operands
-in float16, those of dS in TF32 (it holds all 11 bits, and dS may be below the range of float16);
-for float32 three TF32 products each, which is float32's accuracy.
+Accumulation is in float32. Products are in bfloat16 for bfloat16. For float16, products of P and of
+operands are in float16, products of dS in TF32, which holds all 11 bits; dS may be below the range
+of float16. For float32, each product is three TF32 products, which have float32's accuracy.
 """
 
 from typing import Any
@@ -145,7 +145,8 @@ def _forward_kernel(
         p = tl.exp(scores - safe[:, None])
         p_dot = p.to(DOT_DTYPE)
         total = total * shrink + tl.sum(p, 1)
-        # O is divided by the sum of what its products saw: of a constant V it is that constant.
+        # O is divided by the sum of the rounded P that its products used: then a constant V gives
+        # exactly this constant.
         rounded = rounded * shrink + tl.sum(p_dot.to(tl.float32), 1)
         acc = tl.dot(p_dot, v, acc * shrink[:, None], input_precision=PRECISION)
         peak = new_peak
@@ -389,8 +390,8 @@ def _pushforward_kernel(
 ):
     """Ȯ (C, H, T, f) of a tile of queries.
 
-    P ∘ (Ṡ − rowsum(P ∘ Ṡ)) is the same for Ṡ − a, a any number of the row. With a the mean over the
-    first tile, what Ṡ has in common along the row is gone before anything is rounded.
+    P ∘ (Ṡ − rowsum(P ∘ Ṡ)) does not change if a number a is subtracted from a row of Ṡ. With a the
+    mean over the first tile, the common part of the row is removed before anything is rounded.
     """
     # index; rows are (t, c), columns (c, s) or (c, f)
     tile = tl.num_programs(0) - 1 - tl.program_id(0).to(tl.int64)  # if causal, the longest first
@@ -475,11 +476,11 @@ Config = dict[str, Any]
 def _config(kernel: str, dtype: torch.dtype, e: int, f: int, count: int, capability: int) -> Config:
     """Tiles of a kernel by dtype, head widths, cotangents and chip (80, 90, …; 0: interpreted).
 
-    Chosen to fit the registers, in which sm_80 also holds operands; not yet timed on a GPU.
+    Chosen so that registers suffice (on sm_80 they also hold operands); not yet timed on a GPU.
     """
     block_e, block_f = (max(16, triton.next_power_of_2(x)) for x in (e, f))
     config: Config = {"E": e, "F": f, "BLOCK_E": block_e, "BLOCK_F": block_f}
-    if dtype == torch.float32 or not capability:  # the interpreter multiplies bfloat16's bits
+    if dtype == torch.float32 or not capability:  # the interpreter multiplies bfloat16 as integers
         config |= {"DOT_DTYPE": tl.float32, "SPREAD_DTYPE": tl.float32, "PRECISION": "tf32x3"}
     elif dtype == torch.bfloat16:
         config |= {"DOT_DTYPE": tl.bfloat16, "SPREAD_DTYPE": tl.bfloat16, "PRECISION": "tf32"}
@@ -514,9 +515,9 @@ def _config(kernel: str, dtype: torch.dtype, e: int, f: int, count: int, capabil
 
 
 def _spans(opened, block, other):
-    """First and end of what is open to each tile of `block` rows of (H, rows, cols), int32.
+    """First and end of the columns open to each tile of `block` rows of (H, rows, cols), int32.
 
-    The first is a multiple of `other`; both are 0 where nothing is open.
+    The first is rounded down to a multiple of `other`; both are 0 if no column is open.
     """
     heads, rows, cols = opened.shape
     opened = torch.nn.functional.pad(opened, (0, 0, 0, -rows % block))
@@ -540,7 +541,7 @@ def _unit(x):
 
 
 class _Forward:
-    """What every launch shares: contiguous operands, O and lse, and launching itself."""
+    """The part that all launches share: contiguous operands, O and lse, and the launch itself."""
 
     def __init__(self, query, key, value, mask, scale: float, softcap: float, count: int):
         (heads, t, _), (groups, s, f) = query.shape, value.shape

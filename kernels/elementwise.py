@@ -1,10 +1,10 @@
-"""What lies between a block's products, for many cotangents that share one forward pass.
+"""Gated activations, norms and rotary embeddings for many cotangents of one forward pass.
 
 A program loads the forward activations of its position once and applies them to a tile of GROUP
-cotangents (the pullback of norms: to one, over several positions); every element of the batch is
-read once and written once: bound by bandwidth. Arithmetic is in float32, results are rounded once.
-Tiles depend on the row length alone and sums run in a fixed order: a cotangent has the same bits
-alone and in a batch.
+cotangents; in the pullback of norms it applies those of several positions to one cotangent. Every
+element of the batch is read once and written once, so that bandwidth is the bound. Arithmetic is in
+float32, and results are rounded once. Tiles depend on the length of a row only, and sums run in a
+fixed order: a cotangent has the same bits alone and in a batch.
 """
 
 from typing import Any
@@ -154,8 +154,9 @@ def _norm_pullback_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # index: one cotangent on ROWS positions, whole rows in registers. Programs that share positions
-    # are neighbours, and share x_hat through L2: registers hold the sum, not a tile of cotangents
+    # index: one cotangent on ROWS positions, whole rows in registers. Programs with the same
+    # positions are neighbours, so that x_hat comes from L2. Registers hold the sum instead of a
+    # tile of cotangents
     pid_c = tl.program_id(0).to(tl.int64)
     pid_slab = tl.program_id(1).to(tl.int64)
     offs = tl.arange(0, BLOCK_N)

@@ -1,11 +1,11 @@
-"""Token Gram of one linear layer: push, then pair, with S = a_u a_oᵀ from the caller.
+"""Inner products of one linear layer's token gradients, with S = a_u a_oᵀ from the caller.
 
     E[m, t, j] = Σ_s S[t, s] g_o[m, s, j],  G[m, l] = Σ_{t,j} E[m, t, j] g_u[l, t, j]
 
 Two tiled products, a chunk of columns j at a time: every operand is read once, and E stays in
-cache. The pair product is split over tokens t; each split keeps its own partial G, and their sum
-follows: no atomics, a fixed order, equal bits for equal inputs. What lengths promise to be zero is
-neither read nor multiplied, tile by tile; inside a tile it is masked.
+cache. The second product is split over tokens t. Each split keeps its own partial G, and these are
+summed in a fixed order: there are no atomics, and equal inputs have equal bits. Tiles that the
+lengths declare to be zero are neither read nor multiplied; inside a tile such entries are masked.
 
 Accumulation is in float32. Products: bfloat16 for bfloat16 (S and E are rounded to it), TF32 for
 float16 (it holds all 11 bits, and S may exceed the range of float16), IEEE float32 for float32.
@@ -48,7 +48,7 @@ def _push_kernel(
     offs_t = start_t.to(tl.int64) + tl.arange(0, BLOCK_T)
     offs_j = pid % tiles_j * BLOCK_J + tl.arange(0, BLOCK_J).to(tl.int64)
 
-    # what is zero: no s beyond m's own length, no t beyond every source's
+    # zeros are skipped: s beyond the length of m, and t beyond the lengths of all sources
     depth = S
     if HAS_O:
         depth = tl.minimum(tl.load(lengths_o_ptr + m), S)
@@ -67,7 +67,7 @@ def _push_kernel(
         g_o = tl.load(p_o, mask=mask_o, other=0.0)
         acc = tl.dot(sim.to(DOT_DTYPE), g_o.to(DOT_DTYPE), acc, input_precision=PRECISION)
 
-    # columns from WIDTH to PITCH are zero, and are read
+    # columns from WIDTH to PITCH are zero; the second product reads them
     p_e = e_ptr + (m * T + offs_t)[:, None] * PITCH + offs_j[None, :]
     mask_e = (offs_t < T)[:, None] & (offs_j < PITCH)[None, :]
     tl.store(p_e, acc.to(e_ptr.dtype.element_ty), mask=mask_e)
@@ -103,7 +103,7 @@ def _pair_kernel(
     offs_l = pid % tiles_l * BLOCK_L + tl.arange(0, BLOCK_L).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
 
-    # what is zero: no t beyond the longest source of the tile
+    # zeros are skipped: t beyond the longest source of the tile
     end = T
     if HAS_U:
         reach = tl.load(lengths_u_ptr + offs_l, mask=offs_l < L, other=0)
@@ -143,7 +143,7 @@ def _config(
     """
     options: dict[str, Any] = {"DOT_DTYPE": tl.float32, "PRECISION": "ieee", "num_warps": 8}
     tile = (64, 64, 32)
-    if interpreted:  # it multiplies the bit patterns of bfloat16
+    if interpreted:  # the interpreter multiplies bfloat16 as integers
         tile = (16, 16, 16)
     elif dtype == torch.float16:
         options["PRECISION"] = "tf32"

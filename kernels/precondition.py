@@ -1,14 +1,15 @@
-"""What a diagonally preconditioned step on each source token does to a layer's output.
+"""Change of a layer's output by a diagonally preconditioned step on each source token.
 
     E[l, s] = (P ∘ G[l]) a_o[s],  G[l] = Σ_t g_u[l, t] ⊗ a_u[t]
 
-One program per source l, BLOCK_O output features and BLOCK_S observed tokens. It walks over d_in:
-forms a tile of G in registers (dot over t), weighs it by the tile of P, and applies it at once (dot
-over d_in), so G is never written. G is formed anew for each of S/BLOCK_S tiles of tokens, hence as
-many tokens as the registers hold. Sources run fastest: those that run together read the same rows
-of P and all of a_u and a_o from cache, where at 4 bytes for 2 (T + BLOCK_S) flops P costs nothing.
+One program per source l, BLOCK_O output features and BLOCK_S observed tokens. It loops over d_in:
+it computes a tile of G in registers (dot over t), multiplies it by the tile of P, and applies it at
+once (dot over d_in), so that G is never written. G is computed again for each of the S/BLOCK_S
+tiles of tokens; a tile therefore has as many tokens as the registers hold. Sources are the fastest
+index: programs that run together read the same rows of P, and a_u and a_o, from cache. There 4
+bytes of P for 2 (T + BLOCK_S) flops take no time of their own.
 
-Accumulation is in float32, in a fixed order: a source has the same bits whatever else is in the
+Accumulation is in float32, in a fixed order: a source's bits do not depend on the rest of the
 batch. G is formed from products in the operands' dtype and applied in bfloat16 for bfloat16, TF32
 for float16 (whose range P ∘ G may exceed), IEEE float32 for float32.
 """
@@ -88,7 +89,7 @@ def _push_kernel(
 def _config(dtype: torch.dtype, tokens: int, interpreted: bool = False) -> dict[str, Any]:
     """Tiles by operand dtype and observed tokens; for registers, not yet timed on a GPU."""
     tiles = {"BLOCK_S": 64 if tokens <= 64 else 256, "num_warps": 8}
-    if dtype == torch.float32 or interpreted:  # the interpreter multiplies bit patterns of bfloat16
+    if dtype == torch.float32 or interpreted:  # the interpreter multiplies bfloat16 as integers
         tiles |= {"BLOCK_O": 32, "BLOCK_I": 16, "BLOCK_T": 16}
         return tiles | {"FORM_DTYPE": tl.float32, "APPLY_DTYPE": tl.float32, "PRECISION": "ieee"}
     tiles |= {"BLOCK_O": 64, "BLOCK_I": 32, "BLOCK_T": 32}

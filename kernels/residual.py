@@ -2,11 +2,11 @@
 
     residual[n, v] = 1[v = y] - exp(z_v - z_top) / (1 + tail),   tail = Σ_{v≠top} exp(z_v - z_top)
 
-One program per row, two loops over BLOCK columns: the first merges the blocks' tops and sums
-(online), the second writes. Reads the logits twice, writes 4 bytes per logit: bound by bandwidth.
-Sums are float32 and leave the top token out, so nothing cancels when π_top → 1; the order of
-summation is fixed, so equal inputs give equal bits. A row with NaN, +inf or nothing but -inf gives
-NaN. Ties go to the lower token.
+One program per row, with two loops over blocks of columns: the first merges the blocks' maxima and
+sums, the second writes the result. It reads the logits twice and writes 4 bytes per logit, so that
+bandwidth is the bound. Sums are float32 and leave the top token out, so that no digits cancel when
+π_top → 1; their order is fixed, so that equal inputs have equal bits. The result is NaN for a row
+with NaN or +inf, and for a row of -inf only. Of equal logits the lower token is first.
 """
 
 import torch

@@ -3,11 +3,11 @@
     Q = S_in h,  P[c] = S_out δ[c],  out[c, r] = Σ_t P[c, r, :, t] ⊗ Q[r, :, t]
 
 All repeats are rows of one S: row e is (r, i) with i fastest, and sign (e, j) is bit e % 64 of
-number e // 64 * width + j of SplitMix64, so that one word serves 64 rows. Q is projected once and
-shared by all cotangents. One program per cotangent, tile of tokens and ROWS rows of S_out (all
-repeats, if they fit): it reads δ once, and pairs its tile of P with the columns of Q that belong to
-the same repeats, so P is never written. A last kernel adds the token tiles in order: no atomics,
-and a cotangent has the same bits whatever else is in the batch.
+number e // 64 * width + j of SplitMix64, so that one word has the signs of 64 rows. Q is computed
+once for all cotangents. There is one program per cotangent, tile of tokens, and ROWS rows of S_out
+(all repeats, if they fit). It reads δ once and multiplies its tile of P with the columns of Q that
+belong to the same repeats, so that P is never written. A last kernel adds the tiles of tokens in
+order: there are no atomics, and a cotangent's bits do not depend on the rest of the batch.
 
 Accumulation is in float32. Products with signs are exact in the operands' dtype; P and Q are paired
 in bfloat16 for bfloat16, TF32 for float16 (whose range P may exceed), IEEE float32 for float32.
@@ -175,7 +175,7 @@ def _sum_kernel(partial_ptr, out_ptr, scale, SIZE, PARTS, BLOCK: tl.constexpr):
 
 def _config(dtype: torch.dtype, interpreted: bool = False) -> dict[str, Any]:
     """Tiles by operand dtype; chosen for registers and shared memory, not yet timed on a GPU."""
-    if dtype == torch.float32 or interpreted:  # the interpreter multiplies bit patterns of bfloat16
+    if dtype == torch.float32 or interpreted:  # the interpreter multiplies bfloat16 as integers
         tiles = {"ROWS": 64, "BLOCK_T": 32, "BLOCK_J": 16, "num_warps": 4}
         return tiles | {"SIGN_DTYPE": tl.float32, "PRECISION": "ieee"}
     tiles = {"ROWS": 128, "BLOCK_T": 64, "BLOCK_J": 64, "num_warps": 8}
@@ -185,7 +185,7 @@ def _config(dtype: torch.dtype, interpreted: bool = False) -> dict[str, Any]:
 
 
 def _pairing(config: dict[str, Any]) -> dict[str, Any]:
-    """What pairing takes beside the tiles of a projection."""
+    """Arguments of the inner products, beside the tiles of a projection."""
     bfloat16 = config["SIGN_DTYPE"] == tl.bfloat16
     return {
         "BLOCK_F": 32 if bfloat16 else 16,

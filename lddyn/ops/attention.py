@@ -1,4 +1,4 @@
-"""`attention_pullback` and `attention_pushforward`: many cotangents or tangents, one forward."""
+"""`attention_pullback` and `attention_pushforward`, for many cotangents or tangents at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lddyn.ops.dispatch import Normal, Op, check_alike, native, register, specif
 def _check_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **batches: tuple[Tensor, Tensor]
 ) -> None:
-    """Shapes of one forward pass, and of batches given as (batch, what it is a batch of)."""
+    """Checks the shapes of one forward pass, and of batches: pairs (batch, tensor of one entry)."""
     check_alike(query=query, key=key, value=value, **{n: x for n, (x, _) in batches.items()})
     for name, x, shape in (
         ("query", query, "(H, T, e)"),
@@ -198,7 +198,7 @@ def _attention_pullback_cpp(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 in C++ around the probabilities of the reference."""
+    """The pullback in C++, in float32, from probabilities that the reference computes."""
     if grads.dtype == torch.float64:
         return reference.attention_pullback(query, key, value, mask, grads, scale, softcap)
     g = _float_rows(grads)
@@ -224,7 +224,7 @@ def _attention_pushforward_cpp(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    """float32 in C++ around the probabilities of the reference."""
+    """The pushforward in C++, in float32, from probabilities that the reference computes."""
     tangents = tangent_query, tangent_key, tangent_value
     forward = query, key, value, mask, scale, softcap
     if query.dtype == torch.float64:
@@ -299,7 +299,7 @@ def attention_pullback(
         P = softmax(cap(scale Q Kᵀ) + mask),   O = P V
         dS = scale cap' ∘ P ∘ (dO Vᵀ − rowsum(dO ∘ O)),   dQ = dS K,   dK = dSᵀ Q,   dV = Pᵀ dO
 
-    for every cotangent; P is computed once and shared by all of them. Causal masks, sliding
+    for every cotangent; P is computed once for all of them. Causal masks, sliding
     windows, padding and linear biases are all additive masks; keys that the mask closes to a whole
     tile of queries are skipped.
 
@@ -321,8 +321,8 @@ def attention_pullback(
         ValueError: If shapes or devices disagree.
         TypeError: If dtypes differ or are not supported.
 
-    Cost: 8 C H T S (e + f) / 2 flops dense, half of it if causal; its floor is that work at the
-    rate of a matrix product.
+    Cost: 4 C H T S (e + f) flops without a mask, half of it with a causal one. The lower bound of
+    its time is that work at the rate of a matrix product.
 
     Example:
         >>> import torch
@@ -368,8 +368,8 @@ def attention_pushforward(
         ValueError: If shapes or devices disagree.
         TypeError: If dtypes differ or are not supported.
 
-    Cost: 8 C H T S (e + f) / 2 flops dense, half of it if causal; its floor is that work at the
-    rate of a matrix product.
+    Cost: 4 C H T S (e + f) flops without a mask, half of it with a causal one. The lower bound of
+    its time is that work at the rate of a matrix product.
 
     Example:
         >>> import torch

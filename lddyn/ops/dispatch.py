@@ -1,8 +1,8 @@
-"""How an op is registered, checked and sent to a backend: the door to ``_C`` and ``kernels``.
+"""How an op is registered, checked and run on a backend; the only user of ``_C`` and ``kernels``.
 
 An op is defined in torch.library. A call checks its operands, chooses a backend and runs it, on any
-device. An op has no derivative: a backward pass through it raises, and so does forward mode
-(`torch.func.jvp`), because torch would otherwise return a tangent of zero without a word.
+device. An op has no derivative: a backward pass through it raises an error. So does forward mode
+(`torch.func.jvp`), where torch would otherwise return a tangent of zero.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lddyn import reference
 logger = logging.getLogger("lddyn")
 
 BACKENDS = ("blas", "cuda", "triton", "cpp", "reference")
-# Backends tried where none is required, best first; other types of device run the reference.
+# Backends in the order in which they are tried, by type of device; other types run the reference.
 _PREFERRED = {
     "cpu": ("cpp", "reference"),
     "cuda": ("blas", "triton", "cuda", "reference"),

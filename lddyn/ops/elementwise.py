@@ -1,7 +1,8 @@
 """Norms, gated activations and rotary embeddings, for many cotangents of one forward pass.
 
-Every op reads a batch (C, T, n) of cotangents or tangents once; what belongs to the forward pass is
-indexed by position alone and shared by the whole batch. The floor of all of them is the traffic.
+Every op reads a batch (C, T, n) of cotangents or tangents once. The operands of the forward pass
+have no batch dimension and are shared by the whole batch. The lower bound of every op's time is its
+memory traffic.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lddyn.ops.dispatch import DTYPES, Normal, Op, check_alike, native, register
 
 
 def _check_batch(name: str, x: Tensor, shared_name: str, shared: Tensor) -> None:
-    """The batch must be (C, *shape of what it shares)."""
+    """Checks that the batch has shape (C, *shape of the shared operand)."""
     if shared.ndim != 2:
         raise ValueError(f"{shared_name} must be (T, n), got {tuple(shared.shape)}")
     if x.ndim != 3 or x.shape[1:] != shared.shape:
@@ -165,7 +166,7 @@ def gated_pullback(value: Tensor, slope: Tensor, grads: Tensor) -> tuple[Tensor,
         ValueError: If shapes or devices disagree.
         TypeError: If dtypes differ or are not supported.
 
-    Cost: 2 C T n flops; its floor is the traffic, 3 C T n elements.
+    Cost: 2 C T n flops; the lower bound of its time is the traffic, 3 C T n elements.
 
     Example:
         >>> import torch
@@ -192,7 +193,7 @@ def gated_pushforward(value: Tensor, slope: Tensor, gate: Tensor, up: Tensor) ->
         ValueError: If shapes or devices disagree.
         TypeError: If dtypes differ or are not supported.
 
-    Cost: 3 C T n flops; its floor is the traffic, 3 C T n elements.
+    Cost: 3 C T n flops; the lower bound of its time is the traffic, 3 C T n elements.
 
     Example:
         >>> import torch
@@ -342,7 +343,7 @@ def norm_pullback(
         ValueError: If shapes or devices disagree.
         TypeError: If dtypes differ or are not supported.
 
-    Cost: 9 C T n flops; its floor is the traffic, 2 C T n elements.
+    Cost: 9 C T n flops; the lower bound of its time is the traffic, 2 C T n elements.
 
     Example:
         >>> import torch
@@ -375,7 +376,7 @@ def norm_pushforward(
         ValueError: If shapes or devices disagree.
         TypeError: If dtypes differ or are not supported.
 
-    Cost: 7 C T n flops; its floor is the traffic, 2 C T n elements.
+    Cost: 7 C T n flops; the lower bound of its time is the traffic, 2 C T n elements.
 
     Example:
         >>> import torch
@@ -457,7 +458,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool = False) -> Tens
         ValueError: If shapes or devices disagree.
         TypeError: If dtypes differ or are not supported.
 
-    Cost: 3 C H T e flops; its floor is the traffic, 2 C H T e elements.
+    Cost: 3 C H T e flops; the lower bound of its time is the traffic, 2 C H T e elements.
 
     Example:
         >>> import torch

@@ -78,7 +78,7 @@ def _gram_fake(
     return g_o.new_empty(g_o.shape[0], g_u.shape[0], dtype=reference.wide(g_o.dtype))
 
 
-# Elements of the pushed gradients that are kept at once: 64 MiB in bfloat16, about a large cache.
+# Most elements of pushed gradients at a time: 64 MiB in bfloat16, the size of a large cache.
 _PUSHED = 1 << 25
 _TILE = 128  # of cotangents, in both kernels
 
@@ -114,7 +114,7 @@ def _push(
     similarity[:, :s] = _product(a_u, a_o.T)
     columns = max(64, min(d_out + -d_out % 64, _PUSHED // (m * t) // 64 * 64))
     rows = min(m, 65535, max(1, _PUSHED // (t * columns)))
-    # Tokens t are split so that the pair has about a block for each multiprocessor of a large GPU.
+    # Tokens t are split so that the second product has a block for each multiprocessor.
     splits = max(1, min(t, 128 // (-(-rows // _TILE) * -(-n // _TILE))))
     pushed = similarity.new_empty(rows, t, columns)
     out = g_o.new_empty(m, n, dtype=torch.float32)
@@ -323,14 +323,15 @@ def gram(
     lengths_o: Tensor | None = None,
     lengths_u: Tensor | None = None,
 ) -> Tensor:
-    """Token Gram of one linear layer, from its inputs and the gradients at its output.
+    """Inner products of one linear layer's token gradients, (M, L).
 
         G[m, l] = Σ_{s,t} <a_o[s], a_u[t]> <g_o[m,s], g_u[l,t]>
 
-    The inner product of the weight gradients Σ_s g_o[m,s] ⊗ a_o[s] and Σ_t g_u[l,t] ⊗ a_u[t], which
-    need not be formed: S = a_o a_uᵀ pushes one side's gradients onto the other's tokens, where they
-    are paired. The order is the one that `lddyn.reference.gram_order` finds cheapest. On CPU, C++
-    pairs a tile of tokens while it is in cache; materialised gradients are left to BLAS.
+    This is the inner product of the weight gradients Σ_s g_o[m,s] ⊗ a_o[s] and
+    Σ_t g_u[l,t] ⊗ a_u[t], which need not be computed: S = a_o a_uᵀ maps one side's gradients to the
+    other side's tokens, where inner products are taken. The order of contraction is the one that
+    `lddyn.reference.gram_order` finds cheapest. On CPU a C++ kernel keeps a tile of tokens in
+    cache; where forming the gradients is cheaper, BLAS does it.
 
     Args:
         activations_o: Layer input of the observed sequence, shape (S, d_in),
@@ -338,9 +339,9 @@ def gram(
         grads_o: M cotangents at the layer's output, shape (M, S, d_out), same dtype and device.
         activations_u: Layer input of the updated sequence, shape (T, d_in).
         grads_u: L cotangents, shape (L, T, d_out).
-        lengths_o: A promise, int64 of shape (M,): grads_o[m, s] = 0 for s >= lengths_o[m], as
-            causality has it. Rows beyond it need not be read; fastest if sorted. On a GPU nothing
-            waits for its values.
+        lengths_o: Shape (M,), int64. The caller guarantees grads_o[m, s] = 0 for s >= lengths_o[m],
+            as causality implies; these rows need not be read. Sorted lengths are fastest. On a GPU
+            the values are not copied to the host. None: no guarantee.
         lengths_u: The same for grads_u, shape (L,).
 
     Returns:

@@ -75,9 +75,9 @@ def preconditioned_push(
 
         E[l, s] = (P ∘ Σ_t grads_u[l, t] ⊗ activations_u[t]) activations_o[s]
 
-    The tangent of y = W a under W ← W + P ∘ ∇W, for AdamW and RMSprop, where P does not factor
-    and the d_out x d_in gradient of a source token must be met entry by entry. On a GPU it is
-    formed tile by tile and never written.
+    This is the tangent of y = W a under W ← W + P ∘ ∇W, the step of AdamW and RMSprop. P is no
+    product of two vectors, so that every entry of a source token's d_out x d_in gradient is needed.
+    On a GPU the gradient is computed tile by tile and never written.
 
     Args:
         scale: P, shape (d_out, d_in), any floating dtype and strides.
@@ -93,7 +93,8 @@ def preconditioned_push(
         ValueError: If shapes or devices disagree.
         TypeError: If dtypes differ or are not supported.
 
-    Cost: 2 L d_out d_in (T + S) flops; its floor is that work at the rate of a matrix product.
+    Cost: 2 L d_out d_in (T + S) flops; the lower bound of its time is that work at the
+    rate of a matrix product.
 
     Example:
         >>> import torch

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lddyn.ops.dispatch import differentiated, overridden
 
-# Rows of one call of oneDNN, which compiles a kernel and keeps about 1 MiB for every shape it
-# meets: few sizes, whatever the lengths of the sequences. Whole blocks, or a prefix in steps of 16
-# tokens, are one call without a copy; of other sizes the rest goes to the default BLAS.
+# Rows of one call of oneDNN. For every new shape it compiles a kernel and keeps about 1 MiB, so
+# that only a few sizes are used, whatever the lengths of the sequences. Whole blocks, or a prefix
+# in steps of 16 tokens, are one call without a copy; the remaining rows go to the default BLAS.
 _BLOCKS = (256, 32)
 _WHOLE = 4096
 _STEP = 16
@@ -50,12 +50,12 @@ def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
 def product(x: Tensor, weight: Tensor, rows: int | None = None) -> Tensor:
     """The product of x (…, k) with a weight (k, n): (…, n).
 
-    With `rows`, that many rows are taken at a time, each time by a call of the same shape: the bits
-    of one sequence's rows are then the same beside any other sequences.
+    With `rows`, each call of BLAS takes this many rows, so that all calls have the same shape: the
+    bits of one sequence's rows then do not depend on the other sequences of the batch.
 
-    On CPU in float32 it goes to oneDNN where torch has it: MKL, torch's default, does without
-    AVX-512 on AMD processors and runs at half the rate there. Everything else is `x @ weight`, and
-    so is all of it under ``lddyn.backend("reference")``, or where it is to be differentiated.
+    In float32 on CPU, oneDNN computes it if torch has oneDNN. MKL, torch's default, does not use
+    AVX-512 on AMD processors and has half the rate there. In all other cases this is `x @ weight`,
+    and so it is under ``lddyn.backend("reference")`` and where a derivative is needed.
 
     Cost: 2 k n flops a row.
 

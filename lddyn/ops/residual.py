@@ -248,7 +248,7 @@ class _Side:
 
 
 def _with_targets(out: Tensor, o: _Side, u: _Side) -> Tensor:
-    """Σ_v w_o w_u, in place, to ⟨r_o, r_u⟩: normalised, and with the columns of the targets."""
+    """Turns Σ_v w_o w_u into ⟨r_o, r_u⟩ in place: normalises, and adds the targets' columns."""
     (scale_o, own_o), (scale_u, own_u) = o.finish(), u.finish()
     out.mul_(scale_o[:, None]).mul_(scale_u)
     crossed = own_o[:, None] * u.probabilities(o.targets, scale_u).T
@@ -326,8 +326,9 @@ def residual_gram(
 ) -> Tensor:
     """Inner products of softmax residuals, ⟨e_y − π_m, e_y − π_l⟩ for all pairs of rows.
 
-    The V x V identity part of the head's kernel, seen from log-probs on both sides. The entries of
-    the targets are complement sums (see `residual`); π is formed a few columns at a time.
+    This is the head's part of the kernel between log-probs, without the factor ⟨h_m, h_l⟩. The
+    entries of the targets are complement sums (see `residual`). π is computed a few columns at a
+    time.
 
     Args:
         logits_o: Shape (M, V), V >= 2, float32/bfloat16/float16/float64, any strides.
@@ -342,8 +343,8 @@ def residual_gram(
         ValueError: If shapes disagree, a target is out of range, or, on CPU, a row is not finite.
         TypeError: If a dtype is not supported.
 
-    Cost: 2 M L V flops and (M + L) V exponentials; its floor is reading both logits once. Workspace
-    of a few MiB, whatever V is.
+    Cost: 2 M L V flops and (M + L) V exponentials; the lower bound of its time is reading both
+    logits once. The workspace is a few MiB for any V.
 
     Example:
         >>> z, y = torch.zeros(1, 4), torch.tensor([2])

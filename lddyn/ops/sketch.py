@@ -125,8 +125,8 @@ def sketch(
         ValueError: If shapes or devices disagree, or a size is below 1.
         TypeError: If dtypes differ or are not supported.
 
-    Cost: 2 C T R size_out (d_out + size_in) + 2 T R size_in d_in flops; its floor is the traffic,
-    C T d_out elements read once.
+    Cost: 2 C T R size_out (d_out + size_in) + 2 T R size_in d_in flops; the lower bound of its
+    time is reading C T d_out elements once.
 
     Example:
         >>> import torch
