@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lddyn.cli.command import OUTPUT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lddyn.data.example import Example
@@ -173,9 +173,23 @@ class ModelOptions:
             trust_remote_code=self.trust_remote_code,
         )
 
-    def load_reference(self, reference: str) -> PreTrainedModel | nn.Module | str:
-        """The option --reference as the library takes it: a model, or a word."""
-        return reference if reference in ("self", "adapter-off") else self.load_other(reference)
+    def load_reference(
+        self, reference: str, rows: Sequence[Mapping[str, Any]] = ()
+    ) -> PreTrainedModel | nn.Module | str | Tensor:
+        """The option --reference as the library takes it: a model, a word, or log-probs.
+
+        Args:
+            reference: The option.
+            rows: The rows of the pairs, which may hold log-probs of a reference.
+        """
+        from lddyn.cli.reference import warn_of_unread_log_probs
+        from lddyn.engine.reference_policy import row_log_probs
+
+        if reference == "rows":
+            return row_log_probs(rows)
+        warn_of_unread_log_probs(rows)
+        words = reference in ("self", "adapter-off") or reference.startswith("adapter:")
+        return reference if words else self.load_other(reference)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,9 +319,11 @@ Beta = Annotated[
 Reference = Annotated[
     str,
     typer.Option(
-        metavar="PATH|self|adapter-off",
+        metavar="PATH|self|adapter-off|adapter:NAME|rows",
         help="Reference model π_ref of the objective: a folder or hub name; self: the model "
-        "before the step; adapter-off: the model without its adapter.",
+        "before the step; adapter-off: the model without its adapter; adapter:NAME: with that "
+        "adapter alone; rows: log-probs in the data's columns ref_chosen_logps and "
+        "ref_rejected_logps.",
         rich_help_panel=STEP,
     ),
 ]
@@ -356,20 +372,34 @@ class StepOptions:
     beta: Beta = None
     reference: Reference = "self"
 
-    @property
-    def responses(self) -> int:
-        """How many responses the objective learns from."""
-        return 1 if self.objective == "sft" else 2
+    def responses(self, row: Mapping[str, Any]) -> int:
+        """How many responses of a row the objective learns from."""
+        single = self.objective == "sft" or (self.objective == "kto" and "label" in row)
+        return 1 if single else 2
 
-    def make(self, examples: Sequence[Example], model: ModelOptions) -> Objective:
-        """The objective on the examples that the step learns from."""
+    def make(
+        self, examples: Sequence[Example], model: ModelOptions, row: Mapping[str, Any]
+    ) -> Objective:
+        """The objective on the examples that the step learns from, of this row."""
         from lddyn.objectives.loss import Loss
         from lddyn.objectives.objective import SFT
         from lddyn.objectives.paired import preference
 
+        desirable = row.get("label")
         if self.objective == "sft":
+            if desirable is False:
+                raise ValueError(
+                    "the row's label is false: its completion is not wanted, and an SFT step would "
+                    "raise it; --objective kto lowers it, as KTO training does"
+                )
             return SFT(examples[0])
-        reference = model.load_reference(self.reference)
+        if self.objective == "kto" and desirable is not None:
+            from lddyn.objectives.unpaired import KTO
+
+            beta = 0.1 if self.beta is None else self.beta
+            reference = model.load_reference(self.reference)
+            return KTO(examples[0], bool(desirable), beta=beta, reference=reference)
+        reference = model.load_reference(self.reference, [row])
         loss = Loss(self.objective, None, **({} if self.beta is None else {"beta": self.beta}))
         return preference(loss, examples[0], examples[1], reference=reference)
 

@@ -242,7 +242,7 @@ def diagnose(
     content = read_rows(rows.data, limit=rows.limit)
     tokenizer, lm = model.load_tokenizer(), model.load()
     given = encode_pairs(tokenizer, lm.config, content, rows.encoding)
-    _warn_of_skipped(given, rows.data)
+    _warn_of_skipped(given, rows.data, content)
     sketch = None
     if planned is None or sketch_size is not None:  # else a run, which needs exact inner products
         sketch = _sketch(lm, len(given.pairs), memory, sketch_size, seed)
@@ -251,7 +251,7 @@ def diagnose(
         lm,
         given.pairs,
         objective,
-        reference=model.load_reference(loss.reference),
+        reference=model.load_reference(loss.reference, [content[i] for i in given.rows]),
         memory=memory,
         sketch=sketch,
         run=planned,
@@ -314,6 +314,11 @@ def filter(
     filtered = filter_rows(rows(file), diagnosis, drop=drop, reweight=reweight)
     if filtered.helpful:
         warn(f"only {drop - filtered.helpful} of the {drop} dropped pairs lower chosen responses")
+    if reweight:
+        warn(
+            "TRL's trainers do not read the column weight: they train on a row of weight 0 as on any "
+            "other; the column is for a loss of your own, and for TRL rows can be left out"
+        )
     filtered.write(out)
     document = {
         "data": str(file),
@@ -327,10 +332,17 @@ def filter(
     return Answer(document, [line + (f" (rows {named})" if named else "")])
 
 
-def _warn_of_skipped(given: PairSet, data: Path) -> None:
+def _warn_of_skipped(given: PairSet, data: Path, content: Sequence[Mapping[str, Any]]) -> None:
     """Says which rows are left out; an error if all are."""
     if not given.pairs:
         why = given.skipped[0][1] if given.skipped else "there is none"
+        if content and all("label" in row for row in content):
+            raise ValueError(
+                f"{data}: the rows have a label, one response each; a diagnosis is of pairs. "
+                "`lddyn decompose --objective kto --row N` takes KTO's step on such a row; where "
+                "prompts repeat, join a desirable and an undesirable response to a pair of chosen "
+                "and rejected"
+            )
         raise ValueError(f"{data}: no row is a pair of chosen and rejected ({why})")
     for number, why in given.skipped[:3]:
         warn(f"row {number} is not diagnosed: {why}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -78,6 +78,7 @@ class Prepared:
         observe: Fields that are watched.
         audit: What is wrong with the row.
         seconds: How long reading, loading and encoding took.
+        row: The row itself.
     """
 
     model: nn.Module
@@ -87,6 +88,7 @@ class Prepared:
     observe: list[str]
     audit: Audit
     seconds: float
+    row: Mapping[str, Any]
 
     @property
     def observed(self) -> dict[str, Example]:
@@ -104,7 +106,7 @@ def prepare(
     rows: OneRowOptions,
     update: str | None,
     observe: str | None,
-    count: int,
+    count: Callable[[Mapping[str, Any]], int],
     stream: str | None = None,
 ) -> Prepared:
     """Reads one row, loads the model and encodes the responses; the cheap checks come first.
@@ -114,12 +116,12 @@ def prepare(
         rows: The row.
         update: The option --update.
         observe: The option --observe.
-        count: How many responses the objective learns from, 1 or 2.
+        count: Maps the row to the number of responses that the objective learns from, 1 or 2.
         stream: Memory for the weights, read block by block. None: all weights are loaded.
     """
     began = time.perf_counter()
     row = read_row(rows)
-    columns = choose_columns(row, rows.row, update, observe, count)
+    columns = choose_columns(row, rows.row, update, observe, count(row))
     tokenizer = model.load_tokenizer()
     examples, learned, watched = encode_columns(tokenizer, row, rows, columns)
     lm = model.load() if stream is None else _open_stream(model, stream)
@@ -136,7 +138,7 @@ def prepare(
         config=config,
     )
     seconds = time.perf_counter() - began
-    return Prepared(lm, tokenizer, examples, learned, watched, audited, seconds)
+    return Prepared(lm, tokenizer, examples, learned, watched, audited, seconds, row)
 
 
 def _open_stream(options: ModelOptions, memory: str) -> nn.Module:
@@ -199,7 +201,7 @@ def decompose(
         dec = lddyn.decompose(
             lddyn.Anatomy(given.model, attention),
             given.observed,
-            step.make(given.learned, model),
+            step.make(given.learned, model, given.row),
             step.lr,
             optimizer=step.optimizer,
             max_grad_norm=step.max_grad_norm,
@@ -351,7 +353,7 @@ def massflow(
 
     given = prepare(model, rows, step.update, step.observe, step.responses)
     seconds = {"load": given.seconds}
-    update = step.make(given.learned, model)
+    update = step.make(given.learned, model, given.row)
     flows: dict[str, MassFlow] = {}
     with _timed(seconds, "massflow"), _true_float64(model.dtype):
         opened = lddyn.Anatomy(given.model, attention)

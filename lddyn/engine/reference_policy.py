@@ -17,8 +17,9 @@ else the policy with its adapters disabled (`trainer_reference`).
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -29,12 +30,14 @@ from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.logits import token_log_probs
 
 __all__ = [
+    "ROW_COLUMNS",
     "Reference",
     "adapter_remarks",
     "check_reference",
     "describe_reference",
     "policy_of",
     "reference_log_probs",
+    "row_log_probs",
     "trainer_reference",
     "warn_of_adapter",
 ]
@@ -198,6 +201,31 @@ def _adapters(policy: Any, reference: str) -> Iterator[None]:
     finally:
         policy.base_model.set_adapter(several)
         policy.active_adapter = active
+
+
+# ---------------------------------------------------------------------------------------------
+# Log-probs in rows
+
+# Columns of rows whose reference log-probs were computed before training, as TRL writes them.
+ROW_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+def row_log_probs(rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    """The log π_ref that rows of pairs hold, (2, N) float64, in nats.
+
+    Raises:
+        ValueError: If a row lacks them, or holds something else than finite numbers.
+    """
+    for number, row in enumerate(rows):
+        for column in ROW_COLUMNS:
+            value = row.get(column)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(
+                    f"pair {number} must have log π_ref in nats in the column {column!r}, got "
+                    f"{value!r}"
+                )
+    values = [[float(row[column]) for row in rows] for column in ROW_COLUMNS]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 # ---------------------------------------------------------------------------------------------

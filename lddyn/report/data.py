@@ -90,6 +90,8 @@ class CheckData(TypedDict):
         predicted: Likewise.
         answer_error: Distance of the decomposition's own numbers from the real step at its own
             rate, nats; None where that rate was not taken.
+        own_step: Of 16-bit weights: "dtype", the part of all weights that a real step in it moved
+            ("moved"), and the sum of all Δ log π after it ("measured", nats); else None.
     """
 
     lrs: list[float]
@@ -101,6 +103,7 @@ class CheckData(TypedDict):
     measured: list[list[float]]
     predicted: list[list[float]]
     answer_error: float | None
+    own_step: dict[str, Any] | None
 
 
 Steps = Mapping[str, StepData]

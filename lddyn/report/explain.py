@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 from lddyn.report.data import Rows
 from lddyn.report.dynamics import Labels, explain_dynamics
+from lddyn.report.step import explain_distance
 from lddyn.report.words import count, moves, named, percent, size, true_minus
 from lddyn.text import signed
 
@@ -65,7 +66,8 @@ def explain_diagnosis(
     ]
     if not summary["unit_lr"]:
         text = "No step of this objective moves any pair: all weights or gradients are zero."
-        return [Sentence(about="the answer", text=text, sure=_sure(summary), kind=kind), *watched]
+        answer_alone = Sentence(about="the answer", text=text, sure=_sure(summary), kind=kind)
+        return [answer_alone, *watched, *_settings(summary)]
 
     def first_order(about: str, text: str) -> list[Sentence]:
         return [Sentence(about=about, text=text, sure=_SHORT[kind], kind=kind)] if text else []
@@ -74,6 +76,7 @@ def explain_diagnosis(
     return [
         Sentence(about="the answer", text=answer, sure=_sure(summary), kind=kind),
         *watched,
+        *_settings(summary),
         *first_order("the step", _step(summary)),
         *first_order("the mechanism", _mechanism(summary)),
         *first_order("own steps", _own_steps(summary)),
@@ -90,6 +93,30 @@ def lines(sentences: Sequence[Sentence]) -> list[str]:
     """Sentences as the console prints them: "The answer: … [exact, first order]"."""
     return [
         f"{s['about'][0].upper()}{s['about'][1:]}: {s['text']} [{s['sure']}]" for s in sentences
+    ]
+
+
+def _settings(summary: Summary) -> list[Sentence]:
+    """The reference, how far the policy is from it, and what of the settings is left out."""
+    sentences = []
+    reference = summary["reference"]
+    if reference is not None:
+        text = (
+            f"The reference is {reference['name']}; the mean margin against it before the step is "
+            f"{signed(reference['margin'], 4)} nats"
+        )
+        if abs(reference["margin"]) > 1e-3 or reference["distance"] > 1e-2:
+            text += (
+                ", where a run that begins at its reference has 0 (policy and reference differ by "
+                f"up to {signed(reference['distance'], 3).lstrip('+')} nats on one response)"
+            )
+        text = " ".join([text + ".", *explain_distance(reference["distance"])])
+        sentences.append(
+            Sentence(about="the reference", text=text, sure="forward passes", kind="exact")
+        )
+    return sentences + [
+        Sentence(about="settings", text=remark, sure="not followed", kind="exact")
+        for remark in summary["remarks"]
     ]
 
 

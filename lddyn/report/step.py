@@ -24,10 +24,20 @@ from lddyn.text import printable, signed, visible
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["explain_step", "measured_totals", "strongest", "token_tables", "write_step_page"]
+__all__ = [
+    "explain_distance",
+    "explain_settings",
+    "explain_step",
+    "measured_totals",
+    "strongest",
+    "token_tables",
+    "write_step_page",
+]
 
 _LARGEST_TABLE = 40_000  # cells of a token × token table in the page; the pictures show larger ones
 _NAMED = 4  # token texts named in a sentence
+_NOTABLE = 1e-3  # nats of a margin at the start that are more than rounding
+_FAR = 300.0  # nats between policy and reference on one response
 
 # ---------------------------------------------------------------------------------------------
 # Sentences
@@ -125,13 +135,77 @@ def explain_step(step: StepData, check: CheckData | None = None) -> list[str]:
         f"One {settings.get('objective', 'custom')} step with {settings.get('optimizer', '?')}, "
         f"learning rate {step['lr']:g}{beta}; the loss before it is {step['loss']:.4g}."
     ]
+    sentences += explain_settings(settings)
     roles: dict[str, ResponseData] = {}
     for response in step["observed"]:
         roles.setdefault(_role(step, response), response)
         sentences.append(_explain_response(step, response))
     if "y+" in roles and "y-" in roles:
         sentences += _explain_pair(roles["y+"], roles["y-"])
-    return [*sentences, _explain_error(step, check)]
+    return [*sentences, *_explain_rounding(step, check), _explain_error(step, check)]
+
+
+def explain_settings(settings: Mapping[str, Any]) -> list[str]:
+    """What the trainer's settings did to the step: reference, clipping, dropout, what is left out.
+
+    Args:
+        settings: `Decomposition.settings`.
+    """
+    sentences = []
+    if "reference" in settings:
+        text = f"The reference is {settings['reference']}"
+        if "margin_at_start" in settings:
+            margin = settings["margin_at_start"]
+            text += f"; the margin against it before the step is {signed(margin, 4)} nats"
+            if abs(margin) > _NOTABLE:
+                text += ", where a run that begins at its reference has 0"
+        sentences.append(text + ".")
+        sentences += explain_distance(settings.get("reference_distance", 0.0))
+    clip = settings.get("clip_factor", 1.0)
+    if clip < 1:
+        sentences.append(f"The gradient was clipped to max_grad_norm: multiplied by {clip:.4g}.")
+    if settings.get("dropout_off"):
+        sentences.append("Dropout is off: the step is that of the model in evaluation mode.")
+    return [*sentences, *settings.get("remarks", [])]
+
+
+def explain_distance(distance: float) -> list[str]:
+    """A sentence where policy and reference are so far apart that it may be a mistake."""
+    if distance < _FAR:
+        return []
+    return [
+        f"The reference is up to {distance:.3g} nats away from the model on one response: were its "
+        "log-probs computed on the same tokens?"
+    ]
+
+
+def _explain_rounding(step: StepData, check: CheckData | None) -> list[str]:
+    """What 16-bit weights leave of the step, and which changes are below their rounding."""
+    settings = step["settings"]
+    if "rounding" not in settings:
+        return []
+    dtype = str(settings.get("dtype", "")).removeprefix("torch.")
+    share, rounding = settings["weights_moved"], settings["rounding"]
+    text = f"In {dtype} the step changes {_percentage(share)} of the weights that it should move."
+    small = [o["name"] for o in step["observed"] if abs(sum(o["delta_logp"])) < rounding[o["name"]]]
+    most = max(rounding.values())
+    text += f" Log π of a response is rounded by about ±{_size(most)} nats"
+    if small:
+        text += f"; the changes of {', '.join(small[:4])} are smaller than that"
+    sentences = [text + "."]
+    own = None if check is None else check["own_step"]
+    if check is not None and own:
+        sentences.append(
+            f"A real step in {dtype} changed {_percentage(own['moved'])} of all weights, and log π "
+            f"of all responses by {signed(own['measured'], 6)} nats (before rounding: "
+            f"{signed(sum(check['measured'][0]), 6)})."
+        )
+    return sentences
+
+
+def _percentage(share: float | None) -> str:
+    """A part of all in percent, with two digits where it is small."""
+    return "none" if not share else f"{100 * share:.2g} %"
 
 
 def _explain_response(step: StepData, response: ResponseData) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.guard import undisturbed
-from lddyn.engine.reference_policy import Reference, check_reference
+from lddyn.engine.reference_policy import Reference, check_reference, describe_reference
 from lddyn.errors import UnsupportedModelError
 from lddyn.memory import DEFAULT_MEMORY, parse_memory
 from lddyn.objectives.loss import Loss
@@ -126,7 +126,7 @@ def diagnose(
         estimate = sketched_gram(access, set_, sketch, memory=memory, progress=progress)
     gram = reading.gram(set_, estimate)
     known = _reference_log_probs(reference, set_, access, reading)
-    step = SetStep(loss, set_, reading.readings, gram, known)
+    step = SetStep(loss, set_, reading.readings, gram, known, describe_reference(reference))
     diagnosis = Diagnosis(step, unavailable=access.unavailable)
     if run is not None and reading.rows is not None:
         forecast, adam = predict_run(access, reading.rows, step, run, progress=progress)

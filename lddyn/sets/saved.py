@@ -40,6 +40,8 @@ def write(diagnosis: Diagnosis, path: str | Path) -> None:
         "close_ups": {str(i): list(c.others) for i, c in diagnosis.close_ups.items()},
         "validation": diagnosis.validation,
         "unavailable": diagnosis.unavailable,
+        "reference_name": step.reference_name,
+        "remarks": list(step.remarks),
     }
     if diagnosis.adam is not None:
         state["second_moment"] = diagnosis.adam.second_moment
@@ -108,6 +110,8 @@ def _assemble(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Diagnosis:
         readings,
         Gram(tensors["gram"], tensors.get("stderr")),
         tensors["reference"],
+        meta["reference_name"],
+        tuple(meta["remarks"]),
     )
     adam = AdamMetric(tensors["adam"], meta["second_moment"]) if "adam" in tensors else None
     forecast = None

@@ -49,6 +49,8 @@ class SetStep:
         readings: What forward passes say of it.
         gram: Inner products of all gradients.
         reference: log π_ref, (2, N) nats.
+        reference_name: What the reference is, in words.
+        remarks: What the trainer's settings ask for and the step leaves out, in sentences.
     """
 
     loss: Loss
@@ -56,6 +58,8 @@ class SetStep:
     readings: Readings
     gram: Gram
     reference: Tensor
+    reference_name: str = "the model itself before the step"
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lddyn.files import json_safe
+from lddyn.files import JsonObject, json_safe
 from lddyn.text import visible
 
 if TYPE_CHECKING:
@@ -58,8 +58,23 @@ def summarise(
         "validation": _validation(diagnosis),
         "measured": None if measured is None else _measured(diagnosis, measured),
         "unavailable": diagnosis.unavailable,
+        "reference": _reference(diagnosis),
+        "remarks": list(step.remarks),
     }
     return dict(json_safe(summary))
+
+
+def _reference(diagnosis: Diagnosis) -> JsonObject | None:
+    """What the reference is, and where policy and reference stand before the step, in nats."""
+    step = diagnosis.step
+    if not step.loss.needs_reference:
+        return None
+    gains = step.readings.log_probs - step.reference
+    return {
+        "name": step.reference_name,
+        "margin": float((gains[0] - gains[1]).mean()),
+        "distance": float(gains.abs().max()),
+    }
 
 
 def _uncertain(diagnosis: Diagnosis) -> int | None:

@@ -25,6 +25,7 @@ from lddyn.errors import DisagreementError
 from lddyn.objectives.objective import Objective
 from lddyn.optimizers import Direction
 from lddyn.steps.decomposition import Decomposition, Observed, UpdateToken
+from lddyn.steps.precision import describe_precision, has_dropout
 from lddyn.steps.session import Session
 from lddyn.steps.setup import Setup, UpdateState, shifted_copy, unused
 
@@ -257,13 +258,17 @@ class _Passes:
             )
         ]
         trainable = setup.anatomy.trainable
+        start_log_probs = [trace.log_probs().detach() for trace in state.traces]
         settings = {
             **setup.update.describe(),
+            **setup.update.describe_start(start_log_probs),
+            **describe_precision(setup, self.direction, self.start),
             "optimizer": type(setup.optimizer).__name__,
             "clip_factor": state.step.clip,
             "trainable_parameters": sum(p.numel() for p in trainable.values()),
             "dtype": str(next(iter(trainable.values())).dtype),
             "attention": setup.anatomy.attention,
+            "dropout_off": has_dropout(setup.anatomy.model),
             "verified": "row sums against one backward and one push of the whole step",
         }
         return Decomposition(observed, tokens, state.loss, setup.lr, setup.rule, settings, session)

@@ -7,7 +7,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Trace
 from lddyn.errors import UnsupportedModelError
 from lddyn.optimizers import Direction, copy_optimizer
+from lddyn.steps.precision import coarse, weight_change
 from lddyn.steps.setup import Setup, UpdateState, shifted_copy
 from lddyn.steps.verification import Verification, log_log_slope
 
@@ -147,7 +148,27 @@ class Session:
             setup.quadrature.order,
             str(dtype or "model dtype"),
             float((measured[own[0]] - answer).norm()) if own else None,
+            self._own_step() if dtype is not None else None,
         )
+
+    def _own_step(self) -> dict[str, Any] | None:
+        """A real step in the model's own 16-bit number type; None for other types."""
+        dtype = coarse(self.setup.anatomy.trainable)
+        if dtype is None:
+            return None
+        with self._copy(None) as model:
+            before = self._realised(self.setup.open(model))
+            stepped = self._stepped(model, self._plain_gradient(model), 1.0)
+            old, new = (
+                {n: p.detach() for n, p in m.named_parameters() if p.requires_grad}
+                for m in (model, stepped)
+            )
+            change = self._realised(self.setup.open(stepped)) - before
+        return {
+            "dtype": str(dtype).removeprefix("torch."),
+            "moved": weight_change(old, new),
+            "measured": float(change.double().sum()),
+        }
 
     def _realised(self, anatomy: Anatomy) -> Tensor:
         """The log π(y_m) of all observed tokens, one after another (ΣM,)."""

@@ -31,6 +31,9 @@ class Verification(Result):
         dtype: Of the copy that took the steps.
         answer_error: ‖measured − delta_logp‖ for the numbers of the decomposition itself, at its
             own learning rate; None when that is not among lrs.
+        own_step: For a model with 16-bit weights, verified in another number type: its "dtype",
+            the part of all weights that a real step in it moved ("moved"), and the sum of Δ log π
+            over all observed tokens after it ("measured", nats). Else None.
     """
 
     lrs: list[float]
@@ -41,6 +44,7 @@ class Verification(Result):
     expected: int
     dtype: str
     answer_error: float | None = None
+    own_step: dict[str, Any] | None = None
 
     @property
     def relative_error(self) -> float:
@@ -75,6 +79,12 @@ class Verification(Result):
         ]
         if self.answer_error is not None:
             lines.append(f"the decomposition's own numbers: ‖error‖ {self.answer_error:.3g}")
+        if self.own_step is not None:
+            own = self.own_step
+            lines.append(
+                f"in {own['dtype']} itself: {own['moved']:.2%} of the weights moved, measured "
+                f"{own['measured']:+.6g} nats"
+            )
         lines.append(f"slope {self.slope:.3f} (expected {self.expected}), {self.dtype}")
         if abs(self.slope - self.expected) > 0.5:
             lines.append(
@@ -95,6 +105,7 @@ class Verification(Result):
             "measured": self.measured.tolist(),
             "predicted": self.predicted.tolist(),
             "answer_error": self.answer_error,
+            "own_step": self.own_step,
         }
 
     @classmethod
@@ -110,6 +121,7 @@ class Verification(Result):
             expected=int(values["expected"]),
             dtype=str(values["dtype"]),
             answer_error=None if answer is None else float(answer),
+            own_step=values.get("own_step"),
         )
 
     def save(self, path: str | Path) -> None:

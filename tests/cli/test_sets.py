@@ -176,3 +176,29 @@ def test_a_sketch_has_a_size_and_a_seed(model, data):
     assert one == errors_of("--sketch-size", 512, "--seed", 0)
     assert one != errors_of("--sketch-size", 512, "--seed", 1)
     assert errors_of() == [None] * len(one)
+
+
+@pytest.mark.case("log-probs of a reference in rows")
+def test_log_probs_of_rows_are_the_reference_where_asked_and_else_said_to_be_unread(
+    model, tmp_path
+):
+    known = {"ref_chosen_logps": -3.0, "ref_rejected_logps": -900.0}
+    row = {"prompt": "a b ?", "chosen": " c d", "rejected": " e f", **known}
+    file = write(tmp_path / "pairs.jsonl", [row])
+    plain = diagnose(model, file, "--json", "--close-ups", 0)
+    assert plain.exit_code == 0 and "--reference rows takes them" in plain.stderr
+    given = diagnose(model, file, "--json", "--close-ups", 0, "--reference", "rows")
+    document = json.loads(given.stdout)
+    said = document["summary"]["reference"]
+    assert said["name"] == "log-probs that were given" and said["distance"] > 800
+    assert "not used" not in given.stderr
+    assert any("computed on the same tokens?" in text for text in document["explanation"])
+    bad = write(tmp_path / "bad.jsonl", [{**row, "ref_chosen_logps": None}])
+    result = diagnose(model, bad, "--reference", "rows")
+    assert result.exit_code == 2 and "must have log π_ref" in errors(result)
+
+
+@pytest.mark.case("a weight column that the trainer does not read")
+def test_reweighting_says_that_trl_does_not_read_weights(diagnosed, data, tmp_path):
+    result = call("filter", diagnosed[0], "--reweight", "--out", tmp_path)
+    assert result.exit_code == 0 and "do not read the column weight" in result.stderr

@@ -303,3 +303,19 @@ def test_every_loss_of_the_table_can_be_decomposed(model, data, objective):
     found = decomposed(model, data, "--objective", objective, "--no-verify")
     assert found["objective"] == objective
     assert [o["name"] for o in found["observed"]] == ["chosen", "rejected"]
+
+
+@pytest.mark.case("KTO on single responses with a label")
+def test_a_labelled_row_takes_ktos_step_and_no_step_towards_what_is_not_wanted(model, tmp_path):
+    file = tmp_path / "labelled.jsonl"
+    rows = [{"prompt": "a b ?", "completion": " c d", "label": flag} for flag in (True, False)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kto = [
+        decomposed(model, file, "--objective", "kto", "--row", row, "--no-verify") for row in (0, 1)
+    ]
+    assert kto[0]["observed"][0]["delta_logp"] > 0 > kto[1]["observed"][0]["delta_logp"]
+    assert decomposed(model, file, "--no-verify")["observed"][0]["delta_logp"] > 0
+    result = call("decompose", "--model", model, "--data", file, "--row", 1, "--no-verify")
+    assert result.exit_code == 2 and "the row's label is false" in errors(result)
+    result = call("diagnose", "--model", model, "--data", file)
+    assert result.exit_code == 2 and "the rows have a label" in errors(result)

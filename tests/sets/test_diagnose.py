@@ -390,3 +390,24 @@ def test_measured_must_fit(found):
     for measured in (torch.zeros(3), torch.tensor([1.0, 2, 3, float("nan"), 5])):
         with pytest.raises(ValueError, match="measured must be 5 finite numbers"):
             found.correlations(measured)
+
+
+@pytest.mark.case("a reference that is not the start")
+def test_the_reference_and_the_margin_at_the_start_are_said(tmp_path):
+    model, other = zoo.build("llama"), zoo.build("llama", seed=7)
+    pairs = some_pairs()[:2]
+    diagnosis = lddyn.diagnose(model, pairs, reference=other, close_ups=0)
+    gains = diagnosis.log_probs - diagnosis.reference
+    said = diagnosis.summary()["reference"]
+    assert said["name"] == "another model (LlamaForCausalLM)"
+    assert said["margin"] == pytest.approx(float((gains[0] - gains[1]).mean()))
+    assert said["distance"] == pytest.approx(float(gains.abs().max()))
+    assert "where a run that begins at its reference has 0" in diagnosis.explain()
+    diagnosis.save(tmp_path / "diagnosis")
+    assert lddyn.Diagnosis.load(tmp_path / "diagnosis").explain() == diagnosis.explain()
+    start = lddyn.diagnose(model, pairs, close_ups=0)
+    assert "The reference is the model itself before the step" in start.explain()
+    assert "has 0" not in start.explain()
+    far = lddyn.diagnose(model, pairs, reference=start.log_probs - 900, close_ups=0)
+    assert "computed on the same tokens?" in far.explain()
+    assert lddyn.diagnose(model, pairs, "simpo", close_ups=0).summary()["reference"] is None

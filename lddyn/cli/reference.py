@@ -1,0 +1,22 @@
+"""Log-probs of a reference that rows hold, as the command line speaks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lddyn.cli.console import warn
+
+__all__ = ["warn_of_unread_log_probs"]
+
+
+def warn_of_unread_log_probs(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Says that log-probs of a reference in the rows are not used without --reference rows."""
+    from lddyn.engine.reference_policy import ROW_COLUMNS
+
+    there = [row for row in rows if all(column in row for column in ROW_COLUMNS)]
+    if there:
+        warn(
+            f"{len(there)} rows hold {' and '.join(ROW_COLUMNS)}, which are not used: "
+            "--reference rows takes them as the reference"
+        )

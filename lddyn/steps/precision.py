@@ -1,0 +1,91 @@
+"""What rounding to the weights' own number type leaves of a step.
+
+A step is predicted, and by default verified, as if weights were real numbers. A weight in bfloat16
+has 8 bits: a step that is smaller than half a unit of its last bit leaves it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lddyn.engine.gram import Side
+from lddyn.engine.guard import evaluating
+from lddyn.engine.logits import own_response
+from lddyn.optimizers import Direction
+from lddyn.steps.setup import Setup
+
+__all__ = ["coarse", "describe_precision", "has_dropout", "moved_share", "weight_change"]
+
+_COARSE = (torch.bfloat16, torch.float16)
+
+
+def coarse(parameters: Mapping[str, Tensor]) -> torch.dtype | None:
+    """The 16-bit number type of the parameters; None: none has one."""
+    return next((p.dtype for p in parameters.values() if p.dtype in _COARSE), None)
+
+
+def moved_share(parameters: Mapping[str, Tensor], direction: Direction) -> float | None:
+    """Of the weights that a step should move, the part that rounding lets move.
+
+    Args:
+        parameters: Name → weights before the step, in their own number type.
+        direction: Δθ.
+
+    Returns:
+        A part between 0 and 1; None: the step should move none.
+    """
+    moved, wanted = 0, 0
+    for name, change in direction.items():
+        weights = parameters[name].detach()
+        asked = change != 0
+        after = (weights.to(change.dtype) + change).to(weights.dtype)
+        wanted += int(asked.sum())
+        moved += int(((after != weights) & asked).sum())
+    return moved / wanted if wanted else None
+
+
+def weight_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+    """The part of all weights that differ between two models."""
+    count = sum(p.numel() for p in before.values())
+    return sum(int((after[n] != p).sum()) for n, p in before.items()) / max(count, 1)
+
+
+def describe_precision(setup: Setup, direction: Direction, sides: Sequence[Side]) -> dict[str, Any]:
+    """Facts of a step on 16-bit weights, for settings; empty for other number types.
+
+    "weights_moved" is `moved_share`; "rounding" maps every observed response to the size of the
+    rounding error of its log π, in nats: how far the log-probs of the model's own forward pass are
+    from those of the analysis, as independent errors of its tokens.
+
+    Cost: one forward pass per observed response.
+    """
+    trainable = setup.anatomy.trainable
+    if coarse(trainable) is None:
+        return {}
+    rounding = {}
+    with evaluating(setup.anatomy.model), torch.no_grad():
+        for (name, example), side in zip(setup.observed.items(), sides, strict=True):
+            own = own_response(setup.anatomy, example).log_probs.double()
+            apart = own - side.trace.log_probs().detach().to(own)
+            rounding[name] = float(apart.norm())
+    share = moved_share({n: p.detach() for n, p in trainable.items()}, _double(direction))
+    return {"weights_moved": share, "rounding": rounding}
+
+
+def _double(direction: Direction) -> Direction:
+    """Δθ in at least float32, so that its sum with a weight is rounded once."""
+    return {n: d.to(torch.promote_types(d.dtype, torch.float32)) for n, d in direction.items()}
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether training would drop activations, which the analysis does not: p > 0 somewhere."""
+    config: Any = getattr(model, "config", None)
+    named = ("attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop")
+    inside = any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in model.modules())
+    return inside or (
+        model.training and any(float(getattr(config, n, 0.0) or 0.0) > 0 for n in named)
+    )
