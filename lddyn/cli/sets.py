@@ -316,8 +316,8 @@ def filter(
         warn(f"only {drop - filtered.helpful} of the {drop} dropped pairs lower chosen responses")
     if reweight:
         warn(
-            "TRL's trainers do not read the column weight: they train on a row of weight 0 as on any "
-            "other; the column is for a loss of your own, and for TRL rows can be left out"
+            "TRL's trainers do not read the column weight: they train on a row of weight 0 as on "
+            "any other; the column is for a loss of your own, and for TRL rows can be left out"
         )
     filtered.write(out)
     document = {

@@ -195,7 +195,7 @@ def test_log_probs_of_rows_are_the_reference_where_asked_and_else_said_to_be_unr
     assert any("computed on the same tokens?" in text for text in document["explanation"])
     bad = write(tmp_path / "bad.jsonl", [{**row, "ref_chosen_logps": None}])
     result = diagnose(model, bad, "--reference", "rows")
-    assert result.exit_code == 2 and "must have log π_ref" in errors(result)
+    assert result.exit_code == 2 and "must have log π_ref" in result.stderr
 
 
 @pytest.mark.case("a weight column that the trainer does not read")

@@ -316,6 +316,6 @@ def test_a_labelled_row_takes_ktos_step_and_no_step_towards_what_is_not_wanted(m
     assert kto[0]["observed"][0]["delta_logp"] > 0 > kto[1]["observed"][0]["delta_logp"]
     assert decomposed(model, file, "--no-verify")["observed"][0]["delta_logp"] > 0
     result = call("decompose", "--model", model, "--data", file, "--row", 1, "--no-verify")
-    assert result.exit_code == 2 and "the row's label is false" in errors(result)
+    assert result.exit_code == 2 and "the row's label is false" in result.stderr
     result = call("diagnose", "--model", model, "--data", file)
-    assert result.exit_code == 2 and "the rows have a label" in errors(result)
+    assert result.exit_code == 2 and "the rows have a label" in result.stderr
