@@ -27,15 +27,15 @@ def influence(section: dict) -> str:
         )
     best = result["methods"]["lddyn"]
     memory = (
-        f" Its peak memory is **{result['over_least_bytes']:.2f}×** the "
+        f" lddyn's peak memory is **{result['over_least_bytes']:.2f}×** the "
         f"{megabytes(result['least_bytes'])} of its inputs and one block's factors."
         if "least_bytes" in result
         else ""
     )
     rate = best.get("product_flops_per_second")
     faster = (
-        f" (Its products with weights run at {rate / 1e9:.0f} GFLOP/s, by oneDNN: of that it is "
-        f"{best['seconds'] * rate / best['planned_flops']:.2f}×.)"
+        f" (oneDNN computes its products with weights at {rate / 1e9:.0f} GFLOP/s; at that rate "
+        f"lddyn takes {best['seconds'] * rate / best['planned_flops']:.2f}× the planned time.)"
         if rate
         else ""
     )
@@ -46,9 +46,9 @@ def influence(section: dict) -> str:
         f"{'s' if result['threads'] > 1 else ''}"
         f"{'; one sequence on both sides' if result.get('self') else ''}.{truth}\n\n"
         + table(["method", "time", "/ lddyn", "peak memory", "/ lddyn", "difference"], rows)
-        + f"\n\nAgainst the planner: {best['planned_flops'] / 1e9:.3g} GFLOP at the "
-        f"{best['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s of a matrix product measured in the "
-        f"same process is {duration(result['planned_seconds'])}; lddyn takes "
+        + f"\n\nThe planner counts {best['planned_flops'] / 1e9:.3g} GFLOP. At the "
+        f"{best['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s of a matrix product, measured in the "
+        f"same process, they take {duration(result['planned_seconds'])}; lddyn takes "
         f"**{result['over_plan']:.2f}×** that.{faster}{memory}\n\n<sub>{made_by(section)}</sub>"
     )
 
