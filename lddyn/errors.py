@@ -13,6 +13,7 @@ __all__ = [
     "StoreError",
     "StoreIdentityError",
     "StoreLockedError",
+    "UnrepeatableModelError",
     "UnsupportedModelError",
 ]
 
@@ -23,6 +24,10 @@ class NonFiniteError(ValueError):
 
 class UnsupportedModelError(ValueError):
     """The model has a part that lddyn cannot analyse; the message names it."""
+
+
+class UnrepeatableModelError(UnsupportedModelError):
+    """The model returns other logits for the same token ids each time it runs."""
 
 
 class DisagreementError(RuntimeError):

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lddyn.errors import UnsupportedModelError
+
 Direction = dict[str, Tensor]
 
 _NOT_OURS = (
@@ -82,6 +84,13 @@ def make_optimizer(kind: str, parameters: Iterable[Tensor], lr: float) -> torch.
     return optimizer
 
 
+def unwrapped_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside of a trainer's wrapper (accelerate's, DeepSpeed's)."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
 def copy_optimizer(
     optimizer: torch.optim.Optimizer,
     old: Mapping[str, Tensor],
@@ -120,6 +129,36 @@ def copy_optimizer(
     return fresh
 
 
+def hooked(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient after the hooks of a parameter (`register_hook`), which is what a step sees."""
+    hooks: Mapping[int, Callable[[Tensor], Tensor | None]] = parameter._backward_hooks or {}
+    for hook in hooks.values():
+        changed = hook(gradient)
+        gradient = gradient if changed is None else changed
+    return gradient
+
+
+def hook_factor(name: str, parameter: Tensor) -> Tensor | None:
+    """The factor by which the hooks of a parameter scale its gradient; None without hooks.
+
+    Raises:
+        UnsupportedModelError: If the hooks do more than scale every entry by a fixed number.
+    """
+    if not parameter._backward_hooks:
+        return None
+    factor = hooked(parameter, torch.ones_like(parameter)).detach().clone()
+    # Hooks may change a gradient in place.
+    probe = torch.linspace(-1, 1, parameter.numel(), device=parameter.device)
+    probe = probe.to(parameter.dtype).view(parameter.shape)
+    moved = hooked(parameter, probe.clone())
+    if not torch.allclose(moved, factor * probe, rtol=1e-3, atol=1e-6):
+        raise UnsupportedModelError(
+            f"a gradient hook of {name} does more than scale each entry by a fixed number, so no "
+            "part of a step belongs to one token: remove the hook"
+        )
+    return factor
+
+
 def clip_factor(gradient: Direction, max_norm: float | None) -> float:
     """The factor s = min(1, max_norm / (‖g‖ + 1e-6)) of torch.nn.utils.clip_grad_norm_.
 
@@ -150,6 +189,7 @@ def optimizer_step(
 
     Raises:
         TypeError: For another optimizer: its step is not linear in the gradient, or is unknown.
+        UnsupportedModelError: If a gradient hook of a parameter is not a fixed factor.
         ValueError: If the optimizer holds none of the parameters.
     """
     kind = optimizer_kind(optimizer)
@@ -162,9 +202,11 @@ def optimizer_step(
     ]
     if not held:
         raise ValueError(_NOT_OURS)
-    clip = clip_factor(gradient, max_grad_norm)
+    factors = {name: hook_factor(name, p) for name, p, *_ in held}
+    seen = {n: g if (f := factors.get(n)) is None else f * g for n, g in gradient.items()}
+    clip = clip_factor(seen, max_grad_norm)
     terms = {
-        name: _TERMS[kind](p.detach(), clip * gradient[name], group, state)
+        name: _TERMS[kind](p.detach(), clip * seen[name], group, state).after(factors[name])
         for name, p, group, state in held
     }
     rates = {t.factor for t in terms.values() if isinstance(t.factor, float)}
@@ -208,6 +250,10 @@ class _Terms(NamedTuple):
     factor: float | Tensor
     history: Tensor | None
     decay: Tensor | None
+
+    def after(self, hook: Tensor | None) -> _Terms:
+        """The terms, where a hook scales g first."""
+        return self if hook is None else self._replace(factor=self.factor * hook)
 
 
 _Group = Mapping[str, Any]  # a parameter group of torch: names to numbers and flags

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from lddyn.data.example import Example
 from lddyn.engine import replay
 from lddyn.engine.blocks import Call, is_slice, join_hidden, split_hidden
+from lddyn.engine.door import check_repeatable, foreign_forward, unwrapped
 from lddyn.engine.guard import undisturbed
 from lddyn.engine.head import project
 from lddyn.engine.ledger import HEAD, POST, TAIL, Watch
@@ -96,6 +97,11 @@ class Anatomy(Skeleton):
         """
         return model if isinstance(model, Anatomy) else cls(model, allow_frozen=allow_frozen)
 
+    @staticmethod
+    def module_of(model: nn.Module | Anatomy) -> nn.Module:
+        """The module of a model, without the wrappers of trainers, for plain passes."""
+        return model.model if isinstance(model, Anatomy) else unwrapped(model)
+
     def check_limits(self, example: Example) -> None:
         """Raises an ExampleError if the model cannot read an example."""
         rows = self.base.get_input_embeddings().weight.shape[0]
@@ -153,6 +159,7 @@ class Anatomy(Skeleton):
                 raise UnsupportedModelError(
                     f"{type(self.base).__name__} ran {len(inputs)} of {len(self.blocks)} blocks "
                     f"and its head {len(captured)} times in one forward pass; expected all and once"
+                    f"{foreign_forward(self.base)}"
                 )
             inputs.append(outputs[-1].detach())
             for name in (self.head_weight, self.head_bias):
@@ -193,6 +200,8 @@ class Anatomy(Skeleton):
         difference = float((own - ours).norm() / ours.norm().clamp(min=1e-30))
         limit = OWN_ATTENTION.of(trace.hidden.dtype)
         if not difference <= limit:
+            with self.analysis(own_attention=False):
+                check_repeatable(lambda: self._selected_logits(trace.ids[:, :-1], trace.positions))
             raise UnsupportedModelError(
                 f"the logits differ by {difference:.1e} (limit {limit:g}) from those of the "
                 "model's own attention on the sequence without its last token: the model is not "

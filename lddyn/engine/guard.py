@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lddyn.engine import layers
+from lddyn.engine.door import inside_adapters, replaced_forwards
 
 _P = ParamSpec("_P")
 
@@ -83,16 +84,9 @@ _REGISTRY = threading.Lock()  # held while `_LOCKS` is read or written
 
 
 def lock_of(model: nn.Module) -> threading.RLock:
-    """The lock of a model: one for a model, its adapters and its torch.compile wrapper."""
+    """The lock of a model: one for a model, its adapters and its wrappers."""
     with _REGISTRY:
         return _LOCKS.setdefault(inside_adapters(model), threading.RLock())
-
-
-def inside_adapters(model: nn.Module) -> nn.Module:
-    """The transformers model inside of torch.compile's wrapper and of peft's."""
-    whole: Any = getattr(model, "_orig_mod", model)
-    inner: nn.Module = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
-    return inner
 
 
 # --------------------------------------------------------------------------- modes of a model
@@ -100,13 +94,23 @@ def inside_adapters(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within; every module is in its own mode again afterwards.
+    """Evaluation mode within, and the model's plain, uncompiled forward; as before afterwards.
 
     Threads that want the same model wait for each other.
     """
     with lock_of(model), Undo() as undo:
         evaluate(model, undo)
-        yield
+        implement(model, QUIET, undo)
+        strip_forwards(model, undo)
+        device = next(model.parameters()).device.type
+        with torch.autocast(device, enabled=False), eager_code(model):
+            yield
+
+
+def strip_forwards(model: nn.Module, undo: Undo) -> None:
+    """Sets aside what trainers put in the place of the model's forward; see `door`."""
+    for module, forward in replaced_forwards(model):
+        undo.set(module, "forward", forward)
 
 
 def evaluate(model: nn.Module, undo: Undo) -> None:
@@ -119,14 +123,25 @@ def evaluate(model: nn.Module, undo: Undo) -> None:
 
 ATTENTION, EXPERTS = "_attn_implementation_internal", "_experts_implementation_internal"
 
+# Without the outputs that nobody reads here: hidden states and attentions install hooks, and a
+# mixture's router logits are made into a loss. Keys of transformers' configs.
+QUIET: dict[str, object] = {
+    "output_hidden_states": False,
+    "_output_attentions": False,
+    "output_router_logits": False,
+    "return_dict": True,
+}
 
-def implement(model: nn.Module, names: Mapping[str, str], undo: Undo) -> None:
-    """Gives a model other implementations: a config's key -> registered name.
+
+def implement(model: nn.Module, names: Mapping[str, object], undo: Undo) -> None:
+    """Gives a model other settings: a config's key -> value, such as a registered attention.
 
     The modules get changed copies of their configs, because other models may share the configs.
     """
     modules = list(model.modules())
     configs = {id(c): c for c in (m.__dict__.get("config") for m in modules) if c is not None}
+    if not any(getattr(c, n, v) != v for c in configs.values() for n, v in names.items()):
+        return
     changed = {
         key: copy.copy(config)
         for key, config in configs.items()
@@ -154,11 +169,15 @@ def attending(model: nn.Module, implementation: str) -> Iterator[None]:
 
 
 def freeze(model: nn.Module, undo: Undo) -> None:
-    """Switches the gradients of all parameters off."""
+    """Switches the gradients of all parameters off, and the hooks that change gradients."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             undo.add(functools.partial(parameter.requires_grad_, True))
             parameter.requires_grad_(False)
+        if parameter._backward_hooks:
+            hooks = parameter._backward_hooks
+            undo.add(functools.partial(setattr, parameter, "_backward_hooks", hooks))
+            parameter._backward_hooks = None
 
 
 def keep_buffers(model: nn.Module, undo: Undo, most: int = 1 << 16) -> None:

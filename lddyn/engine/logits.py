@@ -116,7 +116,7 @@ def own_response(model: nn.Module | Anatomy, example: Example) -> Response:
 
     Cost: one forward pass, with logits at every position.
     """
-    model = model.model if isinstance(model, Anatomy) else model
+    model = Anatomy.module_of(model)
     device = next(model.parameters()).device
     captured: list[Tensor] = []
     # Not output_hidden_states=True, for which transformers leaves hooks on the blocks.
@@ -184,7 +184,7 @@ def response_logits(
     Cost: 2 N FLOPs for each prompt token, once per distinct prompt (again where its responses fill
     another forward pass), and for each response token. The trial reads nine times the longest.
     """
-    model = model.model if isinstance(model, Anatomy) else model
+    model = Anatomy.module_of(model)
     vocabulary = _text_config(model).vocab_size
     if tokens is None:
         tokens = max(256, min(4096, (1 << 26) // vocabulary))

@@ -152,7 +152,8 @@ def _run_block(skeleton: Skeleton, watch: Watch, i: int, x: Tensor, call: Call) 
     block, (args, kwargs) = skeleton.blocks[i], call
     with watch, _recognised(skeleton, watch, block.modules()):
         try:
-            result = block(*join_hidden(x, args), **kwargs)
+            # Hooks of a block belong to the segments around it, which run the whole model.
+            result = block.forward(*join_hidden(x, args), **kwargs)
         except layers.Stopped:
             return x
     output: Tensor = result[0] if isinstance(result, tuple | list) else result

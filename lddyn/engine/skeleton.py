@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lddyn.engine import guard
+from lddyn.engine import door, guard
 from lddyn.engine.blocks import RunBlock, bind_block, find_blocks
 from lddyn.engine.ledger import FRONT, HEAD, TAIL, LedgerEntry
 from lddyn.engine.recognise import Recogniser
@@ -27,7 +27,7 @@ class Skeleton:
     """The parts of a model, the ledger of its parameters, and forward passes with replaced parts.
 
     Attributes:
-        model: The model as it was given, without a torch.compile wrapper.
+        model: The model as it was given, without torch.compile's and trainers' wrappers.
         base: The transformers model inside of adapters.
         head: Its output layer.
         blocks: Its decoder layers.
@@ -38,9 +38,9 @@ class Skeleton:
     """
 
     def __init__(self, model: nn.Module, attention: str, allow_frozen: bool):
-        model = getattr(model, "_orig_mod", model)  # a torch.compile wrapper
+        model = door.unwrapped(model)
         self.model, self.attention = model, attention
-        base: Any = guard.inside_adapters(model)
+        base: Any = door.inside_adapters(model)
         if not hasattr(base, "get_output_embeddings") or not hasattr(base, "config"):
             raise UnsupportedModelError(
                 f"expected a transformers causal LM (with get_output_embeddings and config), got "
@@ -51,6 +51,7 @@ class Skeleton:
                 "prompt-learning adapters (prompt, prefix or p-tuning) add virtual tokens that no "
                 "Example holds; LoRA-type adapters are supported"
             )
+        door.check_whole(model)
         self.base, self.head = base, _linear_head(base)
         self.blocks = find_blocks(base)
         with guard.lock_of(model):  # another thread's analysis may have switched gradients off
@@ -65,14 +66,6 @@ class Skeleton:
         self.head_weight = self._name_of(self.head.weight)
         self.head_bias = self._name_of(self.head.bias)
         self.streamed = any(map(is_streamed, model.parameters()))
-        if self.blocks[0]._forward_pre_hooks or self.blocks[-1]._forward_hooks:
-            # Elsewhere a hook that changes a hidden state is seen: one block's output is not the
-            # next one's input.
-            raise UnsupportedModelError(
-                f"the first or last block ({type(self.blocks[0]).__name__}) has forward hooks at "
-                "the end of the stack, which a replay would run at the wrong place: remove them, "
-                "or hook a module inside the block"
-            )
         self.recogniser = Recogniser({key: name for key, (name, _) in self.trainable_by_id.items()})
         # Length of the tuple that block i returns; 0 where it returns a tensor. Known by a trace.
         self.tuples = [0] * len(self.blocks)
@@ -139,11 +132,12 @@ class Skeleton:
                 self.base, "_supports_attention_backend", False
             ):
                 attention = "eager"
-            names = {guard.EXPERTS: "eager"}
+            names = {**guard.QUIET, guard.EXPERTS: "eager"}
             if own_attention:
                 names[guard.ATTENTION] = attention
             guard.implement(self.model, names, undo)
             guard.evaluate(self.model, undo)
+            guard.strip_forwards(self.model, undo)
             with (
                 torch.inference_mode(False),
                 torch.enable_grad(),

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lddyn.data.tokenizer import Tokenizer
 from lddyn.integrations.watcher import Probes, Watcher
+from lddyn.optimizers import unwrapped_optimizer
 
 __all__ = ["Watch"]
 
@@ -91,8 +92,8 @@ class Watch(Watcher):
         prompts: int | None = 64,
     ):
         super().__init__(probes, every=every, budget=budget, predict=predict, prompts=prompts)
-        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = inner  # accelerate's wrapper also counts the steps that it skips
+        # accelerate's wrapper also counts the steps that it skips
+        optimizer = unwrapped_optimizer(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"

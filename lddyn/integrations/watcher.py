@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from lddyn.data.example import Example
 from lddyn.data.tokenizer import Tokenizer
+from lddyn.engine.door import check_whole, unwrapped
 from lddyn.engine.pushforward import Direction, batched_shifts
 from lddyn.integrations.budget import Budget, budget_share
 from lddyn.integrations.dynamics_file import DynamicsFile, Row
 from lddyn.integrations.processes import Processes
-from lddyn.integrations.wrapping import check_whole, own_forward, reshard, unwrapped
+from lddyn.integrations.wrapping import reshard
 from lddyn.probes.measure import measure
 from lddyn.probes.probe_set import LABELS, Encoded, ProbeSet
 from lddyn.report import write_dynamics
@@ -122,7 +123,7 @@ class Watcher:
         model = unwrapped(model)
         run = None
         with self._safely("begin"):
-            check_whole(model)
+            check_whole(model, allow_fsdp2=True)
             run = self._prepare(tokenizer, processes, Path(folder), step)
         first_pass, failed = processes.vote(not self.rows, self._failed)
         if run is None or failed:
@@ -137,7 +138,7 @@ class Watcher:
         if run is None or not self.predict or run.processes.sharded or not self._due(run, step):
             return
         model = unwrapped(model)
-        with self._safely("step"), run.budget.paid(), own_forward(model):
+        with self._safely("step"), run.budget.paid():
             weights = {
                 n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
             }
@@ -191,7 +192,7 @@ class Watcher:
 
     def _pass(self, run: _Run, where: str, model: nn.Module, step: int, log: Log) -> None:
         with self._safely(where):
-            with run.budget.paid(), own_forward(model):
+            with run.budget.paid():
                 means, each = _measure(run, model)
                 reshard(model)
             run.budget.complete_pass()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lddyn import ops
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
-from lddyn.engine.guard import eager_code, evaluating
+from lddyn.engine.guard import evaluating
 from lddyn.engine.logits import response_logits
 from lddyn.probes.probe_set import Encoded
 
@@ -98,10 +98,10 @@ def measure(
         >>> measure(model, examples).tokens
         tensor([3., 2.], dtype=torch.float64)
     """
-    model = model.model if isinstance(model, Anatomy) else model
+    model = Anatomy.module_of(model)
     examples = probes.examples if isinstance(probes, Encoded) else list(probes)
     sums = torch.zeros(len(examples), len(_SUMS), dtype=torch.float64)
-    with evaluating(model), eager_code(model):
+    with evaluating(model):
         for logits, targets, owners in response_logits(model, examples, tokens=tokens):
             sums.index_add_(0, owners, _statistics(logits, targets).cpu())
     count = torch.tensor([float(len(e)) for e in examples], dtype=torch.float64)

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.door import check_repeatable
 from lddyn.engine.gradient import flat_gradient, unflatten
 from lddyn.engine.guard import evaluating
 from lddyn.engine.logits import own_response
 from lddyn.engine.pushforward import log_prob_shifts
 from lddyn.engine.reference_policy import Reference, reference_log_probs
 from lddyn.engine.trace import Trace
-from lddyn.errors import UnsupportedModelError
+from lddyn.errors import UnrepeatableModelError, UnsupportedModelError
 
 __all__ = ["Access"]
 
@@ -35,10 +36,11 @@ class Access:
 
     Raises:
         ValueError: If no parameter is trainable.
+        UnrepeatableModelError: If the model's logits change from one pass to the next.
     """
 
     def __init__(self, model: nn.Module | Anatomy, probe: Example):
-        self.model: nn.Module = model.model if isinstance(model, Anatomy) else model
+        self.model: nn.Module = Anatomy.module_of(model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter of the model has requires_grad=True: no step moves it")
@@ -47,7 +49,11 @@ class Access:
         try:
             self._anatomy = Anatomy.of(model)
             self.push(probe, [torch.zeros(self.size)])
+        except UnrepeatableModelError:
+            raise
         except UnsupportedModelError as error:
+            with evaluating(self.model):
+                check_repeatable(lambda: own_response(self.model, probe).logits)
             self._anatomy, self.unavailable = None, str(error)
 
     @property

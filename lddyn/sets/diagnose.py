@@ -112,7 +112,7 @@ def diagnose(
     set_ = PairSet.of(pairs, row_numbers, faults)
     _check(set_, close_ups, validate)
     loss = Loss(objective, None, **parameters)
-    module = model.model if isinstance(model, Anatomy) else model
+    module = Anatomy.module_of(model)
     _check_limits(module, set_)
     check_reference(reference, len(set_))  # errors in it are raised before the work
     access = Access(model, set_.examples[0])

@@ -77,7 +77,7 @@ def _take_apart(
     pair: int,
     lr: float,
 ) -> PairStep:
-    module = model.model if isinstance(model, Anatomy) else model
+    module = Anatomy.module_of(model)
     small = sum(p.numel() for p in module.parameters()) <= _COPIED
     chosen, rejected = diagnosis.pairs[pair]
     update = preference(

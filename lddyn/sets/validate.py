@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from lddyn.engine.door import copied
 from lddyn.engine.gradient import flat_gradient
 from lddyn.engine.guard import evaluating
 from lddyn.engine.logits import own_response
@@ -79,7 +79,7 @@ def _take_steps(
 ) -> Tensor:
     """Measured Δ log π(y+) of all pairs by a step on each batch, (batches, N) nats."""
     measured = torch.empty(len(batches), len(step), dtype=torch.float64)
-    moved = copy.deepcopy(model)
+    moved = copied(model)
     pairs = zip(moved.parameters(), model.parameters(), strict=True)
     parts = [(new, old) for new, old in pairs if old.requires_grad]
     own = [new for new, _ in parts]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.door import copied
 from lddyn.engine.gradient import gradient_of_loss
 from lddyn.engine.gram import Side, factored_push
 from lddyn.engine.guard import true_float64, undisturbed
@@ -20,7 +20,7 @@ from lddyn.engine.pushforward import delta_log_probs, realised_shift
 from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Trace
 from lddyn.errors import UnsupportedModelError
-from lddyn.optimizers import Direction, copy_optimizer
+from lddyn.optimizers import Direction, copy_optimizer, hooked
 from lddyn.steps.precision import coarse, weight_change
 from lddyn.steps.setup import Setup, UpdateState, shifted_copy
 from lddyn.steps.verification import Verification, log_log_slope
@@ -199,7 +199,7 @@ class Session:
             raise UnsupportedModelError(
                 f"a streamed model cannot be copied in {dtype}: use dtype=None, in its own"
             )
-        model = shifted_copy(self.model, None) if streamed else copy.deepcopy(self.model)
+        model = shifted_copy(self.model, None) if streamed else copied(self.model)
         if dtype is not None:
             model = model.to(dtype)
         exact = true_float64() if dtype is torch.float64 else contextlib.nullcontext()
@@ -224,7 +224,7 @@ class Session:
         trainable = {n: p for n, p in stepped.named_parameters() if p.requires_grad}
         optimizer = self._optimizer_over(stepped, factor)
         for name, parameter in trainable.items():
-            parameter.grad = gradient[name].clone()
+            parameter.grad = hooked(self.setup.anatomy.trainable[name], gradient[name].clone())
         if self.setup.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(trainable.values()), self.setup.max_grad_norm)
         optimizer.step()

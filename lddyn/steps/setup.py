@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Container, Mapping, Sequence
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.door import copied
 from lddyn.engine.gradient import gradient
 from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Trace
@@ -25,6 +25,7 @@ from lddyn.optimizers import (
     make_optimizer,
     optimizer_kind,
     optimizer_step,
+    unwrapped_optimizer,
 )
 from lddyn.steps.rules import Rule, rule_named
 
@@ -139,6 +140,7 @@ def _fixed_optimizer(
         if lr is None:
             raise ValueError(f"lr is needed with optimizer={optimizer!r}")
         return make_optimizer(optimizer, list(trainable.values()), lr), lr
+    optimizer = unwrapped_optimizer(optimizer)
     optimizer_kind(optimizer)
     rates = {float(g["lr"]) for g in optimizer.param_groups}
     if lr is None or rates == {lr}:
@@ -218,18 +220,10 @@ def shifted_copy(model: nn.Module, shift: Direction | None, scale: float = 1.0) 
     try:
         for parameter, _ in gradients:
             parameter.grad = None
-        moved = copy.deepcopy(model, memo)
+        moved = copied(model, memo)
     finally:
         for parameter, grad in gradients:
             parameter.grad = grad
-    for (name, old), new in zip(model.named_modules(), moved.modules(), strict=True):
-        own = old.__dict__.get("forward")
-        if own is not None and new.__dict__["forward"] is own:
-            raise UnsupportedModelError(
-                f"the forward of {name or type(model).__name__} was replaced by a plain function, "
-                "which in a copy of the model would still run the original's weights: use "
-                "types.MethodType or functools.partial"
-            )
     if shift:
         with torch.no_grad():
             for name, parameter in moved.named_parameters():

@@ -726,13 +726,12 @@ def test_rotary_angles_that_depend_on_the_length_are_not_cut():
     assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
 
 
-@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
-def test_hooked_blocks_are_refused(kind):
+@pytest.mark.case("forward hooks at the ends of the stack")
+def test_hooks_at_the_ends_of_the_stack_are_run_once():
     model = zoo.build("llama")
-    layer = model.model.layers[-1 if kind == "register_forward_hook" else 0]
-    getattr(layer, kind)(lambda *args: None)
-    with pytest.raises(UnsupportedModelError, match="hooks"):
-        lddyn.Anatomy(model)
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: (1.5 * args[0],))
+    model.model.layers[-1].register_forward_hook(lambda _, args, out: out * 0.7)
+    assert influence_error(model) < 1e-5
 
 
 def test_models_that_are_not_causal_are_refused():

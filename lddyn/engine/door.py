@@ -1,0 +1,199 @@
+"""Models as trainers hold them: what is around the causal LM, and what was done to its forward.
+
+A trainer wraps the model (torch.compile, DistributedDataParallel, peft), replaces the `forward` of
+the instance (TRL's fused head, accelerate's autocast), and splits or offloads its weights.
+Everything that lddyn computes begins here:
+
+    unwrapped         the module inside wrappers that add no computation of their own
+    shells            the module, its adapters, and the transformers model inside
+    check_whole       refuses weights that are not in this process's memory
+    replaced_forwards instance forwards to set aside while the model is analysed
+    copied            a copy of a model that runs its own weights
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lddyn.engine.trial import REPLAYED, Trial, close
+from lddyn.errors import UnrepeatableModelError, UnsupportedModelError
+
+_SAME_FORWARD = Trial("the forward of the class computes what the instance's does", tolerant=True)
+
+Forward = Callable[..., Any]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile, (Distributed)DataParallel, DeepSpeed's engine and averages.
+
+    A wrapper is recognised by the one submodule it is made around, `module` or `_orig_mod`, and by
+    having no output embeddings of its own.
+    """
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and not hasattr(type(model), "get_output_embeddings"):
+            inner = model._modules.get("module")
+        if inner is None:
+            return model
+        model = inner
+
+
+def inside_adapters(model: nn.Module) -> nn.Module:
+    """The transformers model inside of wrappers and of peft's adapters."""
+    inner: Any = unwrapped(model)
+    while hasattr(inner, "get_base_model"):
+        inner = unwrapped(inner.get_base_model())
+    return inner  # type: ignore[no-any-return]
+
+
+def shells(model: nn.Module) -> list[nn.Module]:
+    """The module, the peft modules inside of it, and the transformers model, from outside in."""
+    outer, inner = unwrapped(model), inside_adapters(model)
+    tuner = getattr(outer, "base_model", None) if outer is not inner else None
+    middle = [tuner] if isinstance(tuner, nn.Module) and tuner is not inner else []
+    return [outer, *middle, inner] if outer is not inner else [inner]
+
+
+def check_whole(model: nn.Module, *, allow_fsdp2: bool = False) -> None:
+    """Refuses a model whose weights are not whole in this process's memory.
+
+    Args:
+        model: The model.
+        allow_fsdp2: Accept weights that `fully_shard` splits: plain passes gather them.
+
+    Raises:
+        UnsupportedModelError: The message says what splits or offloads them, and what to use.
+    """
+    for module in model.modules():
+        if "_fsdp_wrapped_module" in module._modules:
+            raise UnsupportedModelError(
+                "the model is sharded by FullyShardedDataParallel (FSDP 1), expected whole "
+                "parameters or fully_shard: use FSDP 2 (fsdp_version: 2)"
+            )
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise UnsupportedModelError(
+                f"parameter {name} is sharded by DeepSpeed ZeRO-3, expected whole parameters: use "
+                "ZeRO-2, or FSDP 2"
+            )
+        if hasattr(parameter, "placements") and not allow_fsdp2:
+            raise UnsupportedModelError(
+                f"parameter {name} is split over processes by FSDP 2 (fully_shard): save the model "
+                "and analyse the saved one, or watch the run with lddyn.integrations, whose passes "
+                "gather the weights"
+            )
+        if parameter.is_meta:
+            raise UnsupportedModelError(
+                f"parameter {name} is on the meta device, as accelerate leaves the weights that it "
+                "offloads to CPU or disk: lddyn.stream(folder) reads the weights of a model that "
+                "does not fit into memory"
+            )
+
+
+def check_repeatable(logits: Callable[[], Tensor]) -> None:
+    """Runs a model twice on the same token ids.
+
+    Args:
+        logits: Runs it, in evaluation mode.
+
+    Raises:
+        UnrepeatableModelError: If the logits differ.
+    """
+    with torch.no_grad():
+        one, other = logits(), logits()
+    if not close(other, one, REPLAYED.of(one.dtype)):
+        raise UnrepeatableModelError(
+            "two forward passes over the same token ids return different logits: something in the "
+            "model draws random numbers in evaluation mode, or keeps a state (a noise hook on the "
+            "embeddings does): remove it, or make it depend on module.training"
+        )
+
+
+# --------------------------------------------------------------------------- forwards
+
+
+def replaced_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
+    """Modules whose own `forward` was replaced, each with the plain forward to run in its place.
+
+    accelerate keeps what it wrapped in autocast as `_original_forward`. Any other replacement
+    (TRL's fused head) is set aside where a trial shows that it returns the logits of the class's
+    forward.
+
+    Cost: two forward passes over eight tokens, once for each replaced forward.
+    """
+    for shell in shells(model):
+        replaced = shell.__dict__.get("forward")
+        if replaced is None:
+            continue
+        given = shell.__dict__.get("_original_forward", replaced)
+        plain = types.MethodType(type(shell).forward, shell)
+        if "_hf_hook" not in shell.__dict__ and _same(shell, given, plain):
+            yield shell, plain
+        elif given is not replaced:
+            yield shell, given
+
+
+def _same(shell: nn.Module, given: Forward, plain: types.MethodType) -> bool:
+    function = getattr(given, "__func__", given)
+    if function is plain.__func__:
+        return True
+    key = f"{type(shell).__name__}, {getattr(function, '__qualname__', '')}", id(function)
+
+    @torch.no_grad()
+    def check() -> bool:
+        embedding: Any = shell.get_input_embeddings()  # type: ignore[operator]
+        weight: Tensor = embedding.weight
+        ids = torch.arange(3, 11, device=weight.device)[None] % weight.shape[0]
+        own, other = (f(input_ids=ids, use_cache=False).logits for f in (plain, given))
+        return close(other, own, REPLAYED.of(own.dtype))
+
+    return _SAME_FORWARD.passes(shell, key, check)
+
+
+def foreign_forward(model: nn.Module) -> str:
+    """Explains a forward of the instance that may run another model's modules; "" without one."""
+    forward = model.__dict__.get("forward")
+    if forward is None:
+        return ""
+    name = getattr(forward, "__qualname__", type(forward).__name__)
+    return (
+        f" (the instance has a forward of its own, {name}; in a copy of a model such a function "
+        "still runs the original's modules: delete it with `del model.forward`)"
+    )
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a model, without replaced forwards, which would run the original's weights.
+
+    Args:
+        model: A model, not changed.
+        memo: As in `copy.deepcopy`: objects that the copy shares.
+
+    Raises:
+        UnsupportedModelError: If another module's forward was replaced by a plain function.
+    """
+    set_aside = [shell for shell, _ in replaced_forwards(model)]
+    moved = copy.deepcopy(model, {} if memo is None else memo)
+    for parameter, own in zip(model.parameters(), moved.parameters(), strict=True):
+        own._backward_hooks = parameter._backward_hooks  # not copied with a parameter
+    for (name, old), new in zip(model.named_modules(), moved.modules(), strict=True):
+        if old in set_aside:
+            own = new.__dict__.pop("_original_forward", None)
+            del new.__dict__["forward"]
+            if "_hf_hook" in old.__dict__:
+                new.__dict__["forward"] = own
+            continue
+        own = old.__dict__.get("forward")
+        if own is not None and new.__dict__["forward"] is own:
+            raise UnsupportedModelError(
+                f"the forward of {name or type(model).__name__} was replaced by a plain function, "
+                "which in a copy of the model would still run the original's weights: use "
+                "types.MethodType or functools.partial"
+            )
+    return moved
