@@ -7,7 +7,7 @@ taps. `forward_batch` is the forward pass of a batch, which may keep the graphs 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def arguments(skeleton: Skeleton, ids: Tensor) -> list[Call]:
 
 
 @contextlib.contextmanager
-def _requiring(parameters: dict[str, Tensor]) -> Iterator[list[Direct]]:
+def _requiring(parameters: Mapping[str, Tensor]) -> Iterator[list[Direct]]:
     """Parameters that require their gradients within, with the edges at which they get them."""
     try:
         for parameter in parameters.values():
