@@ -118,7 +118,7 @@ class Estimate(Result):
         }
 
     def save(self, path: str | Path) -> None:
-        """Writes `path`.safetensors and `path`.json."""
+        """Writes `path`.json and its tensors (`lddyn.results`), in one commit."""
         tensors = {"value": self.value, "stderr": self.stderr}
         save_result(path, "lddyn.Estimate", 1, tensors, {"samples": self.samples})
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,14 @@ __all__ = [
     "JsonObject",
     "canonical",
     "digest_of",
-    "json_lines",
     "json_safe",
+    "parse_json",
+    "read_regular",
+    "read_sealed",
     "read_stored",
     "replace_file",
+    "sealed",
+    "unsealed",
     "write_durably",
 ]
 
@@ -66,35 +70,131 @@ def sync_folder(path: Path) -> None:
 
 
 def write_durably(path: Path, data: bytes | bytearray) -> None:
-    """Write a file that is whole or old after a crash of the process or a loss of power.
+    """Write a file of a store: it is whole or old after a crash or a loss of power.
+
+    The folder's one writer calls it, so that all files share the temporary name `TEMPORARY`.
 
     Cost: it waits for the disk, twice.
     """
-    temporary = path.with_name(TEMPORARY)
-    temporary.unlink(missing_ok=True)  # with O_EXCL below: never writes through a link
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        write_all(fd, data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    _replace(path, data, path.with_name(TEMPORARY), durable=True)
 
 
-def replace_file(path: Path, content: str | bytes) -> None:
+def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> None:
     """Write a file that other processes see whole: the old one or the new one.
 
-    Unlike `write_durably` it does not wait for the disk: after a loss of power the old one may be
-    there.
+    A link at its temporary name is removed and never followed.
 
     Args:
         path: The file; it may exist.
         content: Its bytes, or its text (written as UTF-8).
+        durable: Wait for the disk, so that a loss of power leaves the old or the new one, too.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
+    data = content.encode() if isinstance(content, str) else content
+    _replace(path, data, path.with_name(path.name + ".tmp"), durable=durable)
+
+
+def _replace(path: Path, data: bytes | bytearray, temporary: Path, *, durable: bool) -> None:
+    temporary.unlink(missing_ok=True)  # with O_EXCL below: never writes through a link
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        write_all(fd, data)
+        if durable:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.replace(temporary, path)
+    if durable:
+        sync_folder(path.parent)
+
+
+def read_regular(path: Path, limit: int | None = None) -> bytes:
+    """All bytes of a regular file: a device, a pipe or a folder of that name is refused unread.
+
+    Args:
+        path: The file, or a link to it.
+        limit: Most bytes that it may have. None: any.
+
+    Raises:
+        OSError: If it is missing or cannot be read.
+        ValueError: If it is no regular file, or larger than `limit`.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer must not block
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: must be a regular file")
+        if limit is not None and status.st_size > limit:
+            raise ValueError(f"{path}: larger than {limit} bytes")
+        return file.read()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text whose objects name every key once.
+
+    Raises:
+        ValueError: If it is no JSON, nested too deeply, or a key occurs twice in one object.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {twice!r} occurs twice in one object")
+        return values
+
+    try:
+        return json.loads(
+            text if isinstance(text, str) else text.decode("utf-8"), object_pairs_hook=once
+        )
+    except RecursionError:
+        raise ValueError("too deeply nested") from None
+
+
+def sealed(content: Mapping[str, Any], indent: int | None = 1) -> str:
+    """The JSON text of `json_safe(content)` with its "digest": `unsealed` sees any later change.
+
+    Args:
+        content: The content, without an entry "digest".
+        indent: None writes one line.
+
+    Raises:
+        TypeError: If the content holds what JSON cannot.
+    """
+    values = json_safe({**content})
+    values["digest"] = digest_of(canonical(values))
+    return json.dumps(values, indent=indent, allow_nan=False) + "\n"
+
+
+def unsealed(text: str | bytes, name: str) -> dict[str, Any]:
+    """The content of a text that `sealed` made, without its digest.
+
+    Args:
+        text: The text.
+        name: What errors call it.
+
+    Raises:
+        ValueError: If it has changed since it was written, or was never sealed.
+    """
+    try:
+        values = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is not as lddyn wrote it: {error}") from error
+    if not isinstance(values, dict) or "digest" not in values:
+        raise ValueError(f"{name} has no digest: this version of lddyn did not write it")
+    if values.pop("digest") != digest_of(canonical(values)):
+        raise ValueError(f"{name} is not as lddyn wrote it: its digest differs")
+    return dict(values)
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The content of a file that holds what `sealed` made, without its digest.
+
+    Raises:
+        OSError: If the file is missing or cannot be read.
+        ValueError: If it has changed since it was written, or was never sealed.
+    """
+    return unsealed(read_regular(path), path.name)
 
 
 def read_stored(path: Path, offset: int = 0, limit: int | None = None) -> bytes:
@@ -119,13 +219,6 @@ def read_stored(path: Path, offset: int = 0, limit: int | None = None) -> bytes:
         raise StoreCorruptError(f"{path}: this file of the store is missing") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error}") from error
-
-
-def json_lines(path: Path) -> Iterator[Any]:
-    """The value of every line of a JSONL file; a line that a crash cut short is skipped."""
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
 
 
 def json_safe(value: Any) -> Any:

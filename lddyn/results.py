@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import abc
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lddyn.files import JsonObject, json_safe, replace_file
+from lddyn.files import JsonObject, digest_of, read_regular, read_sealed, replace_file, sealed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,11 +48,6 @@ class Result(abc.ABC):
         return f"{type(self).__name__}({', '.join(shown[:8])})"
 
 
-def _files(path: str | Path) -> tuple[Path, Path]:
-    path = Path(path)
-    return path.with_name(path.name + ".safetensors"), path.with_name(path.name + ".json")
-
-
 def save_result(
     path: str | Path,
     kind: str,
@@ -59,25 +55,57 @@ def save_result(
     tensors: Mapping[str, Tensor],
     facts: Mapping[str, Any],
 ) -> None:
-    """Writes `path`.json, and `path`.safetensors if there are tensors; each is replaced as a whole.
+    """Writes `path`.json, and `path`.DIGEST.safetensors if there are tensors, in one commit.
+
+    The JSON file names the tensors' file and holds the digests of both. It is replaced last and as
+    a whole: after a crash or a loss of power the old result is there, or the new one.
 
     Args:
         path: Where, without the endings. Folders are created.
         kind: What it is, such as "lddyn.Estimate".
         version: Of the format; to be raised whenever older code could not read it.
         tensors: Name → tensor.
-        facts: Everything else, for JSON.
+        facts: Everything else, for JSON; NaN and infinities become null.
+
+    Raises:
+        OSError: If the disk refuses; what was saved before is still there.
+
+    Cost: one copy of the tensors in memory; it waits for the disk.
     """
-    data, meta = _files(path)
-    data.parent.mkdir(parents=True, exist_ok=True)
-    head = {"kind": kind, "format": version, "tensors": bool(tensors)}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = path.with_name(path.name + ".json")
+    older = _tensors_of(record)
+    content = {"kind": kind, "format": version, **facts}
+    kept = None
     if tensors:
         from safetensors.torch import save
 
-        kept = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-        replace_file(data, save(kept))
-    text = json.dumps({**head, **json_safe(facts)}, indent=1, allow_nan=False)
-    replace_file(meta, text)
+        data = save({n: tensor.detach().contiguous().clone() for n, tensor in tensors.items()})
+        digest = digest_of(data)
+        kept = path.with_name(f"{path.name}.{digest[:12]}.safetensors")
+        replace_file(kept, data, durable=True)
+        content["tensors"] = {"file": kept.name, "digest": digest}
+    replace_file(record, sealed(content), durable=True)
+    if older is not None and older != kept:
+        older.unlink(missing_ok=True)
+
+
+def _tensors_of(record: Path) -> Path | None:
+    """The file of tensors that a saved result names, or None: what a newer save leaves behind."""
+    try:
+        name = json.loads(record.read_text(encoding="utf-8"))["tensors"]["file"]
+        return record.with_name(name) if _is_name(name, record) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _is_name(name: object, record: Path) -> bool:
+    """Whether a file of this name can hold the tensors of the result: never one elsewhere."""
+    stem = re.escape(record.name.removesuffix(".json"))
+    return isinstance(name, str) and bool(
+        re.fullmatch(rf"{stem}\.[0-9a-f]{{12}}\.safetensors", name)
+    )
 
 
 def load_result(
@@ -86,25 +114,35 @@ def load_result(
     """Reads what `save_result` wrote: the tensors, and the facts.
 
     Raises:
-        ValueError: If a file is missing or damaged, or holds another kind of result, or a format of
-            another version.
+        ValueError: If a file is missing, damaged or of another save, or holds another kind of
+            result, or a format of another version.
     """
-    data, meta = _files(path)
-    tensors: dict[str, Tensor] = {}
+    path = Path(path)
+    record = path.with_name(path.name + ".json")
     try:
-        facts: JsonObject = json.loads(meta.read_text(encoding="utf-8"))
-        if facts.pop("tensors", True):
-            from safetensors.torch import load_file
-
-            tensors = load_file(data, device=device)
-        held, held_version = facts.get("kind", kind), facts.get("format", 1)
+        facts = read_sealed(record)
+        held, held_version = facts.get("kind"), facts.get("format")
+        if held != kind:
+            raise ValueError(f"it holds {held}")
+        if held_version != version:
+            raise ValueError(
+                f"its format is {held_version}, and this version of lddyn reads format {version}: "
+                "read it with the version that wrote it, or make it anew"
+            )
+        return _read_tensors(record, facts.pop("tensors", None), device), facts
     except Exception as error:
-        raise ValueError(f"{path}: cannot be read as {kind}: {error!r}") from error
-    if held != kind:
-        raise ValueError(f"{path}: cannot be read as {kind}: it holds {held}")
-    if held_version != version:
-        raise ValueError(
-            f"{path}: cannot be read as {kind}: its format is {held_version}, and this version of "
-            f"lddyn reads format {version}: read it with the version that wrote it, or make it anew"
-        )
-    return tensors, facts
+        raise ValueError(f"{path}: cannot be read as {kind}: {error}") from error
+
+
+def _read_tensors(record: Path, entry: Any, device: str) -> dict[str, Tensor]:
+    if entry is None:
+        return {}
+    name = entry["file"]
+    if not _is_name(name, record):
+        raise ValueError(f"{record.name} names a file of tensors that cannot be its own: {name!r}")
+    data = read_regular(record.with_name(name))
+    if digest_of(data) != entry["digest"]:
+        raise ValueError(f"{name} has changed since it was saved: digests differ")
+    from safetensors.torch import load
+
+    return {name: tensor.to(device) for name, tensor in load(data).items()}

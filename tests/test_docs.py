@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import lddyn
 from lddyn.cli.app import app
 from lddyn.demo import world as demo
+from lddyn.files import sealed
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -73,7 +74,9 @@ def workplace(world, folder, tmp_path, monkeypatch):
         Path(name).write_text(rows)
     Path("RUN", "lddyn").mkdir(parents=True)
     passes = [{"step": step, "change/chosen": -0.5 * step} for step in range(3)]
-    Path("RUN", "lddyn", "dynamics.jsonl").write_text("\n".join(map(json.dumps, passes)))
+    Path("RUN", "lddyn", "dynamics.jsonl").write_text(
+        "".join(sealed(row, indent=None) for row in passes)
+    )
     for name in ("SFT", "RUN/checkpoint-8", "RUN/checkpoint-32"):
         Path(name).symlink_to(folder)
     return tmp_path

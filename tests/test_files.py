@@ -11,10 +11,14 @@ from lddyn.files import (
     TEMPORARY,
     canonical,
     digest_of,
-    json_lines,
     json_safe,
+    parse_json,
+    read_regular,
+    read_sealed,
     read_stored,
     replace_file,
+    sealed,
+    unsealed,
     write_durably,
 )
 
@@ -69,6 +73,39 @@ def test_read_says_what_is_wrong_with_a_file_of_a_store(tmp_path):
         read_stored(tmp_path)
 
 
+def test_sealed_text_shows_every_change(tmp_path):
+    content = {"a": [1, 2.5, None], "lone": "\ud800", "b": {"c": math.nan}}
+    (tmp_path / "x.json").write_text(sealed(content))
+    assert read_sealed(tmp_path / "x.json") == {**content, "b": {"c": None}}
+    text = sealed(content, indent=None)
+    assert text.count("\n") == 1
+    for changed in (
+        text.replace("2.5", "2.6"),
+        text[:-3],
+        "[]",
+        "{}",
+        text.replace("{", '{"a": 1, ', 1),
+    ):
+        with pytest.raises(ValueError, match=r"^x "):
+            unsealed(changed, "x")
+    with pytest.raises(ValueError, match="the key 'a' occurs twice"):
+        parse_json('{"a": 1, "a": 2}')
+    with pytest.raises(ValueError, match="too deeply nested"):
+        parse_json("[" * 100_000)
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        with pytest.raises((ValueError, OSError)):
+            read_regular(path)
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "file").write_bytes(b"abc")
+    assert read_regular(tmp_path / "link") == b"abc"
+    with pytest.raises(ValueError, match="larger than 2 bytes"):
+        read_regular(tmp_path / "file", 2)
+
+
 def test_digests_do_not_depend_on_parts_or_order_of_keys():
     assert digest_of(b"ab", b"c") == digest_of(b"abc") == "ba7816bf8f01cfea414140de5dae2223"
     assert canonical({"b": [1, 2], "a": "χ"}) == canonical({"a": "χ", "b": (1, 2)})
@@ -81,9 +118,3 @@ def test_json_safe_values_are_strict_json():
     want = {"1": [None, [None, 2.0]], "b": {"c": None}, "d": None}
     assert json_safe(value) == want
     assert json.loads(json.dumps(json_safe(value), allow_nan=False)) == want
-
-
-def test_json_lines_skips_what_a_crash_cut_short(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"step": 1}\n\n[2, "\u2028"]\n{"step": 3, "lo', encoding="utf-8")
-    assert list(json_lines(path)) == [{"step": 1}, [2, "\u2028"]]

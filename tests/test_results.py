@@ -1,11 +1,14 @@
 """Every public result explains itself, hands out JSON-safe numbers, and prints in a few lines."""
 
 import json
+import os
+import random
 import tempfile
 
 import pytest
 import torch
 import zoo
+from mutations import mutate
 
 import lddyn
 from lddyn.results import Result, load_result, save_result
@@ -102,6 +105,61 @@ def test_the_verbs(name, model, step, tmp_path):
     assert not [p for p in path.parent.iterdir() if p.suffix == ".tmp"]
     with pytest.raises(ValueError):
         type(result).load(tmp_path / "absent", *other)
+
+
+@pytest.mark.parametrize("name", [n for n in RESULTS if n not in ("Observed", "Plan")])
+def test_damaged_files_are_never_read(name, model, step, tmp_path):
+    """Any change of any file is an error that names the result, or changes nothing that is read."""
+    more = [model] if name == "LowRank" else []
+    second = lddyn.decompose(model, zoo.examples()[0], lddyn.SFT(zoo.examples()[1]), 2e-3)
+    saves = []
+    for number, held in enumerate((step, second)):
+        result = RESULTS[name](model, held)
+        folder = tmp_path / str(number)
+        result.save(folder / "result")
+        saves.append({p.name: p.read_bytes() for p in folder.iterdir()})
+        if not number:
+            whole = [result.to_dict()]
+    whole.append(type(result).load(folder / "result", *more).to_dict())
+    rng, refused = random.Random(name), 0
+    for turn in range(60):
+        damaged = mutate(*saves, rng)
+        place = tmp_path / f"damaged-{turn}"
+        place.mkdir()
+        for file, data in damaged.items():
+            (place / file).write_bytes(data)
+        try:
+            assert type(result).load(place / "result", *more).to_dict() in whole
+        except ValueError as error:
+            assert f"lddyn.{name}" in str(error) and str(place) in str(error)
+            refused += 1
+    assert refused > 40
+
+
+def test_an_interrupted_save_leaves_the_result_before_it(step, model, tmp_path, monkeypatch):
+    path = tmp_path / "result"
+    step.save(path)
+    second = lddyn.decompose(model, zoo.examples()[0], lddyn.SFT(zoo.examples()[1]), 2e-3)
+    writes = []
+
+    def full(*arguments):
+        writes.append(arguments)
+        raise OSError("no space left on device")
+
+    for call in ("fsync", "replace", "pwrite"):
+        for allowed in (0, 1):
+            real, calls = getattr(os, call), []
+
+            def limited(*arguments, real=real, calls=calls, allowed=allowed):
+                calls.append(1)
+                return real(*arguments) if len(calls) <= allowed else full(*arguments)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, call, limited)
+                with pytest.raises(OSError, match="no space left"):
+                    second.save(path)
+            assert lddyn.Decomposition.load(path).to_dict() == step.to_dict()
+    assert len(writes) == 6
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -129,13 +129,16 @@ class Kernel:
         }
 
     def save(self, folder: Path) -> None:
-        """Writes kernel.safetensors, and lowrank.safetensors and .json where there are factors."""
-        from safetensors.torch import save_file
+        """Writes kernel.safetensors, and lowrank.json and its tensors where there are factors."""
+        from safetensors.torch import save
+
+        from lddyn.files import replace_file
 
         tensors = {"gram": self.gram}
         if self.norms is not None:
             tensors |= {"norms": self.norms.value, "norms_stderr": self.norms.stderr}
-        save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "kernel.safetensors")
+        data = save({n: t.contiguous() for n, t in tensors.items()})
+        replace_file(folder / "kernel.safetensors", data)
         if self.factors is not None:
             self.factors.save(folder / "lowrank")
 

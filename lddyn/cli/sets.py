@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -303,6 +302,7 @@ def filter(
     were not diagnosed are kept.
     """
     from lddyn.data.read import rows
+    from lddyn.files import read_sealed
     from lddyn.sets.filter import check_source, filter_rows
 
     if not drop and not reweight:
@@ -310,7 +310,7 @@ def filter(
     file = check_source(folder, data)
     if (out / "kept.jsonl").resolve() == file.resolve():
         raise ValueError(f"{out}: kept.jsonl there is the data file itself; give another --out")
-    diagnosis = json.loads((folder / "diagnosis.json").read_text(encoding="utf-8"))
+    diagnosis = read_sealed(folder / "diagnosis.json")
     filtered = filter_rows(rows(file), diagnosis, drop=drop, reweight=reweight)
     if filtered.helpful:
         warn(f"only {drop - filtered.helpful} of the {drop} dropped pairs lower chosen responses")

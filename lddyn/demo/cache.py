@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -15,7 +14,7 @@ import platformdirs
 import torch
 from safetensors.torch import load_file, save_file
 
-from lddyn.files import JsonObject
+from lddyn.files import JsonObject, read_sealed, sealed
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -56,7 +55,7 @@ def save(path: Path, trained: Trained) -> bool:
             save_file(weights, building / "model.safetensors", metadata={"format": "pt"})
             files = {file.name: _digest(file) for file in sorted(building.iterdir())}
             manifest = {"stats": stats, "sha256": files}
-            (building / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            (building / "manifest.json").write_text(sealed(manifest), encoding="utf-8")
             if path.exists():
                 shutil.rmtree(path)
             building.rename(path)
@@ -73,7 +72,7 @@ def load(path: Path) -> Trained | None:
     if not path.exists():
         return None
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = read_sealed(path / "manifest.json")
         absent = {"config.json", "model.safetensors", "tokenizer.json"} - set(manifest["sha256"])
         if absent:
             raise ValueError(f"the manifest does not name {sorted(absent)}")

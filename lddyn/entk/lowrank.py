@@ -190,7 +190,7 @@ class LowRank(Result):
         }
 
     def save(self, path: str | Path) -> None:
-        """Writes `path`.safetensors and `path`.json: all but the weight of the model's head."""
+        """Writes `path`.json and its tensors: all but the weight of the model's head."""
         tensors = {
             "left": self.left,
             "right": self.right,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lddyn.files import JsonObject, json_lines, json_safe, replace_file
+from lddyn.files import JsonObject, replace_file, sealed
 from lddyn.probes.probe_set import Encoded
+from lddyn.report.dynamics import read_lines
 
 __all__ = ["DynamicsFile"]
 
@@ -23,7 +24,8 @@ Row = dict[str, float]
 class DynamicsFile:
     """The rows of one run in its folder.
 
-    A line is the row, "each" (log-prob of each example, nats) and "probes" (digest of the probes).
+    A line is the row, "each" (log-prob of each example, nats), "probes" (digest of the probes) and
+    "digest" (of the line).
 
     Args:
         folder: Folder of the run; it is made.
@@ -38,7 +40,7 @@ class DynamicsFile:
     def resume(self, step: int) -> tuple[list[Row], Tensor | None]:
         """Keep the rows up to a checkpoint; those after it belong to steps that were undone.
 
-        A file of another run, or one with rows of other probes, is first renamed to
+        A file of another run, one with rows of other probes, or a damaged one is first renamed to
         dynamics-1.jsonl, dynamics-2.jsonl, …
 
         Args:
@@ -47,17 +49,19 @@ class DynamicsFile:
         Returns:
             The rows, and the log-prob of each example in the first of them, (N,).
         """
-        written = self.path.exists() and self.path.stat().st_size > 0
         kept: list[JsonObject] = []
-        foreign = written and not step
-        for row in json_lines(self.path) if written and step else ():
-            if not isinstance(row, dict) or row.get("probes") != self._probes:
+        foreign = False
+        if self.path.exists():
+            try:
+                rows = read_lines(self.path) if step else []
+                foreign = not step or any(row.get("probes") != self._probes for row in rows)
+                kept = [row for row in rows if row["step"] <= step and not foreign]
+            except ValueError as error:
                 foreign = True
-            elif row["step"] <= step:
-                kept.append(row)
+                warnings.warn(f"{error}; it is set aside", stacklevel=2)
         if foreign:
             self._set_aside()
-        replace_file(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        replace_file(self.path, "".join(sealed(row, indent=None) for row in kept))
         rows = [
             {k: _number(v) for k, v in row.items() if k not in ("each", "probes")} for row in kept
         ]
@@ -74,7 +78,7 @@ class DynamicsFile:
         """
         line = {**row, "each": [round(x, 4) for x in each], "probes": self._probes}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(json_safe(line), allow_nan=False) + "\n")
+            file.write(sealed(line, indent=None))
 
     def _set_aside(self) -> None:
         number = 1

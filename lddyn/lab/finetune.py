@@ -199,16 +199,18 @@ def _kernels(model: nn.Module, probes: Encoded, prompt: int, tokens: int, seed: 
 
 
 def _save(lab: Lab, name: str, update: int, model: nn.Module, last: bool) -> None:
-    from safetensors.torch import save_model
-
-    save_model(model, str(lab.path("checkpoints", f"{name}-{update}.safetensors")))
+    weights = dict(model.named_parameters())  # a tied weight once
+    weights |= {n: x for n, x in model.state_dict().items() if n in dict(model.named_buffers())}
+    lab.keep_tensors("checkpoints", f"{name}-{update}", weights)
     if last:
-        save_model(model, str(lab.path("checkpoints", f"{name}.safetensors")))
+        lab.keep_tensors("checkpoints", name, weights)
 
 
 def checkpoint(lab: Lab, name: str, model: M) -> M:
     """The model with the weights that a run ended with ("NAME") or passed ("NAME-UPDATE")."""
-    from safetensors.torch import load_model
-
-    load_model(model, str(lab.path("checkpoints", f"{name}.safetensors")))
+    tensors = lab.tensors("checkpoints", name)
+    absent = {n for n, _ in model.named_parameters()} - tensors.keys()
+    if absent:
+        raise ValueError(f"checkpoint {name}: no weights for {sorted(absent)[:3]}")
+    model.load_state_dict(tensors, strict=False)
     return model.eval()

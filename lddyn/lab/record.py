@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import datetime
+import glob
 import hashlib
 import json
 import math
@@ -30,8 +31,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from lddyn import __version__
-from lddyn.files import digest_of, json_safe, replace_file
+from lddyn.files import digest_of, json_safe, read_sealed, replace_file, sealed
 from lddyn.report import render
+from lddyn.results import load_result, save_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -256,7 +258,7 @@ class Lab:
         """
         path = self.path("steps", f"{name}.json")
         if path.exists():
-            value: T = json.loads(path.read_text(encoding="utf-8"))["value"]
+            value: T = _read(path)["value"]
             return value
         start = time.perf_counter()
         made = json_safe(make())
@@ -265,8 +267,24 @@ class Lab:
 
     def seconds(self, name: str) -> float:
         """What a step took when it was made."""
-        text = self.path("steps", f"{name}.json").read_text(encoding="utf-8")
-        return float(json.loads(text)["seconds"])
+        return float(_read(self.path("steps", f"{name}.json"))["seconds"])
+
+    def keep_tensors(self, folder: str, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Writes a checkpoint, whole and with its digest, into a folder of the experiment's."""
+        save_result(self.path(folder, name), "lddyn.lab.Tensors", 1, tensors, {})
+
+    def tensors(self, folder: str, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of `keep_tensors`.
+
+        Raises:
+            ValueError: If the checkpoint is missing or damaged.
+        """
+        return load_result(self.path(folder, name), "lddyn.lab.Tensors", 1)[0]
+
+    def forget_tensors(self, folder: str, name: str) -> None:
+        """Removes a checkpoint that is of no use any more."""
+        for path in self.path(folder, "x").parent.glob(f"{glob.escape(name)}.*"):
+            path.unlink(missing_ok=True)
 
     def path(self, *parts: str) -> Path:
         """A path in the folder, whose parent is there."""
@@ -278,7 +296,8 @@ class Lab:
     def table(self, name: str, rows: Rows) -> None:
         """Every number of a figure, as tables/NAME.json and, with pyarrow, tables/NAME.parquet."""
         rows = [json_safe(dict(row)) for row in rows]
-        write_json(self.path("tables", f"{name}.json"), rows)
+        text = json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False)
+        replace_file(self.path("tables", f"{name}.json"), text + "\n")
         self.tables.append(name)
         try:
             import pyarrow as arrow
@@ -313,7 +332,7 @@ class Lab:
         from lddyn import environment
 
         steps = sorted(self.path("steps", "x").parent.glob("*.json"))
-        took = {p.stem: json.loads(p.read_text(encoding="utf-8"))["seconds"] for p in steps}
+        took = {p.stem: _read(p)["seconds"] for p in steps}
         results = json_safe(
             {
                 "experiment": self.name,
@@ -345,7 +364,7 @@ def _identity(folder: Path) -> dict[str, Any] | None:
     """Of the experiment in a folder; None if there is none."""
     path = folder / "identity.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_sealed(path)
     except (OSError, ValueError):
         return None
     ours = isinstance(content, dict) and content.keys() >= {"experiment", "seed", "options"}
@@ -412,6 +431,13 @@ def _code() -> str:
     return digest_of(*(path.read_bytes() for path in sorted(package.rglob("*.py"))))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Replaces a file by this content, whole or not at all; NaN is refused."""
-    replace_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replaces a file by this content and its digest, whole or not at all."""
+    replace_file(path, sealed(content))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_sealed(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; delete the file, and its step runs anew") from error

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lddyn.files import JsonObject, json_lines, replace_file
+from lddyn.files import JsonObject, replace_file, unsealed
 from lddyn.report.data import Rows
 from lddyn.report.page import axis, render, versions
 from lddyn.text import printable, signed
@@ -46,13 +46,26 @@ def read_dynamics(folder: str | Path) -> list[JsonObject]:
             f"{folder}: no dynamics.jsonl there, nor in its folder lddyn; a watched run writes it "
             "(docs/watch.md)"
         )
-    rows = {}
-    for row in json_lines(path):
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows[row["step"]] = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
+    rows = {
+        int(row["step"]): {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
+        for row in read_lines(path)
+    }
     if not rows:
         raise ValueError(f"{path}: no row of a watched run in it (a line is a JSON object)")
     return [rows[step] for step in sorted(rows)]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All lines of a dynamics.jsonl, in their order; a last one that a crash cut is left out.
+
+    Raises:
+        ValueError: If another line has changed since it was written.
+    """
+    *lines, _ = path.read_bytes().split(b"\n")
+    rows = [unsealed(line, f"{path}: line {i}") for i, line in enumerate(lines, 1)]
+    if not all(isinstance(row.get("step"), int | float) for row in rows):
+        raise ValueError(f"{path}: a line has no step")
+    return rows
 
 
 def _series(rows: Rows, what: str) -> dict[str, list[tuple[float, float]]]:

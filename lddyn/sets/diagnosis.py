@@ -444,7 +444,7 @@ class Diagnosis(Result):
         """Writes one self-contained HTML page, and its tables as JSON beside it.
 
         Args:
-            path: The file; diagnosis.json and diagnosis.safetensors (`save`) go beside it.
+            path: The file; diagnosis.json and its tensors (`save`) go beside it.
             model: The diagnosed one: adds token × token influence and where the probability goes,
                 and tokens.json beside the page. Default: neither.
             tokenizer: Makes running text of token ids. Default: the examples' token texts.
@@ -486,7 +486,7 @@ class Diagnosis(Result):
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes `path`.safetensors and `path`.json; the latter has `to_dict`, for people, too."""
+        """Writes `path`.json (with `to_dict`, for people) and its tensors, in one commit."""
         from lddyn.sets.saved import write
 
         write(self, path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lddyn.files import digest_of, replace_file
+from lddyn.files import digest_of, read_sealed, replace_file, sealed
 
 if TYPE_CHECKING:
     from lddyn.sets.diagnosis import Diagnosis
@@ -119,7 +119,7 @@ def write_source(folder: str | Path, data: str | Path) -> None:
     """Writes the name and digest of the diagnosed file into the folder of a diagnosis."""
     data = Path(data).resolve()
     source = {"data": str(data), "digest": digest_of(data.read_bytes())}
-    replace_file(Path(folder) / _SOURCE, json.dumps(source, indent=1) + "\n")
+    replace_file(Path(folder) / _SOURCE, sealed(source))
 
 
 def check_source(folder: str | Path, data: str | Path | None = None) -> Path:
@@ -138,7 +138,7 @@ def check_source(folder: str | Path, data: str | Path | None = None) -> Path:
         raise FileNotFoundError(
             f"{folder}: no {_SOURCE} here; expected a folder that lddyn diagnose --out wrote"
         )
-    source = json.loads(path.read_text(encoding="utf-8"))
+    source = read_sealed(path)
     file = Path(source["data"] if data is None else data)
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; --data says where the rows are now")

@@ -165,7 +165,7 @@ class Forecast(Result):
         }
 
     def save(self, path: str | Path) -> None:
-        """Writes `path`.safetensors and `path`.json."""
+        """Writes `path`.json and its tensors (`lddyn.results`), in one commit."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
         save_result(path, _KIND, 1, tensors, {"run": asdict(self.run), "curved": self.curved})
 

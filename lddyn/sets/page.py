@@ -17,6 +17,7 @@ from lddyn.report.data import Rows
 from lddyn.report.diagnosis import write_diagnosis_page
 from lddyn.sets.diagnosis import Diagnosis
 from lddyn.sets.pair_steps import PairStep
+from lddyn.sets.saved import write
 from lddyn.sets.scores import SCORES
 from lddyn.sets.summary import summarise
 
@@ -44,7 +45,7 @@ def write_page(
 
     Args:
         diagnosis: The diagnosis.
-        path: The file; its folder is made. diagnosis.json and diagnosis.safetensors
+        path: The file; its folder is made. diagnosis.json and its tensors
             (`Diagnosis.save`) and, with pair steps, tokens.json (`MassFlow.to_dict` and
             `Decomposition.summary` of each) go beside it.
         pair_steps: Steps of some pairs, token by token.
@@ -70,24 +71,18 @@ def write_page(
         environment=env(),
         extra={str(k): str(v) for k, v in (extra or {}).items()},
     )
-    diagnosis.save(path.parent / "diagnosis")
+    run: dict[str, Any] = {}
     if measured is not None:
-        saved = path.parent / "diagnosis.json"
-        document = json.loads(saved.read_text(encoding="utf-8"))
-        document |= {"measured": measured.tolist(), "correlations": data["correlations"]}
-        _write(saved, document)
+        run = {"measured": measured.tolist(), "correlations": data["correlations"]}
+    write(diagnosis, path.parent / "diagnosis", run)
     if pair_steps:
         rows = [
             {"pair": s.pair, "step": s.decomposition.summary(), "mass": s.flow.to_dict()}
             for s in pair_steps
         ]
-        _write(path.parent / "tokens.json", rows)
+        text = json.dumps(json_safe(rows), indent=1, allow_nan=False)
+        replace_file(path.parent / "tokens.json", text + "\n")
     return path
-
-
-def _write(path: Path, content: Any) -> None:
-    text = json.dumps(json_safe(content), indent=1, allow_nan=False)
-    replace_file(path, text + "\n")
 
 
 def page_data(

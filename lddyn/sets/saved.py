@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,19 @@ if TYPE_CHECKING:
 
 __all__ = ["read", "write"]
 
-_KIND, _FORMAT = "lddyn.Diagnosis", 1
+KIND, FORMAT = "lddyn.Diagnosis", 1
 _FORECAST = ("path", "coefficients", "change", "effects")
 _EXAMPLE = ("prompt_ids", "response_ids", "response_mask", "name", "tokens", "prompt_tokens")
 
 
-def write(diagnosis: Diagnosis, path: str | Path) -> None:
-    """Writes a diagnosis to `path`.safetensors and `path`.json, which also has `to_dict`."""
+def write(diagnosis: Diagnosis, path: str | Path, run: Mapping[str, object] | None = None) -> None:
+    """Writes a diagnosis to `path`.json, which also has `to_dict`, and its tensors beside it.
+
+    Args:
+        diagnosis: The diagnosis.
+        path: Where, without the endings.
+        run: What the training that followed measured; for readers of the JSON file.
+    """
     step, pairs = diagnosis.step, diagnosis.pairs
     state: dict[str, Any] = {
         "loss": step.loss.to_dict(),
@@ -48,8 +55,8 @@ def write(diagnosis: Diagnosis, path: str | Path) -> None:
     if diagnosis.forecast is not None:
         run, curved = asdict(diagnosis.forecast.run), diagnosis.forecast.curved
         state["forecast"] = {"run": run, "curved": curved}
-    facts = {**diagnosis.to_dict(), "state": state}
-    save_result(path, _KIND, _FORMAT, _tensors(diagnosis), facts)
+    facts = {**diagnosis.to_dict(), **(run or {}), "state": state}
+    save_result(path, KIND, FORMAT, _tensors(diagnosis), facts)
 
 
 def _tensors(diagnosis: Diagnosis) -> dict[str, Tensor]:
@@ -79,13 +86,13 @@ def read(path: str | Path) -> Diagnosis:
     Raises:
         ValueError: If a file is missing, damaged, or of another kind or format.
     """
-    tensors, facts = load_result(path, _KIND, _FORMAT)
+    tensors, facts = load_result(path, KIND, FORMAT)
     # Copies are aligned in memory as the diagnosis' own tensors were: sums round as before.
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     try:
         return _assemble(facts["state"], tensors)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read as {_KIND}: {error!r}") from error
+        raise ValueError(f"{path}: cannot be read as {KIND}: {error!r}") from error
 
 
 def _assemble(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Diagnosis:

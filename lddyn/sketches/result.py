@@ -213,7 +213,7 @@ class Features(Result):
         return out
 
     def save(self, path: str | Path) -> None:
-        """Writes `path`.safetensors (rows and token table) and `path`.json (layout, examples)."""
+        """Writes `path`.json (layout, examples) and its tensors (rows and token table)."""
         columns = {name: getattr(self.tokens, name) for name in _COLUMNS}
         facts = {"layout": self.layout.to_dict(), "example_id": self.tokens.example_id}
         save_result(path, "lddyn.Features", _FORMAT, {"rows": self.rows} | columns, facts)

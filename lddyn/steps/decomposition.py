@@ -395,7 +395,7 @@ class Decomposition(Result):
         return plot_step(self.to_dict(), directory)
 
     def save(self, path: str | Path) -> None:
-        """Writes `path`.safetensors and `path`.json (tensors; names, tokens and settings)."""
+        """Writes `path`.json (names, tokens, settings) and its tensors, in one commit."""
         tensors = {
             f"{i}.{key}": getattr(o, key) for i, o in enumerate(self.observed) for key in _TENSORS
         }
@@ -448,6 +448,10 @@ class Decomposition(Result):
                 for i, o in enumerate(facts["observed"])
             ]
             tokens = [UpdateToken(**t) for t in facts["update_tokens"]]
+            for one in observed:
+                shape = (len(one.token_ids), len(tokens))
+                if one.influence.shape != shape or len(one.logp) != shape[0]:
+                    raise TypeError(f"influence of {one.name!r} must have the shape {shape}")
             step = (facts["loss"], facts["lr"], facts["rule"], facts["settings"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: cannot be read as {KIND}: {error!r}") from error

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lddyn.files import json_safe, replace_file
+from lddyn.files import digest_of, json_safe, read_regular, read_sealed, replace_file, sealed
 from lddyn.report.figures import plot_step
 from lddyn.report.step import measured_totals, write_step_page
 from lddyn.steps.decomposition import Decomposition
@@ -74,11 +73,14 @@ def write_steps(
         if verification is not None:
             checks[name] = verification.to_dict()
             verification.save(place / "verification.json")
+        else:
+            (place / "verification.json").unlink(missing_ok=True)
         if name:
             summary[name] = summarise(dec, verification)
         else:
             summary |= summarise(dec, verification)
-    _write(folder / "summary.json", summary)
+    summary["records"] = _digests(folder, decs)
+    replace_file(folder / "summary.json", sealed(summary), durable=True)
     return write_step_page(
         steps,
         folder / "index.html",
@@ -122,17 +124,30 @@ def read_steps(
     for name, place in places.items():
         path = place / "verification.json"
         verifications[name] = Verification.load(path) if path.is_file() else None
+    path = folder / "summary.json"
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = read_sealed(path)
     except FileNotFoundError:
-        summary = {}
+        return decs, verifications, {}
     except ValueError as error:
-        raise ValueError(f"{folder / 'summary.json'}: not JSON ({error})") from error
+        raise ValueError(
+            f"{path}: cannot be read as the summary of these steps: {error}"
+        ) from error
+    for name, digest in summary.pop("records", {}).items():
+        if _digests(folder, places).get(name) != digest:
+            raise ValueError(f"{folder}: {name} and summary.json are not of one save")
     return decs, verifications, summary
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """JSON that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(json_safe(content), indent=1, ensure_ascii=False, allow_nan=False)
-    replace_file(path, text + "\n")
+def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """File → digest of each decomposition and verification in the folder."""
+    files = [
+        folder / name / file
+        for name in names
+        for file in ("decomposition.json", "verification.json")
+    ]
+    return {
+        str(path.relative_to(folder)): digest_of(read_regular(path))
+        for path in files
+        if path.is_file()
+    }

@@ -192,7 +192,7 @@ class MassFlow(Result):
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes `path`.safetensors and `path`.json, whole distributions included.
+        """Writes `path`.json and its tensors, whole distributions included, in one commit.
 
         The texts of the tokens that `to_dict` names are kept; others are numbers afterwards.
         """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lddyn.files import json_safe, replace_file
+from lddyn.files import json_safe, read_sealed, replace_file, sealed
 from lddyn.report.data import CheckData
 from lddyn.results import Result
+
+KIND, FORMAT = "lddyn.Verification", 1
 
 
 @dataclass(repr=False)
@@ -128,8 +129,7 @@ class Verification(Result):
         """Writes a JSON file at this path, as a whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(json_safe(self.to_dict()), indent=1, ensure_ascii=False, allow_nan=False)
-        replace_file(path, text + "\n")
+        replace_file(path, sealed({"kind": KIND, "format": FORMAT, **self.to_dict()}), durable=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Verification:
@@ -139,9 +139,12 @@ class Verification(Result):
             ValueError: If the file is missing, or no verification.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            values = read_sealed(Path(path))
+            if (values["kind"], values["format"]) != (KIND, FORMAT):
+                raise ValueError(f"it holds {values['kind']} of format {values['format']}")
+            return cls.from_dict(values)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a verification of lddyn ({error!r})") from error
+            raise ValueError(f"{path}: cannot be read as {KIND}: {error}") from error
 
 
 def log_log_slope(lrs: Sequence[float], errors: Sequence[float]) -> float:

@@ -14,8 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lddyn.errors import StoreCorruptError
-from lddyn.files import canonical, digest_of, read_stored, write_all
-from lddyn.store.manifest import parse_json
+from lddyn.files import canonical, digest_of, parse_json, read_stored, write_all
 
 
 @dataclass(frozen=True)

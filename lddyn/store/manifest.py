@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 
 from lddyn.errors import StoreCorruptError, StoreError
-from lddyn.files import JsonObject, canonical, digest_of, read_stored
+from lddyn.files import JsonObject, canonical, digest_of, parse_json, read_stored
 
 FORMAT = 1
 
@@ -50,14 +50,6 @@ def json_copy(name: str, content: object) -> Any:
         return json.loads(canonical(content))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be JSON (text, numbers, lists, dicts): {error}") from error
-
-
-def parse_json(data: bytes) -> Any:
-    """The content of JSON bytes; a ValueError if they are not JSON."""
-    try:
-        return json.loads(data.decode("utf-8"))
-    except RecursionError:
-        raise ValueError("too deeply nested") from None
 
 
 def _flat(content: object, prefix: str = "") -> dict[str, object]:

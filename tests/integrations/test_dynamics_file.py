@@ -9,6 +9,7 @@ import torch
 import lddyn
 from lddyn.integrations.dynamics_file import DynamicsFile
 from lddyn.probes.probe_set import Encoded
+from lddyn.report.dynamics import read_dynamics
 
 
 def encoded(*responses):
@@ -37,6 +38,18 @@ def test_a_checkpoint_undoes_the_rows_after_it(file):
     )
     assert len(file.path.read_text().splitlines()) == 2
     assert not file.path.with_name("dynamics-1.jsonl").exists()
+
+
+def test_a_line_that_changed_is_an_error_and_a_run_sets_its_file_aside(file):
+    text = file.path.read_text()
+    file.path.write_text(text.replace("-0.25", "-0.75"))
+    with pytest.raises(ValueError, match="line 2 is not as lddyn wrote it"):
+        read_dynamics(file.path)
+    with pytest.warns(UserWarning, match="line 2 .* set aside"):
+        assert file.resume(3) == ([], None)
+    assert "-0.75" in file.path.with_name("dynamics-1.jsonl").read_text()
+    file.path.write_text(text)
+    assert [row["step"] for row in read_dynamics(file.path)] == [0, 2, 4]
 
 
 def test_lines_are_strict_json(file):

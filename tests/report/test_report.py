@@ -15,6 +15,7 @@ import zoo
 
 import lddyn
 from lddyn import report
+from lddyn.files import sealed
 from lddyn.probes.probe_set import LABELS
 from lddyn.sets.diagnosis import Diagnosis
 from lddyn.sets.page import write_page
@@ -529,9 +530,9 @@ def test_no_step_at_all():
 
 def test_diagnosis_report_reads_a_run(model, tmp_path):
     (tmp_path / "run" / "lddyn").mkdir(parents=True)
-    lines = [json.dumps(row) for row in some_rows()] + ['{"step": 12, "chan']
+    lines = [sealed(row, indent=None) for row in some_rows()] + ['{"step": 12, "chan']
     file = tmp_path / "run" / "lddyn" / "dynamics.jsonl"
-    file.write_text("\n".join(lines), encoding="utf-8")
+    file.write_text("".join(lines), encoding="utf-8")
     found = lddyn.diagnose(model, some_pairs(["a", "b", "c"] * 8, 3), close_ups=0)
     path = found.report(
         tmp_path / "out" / "index.html",
@@ -548,9 +549,13 @@ def test_diagnosis_report_reads_a_run(model, tmp_path):
     assert [t["pair"] for t in tokens] == found.worst(1) and tokens[0]["mass"]["by_position"]
     with pytest.raises(FileNotFoundError, match=r"no dynamics\.jsonl"):
         found.report(tmp_path / "x.html", watched=tmp_path)
-    file.write_text("nothing\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="no row of a watched run"):
-        report.read_dynamics(file)
+    for text, why in (
+        ("nothing\n", "line 1 is not as lddyn wrote it"),
+        ("", "no row of a watched"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=why):
+            report.read_dynamics(file)
 
 
 def test_real_steps_and_actions_are_shown(model):
@@ -598,7 +603,7 @@ def test_the_commands_write_pages(tmp_path):
     data, run = tmp_path / "pairs.jsonl", tmp_path / "run"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (run / "lddyn").mkdir(parents=True)
-    lines = "".join(json.dumps(row) + "\n" for row in some_rows())
+    lines = "".join(sealed(row, indent=None) for row in some_rows())
     (run / "lddyn" / "dynamics.jsonl").write_text(lines, encoding="utf-8")
     told = call(
         "diagnose",

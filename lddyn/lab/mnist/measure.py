@@ -17,10 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.nn import functional
@@ -51,6 +49,7 @@ CLASSES = 10
 SOURCES = CLASSES + 1  # whose last is weight decay
 _CHUNK = 32  # images whose Jacobians are taken at once
 _UNSEEN = 10_000  # at most, as many as the paper's
+_STATES = "states"  # folder of the states on disk
 _SEGMENT = 5  # epochs between two states on disk
 _FLOOR = 1e-6  # learning rate at the end of the cosine, as in the paper's code
 _FOURS = 20  # update images of the one-step panels
@@ -315,22 +314,22 @@ def descend(lab: Lab, settings: Mnist, halves: Halves, descent: Descent) -> Row:
 
         def make(start: int = start, end: int = end) -> list[dict[str, float]]:
             if start:
-                state = load_file(_state(lab, descent, start))
+                state = lab.tensors(_STATES, _state(descent, start))
             else:
                 state = _begin(lab, settings, halves)
             made = [_epoch(lab, settings, halves, descent, state, e) for e in range(start, end)]
-            save_file(state, _state(lab, descent, end))
+            lab.keep_tensors(_STATES, _state(descent, end), state)
             if start:
                 # Two segments back is of no use any more: the one before is on disk, complete.
-                _state(lab, descent, start - _SEGMENT).unlink(missing_ok=True)
+                lab.forget_tensors(_STATES, _state(descent, start - _SEGMENT))
             return made
 
         records += lab.once(f"{descent.name} {end}", make)
-    return {"epochs": records, **load_file(_state(lab, descent, settings.epochs))}
+    return {"epochs": records, **lab.tensors(_STATES, _state(descent, settings.epochs))}
 
 
-def _state(lab: Lab, descent: Descent, epoch: int) -> Path:
-    return lab.path("states", f"{descent.name} {epoch}.safetensors")
+def _state(descent: Descent, epoch: int) -> str:
+    return f"{descent.name} {epoch}"
 
 
 def _begin(lab: Lab, settings: Mnist, halves: Halves) -> dict[str, torch.Tensor]:
