@@ -67,7 +67,7 @@ def env() -> JsonObject:
         - `warnings`: known traps that this installation is in, each with `name`, `got`, `expected`
           and `do`.
 
-    Cost: a tenth of a second; no kernel runs, and nothing but torch is imported.
+    Cost: a tenth of a second; no kernel runs, and only torch is imported.
 
     Example:
         >>> import lddyn

@@ -53,7 +53,7 @@ def warn(message: str) -> None:
 
 
 def say_progress(message: str) -> None:
-    """Says on standard error what is being done, if somebody sees it."""
+    """Prints on standard error what is being done, if standard error is a terminal."""
     if sys.stderr.isatty():
         typer.echo(message, err=True)
 

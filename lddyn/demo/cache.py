@@ -39,7 +39,7 @@ def cache_root() -> Path:
 
 
 def save(path: Path, trained: Trained) -> bool:
-    """Writes a model beside its place, then renames it; nobody ever sees half of it.
+    """Writes a model to a temporary folder, then renames it: no process finds a half-written one.
 
     Returns:
         Whether the model is cached now. If not, a warning has said why.

@@ -165,7 +165,7 @@ def _loss(model: LlamaForCausalLM, batch: Sequence[Example], prompts_too: bool) 
         ids[row, : example.length] = torch.tensor(example.ids)
         first = 1 if prompts_too else len(example.prompt_ids)
         labels[row, first : example.length] = torch.tensor(example.ids[first:])
-    # Padding is on the right: under a causal mask no learned token sees it.
+    # Padding is on the right: under a causal mask no learned token attends to it.
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 

@@ -1,18 +1,17 @@
-"""A causal language model opened at its seams: embed | blocks | norm | head.
+"""A causal language model divided into its parts: embedding, blocks, norm, head.
 
-Nothing here knows an architecture. The seams are found by watching one forward pass:
+No architecture is assumed. The boundaries of the parts are found in one recorded forward pass:
 
     front    token ids -> input of the first block             (embeddings, positions, their norms)
     block i  input of block i -> input of block i + 1          (one decoder layer)
     tail     output of the last block -> input of the head      (final norm, projections)
     head     z = post(W h + b)                                  (closed form; post is elementwise)
 
-A *segment* (front, block or tail) is replayed from its stored input with gradients switched on
-while a `Watch` sees every operation that uses a trainable parameter. The product y = x Wᵀ and its
-relatives become *taps*: the pair (activations x, gradient edge of y) from which every gradient of W
-is a sum of outer products. Any other use of a parameter is *direct*: the parameter is
-differentiated as a small tensor of its own. The ledger records each use; a parameter that is used
-where no segment can see it raises.
+A *segment* (front, block or tail) is replayed from its stored input with gradients enabled, while a
+`Watch` intercepts every operation that uses a trainable parameter. Products such as y = x Wᵀ become
+*taps*: pairs (activations x, gradient edge of y), from which every gradient of W is a sum of outer
+products. Any other use of a parameter is *direct*: autograd differentiates with respect to the
+parameter itself. The ledger records each use. A use outside of all segments raises an error.
 
     skeleton    the model's parts, and its forward pass with some of them replaced
     recognise   norms, activations and rotary embeddings in closed form

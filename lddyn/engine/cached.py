@@ -88,7 +88,7 @@ def _continued(
         own.batch_select_indices(which)
         left = pads[which][:, None]
         at = torch.arange(longest + width, device=device) - left
-        # Padding of the responses is on the right, where no counted token sees it.
+        # Responses are padded on the right; no counted token attends to the padding.
         with LinearByProduct():
             logits = model(
                 input_ids=ids.to(device),

@@ -227,7 +227,7 @@ def _pair_segment(
                 pair(head, factors, adder(pull_o.selected + at_o, rows_u))
     for place, rows, part in both:
         observe(rows[part], kept[place][1].part(part), place)
-        # Those with themselves are symmetric: a chunk meets what is not after it.
+        # The Gram of a side with itself is symmetric: a chunk is paired with those up to it.
         rows_u, factors = kept[place]
         upto, before = slice(0, part.stop), slice(0, part.start)
         add = _mirrored(

@@ -134,7 +134,7 @@ QUIET: dict[str, object] = {
 
 
 def implement(model: nn.Module, names: Mapping[str, object], undo: Undo) -> None:
-    """Gives a model other settings: a config's key -> value, such as a registered attention.
+    """Sets keys of a model's configs, such as the name of its registered attention.
 
     The modules get changed copies of their configs, because other models may share the configs.
     """
@@ -215,10 +215,10 @@ _stance = contextlib.ExitStack()
 
 @contextlib.contextmanager
 def eager_code(model: nn.Module) -> Iterator[None]:
-    """Runs a model's compiled parts as plain Python, which sees what was changed in the model.
+    """Runs a model's compiled parts as plain Python, so that changes in the model take effect.
 
-    torch.compile knows one stance for all threads. It is therefore changed for a model with
-    compiled parts alone, and changed back when the last of several such models is done.
+    torch.compile has one stance for all threads. It is therefore changed only for a model with
+    compiled parts, and changed back when the last of several such models is done.
     """
     global _eager_users
     if not _has_compiled_parts(model):

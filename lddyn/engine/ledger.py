@@ -1,7 +1,7 @@
-"""Watching a forward pass: which operation uses which parameter, and what its products cost.
+"""Records which operations of a forward pass use which parameter, and the FLOPs of its products.
 
-A `Watch` sees every use of a trainable parameter while a segment runs. The product y = x Wᵀ and its
-relatives become taps, from which every gradient of W is a sum of outer products; any other use is
+A `Watch` intercepts every use of a trainable parameter while a segment runs. Products such as
+y = x Wᵀ become taps, from which every gradient of W is a sum of outer products; any other use is
 direct. A `LedgerEntry` for each parameter records its operations and the segments they are in.
 """
 
@@ -141,12 +141,12 @@ class Accounts(Protocol):
 
 
 class Watch(TorchFunctionMode):
-    """Sees every use of a trainable parameter while a segment runs, and records it.
+    """Intercepts and records every use of a trainable parameter while a segment runs.
 
     Args:
         accounts: The model's parameters and their ledger.
-        tapping: Make taps (in a replay); False: count what products cost (in a trace).
-        batch: Sequences and their tokens, where a pass is of several.
+        tapping: Make taps (in a replay). False: count the FLOPs of products (in a trace).
+        batch: Sequences and their tokens, if a pass has several sequences.
     """
 
     def __init__(self, accounts: Accounts, tapping: bool, batch: tuple[int, int] | None = None):

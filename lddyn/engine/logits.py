@@ -11,9 +11,9 @@ of three ways that returns the model's own logits in a trial:
              be replaced
     cached   responses over a key-value cache (`cached`): sliding windows shorter than the
              sequences, capped scores, sinks, ALiBi
-    alone    one response at a time, as in training: models whose tokens meet outside of attention
-             (state spaces, convolutions, chosen keys), or whose positions depend on the longest
-             sequence
+    alone    one response at a time, as in training: models whose tokens also interact outside of
+             attention (state spaces, convolutions, chosen keys), or whose positions depend on the
+             longest sequence
 
 The trial runs once for each model, and again for sequences longer than any before.
 """
@@ -139,7 +139,7 @@ def own_response(model: nn.Module | Anatomy, example: Example) -> Response:
 def padded_logits(model: nn.Module, examples: Sequence[Example]) -> Part:
     """Logits of all counted tokens by one padded forward pass of the model itself, with its graph.
 
-    Examples are padded on the right, where no counted token sees it.
+    Examples are padded on the right; in a causal model no counted token attends to the padding.
 
     Returns:
         Logits (n, V) in float32, targets (n,), and the examples (n,) they belong to.

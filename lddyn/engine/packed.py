@@ -1,7 +1,7 @@
 """Logits of many responses from packed sequences: every prompt is read once, nothing is padded.
 
-Prompts, each followed by all of its responses, lie one after the other in one sequence. An
-attention of lddyn's own lets every response see its prompt and itself,
+Prompts, each followed by all of its responses, are concatenated to one sequence. With lddyn's own
+attention every response attends to its prompt and to itself,
 
     softmax([q K_promptᵀ, q K_ownᵀ]) [V_prompt; V_own] = lerp(o_own, o_prompt, σ(λ_prompt − λ_own)),
 
@@ -25,7 +25,7 @@ from lddyn.engine.trial import UnfitError
 
 _NAME = "lddyn-packed"  # of the attention, in transformers' interface
 
-_SCORES = 1 << 26  # attention scores held at once, where they are held
+_SCORES = 1 << 26  # most attention scores in memory at once
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ _forest: ContextVar[_Forest] = ContextVar("forest")
 
 
 def packable(model: nn.Module, longest: int) -> bool:
-    """Whether all attention of a model can be replaced, and sees `longest` tokens as a whole."""
+    """Whether all attention of a model can be replaced and covers `longest` tokens."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -143,7 +143,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """Every response sees its prompt and itself; for transformers' AttentionInterface."""
+    """Attention of every response to its prompt and itself, as an AttentionInterface calls it."""
     if attention_mask is not None or dropout or softcap or s_aux is not None:
         raise UnfitError("the model's attention is more than softmax(q Kᵀ) V")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -1,10 +1,10 @@
-"""Many cotangents, one forward: token gradients as factors, block by block.
+"""Token gradients as factors, block by block: many cotangents are pulled back through one forward.
 
-A cotangent v_m in R^V sits on the logits of one response position p_m. Pulled back through the head
-it is g_m = Wᵀ v_m; through every segment it meets the taps and leaves a factor there: δ_m, the
-gradient at the tap's output. The gradient of a weight is then Σ_t δ_m[t] ⊗ x[t], and is never
-formed. Causality: δ_m[t] = 0 for t > p_m, so chunks of cotangents that are sorted by position are
-pulled back through a prefix of the sequence only.
+A cotangent v_m in R^V belongs to the logits at one response position p_m. Pulled back through the
+head it is g_m = Wᵀ v_m. Pulled back through a segment, it has at every tap a factor δ_m, the
+gradient at the tap's output. The gradient of a weight is Σ_t δ_m[t] ⊗ x[t]; it is never formed.
+By causality δ_m[t] = 0 for t > p_m. Chunks of cotangents sorted by position are therefore pulled
+back through a prefix of the sequence only.
 
 Cost of one cotangent: 2 N (p_m + 1) FLOPs, N the block-linear parameters, plus one forward replay
 of the prefix per chunk.

@@ -1,7 +1,7 @@
 """Norms, activations and rotary embeddings of a model, replaced by their closed forms in `layers`.
 
-A module is recognised by what it computes, not by its name: when a replay meets it first, its
-output is compared with the closed form, and it stays as it is where they differ.
+A module is recognised by what it computes, not by its name: in the first replay its output is
+compared with the closed form, and the module is not replaced if they differ.
 
 Norms and activations are replaced by a `forward` of their instance. A rotary embedding is a Python
 function that the attention's `forward` finds among the globals of its file; the instance gets a
@@ -61,7 +61,7 @@ class Recogniser:
     def replace(
         self, modules: Iterable[nn.Module], head: nn.Module, watch: Watch, undo: Undo
     ) -> None:
-        """Gives modules without children, but for the head, their closed forms until `undo`."""
+        """Replaces modules without children, except the head, by closed forms until `undo`."""
         for module in modules:
             self._replace_rotation(module, undo)
             if module is head or list(module.children()):

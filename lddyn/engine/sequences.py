@@ -1,13 +1,13 @@
 """Gradients of whole sequences, ∇ Σ_m w_m log π(y_m), as factors, many sequences in a batch.
 
 Sequences of nearly one length are padded on the right and share a forward and a backward pass.
-Under a causal model padding changes nothing before it, and its own cotangents are zero; the
-gradient of a weight, Σ_t δ[t] ⊗ x[t], falls apart into the sequences' rows. Every product is called
-once for each sequence, with the shape it has alone, so the bits of a row do not depend on the rest
+In a causal model padding changes nothing before it, and its own cotangents are zero; the gradient
+of a weight, Σ_t δ[t] ⊗ x[t], is a sum over the sequences' rows. Every product is called once for
+each sequence, with the shape that it has alone, so that the bits of a row do not depend on the rest
 of its batch.
 
-Nothing is assumed of the architecture: a small batch must give what a sequence gives by itself, on
-a CPU to the bit. Where it does not, as where tokens are sent to experts, batches are of one
+No architecture is assumed. The results of a small batch must equal those of each sequence alone, on
+a CPU to the bit. If they differ, as in models that send tokens to experts, a batch has one
 sequence.
 """
 

@@ -1,4 +1,4 @@
-"""How the rest of the engine meets the weights of a streamed model (`lddyn.stream`)."""
+"""Access to weights that are in memory only at times, as in a streamed model (`lddyn.stream`)."""
 
 from __future__ import annotations
 

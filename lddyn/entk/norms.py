@@ -58,7 +58,7 @@ class Basis:
         return len(self.values)
 
     def rows(self, coordinates: Tensor) -> BodyRows:
-        """Cotangents with these coordinates (n, k), as the model below the head sees them."""
+        """Cotangents with these coordinates (n, k), pulled back through the head."""
         full = (coordinates.to(self.values) * self.values.sqrt()) @ self.vectors.T
         width = full.shape[1] - len(self.ids)
         return BodyRows(full[:, :width], full[:, width:], self.ids)
@@ -201,9 +201,9 @@ def _refine(
     exact: bool,
     sampling: Sampling,
 ) -> Estimate:
-    """An estimate that meets rtol, by sampling again with more directions or probes until it does.
+    """An estimate with an error of at most rtol, sampled with more directions or probes until then.
 
-    Directions are raised first; probes, where directions are given.
+    The number of directions is raised first; the number of probes, if that of directions is fixed.
 
     Args:
         sample: (r, q) → an estimate.

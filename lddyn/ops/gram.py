@@ -349,7 +349,7 @@ def gram(
         Not differentiable: a backward, or forward mode, raises.
 
     Raises:
-        ValueError: If shapes or devices disagree. The message gives both shapes.
+        ValueError: If shapes or devices disagree. The message has both shapes.
         TypeError: If dtypes differ or are not supported.
 
     Cost: the least of 2STd_in + 2 M T d_out (S + L), the same with the sides exchanged, and

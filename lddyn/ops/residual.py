@@ -153,7 +153,7 @@ def residual(logits: Tensor, targets: Tensor) -> _Residual:
 
     Raises:
         ValueError: If shapes disagree, a target is out of range (with its row), or, on CPU, a row
-            holds NaN, +inf or nothing but -inf. On a GPU such a row comes back as NaN.
+            holds NaN or +inf, or only -inf. On a GPU such a row comes back as NaN.
         TypeError: If a dtype is not supported.
 
     Cost: about 8 N V flops; reads the logits twice and writes the residual once (8 to 12 bytes per

@@ -107,7 +107,7 @@ def sketch(
     S_out[r] is size_out x d_out and S_in[r] size_in x d_in, of independent signs ±1 / √size, so
     that ⟨out[c, r], out[c', r]⟩ is an unbiased estimate of the inner product of the gradients of c
     and c', and the repeats r give its standard error. The signs come from a counter
-    (`lddyn.reference.signs`): the same seed gives the same signs on every backend and device, and
+    (`lddyn.reference.signs`): the same seed has the same signs on every backend and device, and
     a cotangent's sketch does not depend on what else is in the batch.
 
     Args:

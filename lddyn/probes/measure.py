@@ -75,8 +75,8 @@ def measure(
 ) -> Measured:
     """Measure responses in one pass that reads equal prompts once.
 
-    Prompts and responses are packed into sequences without padding (`lddyn.engine.logits`); the
-    head sees the positions of the responses only.
+    Prompts and responses are packed into sequences without padding (`lddyn.engine.logits`). Logits
+    are computed at the positions of the responses only.
 
     Args:
         model: A causal LM of transformers, or its Anatomy. It is measured in evaluation mode.

@@ -250,7 +250,7 @@ def plot_step(step: StepData, directory: str | Path | None = None) -> list[Figur
         directory.mkdir(parents=True, exist_ok=True)
         for figure in figures:
             for ending in ("png", "pdf"):
-                # No creation date: the same decomposition gives the same bytes.
+                # Without a date of creation the same decomposition has the same bytes.
                 metadata = {"CreationDate": None} if ending == "pdf" else {"Software": "lddyn"}
                 figure.savefig(
                     directory / f"{figure.get_label()}.{ending}", dpi=DPI, metadata=metadata

@@ -318,7 +318,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_results(tmp_path, monkeypatc
         ({"momentum": 1.0}, "momentum must be below 1, got 1.0"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
         ({"train": 1797}, "fewer than 1797, got 1797"),
-        ({"train": 30, "probes": 20}, "probes asks for 20 training images of class 0"),
+        ({"train": 30, "probes": 20}, "probes needs 20 training images of class 0"),
     ],
 )
 def test_options_out_of_range_are_refused(tmp_path, changed, message):

@@ -1,6 +1,6 @@
 """Models that do not fit in memory: a block's weights are in memory only while it is used.
 
-`model` builds such a model, `pieces` knows where its tensors are stored, `weights` keeps a few
+`model` builds such a model, `pieces` finds where its tensors are stored, `weights` keeps a few
 blocks in memory.
 """
 

@@ -1,7 +1,7 @@
 """The weights of a streamed model's blocks: which of them are in memory, and where.
 
-Blocks share a few slots. A block is read into a slot when its forward pass begins; the block that
-was used longest ago gives up its slot.
+There are fewer slots than blocks. A block is read into a slot when its forward pass begins, in
+place of the block that was used longest ago.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def kernel(model: Bigram) -> Tensor:
 def push_down(model: Bigram, context: int, label: int, strength: float) -> tuple[Bigram, Tensor]:
     """One SGD step that lowers log π(label | context), and log π of all contexts after it.
 
-    Its learning rate gives the pushed logit the same influence on itself in every model:
+    Its learning rate is such that the pushed logit has the same influence on itself in every model:
     η ‖∇ z(label | context)‖² = strength, which in a table is η = strength.
     """
     parameters = list(model.parameters())

@@ -41,7 +41,7 @@ class Images:
 
 
 def load(data: str | Path | None = None, torchvision: str | None = None) -> Images:
-    """The images that an experiment was asked for.
+    """The images of an experiment.
 
     Args:
         data: A folder with `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, either of them

@@ -283,7 +283,7 @@ def _probes(images: Images, count: int, name: str) -> torch.Tensor:
     for c, these in enumerate(by_class):
         if len(these) < count:
             raise ValueError(
-                f"probes asks for {count} {name} images of class {c}, there are {len(these)}"
+                f"probes needs {count} {name} images of class {c}, there are {len(these)}"
             )
     return torch.cat(by_class)
 

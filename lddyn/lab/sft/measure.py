@@ -23,7 +23,7 @@ def influence_maps(
 ) -> list[list[list[float | None]]]:
     """⟨∇ log π(y_o), ∇ log π(y_u)⟩ / ‖∇ log π(y_u)‖² of one prompt's responses, (P, F, F) [u][o].
 
-    Nats that y_o moves for every nat that a small SGD step on y_u gives y_u.
+    By how many nats a small SGD step on y_u changes y_o for every nat by which it raises y_u.
     """
     encoded = setting.encode(setting.probes, setting.fields)
     maps = []

@@ -130,7 +130,7 @@ def _regime_row(regime: _Regime) -> Row:
 
 
 def _sharpness(logits: Tensor, peak: float) -> float:
-    """The factor on the logits that gives the likeliest label this probability, by bisection."""
+    """The factor on the logits that makes the largest probability `peak`, by bisection."""
     low, high = 0.0, 100.0
     for _ in range(60):
         middle = (low + high) / 2
