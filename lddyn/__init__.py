@@ -53,6 +53,7 @@ _PUBLIC = {
     "StoreError": "errors",
     "StoreIdentityError": "errors",
     "StoreLockedError": "errors",
+    "TrainerSettings": "settings",
     "UnrepeatableModelError": "errors",
     "UnsupportedModelError": "errors",
     "Verification": "steps.verification",

@@ -25,6 +25,12 @@ _NOT_OURS = (
     "the model?"
 )
 SUPPORTED = ("SGD", "Adam", "AdamW", "RMSprop")
+# transformers' names of the same.
+_NAMES = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw"}
+_WAY_OUT = (
+    "lddyn.integrations.trl.watch(trainer, predict=1) compares the real step of any optimizer with "
+    "its first order"
+)
 
 
 @dataclass
@@ -76,11 +82,13 @@ def make_optimizer(kind: str, parameters: Iterable[Tensor], lr: float) -> torch.
         ValueError: If kind is another.
     """
     classes = {name.lower(): getattr(torch.optim, name) for name in SUPPORTED}
-    if kind.lower() not in classes:
+    name = _NAMES.get(kind.lower(), kind.lower())
+    if name not in classes:
         raise ValueError(
-            f"optimizer must be one of {sorted(classes)} or a torch.optim object, got {kind!r}"
+            f"optimizer must be one of {sorted(classes)} or a torch.optim object, got {kind!r}; "
+            f"{_WAY_OUT}"
         )
-    optimizer: torch.optim.Optimizer = classes[kind.lower()](parameters, lr=lr)
+    optimizer: torch.optim.Optimizer = classes[name](parameters, lr=lr)
     return optimizer
 
 
@@ -163,9 +171,9 @@ def clip_factor(gradient: Direction, max_norm: float | None) -> float:
     """The factor s = min(1, max_norm / (‖g‖ + 1e-6)) of torch.nn.utils.clip_grad_norm_.
 
     Raises:
-        ValueError: If max_norm is not positive.
+        ValueError: If max_norm is negative.
     """
-    if max_norm is None:
+    if max_norm is None or max_norm == 0:
         return 1.0
     if not max_norm > 0:
         raise ValueError(f"max_grad_norm must be positive, got {max_norm}")
@@ -240,7 +248,8 @@ def optimizer_kind(optimizer: torch.optim.Optimizer) -> str:
             break
     raise TypeError(
         f"optimizer must be one of {', '.join(SUPPORTED)} of torch.optim, got "
-        f"{type(optimizer).__name__}, whose step is its own ({type(optimizer).__module__})"
+        f"{type(optimizer).__name__}, whose step is its own ({type(optimizer).__module__}); "
+        f"{_WAY_OUT}"
     )
 
 

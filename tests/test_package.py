@@ -24,7 +24,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
     {"lazy", "errors", "text", "stats", "reference", "loading"},
     {"files", "memory", "ops"},
-    {"results"},
+    {"results", "settings"},
     {"data", "optimizers", "environment", "estimate", "report"},
     {"engine"},
     {"objectives"},

@@ -135,6 +135,11 @@ def explain_step(step: StepData, check: CheckData | None = None) -> list[str]:
         f"One {settings.get('objective', 'custom')} step with {settings.get('optimizer', '?')}, "
         f"learning rate {step['lr']:g}{beta}; the loss before it is {step['loss']:.4g}."
     ]
+    if step["lr"] == 0:
+        sentences.append(
+            "A learning rate of 0 moves nothing, as in the first step of a warm-up: every change "
+            "is 0."
+        )
     sentences += explain_settings(settings)
     roles: dict[str, ResponseData] = {}
     for response in step["observed"]:

@@ -14,6 +14,7 @@ A diagnosis is made in phases, each with a type of its own:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from lddyn.engine.guard import undisturbed
 from lddyn.engine.reference_policy import Reference, check_reference, describe_reference
 from lddyn.errors import UnsupportedModelError
 from lddyn.memory import DEFAULT_MEMORY, parse_memory
+from lddyn.objectives.like import loss_like, reference_like
 from lddyn.objectives.loss import Loss
 from lddyn.objectives.losses import Value
 from lddyn.sets.access import Access
@@ -34,6 +36,7 @@ from lddyn.sets.pairs import Pair, PairSet
 from lddyn.sets.rows import SetReading, read_set, sketched_gram
 from lddyn.sets.step import SetStep
 from lddyn.sets.validate import validate as compare_with_steps
+from lddyn.settings import Like, TrainerSettings, router_remark
 from lddyn.sketches.sketch import Sketch
 
 __all__ = ["diagnose"]
@@ -43,9 +46,10 @@ __all__ = ["diagnose"]
 def diagnose(
     model: nn.Module | Anatomy,
     pairs: Iterable[Pair],
-    objective: str | Loss | Sequence[str] = "dpo",
+    objective: str | Loss | Sequence[str] | None = None,
     *,
-    reference: Reference = "self",
+    like: Like = None,
+    reference: Reference | None = None,
     memory: int | str = DEFAULT_MEMORY,
     sketch: Sketch | None = None,
     run: Run | None = None,
@@ -63,6 +67,9 @@ def diagnose(
             requires_grad=True move.
         pairs: (chosen, rejected) examples.
         objective: A loss of pairs, `lddyn.Loss("dpo", beta=0.1)`, or its name: dpo, ipo, simpo, …
+            Default: that of `like`, else dpo.
+        like: How a run trains: a TRL config, a trainer, a file of arguments …, as for `decompose`.
+            Objective and reference are its own where they are not given here.
         reference: The reference: a model, log-probs (2, N) in nats, "adapter-off" or
             "adapter:NAME". Default: the model itself, as when training begins.
         memory: Workspace for gradients. Where those of all sequences fit, the Gram is exact;
@@ -111,9 +118,12 @@ def diagnose(
     """
     set_ = PairSet.of(pairs, row_numbers, faults)
     _check(set_, close_ups, validate)
-    loss = Loss(objective, None, **parameters)
+    settings = None if like is None else TrainerSettings.of(like)
+    loss = Loss(_objective(objective, settings), None, **parameters)
     module = Anatomy.module_of(model)
     _check_limits(module, set_)
+    if reference is None:
+        reference = "self" if settings is None else reference_like(settings, model, len(set_))
     check_reference(reference, len(set_))  # errors in it are raised before the work
     access = Access(model, set_.examples[0])
     if run is not None and access.unavailable:
@@ -127,6 +137,7 @@ def diagnose(
     gram = reading.gram(set_, estimate)
     known = _reference_log_probs(reference, set_, access, reading)
     step = SetStep(loss, set_, reading.readings, gram, known, describe_reference(reference))
+    step = replace(step, remarks=_remarks(module, loss, settings))
     diagnosis = Diagnosis(step, unavailable=access.unavailable)
     if run is not None and reading.rows is not None:
         forecast, adam = predict_run(access, reading.rows, step, run, progress=progress)
@@ -141,6 +152,31 @@ def diagnose(
             module, step, diagnosis.scores, steps=validate, batch=batch, progress=progress
         )
     return Diagnosis(step, diagnosis.adam, diagnosis.forecast, seen, validation, access.unavailable)
+
+
+def _objective(
+    given: str | Loss | Sequence[str] | None, settings: TrainerSettings | None
+) -> str | Loss | Sequence[str]:
+    """The loss that is asked for, or the trainer's, or DPO."""
+    if given is not None:
+        return given
+    return "dpo" if settings is None else loss_like(settings)
+
+
+def _remarks(model: nn.Module, loss: Loss, settings: TrainerSettings | None) -> tuple[str, ...]:
+    """What training does and the diagnosis leaves out, in sentences."""
+    remarks = [] if settings is None else list(settings.remarks)
+    if loss.reads_prompt:
+        remarks.append(
+            f"{loss.title}'s trainer also learns the tokens of the prompt; here its first term is "
+            "the mean over the tokens of y+ alone."
+        )
+    if loss.ld_alpha != 1.0:
+        remarks.append(
+            "ld_alpha weighs single tokens of a response; here whole responses have one weight."
+        )
+    routers = router_remark(model.config, settings)
+    return (*remarks, *([routers] if routers else []))
 
 
 def _check(pairs: PairSet, close_ups: int, validate: int) -> None:

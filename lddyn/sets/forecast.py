@@ -27,12 +27,16 @@ import torch
 from torch import Tensor
 
 from lddyn.results import Result, load_result, save_result
+from lddyn.settings import Like, TrainerSettings
 
 __all__ = ["AdamMetric", "Forecast", "Run", "projected", "simulate"]
 
 OPTIMIZERS = ("adamw", "sgd")
 
-SCHEDULES = ("constant", "linear")
+SCHEDULES = ("constant", "linear", "cosine")
+
+# transformers' names of schedules, with or without warm-up.
+_SCHEDULES = {"constant_with_warmup": "constant"}
 
 _BETA2 = 0.999
 
@@ -46,7 +50,9 @@ class Run:
         epochs: Passes over the pairs.
         batch: Pairs in a batch; a loss is the mean over them.
         optimizer: "adamw" (without its weight decay, which moves little in a short run) or "sgd".
-        schedule: "constant", or "linear" to 0 at the end, as trainers have it.
+        schedule: "constant"; "linear" or "cosine" to 0 at the end, as transformers has them.
+        warmup: Steps over which the rate rises linearly from 0, before its schedule; below 1: the
+            part of all steps.
         momentum: Momentum of the gradient; Adam's β₁.
         seed: Seed of the order of pairs.
 
@@ -57,7 +63,7 @@ class Run:
         >>> import lddyn
         >>> lddyn.Run(lr=1e-4, epochs=4)
         Run(lr=0.0001, epochs=4, batch=8, optimizer='adamw', schedule='constant', momentum=0.9, \
-seed=0)
+seed=0, warmup=0.0)
     """
 
     lr: float
@@ -67,6 +73,33 @@ seed=0)
     schedule: str = "constant"
     momentum: float = 0.9
     seed: int = 0
+    warmup: float = 0.0
+
+    @classmethod
+    def like(cls, source: Like, seed: int = 0) -> Run:
+        """The run that a trainer with these settings makes, on one device.
+
+        Neither weight decay nor clipping is in a predicted run: clipping does not change Adam's
+        direction, and decay moves little.
+
+        Args:
+            source: A TRL config, a trainer, a file of arguments …: see `lddyn.TrainerSettings`.
+            seed: Seed of the order of pairs.
+
+        Raises:
+            ValueError: If the schedule or the optimizer is none of those above.
+        """
+        settings = TrainerSettings.of(source)
+        return cls(
+            settings.learning_rate,
+            max(1, round(settings.epochs)),
+            settings.batch,
+            optimizer=settings.optimizer or "none",
+            schedule=_SCHEDULES.get(settings.schedule, settings.schedule),
+            momentum=settings.betas[0] if settings.optimizer == "adamw" else 0.0,
+            seed=seed,
+            warmup=settings.warmup_ratio or float(settings.warmup_steps),
+        )
 
     def __post_init__(self) -> None:
         """Checks values."""
@@ -80,6 +113,8 @@ seed=0)
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
+        if not (math.isfinite(self.warmup) and self.warmup >= 0):
+            raise ValueError(f"warmup must be at least 0, got {self.warmup}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
 
@@ -91,7 +126,13 @@ seed=0)
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of one of the run's steps."""
-        return self.lr * (1 - step / steps if self.schedule == "linear" else 1.0)
+        rise = math.ceil(steps * self.warmup) if self.warmup < 1 else int(self.warmup)
+        if step < rise:
+            return self.lr * step / rise
+        done = (step - rise) / max(1, steps - rise)
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+        return self.lr * (1 - done if self.schedule == "linear" else 1.0)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.guard import undisturbed
 from lddyn.memory import DEFAULT_MEMORY
-from lddyn.objectives.objective import Objective
+from lddyn.objectives.like import Update
+from lddyn.settings import Like
 from lddyn.steps.decomposition import Decomposition
 from lddyn.steps.passes import make_passes
 from lddyn.steps.setup import make_setup
@@ -29,10 +30,11 @@ from lddyn.steps.setup import make_setup
 def decompose(
     model: nn.Module | Anatomy,
     observed: Example | Sequence[Example] | Mapping[str, Example],
-    update: Objective,
+    update: Update,
     lr: float | None = None,
     *,
-    optimizer: str | torch.optim.Optimizer = "sgd",
+    like: Like = None,
+    optimizer: str | torch.optim.Optimizer | None = None,
     max_grad_norm: float | None = None,
     rule: str = "start",
     memory: int | str = DEFAULT_MEMORY,
@@ -46,11 +48,16 @@ def decompose(
         model: A causal LM of transformers, with or without a LoRA adapter, or its Anatomy. Not
             changed.
         observed: Responses to watch; a mapping names them.
-        update: SFT(...), DPO(...), preference(...) or any Objective.
+        update: SFT(...), DPO(...), preference(...) or any Objective. With `like` also the rows of
+            one batch alone: Examples for SFT, pairs (chosen, rejected), or (example, label) of KTO.
         lr: Learning rate η; may be left out when `optimizer` is an object with its own.
+        like: How a run trains: a TRL config, a TrainingArguments, a trainer, a mapping of their
+            arguments or a file of them (`lddyn.TrainerSettings`). Objective, reference, learning
+            rate, optimizer and clipping are its own where they are not given here; what is not
+            followed of it is said in `explain()`.
         optimizer: "sgd", "adamw", "adam", "rmsprop" (fresh), or a torch.optim object at its real
-            state (SGD, Adam, AdamW, RMSprop).
-        max_grad_norm: Clip the gradient's global norm first, as trainers do.
+            state (SGD, Adam, AdamW, RMSprop). Default: that of `like`, else "sgd".
+        max_grad_norm: Clip the gradient's global norm first, as trainers do; 0: no clipping.
         rule: Where on the step the observed gradients are taken: "start", "midpoint", "simpson";
             the error against the real step falls as η², η³, η⁵.
         memory: Workspace in bytes or as "2GiB", beyond the model, one gradient, and the result.
@@ -87,5 +94,7 @@ def decompose(
         (torch.Size([3, 3]), True)
     """
     return make_passes(
-        make_setup(model, observed, update, lr, optimizer, max_grad_norm, rule, memory, progress)
+        make_setup(
+            model, observed, update, lr, optimizer, max_grad_norm, rule, memory, progress, like
+        )
     )

@@ -18,8 +18,9 @@ from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.files import json_safe
 from lddyn.memory import DEFAULT_MEMORY
-from lddyn.objectives.objective import Objective
+from lddyn.objectives.like import Update
 from lddyn.results import Result, load_result, save_result
+from lddyn.settings import Like
 from lddyn.steps.decompose import decompose
 from lddyn.steps.flow import Flow, renormalised, threshold
 from lddyn.text import signed, visible
@@ -252,10 +253,11 @@ def _mean(values: Tensor) -> float:
 def massflow(
     model: nn.Module | Anatomy,
     example: Example,
-    update: Objective,
+    update: Update,
     lr: float | None = None,
     *,
-    optimizer: str | torch.optim.Optimizer = "sgd",
+    like: Like = None,
+    optimizer: str | torch.optim.Optimizer | None = None,
     max_grad_norm: float | None = None,
     top: int = 10,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -277,6 +279,7 @@ def massflow(
         example: The response to observe, M tokens.
         update: SFT(...), DPO(...) or any Objective.
         lr: Learning rate η; may be left out when `optimizer` is an object with its own.
+        like: How a run trains, as for `decompose`.
         optimizer: As for `decompose`.
         max_grad_norm: Clip the gradient's global norm first.
         top: How many labels other than y_m count as the most likely, y* included.
@@ -317,6 +320,7 @@ def massflow(
         example,
         update,
         lr,
+        like=like,
         optimizer=optimizer,
         max_grad_norm=max_grad_norm,
         memory=memory,

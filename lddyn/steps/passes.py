@@ -269,6 +269,7 @@ class _Passes:
             "dtype": str(next(iter(trainable.values())).dtype),
             "attention": setup.anatomy.attention,
             "dropout_off": has_dropout(setup.anatomy.model),
+            "remarks": list(setup.remarks),
             "verified": "row sums against one backward and one push of the whole step",
         }
         return Decomposition(observed, tokens, state.loss, setup.lr, setup.rule, settings, session)

@@ -121,6 +121,8 @@ class Session:
     ) -> Verification:
         """Takes real steps on a copy of the model; see `Decomposition.verify`."""
         setup = self.setup
+        if setup.lr == 0:
+            raise ValueError("the learning rate is 0: a step moves nothing that could be verified")
         rates = [setup.lr * 2.0**-k for k in range(6)] if lrs is None else list(lrs)
         if not rates or any(not (math.isfinite(lr) and lr > 0) for lr in rates):
             raise ValueError(f"lrs must be positive numbers, got {rates}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from lddyn.engine.gradient import gradient
 from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Trace
 from lddyn.errors import UnsupportedModelError
+from lddyn.objectives.like import Update, objective_like
 from lddyn.objectives.objective import Objective
 from lddyn.optimizers import (
     Direction,
@@ -27,6 +29,7 @@ from lddyn.optimizers import (
     optimizer_step,
     unwrapped_optimizer,
 )
+from lddyn.settings import Like, TrainerSettings, router_remark
 from lddyn.steps.rules import Rule, rule_named
 
 
@@ -44,6 +47,7 @@ class Setup:
         rule: Name of the rule in `RULES`.
         memory: Workspace in bytes, or as "2GiB".
         progress: Whether to show progress bars.
+        remarks: What the trainer's settings ask for and the step leaves out, in sentences.
     """
 
     anatomy: Anatomy
@@ -55,6 +59,7 @@ class Setup:
     rule: str
     memory: int | str
     progress: bool
+    remarks: tuple[str, ...] = ()
 
     @property
     def quadrature(self) -> Rule:
@@ -69,13 +74,14 @@ class Setup:
 def make_setup(
     model: nn.Module | Anatomy,
     observed: Example | Sequence[Example] | Mapping[str, Example],
-    update: Objective,
+    update: Update,
     lr: float | None,
-    optimizer: str | torch.optim.Optimizer,
+    optimizer: str | torch.optim.Optimizer | None,
     max_grad_norm: float | None,
     rule: str,
     memory: int | str,
     progress: bool,
+    like: Like = None,
 ) -> Setup:
     """Checks the arguments of `decompose`, opens the model, and fixes optimizer and objective.
 
@@ -85,19 +91,87 @@ def make_setup(
         UnsupportedModelError: If the model cannot be opened, or streamed weights are trainable.
     """
     rule_named(rule)
-    if not isinstance(update, Objective):
+    settings = None if like is None else TrainerSettings.of(like)
+    if settings is None and not isinstance(update, Objective):
         raise TypeError(
             "update must be lddyn.SFT(...), DPO(...) or Objective(...), got "
             f"{type(update).__name__}"
         )
-    if lr is not None and not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr must be a positive number, got {lr}")
+    if lr is not None and not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"lr must be a positive number, or 0, got {lr}")
     named = _named(observed)
     anatomy = Anatomy.of(model)
     _refuse_streamed(anatomy.trainable)
-    fixed, rate = _fixed_optimizer(optimizer, lr, anatomy.trainable)
+    if settings is not None:
+        update = objective_like(settings, update, anatomy)
+        max_grad_norm = settings.max_grad_norm if max_grad_norm is None else max_grad_norm
+        lr = settings.learning_rate if lr is None and not _has_rates(optimizer) else lr
+        if optimizer is None:
+            optimizer = optimizer_like(settings, anatomy, lr)
+    assert isinstance(update, Objective)
+    fixed, rate = _fixed_optimizer(optimizer or "sgd", lr, anatomy.trainable)
     prepared = update.prepare(anatomy)
-    return Setup(anatomy, named, prepared, fixed, rate, max_grad_norm, rule, memory, progress)
+    remarks = [] if settings is None else list(settings.remarks)
+    routers = router_remark(anatomy.model.config, settings)
+    return Setup(
+        anatomy,
+        named,
+        prepared,
+        fixed,
+        rate,
+        max_grad_norm or None,
+        rule,
+        memory,
+        progress,
+        (*remarks, *([routers] if routers else [])),
+    )
+
+
+def _has_rates(optimizer: str | torch.optim.Optimizer | None) -> bool:
+    """Whether the optimizer is an object with learning rates of its own."""
+    return optimizer is not None and not isinstance(optimizer, str)
+
+
+def optimizer_like(
+    settings: TrainerSettings, anatomy: Anatomy, lr: float | None
+) -> torch.optim.Optimizer:
+    """A fresh optimizer as a trainer with these settings makes it, decaying what it decays.
+
+    Raises:
+        ValueError: If lddyn does not follow the trainer's optimizer.
+    """
+    if settings.optimizer is None:
+        raise ValueError(
+            f"{settings.remarks[-1] if settings.remarks else 'the optimizer is not followed'} Give "
+            "optimizer= one that lddyn follows, to see what its step would do"
+        )
+    rate = settings.learning_rate if lr is None else lr
+    trainable = anatomy.trainable
+    decayed = _decayed(anatomy.model, trainable) if settings.weight_decay else set(trainable)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for n, p in trainable.items() if n in decayed]},
+        {"params": [p for n, p in trainable.items() if n not in decayed], "weight_decay": 0.0},
+    ]
+    used = [group for group in groups if group["params"]]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(
+            used,
+            lr=rate,
+            betas=settings.betas,
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+        )
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(used, lr=rate, weight_decay=settings.weight_decay)
+    return torch.optim.RMSprop(used, lr=rate, weight_decay=settings.weight_decay)
+
+
+def _decayed(model: nn.Module, trainable: Mapping[str, Tensor]) -> set[str]:
+    """Names of the parameters that transformers' Trainer decays: neither biases nor norms."""
+    from transformers import Trainer
+
+    chooser: Callable[[object, nn.Module], list[str]] = Trainer.get_decay_parameter_names
+    return set(chooser(None, model)) & trainable.keys()
 
 
 def _named(observed: Example | Sequence[Example] | Mapping[str, Example]) -> dict[str, Example]:

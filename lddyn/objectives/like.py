@@ -1,0 +1,124 @@
+"""The objective of a run, from the trainer's settings and the rows of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from lddyn.data.example import Example
+from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.reference_policy import Reference, trainer_reference
+from lddyn.objectives.loss import Loss
+from lddyn.objectives.losses import COMMON, LOSSES
+from lddyn.objectives.objective import SFT, Objective
+from lddyn.objectives.paired import preference
+from lddyn.objectives.unpaired import KTO
+from lddyn.settings import TrainerSettings
+
+__all__ = ["Update", "loss_like", "objective_like", "reference_like"]
+
+Pair: TypeAlias = tuple[Example, Example]
+Labelled: TypeAlias = tuple[Example, bool]
+
+# What a step learns from: an objective, or with settings the rows of one batch alone.
+Update: TypeAlias = (
+    Objective | Example | Pair | Labelled | Sequence[Example] | Sequence[Pair] | Sequence[Labelled]
+)
+
+
+def loss_like(settings: TrainerSettings) -> Loss:
+    """The loss of pairs that a trainer with these settings lowers.
+
+    Raises:
+        ValueError: If lddyn has no loss of this name.
+    """
+    names = ["sft" if name in ("nll", "dft") else name for name in settings.losses]
+    names = ["apo_zero" if name == "apo_zero_unpaired" else name for name in names]
+    known = {key for name in names if name in LOSSES for key in LOSSES[name].parameters}
+    if settings.trainer == "dpo":
+        known |= COMMON.keys()
+    given = {key: value for key, value in settings.parameters.items() if key in known}
+    return Loss(names, settings.loss_weights, **given)
+
+
+def reference_like(
+    settings: TrainerSettings, model: nn.Module | Anatomy, count: int, sides: int = 2
+) -> Reference:
+    """The reference that a trainer with these settings takes for this policy.
+
+    Args:
+        settings: Settings of the run.
+        model: The policy.
+        count: Pairs, or responses where `sides` is 1.
+        sides: 2 for pairs, 1 for single responses.
+    """
+    given = settings.reference
+    if isinstance(given, nn.Module | Anatomy):
+        return given
+    if given == "trainer":
+        return trainer_reference(model)
+    return torch.zeros(sides, count) if given == "free" else str(given)
+
+
+def objective_like(
+    settings: TrainerSettings, update: Update, model: nn.Module | Anatomy
+) -> Objective:
+    """The objective of one optimizer step of a run.
+
+    Args:
+        settings: Settings of the run.
+        update: All rows that the step learns from: for SFT an Example or several; for preference
+            losses a pair (chosen, rejected) or several; for KTO a pair (example, label) or several.
+            An Objective is returned as it is.
+        model: The policy.
+
+    Raises:
+        ValueError: If the rows are not of the kind that the trainer learns from.
+    """
+    if isinstance(update, Objective):
+        return update
+    if settings.trainer in ("sft", "other"):
+        examples = [update] if isinstance(update, Example) else list(update)
+        if all(isinstance(e, Example) for e in examples):
+            return SFT(examples, loss_type=settings.losses[0])
+        raise ValueError(_wanted(settings, "an Example, or several"))
+    rows = [update] if _is_row(update) else list(update)  # type: ignore[arg-type]
+    if not rows or not all(map(_is_row, rows)):
+        raise ValueError(_wanted(settings, "pairs (chosen, rejected), or (example, label) of KTO"))
+    firsts, seconds = zip(*rows, strict=True)  # type: ignore[misc]
+    if isinstance(seconds[0], bool):
+        if settings.trainer != "kto":
+            raise ValueError(_wanted(settings, "pairs (chosen, rejected)"))
+        numbers = {k: float(v) for k, v in settings.parameters.items()}
+        return KTO(
+            firsts,
+            seconds,
+            beta=numbers.get("beta", 0.1),
+            desirable_weight=numbers.get("desirable_weight", 1.0),
+            undesirable_weight=numbers.get("undesirable_weight", 1.0),
+            reference=reference_like(settings, model, len(rows), sides=1),
+            loss_type=settings.losses[0],
+        )
+    return preference(
+        loss_like(settings),
+        firsts,
+        seconds,
+        reference=reference_like(settings, model, len(rows)),
+    )
+
+
+def _is_row(value: object) -> bool:
+    """Whether this is one pair, or one response with its label."""
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and isinstance(value[0], Example)
+        and isinstance(value[1], Example | bool)
+    )
+
+
+def _wanted(settings: TrainerSettings, rows: str) -> str:
+    return f"a step of a {settings.trainer.upper()} trainer learns from {rows}: give these"

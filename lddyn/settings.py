@@ -1,0 +1,494 @@
+"""A trainer's settings as one value: what a run trains with, read from its configuration.
+
+`TrainerSettings.of` takes a TRL config, a TrainingArguments, a trainer, a mapping, or a YAML or
+JSON file of such arguments. Everything that takes `like=` reads it from there: objective and
+parameters, cutting of rows, optimizer, clipping, reference. What lddyn cannot follow is a sentence
+in `remarks`. Neither torch nor transformers is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+__all__ = ["Like", "TrainerSettings", "router_remark"]
+
+Like: TypeAlias = object  # a config, a trainer, a mapping, a path, or TrainerSettings
+
+TRAINERS = ("sft", "dpo", "kto", "cpo", "orpo")
+
+# What TRL 1.16 has where a file leaves an argument out, and TRL is not installed.
+_COMMON: dict[str, Any] = {
+    "learning_rate": 5e-5,
+    "optim": "adamw_torch",
+    "weight_decay": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 3.0,
+    "max_steps": -1,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0,
+}
+_CUT = {"max_length": 1024, "truncation_mode": "keep_start"}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "sft": {**_CUT, "learning_rate": 2e-5, "loss_type": "nll", "assistant_only_loss": False},
+    "dpo": {**_CUT, "learning_rate": 1e-6, "loss_type": ["sigmoid"], "beta": 0.1},
+    "kto": {"max_length": 1024, "learning_rate": 1e-6, "loss_type": "kto", "beta": 0.1},
+    "cpo": {"learning_rate": 1e-6, "loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 1.0},
+    "orpo": {"learning_rate": 1e-6, "beta": 0.1},
+    "other": {},
+}
+
+# Arguments that only one trainer has: how a file without the word `trainer` is recognised.
+_TELLING = {
+    "kto": {"desirable_weight", "undesirable_weight"},
+    "cpo": {"cpo_alpha", "simpo_gamma"},
+    "sft": {"assistant_only_loss", "completion_only_loss", "packing", "dataset_text_field"},
+    "dpo": {
+        *("loss_weights", "ld_alpha", "f_divergence_type", "rpo_alpha", "use_weighting"),
+        *("discopop_tau", "precompute_ref_log_probs", "sync_ref_model", "label_smoothing"),
+    },
+}
+
+# Names of transformers' `optim` → lddyn's.
+_OPTIMIZERS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_apex_fused": "adamw",
+    "sgd": "sgd",
+    "rmsprop": "rmsprop",
+}
+
+# Optimizers whose arithmetic is AdamW's with a state of 8 bits, or in pages.
+_NEARLY_ADAMW = ("paged_adamw", "adamw_bnb", "adamw_8bit", "adamw_torch_8bit", "adamw_torch_4bit")
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """What a run trains with, as far as lddyn follows it.
+
+    Attributes:
+        trainer: "sft", "dpo", "kto", "cpo", "orpo"; "other" for any other trainer.
+        trl_version: Version of TRL whose rules hold; empty: not known, and those of 1.16 hold.
+        losses: Names of losses of `lddyn.Loss`, or of `lddyn.SFT` and `lddyn.KTO`.
+        loss_weights: One weight per loss.
+        parameters: Name → value, of the losses.
+        max_length, max_prompt_length, max_completion_length: Most tokens; None: no limit.
+        truncation_mode: "keep_start" or "keep_end".
+        assistant_only: Whether only the assistant's tokens of a conversation are in the loss.
+        completion_only: Whether only the completion of a prompt is in the loss.
+        eos_token: The EOS token that the trainer sets; None: the tokenizer's.
+        learning_rate: η at its highest.
+        optimizer: "adamw", "sgd" or "rmsprop"; None: one that lddyn does not follow.
+        weight_decay, betas, epsilon: Of the optimizer.
+        max_grad_norm: Norm to which gradients are clipped; None: not clipped.
+        batch: Rows of one optimizer step on one device, accumulation included.
+        epochs: Passes over the data.
+        schedule: transformers' name of the learning rate's schedule.
+        warmup_steps, warmup_ratio: Steps, or part of all steps, over which the rate rises from 0.
+        reference: "trainer": what TRL's trainers take (`trainer_reference`); "adapter:NAME";
+            "free": log π_ref = 0; or the trainer's reference model.
+        router_aux_loss_coef: Weight of a router's auxiliary loss; None: the model config's own.
+        remarks: Settings that lddyn does not follow, one sentence each.
+
+    Example:
+        >>> import lddyn
+        >>> like = lddyn.TrainerSettings.of({"trainer": "dpo", "loss_type": ["ipo"], "beta": 0.5})
+        >>> like.losses, like.parameters["beta"], like.max_grad_norm
+        (('ipo',), 0.5, 1.0)
+    """
+
+    trainer: str
+    trl_version: str = ""
+    losses: tuple[str, ...] = ()
+    loss_weights: tuple[float, ...] = ()
+    parameters: Mapping[str, float | str] = field(default_factory=dict)
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+    max_completion_length: int | None = None
+    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
+    assistant_only: bool = True
+    completion_only: bool = True
+    eos_token: str | None = None
+    learning_rate: float = 5e-5
+    optimizer: str | None = "adamw"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    batch: int = 8
+    epochs: float = 3.0
+    schedule: str = "linear"
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    reference: object = "trainer"
+    router_aux_loss_coef: float | None = None
+    remarks: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, source: Like) -> TrainerSettings:
+        """Reads the settings of a run.
+
+        Args:
+            source: A config of TRL (SFTConfig, DPOConfig, KTOConfig, CPOConfig, ORPOConfig), a
+                TrainingArguments, a trainer, a mapping of their arguments, or a YAML or JSON file
+                of them. A mapping or a file says `trainer: dpo` where its arguments do not tell.
+
+        Raises:
+            ValueError: If the file cannot be read, it is no configuration, or the trainer's kind is
+                not known; the message says what to give.
+        """
+        if isinstance(source, TrainerSettings):
+            return source
+        values, kind = _arguments(source)
+        return _Reading(values, kind, getattr(source, "ref_model", None)).settings()
+
+    @property
+    def old(self) -> bool:
+        """Whether the rules are those of TRL before 1.0."""
+        return self.trl_version.startswith("0.")
+
+
+# ---------------------------------------------------------------------------------------------
+# From a source to its arguments
+
+
+def _arguments(source: Like) -> tuple[dict[str, Any], str]:
+    """All arguments with their values, and the trainer's kind."""
+    if isinstance(source, str | Path):
+        source = _file(Path(source))
+    if isinstance(source, Mapping):
+        given = {str(k): v for k, v in source.items()}
+        kind = _kind_of_mapping(given)
+        return {**_defaults(kind), **given}, kind
+    kind = ""
+    if hasattr(source, "args"):
+        kind = _kind_of_class(type(source), "Trainer")
+        source = source.args
+    if not hasattr(source, "learning_rate"):
+        raise ValueError(
+            "like must be a TRL config, a TrainingArguments, a trainer, a mapping of their "
+            f"arguments or a file of them, got {type(source).__name__}"
+        )
+    kind = kind or _kind_of_class(type(source), "Config") or "other"
+    given = {k: v for k, v in vars(source).items() if not k.startswith("_")}
+    return {**_DEFAULTS.get(kind, {}), **given}, kind
+
+
+def _file(path: Path) -> Mapping[str, Any]:
+    """The arguments in a YAML or JSON file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read as a configuration: {error}") from error
+    try:
+        if path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            import yaml  # type: ignore[import-untyped]
+
+            values = yaml.safe_load(text)
+    except ImportError as error:
+        raise ValueError(f"{path}: reading YAML needs PyYAML: pip install pyyaml") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not a configuration: {error}") from error
+    except Exception as error:  # yaml.YAMLError, which cannot be named before the import
+        raise ValueError(f"{path}: not a configuration: {error}") from error
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path}: must hold arguments by name, got {type(values).__name__}")
+    return values
+
+
+def _kind_of_class(source: type, end: str) -> str:
+    """The kind by the class's name or an ancestor's: DPOConfig, MyDPOConfig(DPOConfig) → dpo."""
+    for ancestor in source.__mro__:
+        name = ancestor.__name__
+        if name.endswith(end):
+            stem = name.removesuffix(end).lower()
+            known = next((kind for kind in TRAINERS if stem.endswith(kind)), "")
+            if known or ancestor.__module__.startswith("trl"):
+                return known or "other"
+    return ""
+
+
+def _kind_of_mapping(given: Mapping[str, Any]) -> str:
+    """The kind by the argument `trainer`, or by arguments that only one trainer has."""
+    word = str(given.get("trainer", "")).lower().removesuffix("trainer")
+    if word:
+        if word not in (*TRAINERS, "other"):
+            raise ValueError(f"trainer must be one of {', '.join(TRAINERS)}, got {word!r}")
+        return word
+    for kind, telling in _TELLING.items():
+        if telling & given.keys():
+            return kind
+    names = given.get("loss_type")
+    if isinstance(names, list) or names in ("sigmoid", "ipo", "apo_zero", "robust", "exo_pair"):
+        return "dpo"
+    if names in ("nll", "dft", "chunked_nll"):
+        return "sft"
+    raise ValueError(
+        "the configuration does not tell its trainer: add one of "
+        + ", ".join(f"trainer: {kind}" for kind in TRAINERS)
+    )
+
+
+def _defaults(kind: str) -> dict[str, Any]:
+    """What the installed TRL has where an argument is left out; TRL 1.16's without TRL."""
+    values = {**_COMMON, **_DEFAULTS[kind]}
+    try:
+        import trl
+    except ImportError:
+        return values
+    config = getattr(trl, f"{kind.upper()}Config", None)
+    for name, described in getattr(config, "__dataclass_fields__", {}).items():
+        default = described.default
+        if default is None or isinstance(default, bool | int | float | str):
+            values[name] = default
+    return values
+
+
+def _installed_trl() -> str:
+    try:
+        return version("trl")
+    except PackageNotFoundError:
+        return ""
+
+
+# ---------------------------------------------------------------------------------------------
+# From arguments to settings
+
+
+class _Reading:
+    """Reads arguments one by one, and collects remarks about those that are not followed."""
+
+    def __init__(self, values: Mapping[str, Any], kind: str, ref_model: object):
+        self.values, self.kind, self.ref_model = values, kind, ref_model
+        self.trl = _installed_trl()
+        self.remarks: list[str] = []
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of an argument; the default where it is absent or None."""
+        value = self.values.get(name)
+        return default if value is None else getattr(value, "value", value)
+
+    def settings(self) -> TrainerSettings:
+        """All settings."""
+        losses, weights, parameters = getattr(self, f"_{self.kind}", self._other)()
+        self._left_out()
+        clip = float(self.get("max_grad_norm", 0.0))
+        return TrainerSettings(
+            trainer=self.kind,
+            trl_version=self.trl,
+            losses=losses,
+            loss_weights=weights or (1.0,) * len(losses),
+            parameters=parameters,
+            max_length=self.get("max_length"),
+            max_prompt_length=self.get("max_prompt_length"),
+            max_completion_length=self.get("max_completion_length"),
+            truncation_mode=self.get("truncation_mode", "keep_start"),
+            assistant_only=bool(self.get("assistant_only_loss", self.kind != "sft")),
+            completion_only=bool(self.get("completion_only_loss", True)),
+            eos_token=self.get("eos_token"),
+            learning_rate=float(self.get("learning_rate", 5e-5)),
+            optimizer=self._optimizer(),
+            weight_decay=float(self.get("weight_decay", 0.0)),
+            betas=(float(self.get("adam_beta1", 0.9)), float(self.get("adam_beta2", 0.999))),
+            epsilon=float(self.get("adam_epsilon", 1e-8)),
+            max_grad_norm=clip if clip > 0 else None,
+            batch=int(self.get("per_device_train_batch_size", 8))
+            * int(self.get("gradient_accumulation_steps", 1)),
+            epochs=float(self.get("num_train_epochs", 3.0)),
+            schedule=str(self.get("lr_scheduler_type", "linear")),
+            warmup_steps=int(self.get("warmup_steps", 0)),
+            warmup_ratio=float(self.get("warmup_ratio", 0.0)) or self._fraction("warmup_steps"),
+            reference=self._reference(),
+            router_aux_loss_coef=self.get("router_aux_loss_coef"),
+            remarks=tuple(self.remarks),
+        )
+
+    # ----- losses
+
+    Losses: TypeAlias = tuple[tuple[str, ...], tuple[float, ...], dict[str, float | str]]
+
+    def _sft(self) -> Losses:
+        kind = str(self.get("loss_type", "nll"))
+        return ({"chunked_nll": "nll"}.get(kind, kind),), (), {}
+
+    def _other(self) -> Losses:
+        return ("nll",), (), {}
+
+    def _kto(self) -> Losses:
+        names = ("beta", "desirable_weight", "undesirable_weight")
+        return (str(self.get("loss_type", "kto")),), (), self._numbers(names)
+
+    def _orpo(self) -> Losses:
+        return ("orpo",), (), self._numbers(("beta",))
+
+    def _cpo(self) -> Losses:
+        kind = str(self.get("loss_type", "sigmoid"))
+        if kind == "alphapo":
+            return ("simpo",), (), {**self._numbers(_CPO["simpo"]), "cpo_alpha": 0.0}
+        name = {"sigmoid": "cpo", "hinge": "cpo_hinge", "ipo": "cpo_ipo"}.get(kind, kind)
+        return (name,), (), self._numbers(_CPO.get(name, ()))
+
+    def _dpo(self) -> Losses:
+        given = self.get("loss_type", ["sigmoid"])
+        names = [given] if isinstance(given, str) else [str(name) for name in given]
+        weights = [float(w) for w in self.get("loss_weights", [1.0] * len(names))]
+        names = [{"sigmoid": "dpo", "aot_pair": "aot_unpaired"}.get(n, n) for n in names]
+        smooth = float(self.get("label_smoothing", 0.0))
+        old = self.trl.startswith("0.")
+        if smooth and "dpo" in names and not old:
+            self.remarks.append(
+                f"label_smoothing={smooth:g} is not read by TRL {self.trl or '1.16'} for sigmoid, "
+                "and not here; cdpo is the smoothed loss."
+            )
+        if smooth and old:
+            names = ["cdpo" if n == "dpo" else n for n in names]
+        rpo = float(self.get("rpo_alpha", 0.0))
+        if rpo:
+            names, weights = [*names, "sft"], [*weights, rpo]
+        parameters = self._numbers(("beta", "discopop_tau", "ld_alpha"))
+        if smooth or "robust" in names or "cdpo" in names:
+            parameters["label_smoothing"] = smooth
+        if "exo_pair" in names and not smooth:
+            parameters["label_smoothing"] = 1e-3
+        kind = str(self.get("f_divergence_type", "reverse_kl"))
+        if kind != "reverse_kl":
+            parameters["f_divergence_type"] = kind
+            parameters["f_alpha_divergence_coef"] = float(self.get("f_alpha_divergence_coef", 0.5))
+        if old and (kind == "alpha_divergence" or "ld_alpha" in parameters):
+            self.remarks.append(
+                f"TRL {self.trl} has another formula of alpha_divergence and ld_alpha than the one "
+                "here, which is TRL 1.16's."
+            )
+        if old and "bco_pair" in names:
+            self.remarks.append(
+                f"TRL {self.trl} measures rewards of bco_pair from their running mean; here delta "
+                "is 0."
+            )
+        return tuple(names), tuple(weights), parameters
+
+    def _numbers(self, names: tuple[str, ...]) -> dict[str, float | str]:
+        """The arguments of these names that are given, as numbers."""
+        return {n: float(self.get(n)) for n in names if self.get(n) is not None}
+
+    # ----- optimizer and reference
+
+    def _optimizer(self) -> str | None:
+        name = str(self.get("optim", "adamw_torch")).lower()
+        if name in _OPTIMIZERS:
+            return _OPTIMIZERS[name]
+        if name.startswith(_NEARLY_ADAMW):
+            self.remarks.append(
+                f"optim={name}: its state has fewer bits or lies in pages; the step here is "
+                "AdamW's with an exact state."
+            )
+            return "adamw"
+        self.remarks.append(
+            f"optim={name}: lddyn follows SGD, Adam, AdamW and RMSprop, so that the step needs "
+            "another optimizer=…; watch(trainer, predict=1) measures the real one."
+        )
+        return None
+
+    def _reference(self) -> object:
+        if self.ref_model is not None:
+            return self.ref_model
+        name = self.get("ref_adapter_name")
+        if name:
+            return f"adapter:{name}"
+        return "free" if self.get("reference_free", False) else "trainer"
+
+    def _fraction(self, name: str) -> float:
+        """An argument that is a part of all steps where it is below 1, else 0."""
+        value = float(self.get(name, 0.0))
+        return value if 0 < value < 1 else 0.0
+
+    # ----- what is left out
+
+    def _left_out(self) -> None:
+        """A sentence for every setting that changes the training and is not followed."""
+        for name, test, text in _NOT_FOLLOWED:
+            value = self.get(name)
+            if value is not None and test(value):
+                shown = f"{value:g}" if isinstance(value, float) else value
+                self.remarks.append(f"{name}={shown}: {text}")
+        if self.get("disable_dropout", True) is False:
+            self.remarks.append("disable_dropout=False: dropout stays on in training, not here.")
+
+
+_CPO = {
+    "cpo": ("beta", "label_smoothing", "alpha", "cpo_alpha"),
+    "cpo_hinge": ("beta", "alpha", "cpo_alpha"),
+    "cpo_ipo": ("beta", "alpha", "cpo_alpha"),
+    "simpo": ("beta", "simpo_gamma", "label_smoothing", "alpha", "cpo_alpha"),
+}
+
+
+def _yes(value: Any) -> bool:
+    return bool(value)
+
+
+# (argument, when it matters, what of it is not followed)
+_NOT_FOLLOWED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "label_smoothing_factor",
+        _yes,
+        "smoothing reads the whole distribution; the step here is that of the plain loss.",
+    ),
+    ("use_weighting", _yes, "WPO's weights of pairs are not followed; here every pair has 1."),
+    ("neftune_noise_alpha", _yes, "noise on embeddings is left out."),
+    ("packing", _yes, "rows are packed into one sequence in training; here each is read alone."),
+    (
+        "sync_ref_model",
+        _yes,
+        "the reference follows the policy in training; here it stays as it is at this moment.",
+    ),
+    ("optim_args", _yes, "further arguments of the optimizer are not followed."),
+    ("optim_target_modules", _yes, "the optimizer's choice of modules is not followed."),
+    ("chat_template_path", _yes, "give a tokenizer with this chat template."),
+    ("bf16", _yes, "training computes in bfloat16; here in the weights' own number type."),
+    ("fp16", _yes, "training computes in float16; here in the weights' own number type."),
+    (
+        "warmup_steps",
+        lambda n: n > 0,
+        "the learning rate rises from 0 at the first step; here it is the highest one.",
+    ),
+    (
+        "warmup_ratio",
+        lambda part: part > 0,
+        "the learning rate rises from 0 at the first step; here it is the highest one.",
+    ),
+)
+
+
+def router_remark(config: object, settings: TrainerSettings | None = None) -> str | None:
+    """A sentence where training adds a router's auxiliary loss, which lddyn leaves out.
+
+    Args:
+        config: The model's config.
+        settings: Settings of the run. None: the loss is there where the config asks for router
+            logits.
+    """
+    text = getattr(config, "get_text_config", lambda: config)()
+    own = float(getattr(text, "router_aux_loss_coef", 0.0) or 0.0)
+    given = None if settings is None else settings.router_aux_loss_coef
+    weight = own if given is None else given
+    asked = bool(getattr(text, "output_router_logits", False))
+    if settings is not None and not settings.old and settings.trainer != "other":
+        asked = hasattr(text, "output_router_logits")  # TRL turns router logits on by itself
+    if not asked or not weight:
+        return None
+    return (
+        f"Left out: the auxiliary loss of the routers, router_aux_loss_coef = {weight:g} times the "
+        "load balancing, which training adds to the loss."
+    )
