@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -80,15 +80,16 @@ def objective_like(
     """
     if isinstance(update, Objective):
         return update
-    if settings.trainer in ("sft", "other"):
-        examples = [update] if isinstance(update, Example) else list(update)
-        if all(isinstance(e, Example) for e in examples):
-            return SFT(examples, loss_type=settings.losses[0])
+    plain = settings.trainer in ("sft", "other")
+    single = isinstance(update, Example) or (_is_row(update) and not plain)
+    rows: list[Any] = [update] if single else list(update)  # type: ignore[arg-type]
+    if plain:
+        if all(isinstance(e, Example) for e in rows):
+            return SFT(rows, loss_type=settings.losses[0])
         raise ValueError(_wanted(settings, "an Example, or several"))
-    rows = [update] if _is_row(update) else list(update)  # type: ignore[arg-type]
     if not rows or not all(map(_is_row, rows)):
         raise ValueError(_wanted(settings, "pairs (chosen, rejected), or (example, label) of KTO"))
-    firsts, seconds = zip(*rows, strict=True)  # type: ignore[misc]
+    firsts, seconds = zip(*rows, strict=True)
     if isinstance(seconds[0], bool):
         if settings.trainer != "kto":
             raise ValueError(_wanted(settings, "pairs (chosen, rejected)"))

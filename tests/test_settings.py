@@ -1,0 +1,231 @@
+"""A trainer's settings, read from its configuration, and the step that follows them."""
+
+import json
+import warnings
+
+import pytest
+import torch
+import transformers
+import zoo
+
+import lddyn
+from lddyn.settings import TrainerSettings, router_remark
+
+torch.set_num_threads(1)
+trl = pytest.importorskip("trl")
+OLD = trl.__version__.startswith("0.")
+QUIET = {"use_cpu": True, "bf16": False, "report_to": "none"}
+
+
+def config(kind, tmp_path, **options):
+    if kind == "Training":
+        return transformers.TrainingArguments(str(tmp_path), **{**QUIET, **options})
+    module = trl if hasattr(trl, f"{kind}Config") else None
+    module = module or pytest.importorskip(f"trl.experimental.{kind.lower()}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return getattr(module, f"{kind}Config")(str(tmp_path), **{**QUIET, **options})
+
+
+@pytest.mark.case("settings of a trainer's config")
+def test_a_config_says_objective_cutting_optimizer_and_clipping(tmp_path):
+    options = {
+        "loss_type": ["sigmoid", "sft"],
+        "loss_weights": [0.5, 2.0],
+        "beta": 0.3,
+        "max_length": 77,
+        "learning_rate": 3e-4,
+        "weight_decay": 0.1,
+        "gradient_accumulation_steps": 4,
+        "per_device_train_batch_size": 2,
+        "max_grad_norm": 0.5,
+    }
+    settings = TrainerSettings.of(config("DPO", tmp_path, **options))
+    assert (settings.trainer, settings.losses) == ("dpo", ("dpo", "sft"))
+    assert settings.loss_weights == (0.5, 2.0) and settings.parameters["beta"] == 0.3
+    assert (settings.max_length, settings.batch, settings.max_grad_norm) == (77, 8, 0.5)
+    assert settings.truncation_mode == ("keep_end" if OLD else "keep_start")
+    for file, text in (
+        ("a.json", json.dumps({"trainer": "dpo", **options})),
+        ("a.yaml", "\n".join(f"{k}: {json.dumps(v)}" for k, v in options.items())),
+    ):
+        (tmp_path / file).write_text(text)
+        read = TrainerSettings.of(tmp_path / file)
+        for name in ("losses", "loss_weights", "max_length", "learning_rate", "weight_decay"):
+            assert getattr(read, name) == getattr(settings, name), (file, name)
+        assert read.parameters["beta"] == 0.3
+    assert TrainerSettings.of(settings) is settings
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "losses", "loss"),
+    [
+        ("SFT", {}, ("nll",), None),
+        ("SFT", {"loss_type": "dft"}, ("dft",), None),
+        ("KTO", {"desirable_weight": 1.3}, ("kto",), "kto"),
+        ("CPO", {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0}, ("simpo",), "simpo"),
+        ("CPO", {"loss_type": "sigmoid"}, ("cpo",), "cpo"),
+        ("ORPO", {"beta": 0.2}, ("orpo",), "orpo"),
+        ("DPO", {"loss_type": ["robust"], "label_smoothing": 0.2}, ("robust",), "robust"),
+        ("DPO", {"loss_type": ["exo_pair"], "label_smoothing": 1e-3}, ("exo_pair",), "exo_pair"),
+        ("Training", {}, ("nll",), None),
+    ],
+)
+def test_every_trainers_config_is_read(tmp_path, kind, options, losses, loss):
+    from lddyn.objectives.like import loss_like
+
+    settings = TrainerSettings.of(config(kind, tmp_path, **options))
+    assert settings.losses == losses
+    if loss:
+        made = loss_like(settings)
+        assert made.name == loss
+        given = {k: v for k, v in options.items() if k in made.parameters}
+        assert given.items() <= made.parameters.items()
+
+
+@pytest.mark.case("settings that cannot be followed are said")
+@pytest.mark.parametrize(
+    ("kind", "options", "word"),
+    [
+        ("Training", {"label_smoothing_factor": 0.1}, "whole distribution"),
+        ("Training", {"neftune_noise_alpha": 5.0}, "noise on embeddings"),
+        ("Training", {"warmup_steps": 5}, "rises from 0"),
+        ("Training", {"optim": "adafactor"}, "optim=adafactor: lddyn follows SGD, Adam"),
+        ("Training", {"optim": "paged_adamw_8bit"}, "AdamW's with an exact state"),
+        ("DPO", {"use_weighting": True}, "WPO"),
+        ("DPO", {"sync_ref_model": True}, "follows the policy"),
+        ("DPO", {"disable_dropout": False}, "dropout stays on"),
+        ("SFT", {"packing": True}, "packed into one sequence"),
+    ],
+)
+def test_what_is_not_followed_is_a_remark(tmp_path, kind, options, word):
+    settings = TrainerSettings.of(config(kind, tmp_path, **options))
+    assert any(word in remark for remark in settings.remarks), settings.remarks
+    assert not TrainerSettings.of(config(kind, tmp_path)).remarks
+
+
+def test_what_is_no_configuration_is_refused(tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("- a\n- b\n")
+    for source, message in (
+        ({"learning_rate": 1e-3}, "does not tell its trainer: add one of trainer: sft"),
+        ({"trainer": "ppo"}, "trainer must be one of sft, dpo"),
+        (bad, "must hold arguments by name"),
+        (tmp_path / "none.yaml", "cannot be read"),
+        (3, "like must be a TRL config"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainerSettings.of(source)
+
+
+@pytest.mark.case("a step like the trainer's")
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_step_like_a_config_is_the_step_with_its_values(tmp_path, kind):
+    """Objective, rate, AdamW with decay on matrices alone, clipping: as a real step has them."""
+    model = zoo.build("llama")
+    one, other = zoo.examples()
+    options = {"learning_rate": 2e-3, "weight_decay": 0.1, "adam_beta2": 0.9, "max_grad_norm": 0.3}
+    if kind == "dpo":
+        options |= {"loss_type": ["ipo"], "beta": 0.4}
+    dec = lddyn.decompose(
+        model,
+        [one, other],
+        (one, other) if kind == "dpo" else [one, other],
+        like=config(kind.upper(), tmp_path, **options),
+    )
+    if kind == "dpo":
+        update = lddyn.preference("ipo", one, other, beta=0.4)
+    else:
+        update = lddyn.SFT([one, other])
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    norms = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
+        lr=2e-3,
+        betas=(0.9, 0.9),
+    )
+    by_hand = lddyn.decompose(model, [one, other], update, optimizer=optimizer, max_grad_norm=0.3)
+    assert dec.loss == by_hand.loss and dec.lr == by_hand.lr
+    assert dec.settings["clip_factor"] == by_hand.settings["clip_factor"] < 1
+    for a, b in zip(dec, by_hand, strict=True):
+        assert torch.allclose(a.delta_logp, b.delta_logp, rtol=1e-5, atol=1e-8)
+        assert bool(a.weight_decay.any())
+
+
+def test_settings_of_a_trainer_bring_its_reference_and_the_rows_it_learns_from(tmp_path):
+    from lddyn.objectives.like import objective_like
+
+    class FakeDPOTrainer:
+        args = config("DPO", tmp_path)
+        ref_model = zoo.build("llama", seed=3)
+
+    class DPOTrainer(FakeDPOTrainer):
+        """Read by its name alone, as a trainer of TRL's is."""
+
+    model, (one, other) = zoo.build("llama"), zoo.examples()
+    settings = TrainerSettings.of(DPOTrainer())
+    assert settings.reference is DPOTrainer.ref_model
+    objective = objective_like(settings, [(one, other)], model)
+    assert objective.reference is DPOTrainer.ref_model and objective.name == "dpo"
+    adapted = zoo.lora("llama")
+    plain = TrainerSettings.of(config("DPO", tmp_path))
+    assert objective_like(plain, (one, other), adapted).reference == "adapter-off"
+    adapted.add_adapter("ref", adapted.peft_config["default"])
+    assert objective_like(plain, (one, other), adapted).reference == "adapter:ref"
+    kto = TrainerSettings.of(config("KTO", tmp_path, beta=0.3))
+    made = objective_like(kto, [(one, True), (other, False)], model)
+    assert made.parameters["beta"] == 0.3 and made.labels == [True, False]
+    with pytest.raises(ValueError, match="a step of a DPO trainer learns from pairs"):
+        objective_like(plain, [one, other], model)
+    with pytest.raises(ValueError, match="a step of a SFT trainer learns from an Example"):
+        objective_like(TrainerSettings.of({"packing": False}), [(one, other)], model)
+
+
+@pytest.mark.case("a router's auxiliary loss that is left out")
+def test_the_auxiliary_loss_of_routers_is_said(tmp_path):
+    model = transformers.Qwen3MoeConfig(router_aux_loss_coef=0.01, output_router_logits=True)
+    assert "router_aux_loss_coef = 0.01" in router_remark(model)
+    quiet = transformers.Qwen3MoeConfig(router_aux_loss_coef=0.01, output_router_logits=False)
+    assert router_remark(quiet) is None
+    settings = TrainerSettings.of(config("SFT", tmp_path))
+    assert (router_remark(quiet, settings) is None) == OLD  # TRL now asks for it by itself
+    assert router_remark(zoo.build("llama").config, settings) is None
+
+
+@pytest.mark.case("a learning rate of 0, as in the first step of a warm-up")
+def test_a_learning_rate_of_zero_moves_nothing_and_says_so():
+    model, (one, _) = zoo.build("llama"), zoo.examples()
+    dec = lddyn.decompose(model, one, lddyn.SFT(one), lr=0.0)
+    assert not bool(dec[0].delta_logp.any())
+    assert "A learning rate of 0 moves nothing" in dec.explain()
+    with pytest.raises(ValueError, match="the learning rate is 0"):
+        dec.verify()
+
+
+def test_a_run_like_a_config_has_its_schedule(tmp_path):
+    options = {"learning_rate": 1e-3, "num_train_epochs": 2, "lr_scheduler_type": "cosine"}
+    run = lddyn.Run.like(config("Training", tmp_path, warmup_steps=2, **options))
+    assert (run.epochs, run.schedule, run.warmup) == (2, "cosine", 2.0)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1e-3)
+    for name in ("linear", "cosine", "constant_with_warmup"):
+        schedule = transformers.get_scheduler(name, optimizer, 2, 10)
+        like = lddyn.Run.like(
+            {"trainer": "sft", "warmup_steps": 2, "lr_scheduler_type": name, "learning_rate": 1e-3}
+        )
+        for step in range(10):
+            assert like.rate(step, 10) == pytest.approx(schedule.get_last_lr()[0]), (name, step)
+            optimizer.step()
+            schedule.step()
+
+
+@pytest.mark.case("an optimizer that lddyn does not follow")
+def test_other_optimizers_are_refused_with_a_way_out():
+    model, (one, _) = zoo.build("llama"), zoo.examples()
+    parameters = list(model.parameters())
+    adafactor = transformers.optimization.Adafactor(parameters)
+    for optimizer, kind in ((adafactor, TypeError), ("lion", ValueError)):
+        with pytest.raises(kind, match=r"watch\(trainer, predict=1\)"):
+            lddyn.decompose(model, one, lddyn.SFT(one), lr=1e-3, optimizer=optimizer)
+    dec = lddyn.decompose(model, one, lddyn.SFT(one), lr=1e-3, optimizer="adamw_torch")
+    assert dec.settings["optimizer"] == "AdamW"
