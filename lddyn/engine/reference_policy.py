@@ -238,7 +238,7 @@ def trainer_reference(model: nn.Module | Anatomy) -> str:
     "adapter:ref" or "adapter-off" for a peft model; "self" for another one, which is the start
     model only before the first step.
     """
-    policy: Any = model.model if isinstance(model, Anatomy) else model
+    policy: Any = Anatomy.module_of(model)
     adapters = getattr(policy, "peft_config", None)
     if not adapters or not hasattr(policy, "disable_adapter"):
         return "self"
