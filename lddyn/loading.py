@@ -12,9 +12,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
-__all__ = ["add_adapter", "check_device", "load_config", "load_model", "load_tokenizer"]
+__all__ = [
+    "add_adapter",
+    "check_device",
+    "load_config",
+    "load_generation_config",
+    "load_model",
+    "load_tokenizer",
+]
 
 _LOG = logging.getLogger("lddyn")
 
@@ -51,6 +63,21 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
 
     with _quiet_transformers(), _named_errors("config", name):
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def load_generation_config(name: str) -> GenerationConfig | None:
+    """The generation configuration of a model; None: it has none.
+
+    Args:
+        name: Folder with generation_config.json, or name of a model on the hub.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        with _quiet_transformers():
+            return GenerationConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
 
 
 def load_model(

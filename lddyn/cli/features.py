@@ -127,20 +127,21 @@ def _open(
 ) -> tuple[PreTrainedTokenizerBase, Anatomy, dict[int, Example], list[str]]:
     """Tokenizer, opened model, responses by their number, and why others were left out."""
     from lddyn.data.data_set import distinct_examples
-    from lddyn.data.read import rows as read
     from lddyn.engine.anatomy import Anatomy
 
+    content = rows.read()
     tokenizer, anatomy = model.load_tokenizer(), Anatomy(model.load())
     examples, left_out = distinct_examples(
         tokenizer,
-        read(rows.data, limit=rows.limit),
+        content,
         rows.names,
         rows.encoding,
         check=anatomy.check_limits,
-        skip=rows.skip,
+        skip=not rows.strict,
     )
     if not examples:
-        raise ValueError(f"{rows.data} has no response that can be used")
+        why = f"; the first: {left_out[0]}" if left_out else ""
+        raise ValueError(f"{rows.data} has no response that can be used{why}")
     if left_out and not quiet:
         warn(f"{len(left_out)} left out; the first: {left_out[0]}")
     return tokenizer, anatomy, examples, left_out

@@ -6,6 +6,7 @@ options (`lddyn.cli.command`).
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from lddyn.data.example import Example
     from lddyn.data.options import RowOptions
+    from lddyn.data.read import PlacedRow
     from lddyn.objectives.objective import Objective
 
 MODEL, DATA, STEP, SKETCH, COMPUTATION = "Model", "Data", "Step", "Sketch", "Computation"
@@ -199,10 +201,9 @@ class FileOptions:
     data: Annotated[
         Path,
         typer.Option(
-            help="Data file: JSONL, JSON or Parquet, in any format of TRL, or `prompt` and one "
+            help="Data: a JSONL, JSON, CSV, TSV or Parquet file (also .gz), a folder of them or of "
+            "save_to_disk, or a glob; in any format of TRL or LLaMA-Factory, or `prompt` and one "
             "column per response.",
-            exists=True,
-            dir_okay=False,
             show_default=False,
             rich_help_panel=DATA,
         ),
@@ -277,6 +278,12 @@ class DataOptions(FileOptions):
         ),
     ] = None
 
+    def read(self) -> list[PlacedRow]:
+        """The rows with their places; one that cannot be read is an error in its place."""
+        from lddyn.data.read import placed_rows
+
+        return list(itertools.islice(placed_rows(self.data), self.limit))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseOptions(DataOptions):
@@ -291,12 +298,12 @@ class ResponseOptions(DataOptions):
             rich_help_panel=DATA,
         ),
     ] = None
-    skip: Annotated[
+    strict: Annotated[
         bool,
         typer.Option(
-            "--skip",
-            help="Leave out responses that are too long or cannot be encoded. Default: stop with "
-            "an error.",
+            "--strict",
+            help="Stop at the first response that is too long or cannot be encoded. Default: leave "
+            "it out, and say so.",
             rich_help_panel=DATA,
         ),
     ] = False

@@ -15,25 +15,26 @@ if TYPE_CHECKING:
     from lddyn.data.audit import Audit, Finding
     from lddyn.data.example import Example
 
-# Columns that an SFT step learns from by default, the first one that a row has.
-_RESPONSES = ("completion", "chosen", "messages", "conversations", "text", "input_ids")
-
 
 def read_row(options: OneRowOptions) -> JsonObject:
     """The row that --row names.
 
     Raises:
-        ValueError: If the file has fewer rows.
+        ValueError: If the file has fewer rows, or this one cannot be read.
     """
-    from lddyn.data.read import rows
+    from lddyn.data.read import placed_rows
+    from lddyn.errors import ExampleError
 
-    read = rows(options.data, limit=options.row + 1)
-    if options.row >= len(read):
-        raise ValueError(
-            f"--row must be below {len(read)}, the number of rows in {options.data}, got "
-            f"{options.row}"
-        )
-    return read[options.row]
+    count = 0
+    for number, (_, row) in enumerate(placed_rows(options.data)):
+        if number == options.row:
+            if isinstance(row, ExampleError):
+                raise row
+            return row
+        count += 1
+    raise ValueError(
+        f"--row must be below {count}, the number of rows in {options.data}, got {options.row}"
+    )
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Columns:
     Attributes:
         update: Those that it learns from; empty: the first one that is encoded.
         observe: Those that are watched; empty: those of `update`.
-        named: Those that must be encoded by name; empty: what the data format has.
+        named: Those that are encoded by name; empty: what the data format has.
     """
 
     update: tuple[str, ...]
@@ -72,26 +73,19 @@ def choose_columns(
             f"--update must name {count} field{'s' if count > 1 else ''} for this objective, got "
             f"{', '.join(learned)}"
         )
-    there = [name for name in row if name != "prompt"]
     if not learned and count == 2:
         learned = ["chosen", "rejected"]
-    elif not learned:
-        learned = [name for name in _RESPONSES if name in row][:1]
-        learned = ["messages"] if learned == ["conversations"] else learned
-        if not learned and "prompt" in row:
+    elif not learned and set(row) & {"prompt", "completion", "chosen"} == {"prompt"}:
+        there = ", ".join(name for name in row if name != "prompt")
+        if not any(name.endswith("_ids") for name in row) and "messages" not in row:
             raise ValueError(
                 f"row {number} has no completion or chosen: name the response to learn from with "
-                f"--update; there are: {', '.join(there)}"
+                f"--update; there are: {there}"
             )
-    named = tuple(dict.fromkeys((*learned, *watched)))
     tokenized = any(name.endswith("_ids") for name in row)
-    absent = [name for name in named if name not in row]
-    if absent and not tokenized and absent != ["messages"]:
-        raise ValueError(
-            f"row {number} has no field {absent[0]!r}; there are: {', '.join(there) or 'none'}"
-        )
-    whole = not {"prompt", "chosen", "rejected"} & set(row)  # text or messages without a prompt
-    return Columns(tuple(learned), tuple(watched), () if tokenized or whole else named)
+    after_prompt = {"prompt", "instruction", "chosen", "rejected"} & set(row) and not tokenized
+    named = [name for name in (*learned, *watched) if name in row] if after_prompt else []
+    return Columns(tuple(learned), tuple(watched), tuple(dict.fromkeys(named)))
 
 
 def encode_columns(
@@ -131,9 +125,10 @@ def encode_columns(
     watched = list(columns.observe) or learned
     absent = [name for name in (*learned, *watched) if name not in examples]
     if absent:
+        texts = [name for name, value in row.items() if isinstance(value, str) and name != "prompt"]
         raise ValueError(
-            f"row {number} of {options.data} has no field {absent[0]!r}; there are: "
-            + ", ".join(sorted(examples))
+            f"row {number} has no field {absent[0]!r}; there are: "
+            + ", ".join(dict.fromkeys((*examples, *texts)))
         )
     return examples, learned, watched
 

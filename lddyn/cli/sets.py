@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lddyn.data.audit import Audit
     from lddyn.data.example import Example
     from lddyn.data.options import RowOptions
+    from lddyn.data.read import PlacedRow
     from lddyn.sets.diagnosis import Diagnosis
     from lddyn.sets.forecast import Run
     from lddyn.sketches.sketch import Sketch
@@ -167,23 +168,32 @@ class PairSet:
 def encode_pairs(
     tokenizer: PreTrainedTokenizerBase,
     config: object,
-    content: Sequence[Mapping[str, Any]],
+    content: Sequence[PlacedRow],
     options: RowOptions,
 ) -> PairSet:
     """The rows that are pairs, as token sequences, and what is wrong with the rows."""
     from lddyn.data.audit import audit
     from lddyn.data.rows import encode_row
+    from lddyn.errors import ExampleError
 
     pairs, rows, skipped = [], [], []
-    for number, row in enumerate(content):
+    for number, (where, row) in enumerate(content):
         try:
+            if isinstance(row, ExampleError):
+                raise row
             encoded = encode_row(tokenizer, row, options=options)
+            if not {"chosen", "rejected"} <= set(encoded):
+                there = ", ".join(map(repr, row))
+                raise ExampleError(f"a pair must have chosen and rejected, got {there}")
             for side in ("chosen", "rejected"):
                 check_fits(encoded[side], side, config)
             pairs.append((encoded["chosen"], encoded["rejected"]))
             rows.append(number)
-        except (ValueError, KeyError) as error:
-            skipped.append((number, str(error)))
+        except ValueError as error:
+            unread = getattr(error, "problem", "") == "unreadable_row"
+            field = getattr(error, "field", "")
+            place = "" if unread else f"{where}, {field}: " if field else f"{where}: "
+            skipped.append((number, f"{place}{error}"))
     audited = audit(tokenizer, content, options=options, config=config)
     faulty = {f.row: f.problem for f in audited if f.problem in _FAULTS}
     faults = {i: faulty[row] for i, row in enumerate(rows) if row in faulty}
@@ -233,12 +243,11 @@ def diagnose(
     """
     page.check()
     import lddyn
-    from lddyn.data.read import rows as read_rows
     from lddyn.objectives.loss import Loss
 
     planned = run.make(seed)
     objective = Loss(loss.objective, None, **loss.given)  # errors in it are raised before the work
-    content = read_rows(rows.data, limit=rows.limit)
+    content = rows.read()
     tokenizer, lm = model.load_tokenizer(), model.load()
     given = encode_pairs(tokenizer, lm.config, content, rows.encoding)
     _warn_of_skipped(given, rows.data, content)
@@ -250,7 +259,7 @@ def diagnose(
         lm,
         given.pairs,
         objective,
-        reference=model.load_reference(loss.reference, [content[i] for i in given.rows]),
+        reference=model.load_reference(loss.reference, _rows(content, given.rows)),
         memory=memory,
         sketch=sketch,
         run=planned,
@@ -301,7 +310,8 @@ def filter(
     --out FOLDER gets kept.jsonl (rows to train on, in their order) and dropped.jsonl. Rows that
     were not diagnosed are kept.
     """
-    from lddyn.data.read import rows
+    from lddyn.data.read import placed_rows
+    from lddyn.errors import ExampleError
     from lddyn.files import read_sealed
     from lddyn.sets.filter import check_source, filter_rows
 
@@ -311,7 +321,8 @@ def filter(
     if (out / "kept.jsonl").resolve() == file.resolve():
         raise ValueError(f"{out}: kept.jsonl there is the data file itself; give another --out")
     diagnosis = read_sealed(folder / "diagnosis.json")
-    filtered = filter_rows(rows(file), diagnosis, drop=drop, reweight=reweight)
+    rows = [None if isinstance(row, ExampleError) else row for _, row in placed_rows(file)]
+    filtered = filter_rows(rows, diagnosis, drop=drop, reweight=reweight)
     if filtered.helpful:
         warn(f"only {drop - filtered.helpful} of the {drop} dropped pairs lower chosen responses")
     if reweight:
@@ -332,11 +343,17 @@ def filter(
     return Answer(document, [line + (f" (rows {named})" if named else "")])
 
 
-def _warn_of_skipped(given: PairSet, data: Path, content: Sequence[Mapping[str, Any]]) -> None:
+def _rows(content: Sequence[PlacedRow], numbers: Sequence[int]) -> list[Mapping[str, Any]]:
+    """The content of some rows."""
+    rows = [content[number].row for number in numbers]
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def _warn_of_skipped(given: PairSet, data: Path, content: Sequence[PlacedRow]) -> None:
     """Says which rows are left out; an error if all are."""
     if not given.pairs:
         why = given.skipped[0][1] if given.skipped else "there is none"
-        if content and all("label" in row for row in content):
+        if content and all(isinstance(p.row, dict) and "label" in p.row for p in content):
             raise ValueError(
                 f"{data}: the rows have a label, one response each; a diagnosis is of pairs. "
                 "`lddyn decompose --objective kto --row N` takes KTO's step on such a row; where "

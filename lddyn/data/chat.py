@@ -1,62 +1,28 @@
-"""Chat messages: recognised, brought to one form, rendered to token ids by the chat template."""
+"""Chat messages to token ids by the tokenizer's chat template, and which of the tokens count."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
+from lddyn.data.messages import (
+    Message,
+    Messages,
+    common_prefix_length,
+    message_weight,
+    without_weights,
+)
 from lddyn.data.tokenizer import Tokenizer
 from lddyn.errors import ExampleError
 
 __all__ = ["ChatTemplate"]
 
-Message = Mapping[str, Any]
+# Stands for a message's text when the place of the text in a rendered conversation is looked for.
+_STAND_IN = "\u2603 here \u2603"
 
-_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
-
-
-def is_messages(value: object) -> TypeGuard[Sequence[Message]]:
-    """Whether a value looks like a non-empty list of chat messages."""
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, str | bytes)
-        and len(value) > 0
-        and all(isinstance(message, Mapping) for message in value)
-    )
-
-
-def to_messages(name: str, messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as dicts with a role; ShareGPT's {from, value} becomes {role, content}.
-
-    Args:
-        name: Column of the messages, for the error.
-        messages: As the data has them.
-
-    Raises:
-        ExampleError: If a message has no role; the error names its index.
-    """
-    converted = []
-    for index, message in enumerate(messages):
-        if isinstance(message, Mapping) and "from" in message and "value" in message:
-            role = str(message["from"])
-            message = {"role": _ROLES.get(role, role), "content": message["value"]}
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise ExampleError(
-                f"{name}[{index}] must be a message with a role and a content, got {message!r:.80}",
-                problem="bad_message",
-                field=name,
-            )
-        converted.append(dict(message))
-    return converted
-
-
-def common_prefix_length(left: Sequence[object], right: Sequence[object]) -> int:
-    """Number of entries that two sequences share at their beginning."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
+Notes = list[tuple[str, str]]  # (code, detail) pairs, as in `Example.notes`
 
 
 @dataclass(frozen=True)
@@ -73,6 +39,16 @@ class ChatTemplate:
     tools: Sequence[object] | None = None
     kwargs: Mapping[str, Any] | None = None
 
+    @property
+    def source(self) -> str:
+        """The Jinja template, all of them where the tokenizer has several; `""`: there is none."""
+        own = (self.kwargs or {}).get("chat_template")
+        return str(own or getattr(self.tokenizer, "chat_template", None) or "")
+
+    def reads(self, key: str) -> bool:
+        """Whether the template mentions a key of a message, such as "tool_calls"."""
+        return key in self.source
+
     def render(self, messages: Sequence[Message], **how: bool) -> list[int]:
         """Token ids of a conversation.
 
@@ -81,7 +57,7 @@ class ChatTemplate:
             how: Arguments of `apply_chat_template`, such as `add_generation_prompt=True`.
 
         Raises:
-            ExampleError: If the tokenizer has no chat template.
+            ExampleError: If the tokenizer has no chat template, or the template raises.
         """
         return list(self._apply(messages, **how)["input_ids"])
 
@@ -93,13 +69,42 @@ class ChatTemplate:
             return self.render(prompt, continue_final_message=True)
         return self.render(prompt, add_generation_prompt=True)
 
+    def check(self, name: str, messages: Sequence[Message], notes: Notes | None = None) -> None:
+        """Note what the template leaves out of some messages.
+
+        Args:
+            name: Column of the messages.
+            messages: The messages.
+            notes: Receives "not_rendered". None: nothing is noted.
+
+        Raises:
+            ExampleError: If a message has tool calls and no content, and the template knows no tool
+                calls: it would print "None", or fail.
+        """
+        for index, message in enumerate(messages):
+            if message.get("tool_calls") and not self.reads("tool_calls"):
+                if message.get("content") is None:
+                    raise ExampleError(
+                        f"{name}[{index}] has tool_calls and no content, and the chat template "
+                        "does not know tool_calls: use a template that renders them, or write the "
+                        "call into the content",
+                        problem="tool_calls_unknown",
+                        field=name,
+                    )
+                _note_unrendered(notes, f"tool_calls of {name}[{index}]")
+            if message.get("reasoning_content") and not self.reads("reasoning_content"):
+                _note_unrendered(notes, f"reasoning of {name}[{index}]")
+        if self.tools and not self.reads("tools"):
+            _note_unrendered(notes, "tools")
+
     def render_counted(
-        self, messages: Sequence[Message], first: int, notes: list[tuple[str, str]]
+        self, messages: Messages, first: int, notes: Notes
     ) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation, and which of them the assistant wrote.
+        """Token ids of a conversation, and which of them count: those that the assistant wrote.
 
         A template with `{% generation %}` marks them itself. Of any other template the conversation
-        is rendered up to before and after each of the assistant's messages.
+        is rendered up to before and after each of the assistant's messages. A message with weight 0
+        does not count.
 
         Args:
             messages: The conversation.
@@ -107,41 +112,143 @@ class ChatTemplate:
             notes: Receives "template_rewrite" when the template renders a turn differently once
                 later turns follow.
         """
-        if "{% generation" in str(self.tokenizer.chat_template).replace("{%-", "{%"):
+        replies = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+        muted = [i for i in replies if message_weight(messages[i]) == 0]
+        if self.reads("{% generation") or self.reads("{%- generation"):
             rendered = self._apply(messages, return_assistant_tokens_mask=True)
-            return list(rendered["input_ids"]), [bool(m) for m in rendered["assistant_masks"]]
+            ids = list(rendered["input_ids"])
+            counted = [bool(m) for m in rendered["assistant_masks"]]
+            for index in muted:
+                begin, end = self._place(messages, index, ids, notes)
+                counted[begin:end] = [False] * (end - begin)
+            return ids, counted
         ids = self.render(messages)
         counted = [False] * len(ids)
-        for index in range(first, len(messages)):
-            if messages[index]["role"] != "assistant":
-                continue
-            before = self.render(messages[:index], add_generation_prompt=True) if index else []
-            until = self.render(messages[: index + 1])
-            begin, end = common_prefix_length(before, ids), common_prefix_length(until, ids)
-            if end <= begin or (end < len(until) and index < len(messages) - 1):
-                notes.append(
-                    (
-                        "template_rewrite",
-                        f"the chat template renders message {index} differently once later "
-                        "messages follow; its tokens are counted only as far as they agree",
-                    )
-                )
-            counted[begin:end] = [True] * max(0, end - begin)
+        for index in replies:
+            if index not in muted:
+                begin, end = self._place(messages, index, ids, notes)
+                counted[begin:end] = [True] * (end - begin)
         return ids, counted
 
+    def _place(
+        self, messages: Messages, index: int, ids: list[int], notes: Notes
+    ) -> tuple[int, int]:
+        """(begin, end) of a message in the token ids of its conversation, its end of turn included.
+
+        Args:
+            messages: The conversation.
+            index: Which message.
+            ids: Token ids of the conversation.
+            notes: As in `render_counted`.
+        """
+        before = self.render(messages[:index], add_generation_prompt=True) if index else []
+        until = self.render(messages[: index + 1])
+        begin, end = common_prefix_length(before, ids), common_prefix_length(until, ids)
+        if end > begin and (end == len(until) or index == len(messages) - 1):
+            return begin, end
+        notes.append(
+            (
+                "template_rewrite",
+                f"the chat template renders message {index} differently once later messages "
+                "follow; its tokens are counted as they stand in the whole conversation",
+            )
+        )
+        # Another text in its place changes exactly the tokens of the message.
+        others = [*messages[:index], {"role": "assistant", "content": _STAND_IN}]
+        whole = self.render([*others, *messages[index + 1 :]])
+        begin = common_prefix_length(whole, ids)
+        rest = min(len(whole), len(ids)) - begin
+        end = len(ids) - min(rest, common_prefix_length(whole[::-1], ids[::-1]))
+        alone = self.render(others)
+        tail = alone[len(alone) - common_prefix_length(alone[::-1], until[::-1]) :]
+        return begin, end + common_prefix_length(tail, ids[end:])
+
     def _apply(self, messages: Sequence[Message], **how: bool) -> Mapping[str, Sequence[int]]:
-        if not getattr(self.tokenizer, "chat_template", None):
+        if not self.source:
             raise ExampleError(
                 "messages need a chat template, got a tokenizer without one: set "
                 "tokenizer.chat_template, or pass prompt and response as text",
                 problem="no_chat_template",
                 field="prompt",
             )
-        return self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=list(self.tools) if self.tools else None,
-            tokenize=True,
-            return_dict=True,
-            **how,
-            **dict(self.kwargs or {}),
+        try:
+            return self.tokenizer.apply_chat_template(
+                without_weights(messages),
+                tools=list(self.tools) if self.tools else None,
+                tokenize=True,
+                return_dict=True,
+                **how,
+                **dict(self.kwargs or {}),
+            )
+        except Exception as error:
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise ExampleError(
+                f"the chat template cannot render messages of the roles {roles}: "
+                f"{type(error).__name__}: {error}",
+                problem="template_error",
+            ) from error
+
+
+def as_plain_text(messages: Messages, tools: Sequence[Any] | None) -> Messages:
+    """Tool calls and tools as text, in LLaMA-Factory's default format.
+
+    LLaMA-Factory renders them so for every model whose template has no format of its own. Results
+    of tools become user turns.
+
+    Args:
+        messages: The conversation.
+        tools: Tool descriptions, written into the system turn.
+    """
+    made: Messages = []
+    for message in messages:
+        message = dict(message)
+        calls = [call["function"] for call in message.pop("tool_calls", None) or ()]
+        if calls:
+            lines = (
+                f"Action: {call['name']}\nAction Input: "
+                f"{json.dumps(call['arguments'], ensure_ascii=False)}"
+                for call in calls
+            )
+            message["content"] = (message.get("content") or "") + "\n".join(lines)
+        message["role"] = "user" if message["role"] == "tool" else message["role"]
+        made.append(message)
+    if not tools:
+        return made
+    system = made.pop(0) if made and made[0]["role"] == "system" else {"content": ""}
+    text = system["content"] + _describe_tools(tools)
+    return [{"role": "system", "content": text}, *made]
+
+
+def _describe_tools(tools: Sequence[Any]) -> str:
+    """The system prompt's part on tools, in LLaMA-Factory's default format."""
+    lines, names = [], []
+    for tool in tools:
+        tool = tool.get("function", tool)
+        parameters = tool.get("parameters") or {}
+        lines.append(
+            f"> Tool Name: {tool['name']}\nTool Description: {tool.get('description', '')}"
         )
+        lines.append("Tool Args:")
+        for name, about in (parameters.get("properties") or {}).items():
+            required = ", required" if name in (parameters.get("required") or ()) else ""
+            text = f"  - {name} ({about.get('type', '')}{required}): {about.get('description', '')}"
+            if about.get("enum"):
+                text += f", should be one of [{', '.join(map(str, about['enum']))}]"
+            if about.get("items"):
+                text += f", where each item should be {about['items'].get('type', '')}"
+            lines.append(text)
+        lines.append("")
+        names.append(tool["name"])
+    return (
+        "You have access to the following tools:\n"
+        + "".join(line + "\n" for line in lines)
+        + "Use the following format if using a tool:\n```\n"
+        + f"Action: tool name (one of [{', '.join(names)}])\n"
+        + "Action Input: the input to the tool, in a JSON format representing the kwargs "
+        + '(e.g. ```{"input": "hello world", "num_beams": 5}```)\n```\n'
+    )
+
+
+def _note_unrendered(notes: Notes | None, what: str) -> None:
+    if notes is not None:
+        notes.append(("not_rendered", f"the chat template does not render {what}"))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-from lddyn.data.columns import Row
 from lddyn.data.example import Example
 from lddyn.data.options import DEFAULT, RowOptions
+from lddyn.data.read import Source, placed_rows
 from lddyn.data.rows import encode_row
 from lddyn.data.tokenizer import Tokenizer
 from lddyn.errors import ExampleError
@@ -17,7 +17,7 @@ __all__ = ["distinct_examples"]
 
 def distinct_examples(
     tokenizer: Tokenizer | None,
-    rows: Iterable[Row],
+    rows: Source,
     fields: Sequence[str] | Literal["all"] | None = None,
     options: RowOptions = DEFAULT,
     *,
@@ -28,7 +28,7 @@ def distinct_examples(
 
     Args:
         tokenizer: As in `encode_row`.
-        rows: Data rows, as `lddyn.rows` reads them.
+        rows: The data: anything that `lddyn.rows` reads.
         fields: Names of the responses to keep. None: those of the row's format; `"all"`: every text
             column.
         options: As in `encode_row`.
@@ -62,11 +62,15 @@ def distinct_examples(
         left_out.append(f"{where}: {error}")
 
     count = 0
-    for number, row in enumerate(rows):
+    for number, (_, row) in enumerate(placed_rows(rows)):
+        if isinstance(row, ExampleError):
+            refuse(f"row {number}", row)
+            continue
         try:
             encoded = encode_row(tokenizer, row, fields, options, skip_empty=True)
         except ValueError as error:
-            refuse(f"row {number}", error)
+            field = getattr(error, "field", "")
+            refuse(f"row {number}, {field}" if field else f"row {number}", error)
             continue
         for name, example in encoded.items():
             if fields not in (None, "all") and name not in fields:

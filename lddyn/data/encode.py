@@ -11,19 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Unpack
 
-from lddyn.data.chat import ChatTemplate, Message, common_prefix_length, is_messages, to_messages
+from lddyn.data.chat import ChatTemplate, Notes
 from lddyn.data.example import Example
+from lddyn.data.messages import (
+    Message,
+    Messages,
+    common_prefix_length,
+    is_messages,
+    message_weight,
+    to_messages,
+)
 from lddyn.data.options import DEFAULT, RowOptions, RowSettings
-from lddyn.data.tokenizer import Tokenizer, eos_ids, token_texts, tokenize
+from lddyn.data.tokenizer import Tokenizer, eos_ids, special_ids, token_texts, tokenize
 from lddyn.errors import EmptyResponseError, ExampleError, glimpse
 
 __all__ = ["encode"]
 
 Text = str | Sequence[Message]
-
-Notes = list[tuple[str, str]]  # (code, detail) pairs, as in `Example.notes`
 
 
 def encode(
@@ -114,7 +120,7 @@ def encode_response(
                 to_messages(name or "response", response),
                 name,
                 options,
-                [to_messages(name, other) for other in siblings if is_messages(other)],
+                [other for other in siblings if is_messages(other)],
             )
     for label, value in (("prompt", prompt), (name or "response", response)):
         if not isinstance(value, str) and not is_messages(value):
@@ -154,7 +160,7 @@ def encode_whole(tokenizer: Tokenizer, content: object, name: str, options: RowO
     notes: Notes = []
     ids = tokenize(tokenizer, content) if content else []
     if ids and options.add_eos:
-        _append_eos(tokenizer, ids, notes)
+        _append_eos(tokenizer, ids, options, notes)
     if len(ids) < 2:
         raise EmptyResponseError(
             f"{name} must have at least 2 tokens (the first is only read), got {len(ids)}: drop "
@@ -203,7 +209,7 @@ def make_example(
         left = len(range(read[0], begin))
         notes.append(("truncated_prompt", f"{begin} -> {left} tokens, end kept"))
     if len(kept) < end - begin:
-        eos = eos_ids(tokenizer)
+        eos = eos_ids(tokenizer, options.eos_token)
         if eos & set(response) and not eos & {response[place - begin] for place in kept}:
             last = max(place for place, token in enumerate(response) if token in eos)
             notes.append(("eos_lost", f"EOS at response token {last}, cut at {len(kept)}"))
@@ -264,12 +270,12 @@ def cut_to_length(
     return prompt, response[: len(response) - excess]
 
 
-def _append_eos(tokenizer: Tokenizer, ids: list[int], notes: Notes) -> None:
+def _append_eos(tokenizer: Tokenizer, ids: list[int], options: RowOptions, notes: Notes) -> None:
     """Append the EOS token unless it is there or the tokenizer has none."""
-    eos: Any = getattr(tokenizer, "eos_token_id", None)
-    if eos is not None and (not ids or ids[-1] != eos):
-        ids.append(int(eos))
-        notes.append(("eos_added", f"token id {eos}"))
+    ends = eos_ids(tokenizer, options.eos_token)
+    if ends and (not ids or ids[-1] not in ends):
+        ids.append(min(ends))
+        notes.append(("eos_added", f"token id {ids[-1]}"))
 
 
 def _encode_text(
@@ -290,16 +296,21 @@ def _encode_text(
     alone = tokenize(tokenizer, prompt)
     ids = tokenize(tokenizer, prompt + response)
     if options.add_eos:
-        _append_eos(tokenizer, ids, notes)
+        _append_eos(tokenizer, ids, options, notes)
     start = common_prefix_length(alone, ids)
     for sibling in siblings:
         start = min(start, common_prefix_length(alone, tokenize(tokenizer, prompt + sibling)))
     _note_merge(tokenizer, alone, ids, start, notes)
     if start == 0:
+        reason = (
+            "the prompt is empty"
+            if not prompt
+            else (f"got {prompt[:40]!r}, whose {len(alone)} token(s) all merge with the response")
+        )
         raise ExampleError(
-            f"prompt must have at least 1 token that the response does not change, got "
-            f"{prompt[:40]!r} ({len(alone)} tokens, all changed by the response): a first token is "
-            "needed to predict from; start the prompt with the BOS token",
+            "prompt must have at least 1 token that the response does not change, as the first "
+            f"token of the response is predicted from it; {reason}: begin the prompt with the BOS "
+            "token, or drop the row",
             problem="empty_prompt",
             field="prompt",
         )
@@ -308,14 +319,17 @@ def _encode_text(
 
 def _encode_messages(
     tokenizer: Tokenizer,
-    prompt: list[dict[str, Any]],
-    response: list[dict[str, Any]],
+    prompt: Messages,
+    response: Messages,
     name: str,
     options: RowOptions,
-    siblings: Sequence[list[dict[str, Any]]] = (),
+    siblings: Sequence[Sequence[Message]] = (),
 ) -> Example:
     """Encode messages with the chat template; the template ends the turn, so no EOS is appended."""
-    if not any(message.get("content") or message.get("tool_calls") for message in response):
+    written = [
+        m for m in response if any(m.get(k) for k in ("content", "tool_calls", "reasoning_content"))
+    ]
+    if not written:
         raise EmptyResponseError(
             "response must have a message with content, got none: there is no log-probability to "
             "measure; drop the row",
@@ -323,20 +337,84 @@ def _encode_messages(
         )
     notes: Notes = []
     template = ChatTemplate(tokenizer, options.tools, options.chat_template_kwargs)
-    alone = template.render_prompt(prompt)
+    template.check("prompt", prompt)
+    template.check(name or "response", response, notes)
     messages = [*prompt, *response]
-    counted: list[bool] | None = None
-    if options.assistant_only and any(m["role"] != "assistant" for m in response):
-        ids, counted = template.render_counted(messages, len(prompt), notes)
-    else:
-        ids = template.render(messages)
+    try:
+        alone = template.render_prompt(prompt)
+        ids, counted = _render_response(template, messages, len(prompt), options, notes)
+    except ExampleError as error:
+        error.field = error.field or name
+        raise
     start = common_prefix_length(alone, ids)
     for sibling in siblings:
-        start = min(start, common_prefix_length(alone, template.render([*prompt, *sibling])))
+        try:
+            other = template.render([*prompt, *to_messages(name, sibling)])
+        except ExampleError:
+            continue  # it is reported where it is encoded
+        start = min(start, common_prefix_length(alone, other))
     _note_merge(tokenizer, alone, ids, start, notes)
+    if counted is None:
+        _note_template_text(tokenizer, response[0], ids[max(start, 1) :], notes)
     start = max(start, 1)  # without a prompt the first token cannot be predicted
     mask = None if counted is None else counted[start:]
+    if mask is not None and not any(mask):
+        raise EmptyResponseError(
+            f"{name} must count at least 1 token, got none: no message of the assistant has a "
+            "weight above 0; drop the row",
+            field=name or "response",
+        )
     return make_example(tokenizer, ids[:start], ids[start:], mask, notes, name, options)
+
+
+def _render_response(
+    template: ChatTemplate, messages: Messages, first: int, options: RowOptions, notes: Notes
+) -> tuple[list[int], list[bool] | None]:
+    """Token ids of a conversation, and which of them count; None: all from `first` on.
+
+    Args:
+        template: The chat template.
+        messages: The conversation.
+        first: Index of the first message of the response.
+        options: Whether the assistant's messages alone count.
+        notes: Receives what was noticed.
+    """
+    response = messages[first:]
+    weights = [message_weight(m) for m in response if m["role"] == "assistant"]
+    parts = sorted({weight for weight in weights if weight not in (0, 1)})
+    if parts:
+        notes.append(
+            (
+                "partial_weight",
+                f"messages with weight {', '.join(f'{x:g}' for x in parts)} count as with weight 1",
+            )
+        )
+    mixed = any(message["role"] != "assistant" for message in response)
+    if options.assistant_only and (mixed or 0 in weights):
+        return template.render_counted(messages, first, notes)
+    return template.render(messages), None
+
+
+def _note_template_text(
+    tokenizer: Tokenizer, message: Message, ids: list[int], notes: Notes
+) -> None:
+    """Note text that the chat template writes between the prompt and the assistant's words."""
+    content = (message.get("content") or "").strip()
+    if message["role"] != "assistant" or not content or message.get("reasoning_content"):
+        return
+    before, found, _ = tokenizer.decode(ids).partition(content[:40])
+    if not found or not before.strip():
+        return
+    count = next(
+        (n for n in range(1, len(ids) + 1) if len(tokenizer.decode(ids[:n])) >= len(before)), 0
+    )
+    notes.append(
+        (
+            "template_text",
+            f"the chat template writes {before!r} ({count} tokens) in front of the answer, and not "
+            "at the end of the prompt; it counts as response",
+        )
+    )
 
 
 def _note_merge(
@@ -344,14 +422,24 @@ def _note_merge(
 ) -> None:
     """Note prompt tokens that change once the response follows; a special last token may."""
     lost = alone[start:]
-    if not lost or set(lost) <= set(getattr(tokenizer, "all_special_ids", None) or ()):
+    if not lost or set(lost) <= special_ids(tokenizer):
         return
-    before = "".join(token_texts(tokenizer, lost))
-    after = "".join(token_texts(tokenizer, ids[start : start + max(2, len(lost))]))
+    before = list(token_texts(tokenizer, lost))
+    if ids[start : len(alone)] == lost:
+        detail = f"{before} merge with the other response of the pair; they count as response"
+        notes.append(("boundary_merge", f"the last {len(lost)} prompt token(s) {detail}"))
+        return
+    after: list[str] = []
+    # The tokens that cover the same characters.
+    length = len("".join(before))
+    for token in ids[start:]:
+        if len("".join(after)) >= length:
+            break
+        after += token_texts(tokenizer, [token])
     notes.append(
         (
             "boundary_merge",
-            f"the last {len(lost)} prompt token(s) {before!r} become {after!r} once the response "
+            f"the last {len(lost)} prompt token(s) {before} become {after} once the response "
             "follows; they count as response",
         )
     )

@@ -6,7 +6,7 @@ Neither torch nor transformers is imported here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict
 
 __all__ = ["RowOptions", "RowSettings", "TruncationMode"]
@@ -18,6 +18,7 @@ class RowSettings(TypedDict, total=False):
     """The fields of `RowOptions`, as keywords of the functions that take it."""
 
     add_eos: bool
+    eos_token: str | None
     max_length: int | None
     max_prompt_length: int | None
     max_completion_length: int | None
@@ -39,6 +40,7 @@ class RowOptions:
     Attributes:
         add_eos: Append the EOS token to a plain-text response that does not end in it. Ignored for
             messages (the chat template ends the turn) and when the tokenizer has no EOS.
+        eos_token: The EOS token, in place of the tokenizer's (TRL's `SFTConfig.eos_token`).
         max_length: Most tokens of prompt and response together. None: no limit.
         max_prompt_length: Most tokens of the prompt; a longer prompt keeps its end. Applied before
             `max_length`. None: no limit.
@@ -70,6 +72,7 @@ class RowOptions:
     """
 
     add_eos: bool = True
+    eos_token: str | None = None
     max_length: int | None = None
     max_prompt_length: int | None = None
     max_completion_length: int | None = None
@@ -91,6 +94,24 @@ class RowOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
+
+    @classmethod
+    def like(cls, settings: object) -> RowOptions:
+        """The options that a trainer's settings ask for.
+
+        Args:
+            settings: An object with some of this class's fields as attributes, such as TRL's
+                `SFTConfig` or what `lddyn.like` returns; a field that it does not have, or that is
+                None, is left at its default. TRL's names `assistant_only_loss` and
+                `completion_only_loss` are read, too.
+        """
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            names = (field.name, f"{field.name}_loss")
+            value = next((v for n in names if (v := getattr(settings, n, None)) is not None), None)
+            if value is not None and field.name not in ("tools", "texts"):
+                values[field.name] = value
+        return cls(**values)
 
     def with_settings(self, settings: RowSettings) -> RowOptions:
         """These options, with some fields replaced."""

@@ -1,12 +1,21 @@
-"""Data rows from files (JSONL, JSON, Parquet), data sets and iterables."""
+"""Data rows from files, folders, globs, data sets and iterables."""
 
 from __future__ import annotations
 
+import ast
+import bz2
+import csv
+import glob
+import gzip
+import io
+import itertools
 import json
+import lzma
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from lddyn.data.columns import Row
 from lddyn.errors import ExampleError, glimpse
@@ -16,22 +25,43 @@ __all__ = ["rows"]
 RowDict = dict[str, Any]
 
 
-def rows(
-    source: str | os.PathLike[str] | Iterable[Row], *, limit: int | None = None
-) -> list[RowDict]:
-    """Read data rows from a file, a data set, or any iterable of mappings.
+class PlacedRow(NamedTuple):
+    """A row, and where it is.
+
+    Attributes:
+        where: Such as "pairs.jsonl, line 3".
+        row: The row, or the error that says why it cannot be read.
+    """
+
+    where: str
+    row: RowDict | ExampleError
+
+
+Source = str | os.PathLike[str] | Iterable[Row] | Iterable[PlacedRow]
+
+
+_OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
+_SPLIT = re.compile(r"^(train|test|valid|validation|eval|dev)(?=[^a-z]|$)")
+
+
+def rows(source: Source, *, limit: int | None = None, skip: bool = False) -> list[RowDict]:
+    """Read data rows from files, a data set, or any iterable of mappings.
 
     Args:
-        source: Path of a JSONL, JSON (a list) or Parquet file; or a list of dicts, a
-            `datasets.Dataset`, a pandas data frame, or any iterable of mappings.
+        source: A path: a JSONL, JSON, CSV, TSV, text or Parquet file, also as .gz, .bz2 or .xz; a
+            folder of such files; a folder of `datasets.save_to_disk`; or a glob such as
+            `"data/train-*.parquet"`. Or a list of dicts, a `datasets.Dataset`, a pandas data frame,
+            or any iterable of mappings.
         limit: Most rows to read. None: all.
+        skip: Leave out rows that cannot be read, instead of raising.
 
     Returns:
         The rows as dicts, in order.
 
     Raises:
         ExampleError: (a ValueError) If a row cannot be read; the message names file, line and
-            problem.
+            problem. If a data set has several splits; the message names them.
         FileNotFoundError: If there is no such file.
 
     Example:
@@ -40,24 +70,16 @@ def rows(
         [{'prompt': 'Is it red?', 'completion': ' Yes'}]
     """
     read: list[RowDict] = []
-    for row in rows_or_errors(source):
-        if limit is not None and len(read) >= limit:
-            break
-        if isinstance(row, ExampleError):
+    for _, row in itertools.islice(placed_rows(source), limit):
+        if not isinstance(row, ExampleError):
+            read.append(row)
+        elif not skip:
             raise row
-        read.append(row)
     return read
 
 
-def _unreadable(where: str, problem: str) -> ExampleError:
-    """Error for a row that cannot be read."""
-    return ExampleError(f"{where}: {problem}", problem="unreadable_row")
-
-
-def rows_or_errors(
-    source: str | os.PathLike[str] | Iterable[Row],
-) -> Iterator[RowDict | ExampleError]:
-    """Yield each row, or the error that says why it cannot be read.
+def placed_rows(source: Source) -> Iterator[PlacedRow]:
+    """Yield the place of each row, and the row or the error that says why it cannot be read.
 
     Raises:
         ExampleError: If the file or the source as a whole cannot be read.
@@ -65,20 +87,26 @@ def rows_or_errors(
         TypeError: If the source is no path and cannot be iterated over.
     """
     if isinstance(source, str | os.PathLike):
-        yield from _read_file(Path(source))
+        for file in source_files(source):
+            yield from _read_file(file)
         return
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # data frame
         source = source.to_dict("records")
     if isinstance(source, Mapping):
-        raise ExampleError(
-            f"source must be an iterable of rows, got one mapping with keys "
-            f"{sorted(map(str, source))[:8]}: choose a split, or put the row in a list",
-            problem="unreadable_row",
-        )
+        source = _only_split(source, "the data set", "choose a split, or put the row in a list")
     if not isinstance(source, Iterable):
         raise TypeError(f"source must be a path or an iterable of rows, got {glimpse(source)}")
     for index, row in enumerate(source):
-        yield _as_row(row, f"row {index}")
+        if isinstance(row, PlacedRow):
+            yield row
+        else:
+            where = f"row {index}"
+            yield PlacedRow(where, _as_row(row, where))
+
+
+def _unreadable(where: str, problem: str) -> ExampleError:
+    """Error for a row that cannot be read."""
+    return ExampleError(f"{where}: {problem}", problem="unreadable_row")
 
 
 def _as_row(row: object, where: str) -> RowDict | ExampleError:
@@ -88,45 +116,231 @@ def _as_row(row: object, where: str) -> RowDict | ExampleError:
     return {str(key): value for key, value in row.items()}
 
 
-def _read_file(path: Path) -> Iterator[RowDict | ExampleError]:
-    """Yield the rows of a JSONL, JSON or Parquet file."""
-    if not path.is_file():
+def _only_split(splits: Mapping[Any, Any], where: str, advice: str) -> Iterable[Row]:
+    """The rows of the only split of a data set; raises if it has several, or none."""
+    if len(splits) == 1:
+        name, table = next(iter(splits.items()))
+        if hasattr(table, "column_names") or _is_split_table({name: table}):
+            return table  # type: ignore[no-any-return]
+    names = ", ".join(repr(str(name)) for name in list(splits)[:8])
+    raise _unreadable(where, f"must be rows, got one mapping with keys {names}: {advice}")
+
+
+def source_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files of a path: the file, those of a folder, or those that a glob names.
+
+    Raises:
+        ExampleError: If a folder has several splits.
+        FileNotFoundError: If there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _folder_files(path)
+    named = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    if not named:
         raise FileNotFoundError(
-            f"{path}: no such file; expected a .jsonl, .json or .parquet file"
-            + (" (this is a directory)" if path.is_dir() else "")
+            f"{path}: no such file or folder; expected {', '.join(_FILES)} (also with .gz), a "
+            "folder of them, a data set saved by datasets, or a glob"
         )
-    if path.suffix.lower() == ".parquet":
-        yield from _read_parquet(path)
+    return [file for name in named for file in source_files(name)]
+
+
+def _folder_files(path: Path) -> list[Path]:
+    """The data files of a folder; one of `save_to_disk` says which they are."""
+    splits = path / "dataset_dict.json"
+    if splits.is_file():
+        names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
+        if len(names) != 1:
+            raise _unreadable(
+                str(path), f"has the splits {', '.join(names)}: give one, such as {path / names[0]}"
+            )
+        path = path / names[0]
+    state = path / "state.json"
+    if state.is_file():
+        listed = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+        files = [path / entry["filename"] for entry in listed]
+    else:
+        files = sorted(file for file in path.rglob("*") if _is_data(file, path))
+        found = {match[0]: file for file in files if (match := _SPLIT.match(file.name))}
+        if len(found) > 1:
+            one = next(iter(found.values()))
+            pattern = re.sub(r"\d+", "*", one.name, count=1)
+            raise _unreadable(
+                str(path),
+                f"has files of the splits {', '.join(sorted(found))}: give the files of one, such "
+                f"as {one.parent / pattern}",
+            )
+    if not files:
+        raise FileNotFoundError(f"{path}: this folder has no {', '.join(_FILES)}")
+    return files
+
+
+def _is_data(file: Path, folder: Path) -> bool:
+    """Whether a file of a folder holds rows: by its name, hidden files and READMEs left out."""
+    parts = file.relative_to(folder).parts
+    if any(part.startswith((".", "_")) for part in parts) or not file.is_file():
+        return False
+    about = ("dataset_info", "dataset_infos", "state", "readme", "license")
+    return _kind(file) in _FILES and file.name.lower().split(".")[0] not in about
+
+
+def _kind(path: Path) -> str:
+    """The ending that says how a file is read, without that of its compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in _OPEN:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _open(path: Path) -> IO[bytes]:
+    opener: Any = _OPEN.get(path.suffix.lower(), open)
+    return opener(path, "rb")  # type: ignore[no-any-return]
+
+
+def _read_file(path: Path) -> Iterator[PlacedRow]:
+    """Yield the rows of one file."""
+    if path.suffix.lower() in (".zst", ".zip", ".7z", ".tar"):
+        raise _unreadable(str(path), "unpack it first; .gz, .bz2 and .xz are read as they are")
+    kind = _kind(path)
+    try:
+        if kind == ".parquet":
+            yield from _read_parquet(path)
+        elif kind == ".arrow":
+            yield from _read_arrow(path)
+        elif kind in (".csv", ".tsv"):
+            yield from _read_csv(path, "," if kind == ".csv" else "\t")
+        elif kind == ".txt":
+            yield from _read_text(path)
+        else:
+            yield from _read_json(path)
+    except (gzip.BadGzipFile, EOFError, lzma.LZMAError) as error:
+        raise _unreadable(str(path), f"damaged compression ({error})") from error
+
+
+def _read_json(path: Path) -> Iterator[PlacedRow]:
+    """Yield the rows of a JSON or JSONL file: a list, an object with one list, or a row a line."""
+    with _open(path) as stream:
+        head = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    whole = None
+    if head.startswith(b"[") or (head.startswith(b"{") and not _is_complete(head)):
+        whole = _load_json(path, must=head.startswith(b"["))
+    if whole is not None:
+        yield from _entries(whole, path)
         return
-    with path.open("rb") as stream:
-        head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if head.startswith(b"["):
-        try:
-            table = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise _unreadable(str(path), f"not a JSON list ({error})") from error
-        for index, row in enumerate(table):
-            yield _as_row(row, f"{path}, entry {index}")
-        return
-    with path.open("rb") as stream:
+    with _open(path) as stream:
         for number, line in enumerate(stream, start=1):
             where = f"{path}, line {number}"
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if not text.strip():
                 continue
-            try:
-                row = json.loads(text.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield _unreadable(where, f"not UTF-8 ({error.reason} at byte {error.start})")
-            except json.JSONDecodeError as error:
-                yield _unreadable(where, f"not JSON ({error.msg} at column {error.colno})")
-            except RecursionError:
-                yield _unreadable(where, "not JSON (nested too deep)")
+            row = _parse_line(text, where)
+            if number == 1 and _is_split_table(row):
+                yield from _entries(row, path)
             else:
-                yield _as_row(row, where)
+                yield PlacedRow(where, row)
 
 
-def _read_parquet(path: Path) -> Iterator[RowDict | ExampleError]:
+def _entries(table: object, path: Path) -> Iterator[PlacedRow]:
+    """Yield the rows of a list, or of an object with one list of rows."""
+    if _is_split_table(table):
+        table = _only_split(table, str(path), "give a file with one list of rows")  # type: ignore[arg-type]
+    for index, row in enumerate(table if isinstance(table, list) else [table]):
+        where = f"{path}, entry {index}"
+        yield PlacedRow(where, _as_row(row, where))
+
+
+def _is_split_table(row: object) -> bool:
+    """Whether a JSON object holds lists of rows by their split, as in {"train": [...]}."""
+    if not isinstance(row, Mapping) or not row:
+        return False
+    named = all(name in ("data", "rows") or _SPLIT.match(str(name)) for name in row)
+    return named and all(
+        isinstance(table, list) and all(isinstance(entry, Mapping) for entry in table)
+        for table in row.values()
+    )
+
+
+def _is_complete(head: bytes) -> bool:
+    """Whether the first line of a file is a whole JSON value."""
+    line, newline, _ = head.partition(b"\n")
+    if not newline and len(head) >= 1 << 15:
+        return True  # a long line
+    try:
+        json.loads(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _load_json(path: Path, must: bool) -> Any:
+    """A whole JSON file; None where it need not be one and is none."""
+    try:
+        with _open(path) as stream:
+            return json.loads(stream.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        if must:
+            raise _unreadable(str(path), f"not a JSON list ({error})") from error
+        return None
+
+
+def _parse_line(text: bytes, where: str) -> RowDict | ExampleError:
+    """The row of one line of a JSONL file, or why there is none."""
+    try:
+        row = json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return _unreadable(where, f"not UTF-8 ({error.reason} at byte {error.start})")
+    except json.JSONDecodeError as error:
+        return _unreadable(where, f"not JSON ({error.msg} at column {error.colno})")
+    except RecursionError:
+        return _unreadable(where, "not JSON (nested too deep)")
+    return _as_row(row, where)
+
+
+def _read_csv(path: Path, delimiter: str) -> Iterator[PlacedRow]:
+    """Yield the rows of a CSV or TSV file; its first line names the columns."""
+    csv.field_size_limit(1 << 30)
+    with _open(path) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+        reader = csv.DictReader(text, delimiter=delimiter)
+        for number, cells in enumerate(reader, start=1):
+            where = f"{path}, row {number}"
+            if None in cells or None in cells.values():
+                columns = len(reader.fieldnames or ())
+                count = sum(v is not None for k, v in cells.items() if k is not None)
+                count += len(cells.get(None) or ())
+                problem = f"must have {columns} cells, got {count}"
+                yield PlacedRow(where, _unreadable(where, problem))
+                continue
+            # pandas and datasets write an index as a column without a name
+            named = {k: v for k, v in cells.items() if k and not k.startswith("Unnamed: ")}
+            yield PlacedRow(where, {name: _cell(value) for name, value in named.items()})
+
+
+def _cell(value: str) -> Any:
+    """A cell: a list or an object where it is written as one, a boolean, or the text."""
+    if value in ("True", "False"):
+        return value == "True"
+    if value[:1] + value[-1:] in ("[]", "{}"):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                return parse(value)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    return value
+
+
+def _read_text(path: Path) -> Iterator[PlacedRow]:
+    """Yield each line that is not blank as a row with a text."""
+    with _open(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            text = line.decode("utf-8", "replace").rstrip("\r\n")
+            if text.strip():
+                yield PlacedRow(f"{path}, line {number}", {"text": text})
+
+
+def _read_parquet(path: Path) -> Iterator[PlacedRow]:
     """Yield the rows of a Parquet file, batch by batch."""
     try:
         from pyarrow import parquet
@@ -136,7 +350,33 @@ def _read_parquet(path: Path) -> Iterator[RowDict | ExampleError]:
         ) from None
     try:
         with parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches():
-                yield from batch.to_pylist()
+            yield from _number(path, table.iter_batches())
     except (OSError, ValueError) as error:
         raise _unreadable(str(path), f"not a Parquet file ({error})") from error
+
+
+def _read_arrow(path: Path) -> Iterator[PlacedRow]:
+    """Yield the rows of an Arrow file, as `datasets.save_to_disk` writes it."""
+    try:
+        import pyarrow as pa
+    except ImportError:
+        raise ImportError(
+            f"{path}: reading a saved data set needs pyarrow; pip install pyarrow, or give JSONL"
+        ) from None
+    try:
+        with pa.memory_map(str(path)) as stream:
+            try:
+                batches = pa.ipc.open_stream(stream)
+            except pa.ArrowInvalid:
+                file = pa.ipc.open_file(stream)
+                batches = (file.get_batch(i) for i in range(file.num_record_batches))
+            yield from _number(path, batches)
+    except (OSError, ValueError) as error:
+        raise _unreadable(str(path), f"not an Arrow file ({error})") from error
+
+
+def _number(path: Path, batches: Iterable[Any]) -> Iterator[PlacedRow]:
+    """Yield the rows of Arrow batches with their places."""
+    lists = (batch.to_pylist() for batch in batches)
+    for index, row in enumerate(itertools.chain.from_iterable(lists)):
+        yield PlacedRow(f"{path}, row {index}", row)

@@ -6,20 +6,20 @@ Rows of token ids are in `lddyn.data.prepared`, how a text or conversation becom
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal, Unpack
 
-from lddyn.data.chat import common_prefix_length, is_messages
-from lddyn.data.columns import WHOLE, Row, missing_column, require_columns
-from lddyn.data.encode import encode_response, encode_whole, not_text, with_counted_prompt
+from lddyn.data.chat import ChatTemplate
+from lddyn.data.columns import Row
+from lddyn.data.encode import encode_response, encode_whole, with_counted_prompt
 from lddyn.data.example import Example
+from lddyn.data.formats import Content, recognise
 from lddyn.data.options import DEFAULT, RowOptions, RowSettings
-from lddyn.data.prepared import Encoder, prepared_encoders
+from lddyn.data.prepared import Encoder, ReadRow, read_prepared
 from lddyn.data.tokenizer import Tokenizer
-from lddyn.errors import EmptyResponseError, ExampleError, glimpse
+from lddyn.errors import EmptyResponseError, ExampleError
 
 __all__ = ["encode_row"]
 
@@ -33,19 +33,32 @@ def encode_row(
     skip_empty: bool = False,
     **settings: Unpack[RowSettings],
 ) -> dict[str, Example]:
-    """Encode one data row, in any format that TRL takes, as a dict from field to `Example`.
+    """Encode one data row, in any format of TRL or LLaMA-Factory: field → `Example`.
 
     | columns | fields |
     |---|---|
     | `text` | `text`: the first token is the prompt |
     | `messages` (or `conversations`) | `messages`: up to the first assistant turn is the prompt |
+    | `messages` or `conversations` with a boolean `label` | `completion`: the last turn |
     | `prompt`, `completion` (also with `label`) | `completion` |
     | `prompt`, `chosen`, `rejected` | `chosen`, `rejected` |
     | `chosen`, `rejected` | the same; the common beginning is the prompt |
+    | `conversations` or `messages`, `chosen`, `rejected` | the same; the conversation is the \
+prompt |
+    | `chosen_messages`, `rejected_messages` | `chosen`, `rejected` |
+    | `instruction`, `input`, `output` (alpaca; also `system`, `history`) | `output` |
+    | `instruction`, `input`, `chosen`, `rejected` | `chosen`, `rejected` |
     | `input_ids` with `labels`, `completion_mask` or `assistant_masks` | `input_ids`; \
 `document_0`, `document_1`, ... of a packed row |
+    | `prompt_ids`, `completion_ids` (also `completion_input_ids`) | `completion` |
     | `prompt_ids`, `chosen_ids`, `rejected_ids` (or `prompt_input_ids`, ...) | `chosen`, \
 `rejected` |
+
+    A message is {role, content}, {from, value}, or has a list of parts as its content; one whose
+    `weight`, `loss_weight` or `train` is 0 or false does not count. Token ids may have masks:
+    tokens whose `attention_mask` or `prompt_mask` is 0 are not read, values above 1 number the
+    documents of a packed row; `labels` of -100, `completion_mask`, `assistant_masks` say which
+    tokens count.
 
     Args:
         tokenizer: A transformers tokenizer, or an object with the same methods. None is enough for
@@ -76,7 +89,7 @@ def encode_row(
     if tokenizer is None:
         options = replace(options, texts=False)
     examples = {}
-    for name, encoder in row_encoders(tokenizer, row, fields, options):
+    for name, encoder in read_row(tokenizer, row, fields, options).encoders:
         try:
             examples[name] = encoder()
         except EmptyResponseError:
@@ -85,13 +98,13 @@ def encode_row(
     return examples
 
 
-def row_encoders(
+def read_row(
     tokenizer: Tokenizer | None,
     row: Row,
     fields: Sequence[str] | str | None,
     options: RowOptions,
-) -> list[tuple[str, Encoder]]:
-    """Recognise a row's format and return (field, encoder) of each of its responses.
+) -> ReadRow:
+    """Recognise a row's format: an encoder for each of its responses, and the columns it reads.
 
     An encoder makes the field's `Example`. A field that cannot be encoded raises in its own
     encoder and leaves the others usable.
@@ -99,130 +112,54 @@ def row_encoders(
     Raises:
         ExampleError: If the format is not recognised or one of its columns is missing.
     """
-    encoders = prepared_encoders(tokenizer, row, options)
-    if not encoders:
-        content = _recognise(row, fields)
-        if tokenizer is None:
-            raise ExampleError("a row of text or messages must have a tokenizer, got None")
-        options = _with_row_options(options, row)
-        encoders = [(name, content.encoder(tokenizer, name, options)) for name in content.responses]
-    if options.completion_only:
-        return encoders
+    read = read_prepared(tokenizer, row, options)
+    if read is None:
+        content = recognise(row, fields)
+        read = ReadRow(_content_encoders(tokenizer, content, options), set(content.reads))
+    if not options.completion_only:
+        read.encoders = [
+            (name, partial(_count_prompt, encoder) if name == "completion" else encoder)
+            for name, encoder in read.encoders
+        ]
+    return read
+
+
+def _content_encoders(
+    tokenizer: Tokenizer | None, content: Content, options: RowOptions
+) -> list[tuple[str, Encoder]]:
+    """(field, encoder) of each response of a row of texts or messages."""
+    if tokenizer is None:
+        raise ExampleError("a row of text or messages must have a tokenizer, got None")
+    options = content.options(options)
+    notes: tuple[tuple[str, str], ...] = ()
+    template = ChatTemplate(tokenizer, kwargs=options.chat_template_kwargs)
+    if content.shared and content.uses_tools and not template.reads("tool_calls"):
+        content = content.with_tools_as_text()
+        options = replace(options, tools=None)
+        notes = (("tools_as_text", "tools and tool calls are in LLaMA-Factory's default format"),)
     return [
-        (name, partial(_count_prompt, encoder) if name == "completion" else encoder)
-        for name, encoder in encoders
+        (name, partial(_encode_content, tokenizer, content, name, options, notes))
+        for name in content.responses
     ]
+
+
+def _encode_content(
+    tokenizer: Tokenizer,
+    content: Content,
+    name: str,
+    options: RowOptions,
+    notes: tuple[tuple[str, str], ...],
+) -> Example:
+    """The example of one field."""
+    response = content.responses[name]
+    if content.prompt is None:
+        example = encode_whole(tokenizer, response, name, options)
+    else:
+        others = [content.responses[k] for k in content.paired if k != name]
+        siblings = others if name in content.paired else []
+        example = encode_response(tokenizer, content.prompt, response, name, options, siblings)
+    return replace(example, notes=(*example.notes, *notes)) if notes else example
 
 
 def _count_prompt(encoder: Encoder) -> Example:
     return with_counted_prompt(encoder())
-
-
-@dataclass(frozen=True)
-class _Content:
-    """Texts or conversations of a row.
-
-    Attributes:
-        prompt: Text or messages. None: each response is a whole text or conversation.
-        responses: Text or messages of each field.
-        paired: Fields whose responses have one prompt, to the token: chosen and rejected.
-    """
-
-    prompt: object
-    responses: Mapping[str, object]
-    paired: Sequence[str] = ()
-
-    def encoder(self, tokenizer: Tokenizer, name: str, options: RowOptions) -> Encoder:
-        """Encoder of one field."""
-        response = self.responses[name]
-        if self.prompt is None:
-            return partial(encode_whole, tokenizer, response, name, options)
-        others = [self.responses[k] for k in self.paired if k != name and name in self.paired]
-        return partial(encode_response, tokenizer, self.prompt, response, name, options, others)
-
-
-def _recognise(row: Row, fields: Sequence[str] | str | None) -> _Content:
-    """The content of a row of texts or messages, whose columns tell the format."""
-    every = fields == "all"
-    named = [] if fields is None or every else [fields] if isinstance(fields, str) else list(fields)
-    require_columns(row, *named)
-    if "chosen" in row or "rejected" in row:
-        content = _preference(row, one_is_enough=bool(named))
-    elif "completion" in row:
-        require_columns(row, "prompt")
-        content = _Content(row["prompt"], {"completion": row["completion"]})
-    elif "prompt" in row:
-        if not (named or every):
-            raise missing_column("completion", row)
-        content = _Content(row["prompt"], {})
-    else:
-        column = next((c for c in WHOLE if c in row), None)
-        if column is None or named:
-            raise missing_column("prompt", row)
-        return _Content(None, {WHOLE[column]: row[column]})
-    if content.prompt is None:
-        raise not_text("prompt", None)
-    if every:
-        named = [name for name, value in row.items() if isinstance(value, str) and name != "prompt"]
-    further = {name: row[name] for name in named if name not in content.responses}
-    return replace(content, responses={**content.responses, **further})
-
-
-def _preference(row: Row, one_is_enough: bool) -> _Content:
-    """Prompt, chosen and rejected; without a prompt column, their common beginning is the prompt.
-
-    Args:
-        row: A row with at least one of the columns chosen and rejected.
-        one_is_enough: Whether the other one may be missing.
-    """
-    own = [column for column in ("chosen", "rejected") if column in row]
-    if not one_is_enough:
-        require_columns(row, "chosen", "rejected")
-    responses = {name: row[name] for name in own}
-    prompt = row.get("prompt")
-    # A text beside whole conversations repeats their first turn.
-    beside = isinstance(prompt, str) and is_messages(responses.get("chosen"))
-    if len(own) == 2 and ("prompt" not in row or beside):
-        prompt, *split = _split_prompt(row["chosen"], row["rejected"])
-        return _Content(prompt, dict(zip(own, split, strict=True)), own)
-    require_columns(row, "prompt")
-    return _Content(prompt, responses, own)
-
-
-def _split_prompt(chosen: object, rejected: object) -> tuple[object, object, object]:
-    """(prompt, chosen, rejected) of two whole texts or conversations with a common beginning."""
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if chosen == rejected:
-            raise ExampleError(
-                "chosen and rejected must differ when there is no prompt column, got identical "
-                "text: where the prompt ends cannot be told",
-                problem="identical_pair",
-                field="rejected",
-            )
-        shared = common_prefix_length(chosen, rejected)
-        if shared and chosen[shared - 1] == " ":
-            shared -= 1  # the space belongs to the response's first word
-        return chosen[:shared], chosen[shared:], rejected[shared:]
-    if is_messages(chosen) and is_messages(rejected):
-        # Each response has a message at least, also where one conversation begins the other.
-        most = min(len(chosen), len(rejected)) - 1
-        shared = min(common_prefix_length(chosen, rejected), most)
-        return chosen[:shared], chosen[shared:], rejected[shared:]
-    for name, value in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(value, str) and not is_messages(value):
-            raise not_text(name, value)
-    raise ExampleError(
-        f"chosen and rejected must both be text or both messages, got {glimpse(chosen)} and "
-        f"{glimpse(rejected)}",
-        problem="not_text",
-        field="rejected",
-    )
-
-
-def _with_row_options(options: RowOptions, row: Row) -> RowOptions:
-    """Options with the row's own tools and chat_template_kwargs."""
-    tools = row.get("tools") or options.tools
-    if isinstance(tools, str):
-        tools = json.loads(tools)
-    kwargs = {**(options.chat_template_kwargs or {}), **(row.get("chat_template_kwargs") or {})}
-    return replace(options, tools=tools, chat_template_kwargs=kwargs or None)

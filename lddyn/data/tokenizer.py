@@ -33,6 +33,10 @@ class Tokenizer(Protocol):
         """Vocabulary entry of each token."""
         ...
 
+    def convert_tokens_to_ids(self, tokens: str) -> int | None:
+        """Id of a vocabulary entry; called for `RowOptions.eos_token` only."""
+        ...
+
     def apply_chat_template(
         self, conversation: list[dict[str, Any]], **kwargs: Any
     ) -> Mapping[str, Sequence[int]]:
@@ -45,12 +49,36 @@ def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer(text=text)["input_ids"])
 
 
-def eos_ids(tokenizer: Tokenizer | None) -> set[int]:
-    """Ids that end a sequence; empty when the tokenizer has none."""
-    eos = getattr(tokenizer, "eos_token_id", None)
-    if eos is None:
+def eos_ids(tokenizer: Tokenizer | None, eos_token: str | None = None) -> set[int]:
+    """Ids that end a sequence; empty when the tokenizer has none.
+
+    Args:
+        tokenizer: The tokenizer.
+        eos_token: As in `RowOptions`.
+
+    Raises:
+        ValueError: If the vocabulary does not have `eos_token`.
+    """
+    if tokenizer is not None and eos_token is not None:
+        token = tokenizer.convert_tokens_to_ids(eos_token)
+        if token is None or token == getattr(tokenizer, "unk_token_id", None):
+            raise ValueError(f"eos_token must be in the tokenizer's vocabulary, got {eos_token!r}")
+        return {token}
+    return as_ids(getattr(tokenizer, "eos_token_id", None))
+
+
+def special_ids(tokenizer: Tokenizer | None) -> set[int]:
+    """Ids of special tokens: those with a name, and those that were added as special."""
+    named = set(getattr(tokenizer, "all_special_ids", None) or ())
+    added: Mapping[int, object] = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    return named | {i for i, token in added.items() if getattr(token, "special", False)}
+
+
+def as_ids(value: object) -> set[int]:
+    """The ids of a field such as `eos_token_id`, which holds one id, several, or None."""
+    if value is None:
         return set()
-    return set(eos) if isinstance(eos, list | tuple | set) else {int(eos)}
+    return {int(v) for v in value} if isinstance(value, list | tuple | set) else {int(str(value))}
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, ...]:

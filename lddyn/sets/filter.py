@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lddyn.data.read import source_files
 from lddyn.files import digest_of, read_sealed, replace_file, sealed
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Filtered:
 
 
 def filter_rows(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any] | None],
     diagnosis: Diagnosis | Mapping[str, Any],
     *,
     drop: int = 0,
@@ -56,7 +57,8 @@ def filter_rows(
     """Leaves the most harmful pairs out of the rows, or adds a pair weight to each row.
 
     Args:
-        rows: All rows of the data set. Rows that were not diagnosed are kept, with weight 1.
+        rows: All rows of the data set. Rows that were not diagnosed are kept, with weight 1; None,
+            for a row that cannot be read, is left out.
         diagnosis: The diagnosis, or the content of its diagnosis.json. Made with `row_numbers`, or
             of all rows in their order.
         drop: Number of pairs to leave out, the most harmful first (`Diagnosis.worst`).
@@ -83,7 +85,7 @@ def filter_rows(
         raise ValueError(
             f"drop must be from 0 to {len(pairs)}, the number of pairs, and leave a row, got {drop}"
         )
-    weighted = [number for number, row in enumerate(rows) if "weight" in row]
+    weighted = [number for number, row in enumerate(rows) if row and "weight" in row]
     if reweight and weighted:
         raise ValueError(
             f"row {weighted[0]} has a weight already: rename that column, or no new weights"
@@ -96,15 +98,17 @@ def filter_rows(
         )
     gone = document["worst"][:drop]
     dropped = [numbers[pair] for pair in gone]
-    kept = [number for number in range(len(rows)) if number not in set(dropped)]
+    content = [{} if row is None else dict(row) for row in rows]
+    readable = [number for number, row in enumerate(rows) if row is not None]
+    kept = [number for number in readable if number not in set(dropped)]
     weights = dict(zip(numbers, document["pair_weights"], strict=True)) if reweight else {}
     return Filtered(
         kept=[
-            {**rows[number]} | ({"weight": weights.get(number, 1.0)} if reweight else {})
+            content[number] | ({"weight": weights.get(number, 1.0)} if reweight else {})
             for number in kept
         ],
         kept_rows=kept,
-        dropped=[dict(rows[number]) for number in dropped],
+        dropped=[content[number] for number in dropped],
         dropped_rows=dropped,
         helpful=sum(_contribution(pairs[pair]) >= 0 for pair in gone),
     )
@@ -118,8 +122,14 @@ def _contribution(pair: Mapping[str, Any]) -> float:
 def write_source(folder: str | Path, data: str | Path) -> None:
     """Writes the name and digest of the diagnosed file into the folder of a diagnosis."""
     data = Path(data).resolve()
-    source = {"data": str(data), "digest": digest_of(data.read_bytes())}
+    source = {"data": str(data), "digest": _digest(data)}
     replace_file(Path(folder) / _SOURCE, sealed(source))
+
+
+def _digest(data: Path) -> str:
+    """Digest of the content of a data file, or of all files of a folder or a glob."""
+    digests = [digest_of(file.read_bytes()) for file in source_files(data)]
+    return digests[0] if len(digests) == 1 else digest_of("".join(digests).encode())
 
 
 def check_source(folder: str | Path, data: str | Path | None = None) -> Path:
@@ -140,9 +150,13 @@ def check_source(folder: str | Path, data: str | Path | None = None) -> Path:
         )
     source = read_sealed(path)
     file = Path(source["data"] if data is None else data)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; --data says where the rows are now")
-    if digest_of(file.read_bytes()) != source["digest"]:
+    try:
+        digest = _digest(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{file}: no such file; --data says where the rows are now"
+        ) from None
+    if digest != source["digest"]:
         raise ValueError(
             f"{file}: not the rows that were diagnosed ({source['data']} at that time): diagnose "
             "these rows first"

@@ -121,8 +121,10 @@ def test_features_build_leaves_out_what_does_not_fit(model, data, tmp_path):
     fits = tmp_path / "rows.jsonl"
     fits.write_text("".join(data.read_text().splitlines(True)[:4]), encoding="utf-8")
     arguments = ["--model", model, "--data", fits, "--out", tmp_path / "s", "-k", 900]
-    assert "row 2, chosen: length must be <= 64" in errors("features", "build", *arguments)
-    document = built(model, fits, tmp_path / "s", "--skip")
+    assert "row 2, chosen: length must be <= 64" in errors(
+        "features", "build", *arguments, "--strict"
+    )
+    document = built(model, fits, tmp_path / "s")
     assert document["examples"] == 3 and len(document["left_out"]) == 3  # one is there twice
 
 
@@ -220,7 +222,7 @@ def test_features_build_on_two_ranks_makes_the_same_files(model, pairs, tmp_path
         (["--store-dtype", "int8"], "'int8' is not one of 'float32', 'bfloat16'"),
         (["--fields", "colour"], "colour"),
         (["--device", "abacus"], "device must be one of this machine"),
-        (["--data", "nowhere"], "'--data': file 'nowhere' does not exist"),
+        (["--data", "nowhere"], "nowhere: no such file or folder"),
         (["--memory", "1KB"], "memory must be at least"),
     ],
 )

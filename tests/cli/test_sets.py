@@ -156,7 +156,7 @@ def test_a_row_that_is_too_long_does_not_stop_the_others(model, data, tmp_path):
     longer = write(tmp_path / "pairs.jsonl", [*read(data), long])
     result = diagnose(model, longer, "--close-ups", 0)
     assert result.exit_code == 0, result.output
-    assert "row 6 is not diagnosed: chosen: length must be <=" in result.stderr
+    assert "pairs.jsonl, line 7: chosen: length must be <=" in result.stderr
     assert "are estimated" not in result.stderr
     small = diagnose(model, longer, "--close-ups", 0, "--memory", "400KB")
     assert "the gradients of 5 pairs take" in small.stderr, small.output

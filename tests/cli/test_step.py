@@ -175,7 +175,7 @@ def test_output_folder_can_be_rendered_again(model, data, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "nowhere.jsonl"], "'--data': file 'nowhere.jsonl' does not exist"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file or folder"),
         (["--row", 7], r"line 8: not JSON"),
         (["--row", -1], "'--row': Input should be greater than or equal to 0"),
         (["--observe", "chosen,nope"], r"no field 'nope'; there are: chosen, rejected, other"),

@@ -11,15 +11,28 @@ from commands import call, errors
 
 def test_audit(model, data):
     result = call("audit", "--model", model, "--data", data)
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == 1, result.stderr  # rows that cannot be used
     for problem in ("unreadable_row", "identical_pair", "over_context", "token_out_of_range"):
         assert problem in result.stdout
     document = json.loads(call("audit", "--tokenizer", model, "--data", data, "--json").stdout)
     assert document["n_rows"] == 8 and "over_context" not in document["counts"]
     assert "give --model or --tokenizer" in errors("audit", "--data", data)
-    assert "'--data': file 'nowhere' does not exist" in errors(
+    assert "nowhere: no such file or folder; expected .jsonl" in errors(
         "audit", "--data", "nowhere", "--model", model
     )
+
+
+def test_audit_exits_with_1_for_unusable_rows_and_if_strict_for_warnings(model, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for row, codes in (
+        ({"prompt": "a b ?", "completion": " c d", "id": 7}, (0, 0)),
+        ({"prompt": "a b ?", "completion": " c d", "weight": 0.5}, (0, 1)),
+        ({"prompt": "a b ?", "completion": None}, (1, 1)),
+    ):
+        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        arguments = ["audit", "--model", model, "--data", path]
+        assert (call(*arguments).exit_code, call(*arguments, "--strict").exit_code) == codes
+    assert "rows.jsonl, line 1) completion: completion must be text" in call(*arguments).stdout
 
 
 def test_env():

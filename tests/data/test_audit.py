@@ -11,6 +11,7 @@ import lddyn.errors
 from lddyn.data import audit as module
 from lddyn.data.audit import Audit, audit
 from lddyn.data.encode import encode
+from lddyn.data.findings import PROBLEMS
 
 PROMPT = "Where do cats sleep?"
 
@@ -64,12 +65,18 @@ def test_audit_is_summarised_explained_saved_and_loaded(tokenizer, tmp_path):
         "rows": 3,
         "responses": 5,
         "eos_counted": 5,
+        "tokens": 51,
+        "counted": 21,
         "unusable": 1,
-        "findings": 2,
+        "warnings": 1,
+        "notes": 0,
     }
     assert list(table.counts()) == ["empty_response", "blank_response"]  # errors first
     assert str(table) == table.explain() and "row 1 chosen" in table.explain()
-    assert repr(table) == "Audit(rows=3, responses=5, eos_counted=5, unusable=1, findings=2)"
+    numbers = (
+        "rows=3, responses=5, eos_counted=5, tokens=51, counted=21, unusable=1, warnings=1, notes=0"
+    )
+    assert repr(table) == f"Audit({numbers})"
     table.save(tmp_path / "audit")
     assert [p.name for p in tmp_path.iterdir()] == ["audit.json"]
     assert Audit.load(tmp_path / "audit") == table
@@ -80,11 +87,16 @@ def test_audit_finds_duplicates(tokenizer):
     assert [(f.row, f.detail) for f in audited.of("duplicate")] == [(2, "same as row 0")]
 
 
+@pytest.mark.case("pad is EOS: an alarm only where the mask loses the EOS")
 def test_audit_finds_pad_is_eos():
-    audited = audit(make_tokenizer(pad_token="<|im_end|>"), [pair()])
-    assert [f.row for f in audited] == [-1]
-    assert "whole set" in str(audited)
-    assert audited.unusable == ()
+    tokenizer = make_tokenizer(pad_token="<|im_end|>")
+    eos = tokenizer.eos_token_id
+    assert audit(tokenizer, [pair()]).ok
+    kept = {"input_ids": [40, 41, 42, eos], "labels": [-100, 41, 42, eos]}
+    assert audit(tokenizer, [kept]).ok
+    lost = audit(tokenizer, [{**kept, "labels": [-100, 41, 42, -100]}])
+    assert {f.problem for f in lost} == {"pad_is_eos", "eos_not_counted"}
+    assert lost.unusable == () and "index 3" in lost.of("pad_is_eos")[0].detail
 
 
 def test_audit_finds_eos_outside_the_loss(tokenizer):
@@ -135,7 +147,7 @@ def test_every_raised_problem_is_in_the_table():
     files = [Path(lddyn.errors.__file__), *Path(module.__file__).parent.glob("*.py")]
     raised = {p for f in files for p in re.findall(r'problem="(\w+)"', f.read_text())}
     assert {"empty_response", "bad_mask", "unreadable_row", "bad_token_id"} <= raised
-    assert raised <= set(module._PROBLEMS)
+    assert raised <= set(PROBLEMS)
 
 
 def test_real_rows_audit(hh):
@@ -146,7 +158,8 @@ def test_real_rows_audit(hh):
         [f for f in audited if f.problem in ("empty_response", "empty_prompt", "not_text")]
     )
     assert set(audited.counts()) <= {
-        "pad_is_eos",
+        "special_in_response",
+        "over_default_length",
         "over_context",
         "empty_response",
         "blank_response",

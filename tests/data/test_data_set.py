@@ -22,7 +22,7 @@ def test_distinct_examples_say_which_row_cannot_be_used():
     rows = [ROW, ROW | {"chosen_ids": [9]}, {}]
     with pytest.raises(ExampleError, match=r"row 1, chosen: ids\[2\] must be < vocab_size 8"):
         distinct_examples(None, rows, check=check)
-    with pytest.raises(ExampleError, match="row 2: "):
+    with pytest.raises(ExampleError, match="row 2, prompt: "):
         distinct_examples(None, rows)
     examples, left_out = distinct_examples(None, rows, check=check, skip=True)
     assert list(examples) == [0, 1] and [line[:5] for line in left_out] == ["row 1", "row 2"]

@@ -31,7 +31,7 @@ def test_rows_iterables():
         def __iter__(self):
             return iter(TABLE)
 
-    assert rows(TABLE) == rows(Dataset()) == rows(iter(TABLE)) == TABLE
+    assert rows(TABLE) == rows(Dataset()) == rows(iter(TABLE)) == rows({"train": TABLE}) == TABLE
 
 
 @pytest.mark.parametrize(
@@ -55,10 +55,12 @@ def test_rows_errors_name_file_and_line(tmp_path, content, text):
 def test_rows_refuses_what_is_no_table(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         rows(tmp_path / "absent.jsonl")
-    with pytest.raises(FileNotFoundError, match="directory"):
+    with pytest.raises(FileNotFoundError, match=r"this folder has no \.jsonl"):
         rows(tmp_path)
-    with pytest.raises(ExampleError, match="choose a split"):
-        rows({"train": TABLE})
+    with pytest.raises(ExampleError, match="keys 'train', 'test': choose a split"):
+        rows({"train": TABLE, "test": TABLE})
+    with pytest.raises(ExampleError, match="put the row in a list"):
+        rows({"messages": [{"role": "user", "content": "a"}]})
     with pytest.raises(ExampleError, match=r"row 0: .* got str 'prompt'"):
         rows(["prompt"])
     with pytest.raises(TypeError, match="path or an iterable"):

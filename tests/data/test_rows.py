@@ -180,7 +180,7 @@ def test_row_prepared_completion():
         ({"input_ids": "text"}, "input_ids", "bad_token_id"),
         (
             {"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [2]},
-            "response_ids",
+            "chosen_ids",
             "empty_response",
         ),
     ],
