@@ -69,7 +69,7 @@ def workplace(world, folder, tmp_path, monkeypatch):
     """A folder with the data files, models and watched run that pages name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LDDYN_CACHE_DIR", str(world.path.parent))
-    rows = "".join(json.dumps(row) + "\n" for row in world.preference_pairs[:4])
+    rows = "".join(json.dumps(row) + "\n" for row in world.preference_pairs[:3])
     for name in ("pairs.jsonl", "probes.jsonl", "formal_prob_train.jsonl"):
         Path(name).write_text(rows)
     Path("RUN", "lddyn").mkdir(parents=True)
@@ -116,7 +116,7 @@ def given(world, folder, workplace):
     """What blocks take for granted: a model, its tokenizer, some data."""
     import transformers
 
-    rows = world.preference_pairs[:4]
+    rows = world.preference_pairs[:3]
     pairs = []
     for row in rows:
         both = lddyn.encode_row(world.tokenizer, row)
@@ -199,7 +199,7 @@ def test_python_blocks_run(page, given, folder, service):
     for block in blocks(PAGES[page], "python"):
         code = block.replace("path/or/name", folder)
         code = code.replace("http://localhost:8000/v1", service)
-        code = code.replace("worst(20)", "worst(2)")  # of four pairs
+        code = code.replace("worst(20)", "worst(2)")  # of three pairs
         exec(compile(code, page, "exec"), names)
 
 
@@ -333,7 +333,7 @@ SHELLS = {
 @pytest.mark.parametrize("page", SHELLS)
 def test_commands_of_blocks_run(page, folder, workplace):
     for line in SHELLS[page]:
-        line = line.replace("--drop 20", "--drop 2")  # of four rows
+        line = line.replace("--drop 20", "--drop 2")  # of three rows
         words = shlex.split(re.sub(r"\[.*?\]", "", line), comments=True)[1:]
         places = {"PATH_OR_NAME", "MODEL", "PATH"}
         result = CliRunner().invoke(app, [folder if word in places else word for word in words])

@@ -223,7 +223,7 @@ def orders(model, optimizer, update, clip=None, rules=STEPS):
             dec._session.setup = dataclasses.replace(setup, rule=rule)
             longest, ratio = STEPS[rule]
             first = dec.lr * longest / length
-            found[rule] = dec.verify(lrs=[first * ratio**k for k in range(5)])
+            found[rule] = dec.verify(lrs=[first * ratio**k for k in range(4)])
     return dec, found
 
 
@@ -236,7 +236,9 @@ def test_order_of_the_error(name, kind):
     model = small()
     clip = 0.5 if "clip" in name else None
     optimizer, update = trained(model, kind, *OPTIMIZERS[name], clip)
-    dec, found = orders(model, optimizer, update, clip)
+    # Simpson's rule has the points of the midpoint's and one more: it needs no optimizer of its own.
+    rules = [*STEPS] if name in ("sgd", "adamw", "rmsprop-momentum") else ["start", "midpoint"]
+    dec, found = orders(model, optimizer, update, clip, rules)
     for rule, verification in found.items():
         expected, band = BANDS[rule]
         assert verification.expected == expected
@@ -251,7 +253,8 @@ def test_order_of_the_error(name, kind):
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "opt"])
 def test_order_of_the_error_on_other_architectures(name):
     changes = {"activation_function": "gelu"} if name == "opt" else {}
-    model = zoo.build(name, **changes).double()
+    layers = "n_layer" if name == "gpt2" else "num_hidden_layers"
+    model = zoo.build(name, **changes, **{layers: 1}).double()
     optimizer, update = trained(model, "dpo", "SGD", {"momentum": 0.9}, steps=2)
     for rule, verification in orders(model, optimizer, update, rules=["start", "midpoint"])[
         1
@@ -323,15 +326,17 @@ def close(one, other, tolerance=2e-6):
 @pytest.mark.parametrize(
     ("name", "rule"),
     [
-        *((n, "start") for n in ("sgd", "momentum", "decay", "clip", "adamw", "adam", "rmsprop")),
-        *((n, r) for n in ("clip", "adamw") for r in ("midpoint", "simpson")),
+        *((n, "start") for n in ("sgd", "momentum", "decay", "adamw", "rmsprop")),
+        ("clip", "midpoint"),
+        ("adam", "midpoint"),
+        ("adamw", "simpson"),
     ],
 )
 def test_sum_rules(name, rule):
     model = small()
     clip = 0.5 if name == "clip" else None
     optimizer, update = trained(model, "dpo", *OPTIMIZERS[name], clip)
-    observed = list(zoo.examples())
+    observed = [zoo.examples()[0]]
     with lddyn.true_float64():
         dec = lddyn.decompose(
             model, observed, update, optimizer=optimizer, rule=rule, max_grad_norm=clip
@@ -369,11 +374,15 @@ def test_sum_rules(name, rule):
         dec[0].by_parameter("layer")
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [("llama", "sgd"), ("gpt2", "adamw"), ("mixtral", "adamw")]
+)
 def test_memory_changes_nothing(name, optimizer):
     model = zoo.build(name, tie_word_embeddings=True)
-    examples = list(zoo.examples())
+    examples = [
+        lddyn.Example([5, 9, 33], [21, 9, 40]),
+        lddyn.Example([5, 12], [40, 7]),
+    ]
     update = lddyn.SFT(examples[::-1])
     runs = [
         lddyn.decompose(model, examples, update, lr=1e-3, optimizer=optimizer, memory=memory)
