@@ -15,9 +15,11 @@ from lddyn.errors import StoreCorruptError, StoreError
 
 __all__ = [
     "JsonObject",
+    "append_text",
     "canonical",
     "digest_of",
     "json_safe",
+    "open_regular",
     "parse_json",
     "read_regular",
     "read_sealed",
@@ -107,25 +109,46 @@ def _replace(path: Path, data: bytes | bytearray, temporary: Path, *, durable: b
         sync_folder(path.parent)
 
 
-def read_regular(path: Path, limit: int | None = None) -> bytes:
-    """All bytes of a regular file: a device, a pipe or a folder of that name is refused unread.
+def open_regular(path: Path | str, flags: int = os.O_RDONLY) -> int:
+    """A file descriptor of a regular file; it must be closed.
+
+    A pipe or a device of that name is refused without waiting for it. When the flags ask for
+    writing, a link is refused, too: in a shared folder it could lead to a file of somebody else.
+
+    Raises:
+        OSError: If it cannot be opened, or is a link and would be written.
+        ValueError: If it is no regular file.
+    """
+    writes = flags & (os.O_WRONLY | os.O_RDWR)
+    fd = os.open(path, flags | os.O_NONBLOCK | (os.O_NOFOLLOW if writes else 0), 0o666)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ValueError(f"{path}: must be a regular file")
+    return fd
+
+
+def read_regular(path: Path | str, limit: int | None = None) -> bytes:
+    """All bytes of a regular file, or of the file that a link leads to.
 
     Args:
-        path: The file, or a link to it.
+        path: The file.
         limit: Most bytes that it may have. None: any.
 
     Raises:
         OSError: If it is missing or cannot be read.
         ValueError: If it is no regular file, or larger than `limit`.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer must not block
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path}: must be a regular file")
-        if limit is not None and status.st_size > limit:
+    with os.fdopen(open_regular(path), "rb") as file:
+        if limit is not None and os.fstat(file.fileno()).st_size > limit:
             raise ValueError(f"{path}: larger than {limit} bytes")
         return file.read()
+
+
+def append_text(path: Path, text: str) -> None:
+    """Appends to a regular file, which is made if it is not there; a link is refused."""
+    fd = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    with os.fdopen(fd, "a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -210,11 +233,13 @@ def read_stored(path: Path, offset: int = 0, limit: int | None = None) -> bytes:
         StoreError: If it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             if limit is not None and os.fstat(file.fileno()).st_size > limit:
                 raise StoreCorruptError(f"{path}: larger than {limit} bytes")
             file.seek(offset)
             return file.read()
+    except ValueError as error:
+        raise StoreCorruptError(str(error)) from None
     except FileNotFoundError:
         raise StoreCorruptError(f"{path}: this file of the store is missing") from None
     except OSError as error:

@@ -9,6 +9,7 @@ import pytest
 from lddyn.errors import StoreCorruptError, StoreError
 from lddyn.files import (
     TEMPORARY,
+    append_text,
     canonical,
     digest_of,
     json_safe,
@@ -104,6 +105,20 @@ def test_only_regular_files_are_read(tmp_path):
     assert read_regular(tmp_path / "link") == b"abc"
     with pytest.raises(ValueError, match="larger than 2 bytes"):
         read_regular(tmp_path / "file", 2)
+
+
+def test_nothing_is_appended_through_a_link(tmp_path):
+    (tmp_path / "other").write_text("somebody's")
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    with pytest.raises(OSError):
+        append_text(tmp_path / "link", "ours")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises((OSError, ValueError)):
+        append_text(tmp_path / "pipe", "ours")
+    append_text(tmp_path / "a", "one\n")
+    append_text(tmp_path / "a", "two\n")
+    assert (tmp_path / "a").read_text() == "one\ntwo\n"
+    assert (tmp_path / "other").read_text() == "somebody's"
 
 
 def test_digests_do_not_depend_on_parts_or_order_of_keys():

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lddyn.files import JsonObject, replace_file, sealed
+from lddyn.files import JsonObject, append_text, replace_file, sealed
 from lddyn.probes.probe_set import Encoded
 from lddyn.report.dynamics import read_lines
 
@@ -77,8 +77,7 @@ class DynamicsFile:
             each: Log-prob of each example, nats.
         """
         line = {**row, "each": [round(x, 4) for x in each], "probes": self._probes}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(sealed(line, indent=None))
+        append_text(self.path, sealed(line, indent=None))
 
     def _set_aside(self) -> None:
         number = 1

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lddyn.files import replace_file
+from lddyn.files import append_text, replace_file
 from lddyn.probes.build import joined_like
 from lddyn.probes.probe_set import ProbeSet
 
@@ -153,15 +153,13 @@ def write(
     journal = Path(journal)
     answers = _read_journal(journal)
     journal.parent.mkdir(parents=True, exist_ok=True)
-    with journal.open("a", encoding="utf-8") as file:
-        for request in progress(requests, "asking") if progress else requests:
-            if request.key not in answers:
-                answers[request.key] = endpoint.ask(request.text)
-                line = {"key": request.key, "text": answers[request.key]}
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-            row = rows[request.row]
-            row[request.field] = joined_like(row["chosen"], answers[request.key].split(" "))
+    for request in progress(requests, "asking") if progress else requests:
+        if request.key not in answers:
+            answers[request.key] = endpoint.ask(request.text)
+            line = {"key": request.key, "text": answers[request.key]}
+            append_text(journal, json.dumps(line) + "\n")
+        row = rows[request.row]
+        row[request.field] = joined_like(row["chosen"], answers[request.key].split(" "))
     return ProbeSet(rows)
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lddyn.errors import StoreCorruptError
-from lddyn.files import canonical, digest_of, parse_json, read_stored, write_all
+from lddyn.files import canonical, digest_of, open_regular, parse_json, read_stored, write_all
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Journal:
         payload = record.payload()
         checksum = digest_of(self._chain.encode(), payload)
         line = payload + b" " + checksum.encode() + b"\n"
-        fd = os.open(self.path, os.O_WRONLY)
+        fd = open_regular(self.path, os.O_WRONLY)
         try:
             if os.fstat(fd).st_size != self._offset:
                 os.ftruncate(fd, self._offset)

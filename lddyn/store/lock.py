@@ -8,7 +8,7 @@ import weakref
 from pathlib import Path
 
 from lddyn.errors import StoreError, StoreLockedError
-from lddyn.files import write_all
+from lddyn.files import open_regular, write_all
 
 
 class Lock:
@@ -32,8 +32,8 @@ class Lock:
         except ImportError:
             raise StoreError("writing a store needs a POSIX system (reading does not)") from None
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
+            fd = open_regular(path, os.O_RDWR | os.O_CREAT)
+        except (OSError, ValueError) as error:
             raise StoreError(f"{path}: cannot be opened for writing: {error}") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

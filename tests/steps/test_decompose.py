@@ -236,7 +236,7 @@ def test_order_of_the_error(name, kind):
     model = small()
     clip = 0.5 if "clip" in name else None
     optimizer, update = trained(model, kind, *OPTIMIZERS[name], clip)
-    # Simpson's rule has the points of the midpoint's and one more: it needs no optimizer of its own.
+    # Simpson's rule has the midpoint's points and one more: three optimizers are enough for it.
     rules = [*STEPS] if name in ("sgd", "adamw", "rmsprop-momentum") else ["start", "midpoint"]
     dec, found = orders(model, optimizer, update, clip, rules)
     for rule, verification in found.items():

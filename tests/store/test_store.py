@@ -300,6 +300,22 @@ def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
     assert (tmp_path / "victim").read_text() == "untouched"
 
 
+@pytest.mark.parametrize("name", ["lock", "journal.jsonl"])
+def test_a_link_in_the_place_of_a_file_of_the_store_is_refused(tmp_path, name):
+    """In a shared folder, somebody may plant links to files that are none of the store's."""
+    store = fill(tmp_path / "s", data_set(2), 6, 2**20)
+    (tmp_path / "victim").write_text("untouched")
+    (store.path / name).unlink()
+    (store.path / name).symlink_to(tmp_path / "victim")
+    with pytest.raises(lddyn.StoreError), Store.open(store.path, mode="a") as again:
+        again.append(data_set(3)[2], features(2, len(data_set(3)[2]), 6))
+    assert (tmp_path / "victim").read_text() == "untouched"
+    (store.path / name).unlink()
+    os.mkfifo(store.path / name)
+    with pytest.raises(lddyn.StoreError):
+        Store.open(store.path, mode="a")
+
+
 # --------------------------------------------------------------------------- the whole
 
 
