@@ -268,50 +268,13 @@ def draw_kernel(
 ) -> Figure:
     """‖K‖_F by pair over training, its ranking, its drift."""
     figure = blank_figure(10.2, 3.7, "kernel")
-    axes = figure.add_axes((0.05, 0.14, 0.29, 0.68))
-    epochs = [r["epoch"] for r in table]
-    named = {"4-9": RAISED, "5-8": RAISED, "6-7": LOWERED, "2-5": LOWERED}
-    named.setdefault(f"{most[0]}-{most[1]}", INK)
-    named.setdefault(f"{least[0]}-{least[1]}", INK)
-    for key in table[0]:
-        if key != "epoch" and key[0] != key[-1] and key not in named:
-            axes.plot(epochs, [r[key] for r in table], color="#d0d0d0", linewidth=0.5)
-    ends = []
-    for key, colour in named.items():
-        values = [r[key] for r in table]
-        axes.plot(epochs, values, color=colour, linewidth=1.4)
-        ends.append((values[-1], key.replace("-", "–"), colour))
-    _end_labels(axes, epochs[-1], ends)
-    axes.set_ylim(0, None)
-    axes.set_xlabel("epoch", fontsize=8)
-    tidy(axes)
-    _title(
-        axes,
-        rf"${_NORM}$ by pair of classes",
-        "blue: similar in the paper, red: dissimilar; black: here",
-    )
-
+    _draw_pairs(figure.add_axes((0.05, 0.14, 0.29, 0.68)), table, most, least)
     ranking = figure.add_axes((0.425, 0.14, 0.24, 0.68))
     drift = figure.add_axes((0.74, 0.14, 0.24, 0.68))
     for name, colour in _RUNS.items():
         of_run = [r for r in rows if r["descent"] == name]
+        _draw_ranking(ranking, of_run, colour)
         at = [r["epoch"] for r in of_run]
-        ranking.fill_between(
-            at,
-            [r["rank_to_last_low"] for r in of_run],
-            [r["rank_to_last_high"] for r in of_run],
-            color=colour,
-            alpha=0.2,
-            linewidth=0,
-        )
-        ranking.plot(at, [r["rank_to_last"] for r in of_run], color=colour, linewidth=1.5)
-        ranking.plot(
-            at[1:],
-            [r["rank_to_previous"] for r in of_run[1:]],
-            color=colour,
-            linewidth=0.8,
-            linestyle=(0, (3, 2)),
-        )
         moved = [r["drift"] / r["norm"] for r in of_run[1:]]
         drift.semilogy(at[1:], [100 * m for m in moved], color=colour, linewidth=1.5)
     ranking.axvline(early, color=FAINT, linewidth=0.5, linestyle=":")
@@ -340,6 +303,52 @@ def draw_kernel(
         r"mean $\Vert K^t - K^{t-1}\Vert_F$, % of the mean $\Vert K^t\Vert_F$",
     )
     return figure
+
+
+def _draw_pairs(axes: Axes, table: Rows, most: tuple[int, int], least: tuple[int, int]) -> None:
+    """‖K‖_F over training: a line per pair of classes, with names for the paper's and two more."""
+    epochs = [r["epoch"] for r in table]
+    named = {"4-9": RAISED, "5-8": RAISED, "6-7": LOWERED, "2-5": LOWERED}
+    named.setdefault(f"{most[0]}-{most[1]}", INK)
+    named.setdefault(f"{least[0]}-{least[1]}", INK)
+    for key in table[0]:
+        if key != "epoch" and key[0] != key[-1] and key not in named:
+            axes.plot(epochs, [r[key] for r in table], color="#d0d0d0", linewidth=0.5)
+    ends = []
+    for key, colour in named.items():
+        values = [r[key] for r in table]
+        axes.plot(epochs, values, color=colour, linewidth=1.4)
+        ends.append((values[-1], key.replace("-", "–"), colour))
+    _end_labels(axes, epochs[-1], ends)
+    axes.set_ylim(0, None)
+    axes.set_xlabel("epoch", fontsize=8)
+    tidy(axes)
+    _title(
+        axes,
+        rf"${_NORM}$ by pair of classes",
+        "blue: similar in the paper, red: dissimilar; black: here",
+    )
+
+
+def _draw_ranking(axes: Axes, of_run: Rows, colour: str) -> None:
+    """Rank correlation with the last epoch, with its interval, and with the epoch before."""
+    at = [r["epoch"] for r in of_run]
+    axes.fill_between(
+        at,
+        [r["rank_to_last_low"] for r in of_run],
+        [r["rank_to_last_high"] for r in of_run],
+        color=colour,
+        alpha=0.2,
+        linewidth=0,
+    )
+    axes.plot(at, [r["rank_to_last"] for r in of_run], color=colour, linewidth=1.5)
+    axes.plot(
+        at[1:],
+        [r["rank_to_previous"] for r in of_run[1:]],
+        color=colour,
+        linewidth=0.8,
+        linestyle=(0, (3, 2)),
+    )
 
 
 def _name_runs(axes: Axes) -> None:

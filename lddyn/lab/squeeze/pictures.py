@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lddyn.lab.record import Row
+from lddyn.lab.record import Row, Rows
 from lddyn.report.canvas import FAINT, INK, LOWERED, RAISED, blank_figure, tidy
 
 if TYPE_CHECKING:
@@ -130,13 +131,22 @@ def _by_rank(axes: Axes, case: Row, before: Tensor, after: Tensor) -> None:
     axes.set_xlabel("rank of the label before the step", fontsize=8, color=INK)
 
 
-def draw_trends(results: Row, accuracy: list[Row], entropy: list[Row]) -> Figure:
+def draw_trends(counted: Mapping[str, Rows], accuracy: Rows, entropy: Rows) -> Figure:
     """Who gains by peakedness; where τ holds; entropy by the pushed label's probability."""
     figure = blank_figure(11.0, 3.4, "trends")
     left, middle, right = (figure.add_axes((0.065 + 0.33 * i, 0.15, 0.25, 0.73)) for i in range(3))
-    rows = results["gainers"]
+    _draw_gainers(left, counted["gainers"])
+    _draw_accuracy(middle, accuracy)
+    _draw_entropy(right, entropy)
+    for axes in (left, middle, right):
+        tidy(axes)
+    return figure
+
+
+def _draw_gainers(axes: Axes, rows: Rows) -> None:
+    """Share of other labels that rise, by the largest probability."""
     x = [(r["low"] * r["high"]) ** 0.5 for r in rows]
-    left.fill_between(
+    axes.fill_between(
         x,
         [r["tenth"] for r in rows],
         [r["ninetieth"] for r in rows],
@@ -144,123 +154,133 @@ def draw_trends(results: Row, accuracy: list[Row], entropy: list[Row]) -> Figure
         alpha=0.18,
         linewidth=0,
     )
-    left.plot(x, [r["median"] for r in rows], color=RAISED, linewidth=2)
-    left.set_xscale("log")
-    left.set_xlabel("largest probability", fontsize=8.5)
-    left.set_title("Flat: most others rise. Peaky: one.", loc="left", fontsize=10, weight="bold")
-    left.set_ylabel("share of other labels that rise", fontsize=8.5)
-    left.text(
+    axes.plot(x, [r["median"] for r in rows], color=RAISED, linewidth=2)
+    axes.set_xscale("log")
+    axes.set_xlabel("largest probability", fontsize=8.5)
+    axes.set_title("Flat: most others rise. Peaky: one.", loc="left", fontsize=10, weight="bold")
+    axes.set_ylabel("share of other labels that rise", fontsize=8.5)
+    axes.text(
         0.98,
         0.9,
         "median and 80 % band",
         fontsize=8,
         color=RAISED,
         ha="right",
-        transform=left.transAxes,
+        transform=axes.transAxes,
     )
-    middle.plot(
-        [r["eta"] for r in accuracy],
-        [r["share"] for r in accuracy],
-        "o-",
-        color=INK,
-        linewidth=1.6,
-        markersize=4,
-    )
-    middle.set_xscale("log")
-    middle.set_ylim(min(r["share"] for r in accuracy) - 0.02, 1.004)
-    middle.set_xlabel("length of the step, |η′|", fontsize=8.5)
-    middle.set_ylabel("labels for which π > τ says rightly\nwhether they rise", fontsize=8.5)
-    middle.set_title("τ holds while the step is short", loc="left", fontsize=10, weight="bold")
+
+
+def _draw_accuracy(axes: Axes, rows: Rows) -> None:
+    """Share of labels for which τ is right, by the length of the step."""
+    shares = [r["share"] for r in rows]
+    axes.plot([r["eta"] for r in rows], shares, "o-", color=INK, linewidth=1.6, markersize=4)
+    axes.set_xscale("log")
+    axes.set_ylim(min(shares) - 0.02, 1.004)
+    axes.set_xlabel("length of the step, |η′|", fontsize=8.5)
+    axes.set_ylabel("labels for which π > τ says rightly\nwhether they rise", fontsize=8.5)
+    axes.set_title("τ holds while the step is short", loc="left", fontsize=10, weight="bold")
+
+
+def _draw_entropy(axes: Axes, rows: Rows) -> None:
+    """Change of entropy by the probability of the pushed label, a line per kind of prediction."""
     for name, colour in (("flat", "#e69f00"), ("between", "#009e73"), ("peaky", "#0072b2")):
-        line = [r for r in entropy if r["prediction"] == name]
+        line = [r for r in rows if r["prediction"] == name]
         at = [r["probability"] for r in line]
         change = [r["entropy_change"] for r in line]
-        right.plot(at, change, ".-", color=colour, linewidth=1.4, markersize=4)
-        first = (at[0], change[0]) if name != "flat" else (at[-1], change[-1])
-        right.annotate(
-            name,
-            first,
-            xytext=(4, -12 if name == "between" else 6),
-            textcoords="offset points",
-            fontsize=8.5,
-            color=colour,
-            weight="bold",
-        )
-    right.axhline(0, color=FAINT, linewidth=0.7)
-    right.set_xscale("log")
-    right.set_xlabel("probability of the label pushed down", fontsize=8.5)
-    right.set_ylabel("entropy change, nats", fontsize=8.5)
-    right.set_title("Valleys cost entropy, peaks give it", loc="left", fontsize=10, weight="bold")
-    for axes in (left, middle, right):
-        tidy(axes)
-    return figure
+        axes.plot(at, change, ".-", color=colour, linewidth=1.4, markersize=4)
+        end = (at[0], change[0]) if name != "flat" else (at[-1], change[-1])
+        _name(axes, name, end, (4, -12 if name == "between" else 6), colour)
+    axes.axhline(0, color=FAINT, linewidth=0.7)
+    axes.set_xscale("log")
+    axes.set_xlabel("probability of the label pushed down", fontsize=8.5)
+    axes.set_ylabel("entropy change, nats", fontsize=8.5)
+    axes.set_title("Valleys cost entropy, peaks give it", loc="left", fontsize=10, weight="bold")
 
 
-def draw_limits(limits: dict[str, list[Row]]) -> Figure:
+def _name(
+    axes: Axes,
+    text: str,
+    at: tuple[float, float],
+    shift: tuple[float, float],
+    colour: str,
+    size: float = 8.5,
+) -> None:
+    """The name of a line beside one of its points, shifted by so many points of type."""
+    axes.annotate(
+        text,
+        at,
+        xytext=shift,
+        textcoords="offset points",
+        fontsize=size,
+        color=colour,
+        weight="bold",
+    )
+
+
+def draw_limits(limits: Mapping[str, Rows]) -> Figure:
     """How often the guarantees hold with shared features, several positions, a hidden layer."""
     figure = blank_figure(11.0, 3.4, "limits")
     left, middle, right = (figure.add_axes((0.065 + 0.33 * i, 0.15, 0.25, 0.73)) for i in range(3))
-    # Nothing moves at cosine 0: the lines end on both sides of it.
-    for rows in (
-        [r for r in limits["contexts"] if r["cosine"] < 0],
-        [r for r in limits["contexts"] if r["cosine"] > 0],
-    ):
-        for key, colour in (
-            ("argmax of the pushed context rises", LOWERED),
-            ("its own argmax rises", RAISED),
-        ):
-            _line(left, [r["cosine"] for r in rows], [r[key] for r in rows], colour)
-    left.text(
-        0.17, 0.98, "y* of the pushed one", fontsize=8.5, color=LOWERED, weight="bold", ha="right"
-    )
-    left.text(0.22, 0.3, "its own y*", fontsize=8.5, color=RAISED, weight="bold")
-    left.set_xlabel("cosine of its features with the pushed context's", fontsize=8.5)
-    left.set_title("At another context: who rises?", loc="left", fontsize=10, weight="bold")
-    shades = ["#9ecae1", "#6baed6", "#3182bd", "#08519c"]
-    for overlap, colour in zip(OVERLAPS, shades, strict=True):
-        rows = [r for r in limits["positions"] if r["overlap"] == overlap]
-        x = [r["positions"] for r in rows]
-        _line(middle, x, [r["argmax rises"] for r in rows], colour)
-        middle.annotate(
-            f"overlap {overlap:g}",
-            (x[-1], rows[-1]["argmax rises"]["share"]),
-            xytext=(5, {0.3: 3, 0.9: -9}.get(overlap, -3)),
-            textcoords="offset points",
-            fontsize=8,
-            color=colour,
-            weight="bold",
-        )
-    middle.set_xscale("log", base=2)
-    middle.set_xticks(POSITIONS, [str(n) for n in POSITIONS])
-    middle.set_xlim(0.9, 110)
-    middle.set_xlabel("positions pushed down together", fontsize=8.5)
-    middle.set_title("Several positions: y* rises at", loc="left", fontsize=10, weight="bold")
-    rows = limits["hidden"]
-    x = list(range(len(rows)))
-    for key, colour, text, at, above in (
-        ("label falls", LOWERED, "y falls", 4, -11),
-        ("argmax rises", RAISED, "y* rises", 5, -12),
-        ("threshold is right", INK, "τ is right", 2, -13),
-    ):
-        _line(right, x, [r[key] for r in rows], colour)
-        right.annotate(
-            text,
-            (x[at], rows[at][key]["share"]),
-            xytext=(-44, above),
-            textcoords="offset points",
-            fontsize=8.5,
-            color=colour,
-            weight="bold",
-        )
-    right.set_xticks(x, [f"{b:g}" for b in BODIES])
-    right.set_xlabel("learning rate of the hidden layer / of the head", fontsize=8.5)
-    right.set_title("A hidden layer shares features", loc="left", fontsize=10, weight="bold")
+    _draw_contexts(left, limits["contexts"])
+    _draw_positions(middle, limits["positions"])
+    _draw_hidden(right, limits["hidden"])
     for axes in (left, middle, right):
         axes.set_ylim(0, 1.06)
         axes.set_ylabel("share of cases", fontsize=8.5)
         tidy(axes)
     right.set_ylim(0.75, 1.015)
     return figure
+
+
+def _draw_contexts(axes: Axes, contexts: Rows) -> None:
+    """Another context: does its y* rise, or that of the pushed one?"""
+    # Nothing moves at cosine 0: the lines end on both sides of it.
+    for rows in (
+        [r for r in contexts if r["cosine"] < 0],
+        [r for r in contexts if r["cosine"] > 0],
+    ):
+        for key, colour in (
+            ("argmax of the pushed context rises", LOWERED),
+            ("its own argmax rises", RAISED),
+        ):
+            _line(axes, [r["cosine"] for r in rows], [r[key] for r in rows], colour)
+    axes.text(
+        0.17, 0.98, "y* of the pushed one", fontsize=8.5, color=LOWERED, weight="bold", ha="right"
+    )
+    axes.text(0.22, 0.3, "its own y*", fontsize=8.5, color=RAISED, weight="bold")
+    axes.set_xlabel("cosine of its features with the pushed context's", fontsize=8.5)
+    axes.set_title("At another context: who rises?", loc="left", fontsize=10, weight="bold")
+
+
+def _draw_positions(axes: Axes, positions: Rows) -> None:
+    """Several positions that are pushed together: at how many of them y* rises."""
+    shades = ["#9ecae1", "#6baed6", "#3182bd", "#08519c"]
+    for overlap, colour in zip(OVERLAPS, shades, strict=True):
+        rows = [r for r in positions if r["overlap"] == overlap]
+        x = [r["positions"] for r in rows]
+        _line(axes, x, [r["argmax rises"] for r in rows], colour)
+        end = (x[-1], rows[-1]["argmax rises"]["share"])
+        _name(axes, f"overlap {overlap:g}", end, (5, {0.3: 3, 0.9: -9}.get(overlap, -3)), colour, 8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(POSITIONS, [str(n) for n in POSITIONS])
+    axes.set_xlim(0.9, 110)
+    axes.set_xlabel("positions pushed down together", fontsize=8.5)
+    axes.set_title("Several positions: y* rises at", loc="left", fontsize=10, weight="bold")
+
+
+def _draw_hidden(axes: Axes, rows: Rows) -> None:
+    """A hidden layer that is trained as well: how often the guarantees and τ hold."""
+    x = list(range(len(rows)))
+    for key, colour, text, at, above in (
+        ("label falls", LOWERED, "y falls", 4, -11),
+        ("argmax rises", RAISED, "y* rises", 5, -12),
+        ("threshold is right", INK, "τ is right", 2, -13),
+    ):
+        _line(axes, x, [r[key] for r in rows], colour)
+        _name(axes, text, (x[at], rows[at][key]["share"]), (-44, above), colour)
+    axes.set_xticks(x, [f"{b:g}" for b in BODIES])
+    axes.set_xlabel("learning rate of the hidden layer / of the head", fontsize=8.5)
+    axes.set_title("A hidden layer shares features", loc="left", fontsize=10, weight="bold")
 
 
 def _line(axes: Axes, x: list[Any], rows: list[Row], colour: str) -> None:
