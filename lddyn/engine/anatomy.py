@@ -13,6 +13,10 @@ A *segment* (front, block or tail) is replayed from its stored input with gradie
 products. Any other use of a parameter is *direct*: autograd differentiates with respect to the
 parameter itself. The ledger records each use. A use outside of all segments raises an error.
 
+A model whose blocks pass more than a hidden state to each other (keys and values that blocks
+share, several streams, blocks that run twice) is one segment, "model": it is as exact, and needs
+the memory of all blocks at once. `Anatomy.joined` says why.
+
     skeleton    the model's parts, and its forward pass with some of them replaced
     recognise   norms, activations and rotary embeddings in closed form
     ledger      the watch over parameters
@@ -28,11 +32,12 @@ from torch import Tensor, nn
 
 from lddyn.data.example import Example
 from lddyn.engine import replay
-from lddyn.engine.blocks import Call, is_slice, join_hidden, split_hidden
+from lddyn.engine.blocks import Call, SeamError, is_slice, join_hidden, split_hidden
 from lddyn.engine.door import check_repeatable, foreign_forward, unwrapped
 from lddyn.engine.guard import undisturbed
 from lddyn.engine.head import project
-from lddyn.engine.ledger import HEAD, POST, TAIL, Watch
+from lddyn.engine.ledger import HEAD, POST, TAIL, WHOLE, Watch
+from lddyn.engine.realised import realised_log_probs
 from lddyn.engine.skeleton import Skeleton
 from lddyn.engine.streamed import present
 from lddyn.engine.trace import Batch, Replay, Trace
@@ -78,6 +83,7 @@ class Anatomy(Skeleton):
             raise ValueError(f"attention must be 'lddyn' or 'eager', got {attention!r}")
         super().__init__(model, attention, allow_frozen)
         self._logits_checked = False
+        self.checked: set[str] = set()  # what `backward_check` has found right
         self._post_is_identity: bool | None = None  # None: not known to be elementwise yet
 
     @classmethod
@@ -120,6 +126,14 @@ class Anatomy(Skeleton):
         Cost: one forward pass; T d floats per block.
         """
         self.check_limits(example)
+        if not self.joined:
+            try:
+                return self._trace(example)
+            except SeamError as error:
+                self.join(str(error))
+        return self._trace(example)
+
+    def _trace(self, example: Example) -> Trace:
         ids = torch.tensor([example.ids], device=self.device)
         positions = torch.tensor(list(example.positions), device=self.device)
         inputs: list[Tensor] = []
@@ -127,13 +141,15 @@ class Anatomy(Skeleton):
         outputs: list[Tensor] = []
         captured: list[Tensor] = []
         watch = Watch(self, tapping=False)
+        if self.joined:
+            watch.segment = WHOLE
 
         def block(i: int, original: Any, args: Any, kwargs: Any) -> Any:
             x, args, kwargs = split_hidden(args, kwargs)
             if i != len(inputs):
-                raise UnsupportedModelError(f"block {i} ran out of order (call {len(inputs)})")
+                raise SeamError(f"block {i} ran out of order (call {len(inputs)})")
             if outputs and outputs[-1] is not x and not torch.equal(outputs[-1], x):
-                raise UnsupportedModelError(
+                raise SeamError(
                     f"the input of block {i} is not the output of block {i - 1}: the model does "
                     "something between its blocks that lddyn cannot replay"
                 )
@@ -154,13 +170,17 @@ class Anatomy(Skeleton):
         with self.analysis(), torch.no_grad():
             with watch, self.patched(block, head):
                 self.run(ids)
-            if len(inputs) != len(self.blocks) or len(captured) != 1:
+            if len(captured) != 1:
                 raise UnsupportedModelError(
-                    f"{type(self.base).__name__} ran {len(inputs)} of {len(self.blocks)} blocks "
-                    f"and its head {len(captured)} times in one forward pass; expected all and once"
-                    f"{foreign_forward(self.base)}"
+                    f"{type(self.base).__name__} ran its head {len(captured)} times in one forward "
+                    f"pass; expected once{foreign_forward(self.base)}"
                 )
-            inputs.append(outputs[-1].detach())
+            if len(inputs) != len(self.blocks):
+                raise SeamError(
+                    f"{type(self.base).__name__} ran {len(inputs)} of {len(self.blocks)} blocks"
+                )
+            if outputs:
+                inputs.append(outputs[-1].detach())
             for name in (self.head_weight, self.head_bias):
                 if name is not None:
                     self.ledger[name].ops.add("linear")
@@ -302,8 +322,7 @@ class Anatomy(Skeleton):
     def response_log_probs(self, example: Example) -> Tensor:
         """Log π(y_m) (M,) by the model's own forward, with its graph; in nats."""
         logits = self.response_logits(example)
-        targets = torch.tensor(list(example.targets), device=logits.device)
-        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        return realised_log_probs(logits, torch.tensor(example.targets, device=logits.device))
 
     def _selected_logits(self, ids: Tensor, positions: Tensor) -> Tensor:
         original = self.head.forward
@@ -327,6 +346,8 @@ class Anatomy(Skeleton):
         As many; but the whole sequence where the blocks' arguments depend on its length (rotary
         embeddings that rescale), so that a prefix would not be what the forward pass saw.
         """
+        if self.joined:
+            return trace.length
         with self.analysis():
             whole = trace.calls[trace.length]
             short = self.calls(trace, length)
@@ -342,7 +363,7 @@ class Anatomy(Skeleton):
                     lists.append(replay.arguments(self, ids[:, :length]))
             return is_slice(*lists)
 
-        return _EXTENDS.passes(self, (short, long), check)
+        return not self.joined and _EXTENDS.passes(self, (short, long), check)
 
     def batch(self, ids: Tensor, apart: bool, keep: bool) -> Batch:
         """One forward pass over sequences (B, T) that stores what replays need.

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from lddyn.errors import UnsupportedModelError
 
 
+class SeamError(UnsupportedModelError):
+    """A model cannot be replayed block by block; as a whole it can."""
+
+
 def at_rows(value: Any, length: int, rows: Tensor) -> Any:
     """A block's arguments for some of its `length` positions: angles, queries of masks, ids."""
     if isinstance(value, Tensor):
@@ -31,16 +35,14 @@ def at_rows(value: Any, length: int, rows: Tensor) -> Any:
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers: the longest ModuleList that holds most of the parameters."""
+    """The decoder layers: the ModuleList that holds most of the parameters; empty without one."""
     candidates = [
         (sum(p.numel() for p in m.parameters()), -depth, m)
         for depth, (name, m) in enumerate(model.named_modules())
         if isinstance(m, nn.ModuleList) and len(m) > 0
     ]
     if not candidates:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no nn.ModuleList: there are no blocks to open"
-        )
+        return []
     layers = max(candidates, key=lambda c: (c[0], c[1]))[2]
     depth = getattr(model.config, "num_hidden_layers", len(layers))
     return list(layers)[:depth]
@@ -77,12 +79,12 @@ def check_side_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raises if an argument besides the hidden state carries a gradient: it would be lost.
 
     Raises:
-        UnsupportedModelError: With the argument's name or place.
+        SeamError: With the argument's name or place.
     """
     for key, value in [*enumerate(args), *kwargs.items()]:
         for tensor in value if isinstance(value, list | tuple) else [value]:
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                raise UnsupportedModelError(
+                raise SeamError(
                     f"argument {key!r} of the blocks depends on trainable parameters of the "
                     "front; lddyn follows the hidden state only"
                 )

@@ -185,6 +185,17 @@ class Factors:
         return tensors[0].shape[0] if tensors else 0
 
 
+def pull(replay: Replay, cotangents: Tensor) -> tuple[Tensor, Factors]:
+    """Cotangents (c, *output.shape) of a replayed segment -> (cotangents of its input, factors)."""
+    if not replay.targets or not replay.output.requires_grad:
+        return cotangents, Factors()
+    batch = cotangents.view(len(cotangents), *replay.output.shape)
+    gradients = batched_vjp([replay.output], replay.targets, [batch])
+    state = gradients.pop() if replay.input is not None else cotangents
+    factors = Factors.of(replay, gradients, len(cotangents))
+    return (torch.zeros_like(cotangents) if state is None else state), factors
+
+
 def pair(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> None:
     """Calls add(name, products) for each parameter, with inner products of gradients (c, c').
 

@@ -85,7 +85,8 @@ class Side:
         """Workspace of one cotangent in the widest segment: factors, and the pullback's buffers."""
         trace = self.trace
         # The pullback of a product holds its output's cotangent and, for attention, the softmax's.
-        elements = max((w.elements for w in trace.work.values()), default=0)
+        parts = [work.elements for work in trace.work.values()]
+        elements = sum(parts) if trace.anatomy.joined else max(parts, default=0)
         return 4 * elements * trace.hidden.element_size()
 
     def chunk(self, budget: int) -> int:

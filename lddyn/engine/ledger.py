@@ -22,6 +22,8 @@ from lddyn.errors import UnsupportedModelError
 
 FRONT, TAIL, HEAD, POST = "front", "tail", "head", "after the head"
 
+WHOLE = "model"  # the only segment of a model that is not cut into blocks
+
 
 @dataclass
 class Tap:

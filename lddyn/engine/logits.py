@@ -33,6 +33,7 @@ from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.cached import cached_logits
 from lddyn.engine.grouping import Part
 from lddyn.engine.packed import packable, packed_logits
+from lddyn.engine.realised import realised_log_probs
 from lddyn.engine.trial import PACKED, SEPARATE, Trial, UnfitError, close
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Response:
     @cached_property
     def log_probs(self) -> Tensor:
         """Log π(y_m) (M,), in nats."""
-        return self.logits.log_softmax(-1).gather(-1, self.targets[:, None])[:, 0]
+        return realised_log_probs(self.logits, self.targets)
 
 
 def own_response(model: nn.Module | Anatomy, example: Example) -> Response:

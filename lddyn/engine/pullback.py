@@ -20,10 +20,11 @@ from torch import Tensor
 
 from lddyn import ops
 from lddyn.engine.anatomy import Anatomy
-from lddyn.engine.factors import BodyRows, Factors, HeadFactor, batched_vjp
+from lddyn.engine.backward_check import check_pull
+from lddyn.engine.factors import BodyRows, Factors, HeadFactor, pull
 from lddyn.engine.head import back_project
 from lddyn.engine.rowwise import pull_rows
-from lddyn.engine.trace import Replay, Trace
+from lddyn.engine.trace import Trace
 from lddyn.memory import is_out_of_memory
 
 
@@ -73,6 +74,7 @@ class Pullback:
     ):
         self.trace = trace
         self.anatomy: Anatomy = trace.anatomy
+        check_pull(self.anatomy, trace.example)
         count = torch.arange(len(trace.positions), device=trace.positions.device)
         order = count if select is None else select
         order = order[trace.positions[order].argsort(stable=True)]
@@ -146,7 +148,8 @@ class Pullback:
     def _pull(self, segment: int, chunk: Chunk) -> tuple[Tensor, Factors]:
         state = chunk.state
         pulled, routed = None, False
-        if state.dim() == 2 and segment >= len(self.anatomy.blocks):
+        by_row = not self.anatomy.joined and segment >= len(self.anatomy.blocks)
+        if state.dim() == 2 and by_row:
             pulled = pull_rows(self.trace, segment, chunk.rows, chunk.length, state)
         if pulled is None:
             if state.dim() == 2:
@@ -160,17 +163,6 @@ class Pullback:
         if not routed and factors.in_order(lengths, chunk.length):
             factors.lengths, factors.tokens = lengths, chunk.length
         return state, factors
-
-
-def pull(replay: Replay, cotangents: Tensor) -> tuple[Tensor, Factors]:
-    """Cotangents (c, *output.shape) of a replayed segment -> (cotangents of its input, factors)."""
-    if not replay.targets:
-        return cotangents, Factors()
-    batch = cotangents.view(len(cotangents), *replay.output.shape)
-    gradients = batched_vjp([replay.output], replay.targets, [batch])
-    state = gradients.pop() if replay.input is not None else cotangents
-    factors = Factors.of(replay, gradients, len(cotangents))
-    return (torch.zeros_like(cotangents) if state is None else state), factors
 
 
 def segments_down(anatomy: Anatomy) -> Iterable[int]:

@@ -17,7 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 from lddyn.engine import layers
 from lddyn.engine.blocks import Call, at_rows, check_side_inputs, join_hidden, split_hidden
 from lddyn.engine.guard import Undo
-from lddyn.engine.ledger import TAIL, Watch
+from lddyn.engine.ledger import TAIL, WHOLE, Watch
 from lddyn.engine.skeleton import Skeleton
 from lddyn.engine.trace import Batch, Direct, Replay, Trace
 
@@ -65,6 +65,10 @@ def _recognised(skeleton: Skeleton, watch: Watch, modules: Iterable[nn.Module]) 
 
 def forward_batch(skeleton: Skeleton, ids: Tensor, apart: bool, keep: bool) -> Batch:
     """The forward pass of `Anatomy.batch`."""
+    if skeleton.joined:
+        replay = _replay_whole(skeleton, ids)
+        hidden = replay.output.detach().view(len(ids), ids.shape[1], -1)
+        return Batch(ids, hidden, [], {}, [replay] if keep else [], apart=False)
     inputs: list[Tensor] = []
     gathered: list[Call] = []
     replays: list[Replay] = []
@@ -118,6 +122,8 @@ def replay(
     rows: Tensor | None = None,
 ) -> Replay:
     """One segment computed again, as in `Anatomy.replay`."""
+    if skeleton.joined:
+        return _replay_whole(skeleton, trace.ids[:, :length])
     label = skeleton.segments[segment]
     apart = isinstance(trace, Batch) and trace.apart
     direct = {
@@ -145,6 +151,28 @@ def replay(
             tokens = length if rows is None else len(rows)  # models reshape by their input's
             output = _run_outside(skeleton, watch, x, trace.ids[:, :tokens])
     return Replay(output, x, watch.taps, edges, watch.gains, watch.routed)
+
+
+def _replay_whole(skeleton: Skeleton, ids: Tensor) -> Replay:
+    """The head's input, (1, T, d), by the whole model."""
+    captured: list[Tensor] = []
+    watch = Watch(skeleton, tapping=True)
+    watch.segment = WHOLE
+
+    def head(h: Tensor) -> Tensor:
+        captured.append(h)
+        watch.active = False
+        return skeleton.no_logits(h)
+
+    with (
+        _requiring({name: skeleton.trainable[name] for name in sorted(skeleton.direct)}) as edges,
+        watch,
+        _recognised(skeleton, watch, skeleton.base.modules()),
+        skeleton.patched(skeleton.whole, head),
+    ):
+        skeleton.run(ids)
+    output = captured[0].view(*ids.shape, -1)
+    return Replay(output, None, watch.taps, edges, watch.gains, watch.routed)
 
 
 def _run_block(skeleton: Skeleton, watch: Watch, i: int, x: Tensor, call: Call) -> Tensor:

@@ -73,6 +73,8 @@ def spread(trace: Trace) -> Spread:
     Cost: a replay of the last block, and the pullback of one cotangent through tail and last block.
     """
     anatomy = trace.anatomy
+    if anatomy.joined:
+        return Spread()
     last, tail = len(anatomy.blocks), len(anatomy.blocks) + 1
     rows = torch.zeros(1, dtype=torch.long, device=anatomy.device)
     length = anatomy.prefix(trace, int(trace.positions[0]) + 1)

@@ -24,6 +24,7 @@ from torch import Tensor
 from lddyn import ops
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.backward_check import check_pull
 from lddyn.engine.factors import Factors, HeadFactor
 from lddyn.engine.guard import undisturbed
 from lddyn.engine.head import back_project
@@ -54,6 +55,8 @@ def batches(
     Yields:
         The length of a pass in tokens, and the indices of its examples.
     """
+    if examples:
+        check_pull(anatomy, examples[0])
     limit = anatomy.max_positions or math.inf
     size, apart = (size, True) if keeps_apart(anatomy) else (1, False)
     together: dict[int, list[int]] = {}
@@ -90,7 +93,8 @@ def pass_together(
         apart: Whether gradients of directly used parameters are taken sequence by sequence.
             Default: whether the model keeps sequences apart.
     """
-    together = APART.verdict(anatomy, "") is True
+    check_pull(anatomy, examples[0])
+    together = not anatomy.joined and APART.verdict(anatomy, "") is True
     for example in examples:
         anatomy.check_limits(example)
         if not together:
@@ -107,7 +111,7 @@ def keeps_apart(anatomy: Anatomy) -> bool:
     On a CPU, to the bit. Call after a `trace`. The first call costs passes over two sequences of 16
     tokens; the verdict is remembered.
     """
-    return APART.passes(anatomy, "", lambda: _check_apart(anatomy))
+    return not anatomy.joined and APART.passes(anatomy, "", lambda: _check_apart(anatomy))
 
 
 APART = Trial("the sequences of a batch keep apart", tolerant=True)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lddyn.engine import door, guard
 from lddyn.engine.blocks import RunBlock, bind_block, find_blocks
-from lddyn.engine.ledger import FRONT, HEAD, TAIL, LedgerEntry
+from lddyn.engine.ledger import FRONT, HEAD, TAIL, WHOLE, LedgerEntry
 from lddyn.engine.recognise import Recogniser
 from lddyn.engine.streamed import is_streamed
 from lddyn.errors import UnsupportedModelError
@@ -30,7 +30,8 @@ class Skeleton:
         model: The model as it was given, without torch.compile's and trainers' wrappers.
         base: The transformers model inside of adapters.
         head: Its output layer.
-        blocks: Its decoder layers.
+        blocks: Its decoder layers; none where the model is one segment.
+        joined: Why the model is one segment; empty where it is replayed block by block.
         attention: "lddyn" or "eager".
         trainable: Parameters with requires_grad=True, by canonical name.
         ledger: How each of them is accounted for.
@@ -53,7 +54,7 @@ class Skeleton:
             )
         door.check_whole(model)
         self.base, self.head = base, _linear_head(base)
-        self.blocks = find_blocks(base)
+        self.blocks, self.joined = find_blocks(base), ""
         with guard.lock_of(model):  # another thread's analysis may have switched gradients off
             self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable and not allow_frozen:
@@ -69,6 +70,33 @@ class Skeleton:
         self.recogniser = Recogniser({key: name for key, (name, _) in self.trainable_by_id.items()})
         # Length of the tuple that block i returns; 0 where it returns a tensor. Known by a trace.
         self.tuples = [0] * len(self.blocks)
+        if not self.blocks:
+            self.join(f"{type(base).__name__} has no nn.ModuleList of blocks")
+        elif self.blocks[0]._forward_pre_hooks or self.blocks[-1]._forward_hooks:
+            # Elsewhere a hook that changes a hidden state is seen: one block's output is not the
+            # next one's input.
+            self.join(
+                f"the first or last block ({type(self.blocks[0]).__name__}) has forward hooks, "
+                "which a replay of the block would run at the wrong place"
+            )
+
+    def join(self, reason: str) -> None:
+        """Makes one segment of the whole model, which is always right and needs more memory.
+
+        Args:
+            reason: Why the model cannot be replayed block by block.
+
+        Raises:
+            UnsupportedModelError: If weights are streamed: they are in memory a block at a time.
+        """
+        if self.streamed:
+            raise UnsupportedModelError(
+                f"streamed weights need a model that can be replayed block by block: {reason}"
+            )
+        self.joined, self.blocks, self.tuples = reason, [], []
+        for entry in self.ledger.values():
+            head = entry.segments & {HEAD}
+            entry.segments = head | ({WHOLE} if entry.segments - head else set())
 
     def _name_of(self, parameter: Tensor | None) -> str | None:
         return self.trainable_by_id.get(id(parameter), (None,))[0]
@@ -78,6 +106,8 @@ class Skeleton:
     @property
     def segments(self) -> list[str]:
         """Segment names from input to output, the head excluded."""
+        if self.joined:
+            return [WHOLE]
         return [FRONT, *(f"block {i}" for i in range(len(self.blocks))), TAIL]
 
     @property

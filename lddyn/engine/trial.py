@@ -64,6 +64,10 @@ SEPARATE = Tolerance(1e-5, 1e-5, 1e-5, 1e-5)
 NORM = Tolerance(1e-5, 1e-5, 2 * 2**-10, 2 * 2**-7)
 # A rotary embedding in closed form and the model's function: 64 roundings.
 ROTARY = Tolerance(64 * 2**-52, 64 * 2**-23, 64 * 2**-10, 64 * 2**-7)
+# The gradient of one parameter by factors and by a plain backward pass, relative to its own norm,
+# and to the norm of all gradients, beside which a small one is rounding.
+GRADIENT = Tolerance(1e-4, 1e-3, 1e-1, 2e-1)
+GRADIENT_OF_ALL = Tolerance(1e-6, 3e-5, 5e-2, 1e-1)
 # Row sums of an influence table: by factors, and by one push of the whole step.
 WHOLE_STEP = Tolerance(1e-5, 1e-3, 5e-2, 2e-1)
 

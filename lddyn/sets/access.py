@@ -16,7 +16,7 @@ from lddyn.engine.logits import own_response
 from lddyn.engine.pushforward import log_prob_shifts
 from lddyn.engine.reference_policy import Reference, reference_log_probs
 from lddyn.engine.trace import Trace
-from lddyn.errors import UnrepeatableModelError, UnsupportedModelError
+from lddyn.errors import DisagreementError, UnrepeatableModelError, UnsupportedModelError
 
 __all__ = ["Access"]
 
@@ -51,7 +51,7 @@ class Access:
             self.push(probe, [torch.zeros(self.size)])
         except UnrepeatableModelError:
             raise
-        except UnsupportedModelError as error:
+        except (DisagreementError, UnsupportedModelError) as error:
             with evaluating(self.model):
                 check_repeatable(lambda: own_response(self.model, probe).logits)
             self._anatomy, self.unavailable = None, str(error)

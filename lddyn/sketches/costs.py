@@ -50,7 +50,7 @@ class Rates:
     def of(cls, side: Side) -> Rates:
         """The rates of the model, measured on a traced sequence. Cost: as `rowwise.spread`."""
         trace, length = side.trace, side.trace.length
-        last, share = trace.anatomy.segments[-2], spread(trace)
+        last, share = trace.anatomy.segments[-2:][0], spread(trace)
         work = {n: w for n, w in trace.work.items() if n != HEAD}
         top = work.get(last, Work())
         linear = sum(w.linear for w in work.values()) - (1 - share.flops) * top.linear

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.backward_check import trust
 from lddyn.engine.door import copied
 from lddyn.engine.gradient import gradient
 from lddyn.engine.streamed import is_streamed
@@ -68,7 +69,9 @@ class Setup:
 
     def open(self, model: nn.Module) -> Anatomy:
         """Opens a copy of the model as the model itself was opened."""
-        return Anatomy(model, self.anatomy.attention)
+        anatomy = Anatomy(model, self.anatomy.attention)
+        trust(anatomy, self.anatomy)
+        return anatomy
 
 
 def make_setup(
