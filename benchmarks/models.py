@@ -258,7 +258,9 @@ def table(results: dict[str, Any]) -> str:
         "|---|" + "---|" * len(kinds),
     ]
     for mode in modes:
-        counts = [sum(o.get(mode, {}).get("outcome") == kind for o in outcomes.values()) for kind in kinds]
+        counts = [
+            sum(o.get(mode, {}).get("outcome") == kind for o in outcomes.values()) for kind in kinds
+        ]
         if any(counts):
             lines.append(f"| {mode} | {' | '.join(map(str, counts))} |")
     lines += ["", f"| architecture | {' | '.join(modes)} |", "|---|" + "---|" * len(modes)]

@@ -63,15 +63,27 @@ _SHARED = {
     "num_kv_shared_layers": 2,
 }
 
+_ZAMBA = {
+    "num_hidden_layers": 3,
+    "layers_block_type": ["mamba", "hybrid", "hybrid"],
+    "attention_head_dim": 16,
+}
+
 # What the rules above leave out, by model type.
 SPECIAL: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {"n_group": 1, "topk_group": 1, "num_experts": 4},
-    "cohere_compass_text": {"layer_types": ["full_attention"] * 2},
+    "bailing_hybrid": {"n_group": 2, "topk_group": 1, "num_experts": 4},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {
@@ -97,9 +109,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 8,
         "num_buckets": 2,
     },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]},
-    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
+    "zamba": {**_ZAMBA, "attention_hidden_size": 64},
+    "zamba2": _ZAMBA,
 }
 
 _ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
@@ -132,7 +151,9 @@ def build(name: str) -> nn.Module:
         changes["is_decoder"] = True  # else BERT and its kin see the tokens that they predict
     config = transformers.AutoConfig.for_model(kind, **changes)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    # Grouped products of experts have no float64.
+    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    model = model.float().eval()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Embedding):

@@ -204,28 +204,35 @@ class Anatomy(Skeleton):
         if not bool(torch.isfinite(logits).all()):
             self._explain_non_finite(trace)
         if not self._logits_checked:
-            self._check_logits(trace)
+            difference, limit = self._attention_difference(trace)
+            if not difference <= limit:
+                with self.analysis(own_attention=False):
+                    check_repeatable(lambda: self._selected_logits(trace.ids, trace.positions))
+                if not self.keeps_attention and self.own_attention == "sdpa":
+                    self.keeps_attention = True
+                    return self._trace(example)
+                raise UnsupportedModelError(
+                    f"the logits differ by {difference:.1e} (limit {limit:g}) from those of the "
+                    "model's own attention on a sequence with another last token: the model is not "
+                    "causal, or its attention is not one that lddyn knows (try attention='eager')"
+                )
             self._logits_checked = True
         return trace
 
-    def _check_logits(self, trace: Trace) -> None:
-        """The same logits must come from the model's own attention, without the last token.
+    def _attention_difference(self, trace: Trace) -> tuple[float, float]:
+        """How far the logits are from the model's own attention with another last token; a limit.
 
-        Tells a model that is not causal, or whose attention takes arguments that ours ignores.
+        Tells a model that is not causal, or whose attention takes arguments that ours ignores. The
+        length stays, because rotary embeddings may depend on it.
         """
+        ids = trace.ids.clone()
+        others = ids[ids != ids[0, -1]]
+        ids[0, -1] = others[0] if len(others) else (ids[0, -1] + 1) % self.vocabulary
         with self.analysis(own_attention=False), torch.no_grad():
-            own = self._selected_logits(trace.ids[:, :-1], trace.positions)
+            own = self._selected_logits(ids, trace.positions)
         own, ours = (x - x.mean(-1, keepdim=True) for x in (own.to(trace.logits), trace.logits))
         difference = float((own - ours).norm() / ours.norm().clamp(min=1e-30))
-        limit = OWN_ATTENTION.of(trace.hidden.dtype)
-        if not difference <= limit:
-            with self.analysis(own_attention=False):
-                check_repeatable(lambda: self._selected_logits(trace.ids[:, :-1], trace.positions))
-            raise UnsupportedModelError(
-                f"the logits differ by {difference:.1e} (limit {limit:g}) from those of the "
-                "model's own attention on the sequence without its last token: the model is not "
-                "causal, or its attention is not one that lddyn knows (try attention='eager')"
-            )
+        return difference, OWN_ATTENTION.of(trace.hidden.dtype)
 
     def _check_placed(self) -> None:
         for entry in self.ledger.values():

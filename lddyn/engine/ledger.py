@@ -184,6 +184,8 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         self.routed |= name in _ROUTING
+        if name == "scaled_dot_product_attention" and self.tapping:
+            func = _attention  # some of torch's kernels have no second derivative
         if self.activated and len(args) == 2 and name in ("mul", "__mul__", "__rmul__"):
             gated = self._gate(args)
             if gated is not None:
@@ -394,6 +396,23 @@ _METADATA = frozenset(
         "_version",
     )
 )
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The arguments of torch's scaled_dot_product_attention, out of differentiable parts."""
+    out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]
+    return out
 
 
 def _as_product(

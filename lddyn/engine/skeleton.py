@@ -31,6 +31,8 @@ class Skeleton:
         base: The transformers model inside of adapters.
         head: Its output layer.
         blocks: Its decoder layers; none where the model is one segment.
+        own_attention: The attention that its config names.
+        keeps_attention: Whether it attends by that (SDPA), from which its eager code differs.
         joined: Why the model is one segment; empty where it is replayed block by block.
         attention: "lddyn" or "eager".
         trainable: Parameters with requires_grad=True, by canonical name.
@@ -55,6 +57,8 @@ class Skeleton:
         door.check_whole(model)
         self.base, self.head = base, _linear_head(base)
         self.blocks, self.joined = find_blocks(base), ""
+        self.own_attention = getattr(base.config, "_attn_implementation", None)
+        self.keeps_attention = False
         with guard.lock_of(model):  # another thread's analysis may have switched gradients off
             self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable and not allow_frozen:
@@ -163,8 +167,11 @@ class Skeleton:
             ):
                 attention = "eager"
             names = {**guard.QUIET, guard.EXPERTS: "eager"}
-            if own_attention:
+            own = getattr(self.base.config, "_attn_implementation", None)
+            if own_attention and not self.keeps_attention:
                 names[guard.ATTENTION] = attention
+            elif own != self.own_attention is not None:  # within another analysis
+                names[guard.ATTENTION] = self.own_attention
             guard.implement(self.model, names, undo)
             guard.evaluate(self.model, undo)
             guard.strip_forwards(self.model, undo)
