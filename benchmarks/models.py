@@ -32,7 +32,6 @@ from typing import Any
 
 import peft
 import torch
-import transformers
 from record import provenance
 from tiny_models import build, names
 from torch import Tensor, nn

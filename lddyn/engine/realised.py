@@ -25,7 +25,7 @@ class _Realised(torch.autograd.Function):
         return log_probs
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
         return (rows * grad[:, None]).to(ctx.dtype), None

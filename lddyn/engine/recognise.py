@@ -93,7 +93,7 @@ class Recogniser:
             if form is None:
                 return original(x)  # type: ignore[no-any-return]
             # The parameters may have been replaced since.
-            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+            weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
             form = replace(form, weight=weight, bias=bias)
             with torch._C.DisableTorchFunction():
                 out, normalized = form(x)
@@ -233,10 +233,12 @@ def with_global(
     closure = tuple(
         types.CellType(copied) if inside else cell for cell, inside in zip(cells, held, strict=True)
     )
-    own = {name: value(file[name], str(file.get("__name__"))), "__builtins__": file["__builtins__"]}
+    if uses:
+        changed = value(file[name], str(file.get("__name__")))
+        file = _Overlay(file, {name: changed, "__builtins__": file["__builtins__"]})
     copy = types.FunctionType(
         code,
-        _Overlay(file, own) if uses else file,
+        file,
         function.__name__,
         function.__defaults__,
         closure or None,
