@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.experts import expert_remarks
 from lddyn.engine.guard import undisturbed
 from lddyn.engine.reference_policy import Reference, check_reference, describe_reference
 from lddyn.errors import UnsupportedModelError
@@ -136,7 +137,10 @@ def diagnose(
         estimate = sketched_gram(access, set_, sketch, memory=memory, progress=progress)
     gram = reading.gram(set_, estimate)
     known = _reference_log_probs(reference, set_, access, reading)
-    step = SetStep(loss, set_, reading.readings, gram, known, describe_reference(reference))
+    names = [n for n, p in access.model.named_parameters() if p.requires_grad]
+    remarks = tuple(expert_remarks(access.model, names))
+    described = describe_reference(reference)
+    step = SetStep(loss, set_, reading.readings, gram, known, described, remarks)
     step = replace(step, remarks=_remarks(module, loss, settings))
     diagnosis = Diagnosis(step, unavailable=access.unavailable)
     if run is not None and reading.rows is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.experts import expert_remarks
 from lddyn.engine.gradient import gradient
 from lddyn.engine.gram import Side, factored_gram, token_gram
 from lddyn.engine.pullback import Pullback, segments_down
@@ -272,6 +273,9 @@ class _Passes:
             "remarks": list(setup.remarks),
             "verified": "row sums against one backward and one push of the whole step",
         }
+        remarks = expert_remarks(setup.anatomy.model, trainable)
+        if remarks:
+            settings["remarks"] = [*settings.get("remarks", []), *remarks]
         return Decomposition(observed, tokens, state.loss, setup.lr, setup.rule, settings, session)
 
 

@@ -14,6 +14,7 @@ import zoo
 import lddyn
 from lddyn import SFT, Anatomy, DisagreementError, Example
 from lddyn.engine import backward_check
+from lddyn.engine.experts import expert_remarks
 from lddyn.engine.gradient import gradient
 from lddyn.engine.pushforward import push_direction
 
@@ -148,6 +149,18 @@ def test_the_comparison_leaves_gradients_and_random_state():
     lddyn.ntk(model, OBSERVED, UPDATED).gram()
     assert torch.equal(torch.get_rng_state(), state)
     assert all(bool((p.grad == 1).all()) and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.case("a mixture whose experts do not train")
+def test_experts_that_do_not_train_are_told():
+    model = zoo.lora("qwen3_moe", target_modules=["q_proj"])
+    said = expert_remarks(model, [n for n, p in model.named_parameters() if p.requires_grad])
+    assert len(said) == 1
+    assert said[0].startswith("no expert of the mixture trains: 384 of ")
+    step = lddyn.decompose(model, OBSERVED, SFT(UPDATED), lr=1e-3)
+    assert said[0] in step.explain()
+    assert not expert_remarks(model, dict(model.named_parameters()))
+    assert not expert_remarks(llama(), ["lm_head.weight"])
 
 
 # --------------------------------------------------------------------------- learned responses
