@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lddyn.engine.quantised import is_plain
 from lddyn.engine.trial import REPLAYED, Trial, close
 from lddyn.errors import UnrepeatableModelError, UnsupportedModelError
 
@@ -173,13 +174,16 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
     Args:
         model: A model, not changed.
-        memo: As in `copy.deepcopy`: objects that the copy shares.
+        memo: As in `copy.deepcopy`: objects that the copy shares, besides frozen quantised weights.
 
     Raises:
         UnsupportedModelError: If another module's forward was replaced by a plain function.
     """
     set_aside = [shell for shell, _ in replaced_forwards(model)]
-    moved = copy.deepcopy(model, {} if memo is None else memo)
+    shared: dict[int, Any] = {} if memo is None else memo
+    # Not every quantiser's class of tensors can be copied.
+    shared |= {id(p): p for p in model.parameters() if not (p.requires_grad or is_plain(p))}
+    moved = copy.deepcopy(model, shared)
     for parameter, own in zip(model.parameters(), moved.parameters(), strict=True):
         own._backward_hooks = parameter._backward_hooks  # not copied with a parameter
     for (name, old), new in zip(model.named_modules(), moved.modules(), strict=True):

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from lddyn.engine import layers
 from lddyn.engine.door import inside_adapters, replaced_forwards
+from lddyn.engine.quantised import keep_layout
 
 _P = ParamSpec("_P")
 
@@ -114,7 +115,8 @@ def strip_forwards(model: nn.Module, undo: Undo) -> None:
 
 
 def evaluate(model: nn.Module, undo: Undo) -> None:
-    """Puts every module of a model in evaluation mode."""
+    """Puts every module of a model in evaluation mode; quantised layers keep their layout."""
+    keep_layout(model, undo)
     for module in model.modules():
         if module.training:
             undo.add(functools.partial(setattr, module, "training", True))

@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lddyn.engine import layers
+from lddyn.engine.quantised import is_plain
 from lddyn.errors import UnsupportedModelError
 
 FRONT, TAIL, HEAD, POST = "front", "tail", "head", "after the head"
@@ -245,7 +246,7 @@ class Watch(TorchFunctionMode):
                 x, weight, bias, _ = product
                 frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
                 useful = frozen and x.requires_grad if self.tapping else not torch.is_grad_enabled()
-                if useful and x.dtype == weight.dtype:
+                if useful and x.dtype == weight.dtype and is_plain(weight):
                     with torch._C.DisableTorchFunction():
                         weight = weight.T if name == "linear" else weight
                         return layers.product(x, weight, bias, self.batch and self.batch[1])

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lddyn.engine import door, guard
 from lddyn.engine.blocks import RunBlock, bind_block, find_blocks
 from lddyn.engine.ledger import FRONT, HEAD, TAIL, WHOLE, LedgerEntry
+from lddyn.engine.quantised import is_quantised
 from lddyn.engine.recognise import Recogniser
 from lddyn.engine.streamed import is_streamed
 from lddyn.errors import UnsupportedModelError
@@ -231,6 +232,12 @@ def _linear_head(base: Any) -> nn.Linear:
     head = base.get_output_embeddings()
     if head is None:
         raise UnsupportedModelError(f"{type(base).__name__} has no output embedding (lm_head)")
+    if is_quantised(head):
+        raise UnsupportedModelError(
+            f"the head is quantised ({type(head).__name__}), and lddyn takes the head in closed "
+            "form: leave lm_head out of the quantisation (llm_int8_skip_modules, "
+            "modules_to_not_convert)"
+        )
     if not isinstance(head, nn.Linear):
         raise UnsupportedModelError(
             f"the head must be an nn.Linear, got {type(head).__name__}: merge adapters "

@@ -20,6 +20,7 @@ from lddyn.engine.gradient import gradient
 from lddyn.engine.gram import Side, factored_gram, token_gram
 from lddyn.engine.pullback import Pullback, segments_down
 from lddyn.engine.pushforward import AlongDirection, log_prob_shift, pair_direction, push_direction
+from lddyn.engine.quantised import computing_dtypes
 from lddyn.engine.trace import Trace
 from lddyn.engine.trial import WHOLE_STEP
 from lddyn.errors import DisagreementError
@@ -142,7 +143,8 @@ class _Passes:
             known[e] if e in known else Side.log_probs(setup.anatomy.trace(e))
             for e in setup.observed.values()
         ]
-        self.limit = WHOLE_STEP.loosest(setup.anatomy.model.parameters())
+        model = setup.anatomy.model
+        self.limit = WHOLE_STEP.loosest([*model.parameters(), *computing_dtypes(model)])
 
     def sides(self, at: float) -> list[Side]:
         """The observed responses at θ + at · Δθ."""

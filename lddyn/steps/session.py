@@ -15,8 +15,9 @@ from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.door import copied
 from lddyn.engine.gradient import gradient_of_loss
 from lddyn.engine.gram import Side, factored_push
-from lddyn.engine.guard import true_float64, undisturbed
+from lddyn.engine.guard import evaluating, true_float64, undisturbed
 from lddyn.engine.pushforward import delta_log_probs, realised_shift
+from lddyn.engine.quantised import dequantise, plain_values
 from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Trace
 from lddyn.errors import UnsupportedModelError
@@ -203,6 +204,8 @@ class Session:
             )
         model = shifted_copy(self.model, None) if streamed else copied(self.model)
         if dtype is not None:
+            with evaluating(model):
+                dequantise(model)
             model = model.to(dtype)
         exact = true_float64() if dtype is torch.float64 else contextlib.nullcontext()
         with exact, torch.enable_grad():
@@ -237,7 +240,9 @@ class Session:
 
 def _mark(parameter: Tensor) -> tuple[float, float]:
     """Two numbers that change when the values do."""
-    values = parameter.detach()
+    values = plain_values(parameter)
+    if not values.is_floating_point():  # quantised
+        values = values.float()
     return float(values.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(values))
 
 

@@ -16,6 +16,7 @@ from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.backward_check import trust
 from lddyn.engine.door import copied
 from lddyn.engine.gradient import gradient
+from lddyn.engine.quantised import shared_state
 from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Trace
 from lddyn.errors import UnsupportedModelError
@@ -292,7 +293,7 @@ def shifted_copy(model: nn.Module, shift: Direction | None, scale: float = 1.0) 
             copy would still use the original's weights.
     """
     memo = {id(p): p for p in model.parameters() if not p.requires_grad}
-    memo |= {id(b): b for b in model.buffers()}  # type: ignore[misc]
+    memo |= {id(b): b for b in [*model.buffers(), *shared_state(model)]}  # type: ignore[misc]
     gradients = [(p, p.grad) for p in model.parameters()]
     try:
         for parameter, _ in gradients:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lddyn.data.example import Example
+from lddyn.engine.quantised import plain_values
 from lddyn.engine.streamed import present
 from lddyn.files import JsonObject, canonical, digest_of
 from lddyn.store.manifest import json_copy
@@ -83,7 +84,7 @@ def _weights(model: torch.nn.Module) -> str:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            flat = present(tensor).detach().cpu().contiguous().reshape(-1)
+            flat = plain_values(present(tensor)).cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
