@@ -252,12 +252,13 @@ class _Checks:
                 reads |= {"ref_chosen_logps", "ref_rejected_logps"}
                 self._report_once(
                     "row_reference",
-                    "ref_chosen_logps and ref_rejected_logps: lddyn.reference_log_probs(row) reads "
-                    "them, for reference=",
+                    "ref_chosen_logps and ref_rejected_logps are used where the reference is asked "
+                    "for from the rows (--reference rows)",
                 )
         except ExampleError as error:
             if error.field in read.reads or error.problem == "bad_reference":
                 self._report_error(error.field, error)
+            reads |= {"ref_chosen_logps", "ref_rejected_logps"}
         unread = unread_columns(row, reads)
         losing = {name: column for name, column in unread.items() if column.lost}
         for names, code in (

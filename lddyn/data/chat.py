@@ -81,19 +81,22 @@ class ChatTemplate:
             ExampleError: If a message has tool calls and no content, and the template knows no tool
                 calls: it would print "None", or fail.
         """
+        lost = {"tool_calls": 0, "reasoning_content": 0}
         for index, message in enumerate(messages):
-            if message.get("tool_calls") and not self.reads("tool_calls"):
-                if message.get("content") is None:
-                    raise ExampleError(
-                        f"{name}[{index}] has tool_calls and no content, and the chat template "
-                        "does not know tool_calls: use a template that renders them, or write the "
-                        "call into the content",
-                        problem="tool_calls_unknown",
-                        field=name,
-                    )
-                _note_unrendered(notes, f"tool_calls of {name}[{index}]")
-            if message.get("reasoning_content") and not self.reads("reasoning_content"):
-                _note_unrendered(notes, f"reasoning of {name}[{index}]")
+            unknown = bool(message.get("tool_calls")) and not self.reads("tool_calls")
+            if unknown and message.get("content") is None:
+                raise ExampleError(
+                    f"{name}[{index}] has tool_calls and no content, and the chat template "
+                    "does not know tool_calls: use a template that renders them, or write the "
+                    "call into the content",
+                    problem="tool_calls_unknown",
+                    field=name,
+                )
+            for key in lost:
+                lost[key] += bool(message.get(key)) and not self.reads(key)
+        for key, count in lost.items():
+            if count:
+                _note_unrendered(notes, f"{key} of {count} message{'s' if count > 1 else ''}")
         if self.tools and not self.reads("tools"):
             _note_unrendered(notes, "tools")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 
 from lddyn.data.columns import SCORES, Row
@@ -11,10 +12,11 @@ from lddyn.data.messages import common_prefix_length
 from lddyn.data.token_facts import TokenFacts
 from lddyn.data.tokenizer import Tokenizer
 
-__all__ = ["check_pair", "check_response", "check_scores"]
+__all__ = ["check_log_prob", "check_pair", "check_response", "check_scores"]
 
 Found = Iterator[tuple[str, str]]  # (code of the problem, the values at fault)
 
+_FAR_BELOW = 2.0  # nats per token below a uniform guess
 DEFAULT_MAX_LENGTH = 1024  # of TRL's SFTConfig and DPOConfig
 
 
@@ -115,6 +117,23 @@ def _check_start(
         )
 
 
+def check_log_prob(example: Example, log_prob: float, vocab_size: int) -> str | None:
+    """What is wrong with a response that the model finds less likely than random tokens, or None.
+
+    Args:
+        example: The response.
+        log_prob: log π of its counted tokens together, in nats.
+        vocab_size: Number of tokens V; a uniform guess has log π = −log V for each token.
+    """
+    mean, uniform = log_prob / max(1, len(example)), -math.log(vocab_size)
+    if mean > uniform - _FAR_BELOW:
+        return None
+    return (
+        f"log π is {mean:.1f} nats per token, far below that of a uniform guess ({uniform:.1f}): "
+        "tokens that were never trained, another tokenizer, or a damaged model"
+    )
+
+
 def check_scores(row: Row) -> Found:
     """Yield what the scores of a pair's two responses say against their order."""
     for columns in SCORES:
@@ -180,8 +199,10 @@ def _check_markup(example: Example, facts: TokenFacts, tokenizer: Tokenizer) -> 
 
 
 def _last(example: Example) -> Iterator[int]:
-    """Counted tokens, from the last."""
-    return iter(example.targets[::-1])
+    """Tokens of the last stretch that is counted, from the last."""
+    mask = example.response_mask or (True,) * len(example.response_ids)
+    backwards = zip(example.response_ids[::-1], mask[::-1], strict=True)
+    return (token for token, counts in itertools.takewhile(lambda pair: pair[1], backwards))
 
 
 def _ends(token: int, facts: TokenFacts, tokenizer: Tokenizer | None) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lddyn.data.checks import check_log_prob
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.experts import expert_remarks
 from lddyn.engine.guard import undisturbed
@@ -141,7 +142,8 @@ def diagnose(
     remarks = tuple(expert_remarks(access.model, names))
     described = describe_reference(reference)
     step = SetStep(loss, set_, reading.readings, gram, known, described, remarks)
-    step = replace(step, remarks=_remarks(module, loss, settings))
+    said = _remarks(module, loss, settings)
+    step = replace(step, remarks=(*step.remarks, *said, *_data_remarks(module, set_, step)))
     diagnosis = Diagnosis(step, unavailable=access.unavailable)
     if run is not None and reading.rows is not None:
         forecast, adam = predict_run(access, reading.rows, step, run, progress=progress)
@@ -181,6 +183,32 @@ def _remarks(model: nn.Module, loss: Loss, settings: TrainerSettings | None) -> 
         )
     routers = router_remark(model.config, settings)
     return (*remarks, *([routers] if routers else []))
+
+
+def _data_remarks(model: nn.Module, pairs: PairSet, step: SetStep) -> list[str]:
+    """Pairs of two prompts, and responses less likely than random tokens, in a sentence each."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    name = pairs.row_numbers or range(len(pairs))
+    apart = [i for i, (y, other) in enumerate(pairs.pairs) if y.prompt_ids != other.prompt_ids]
+    remarks = []
+    if apart:
+        remarks.append(
+            f"In {len(apart)} of {len(pairs)} pairs chosen and rejected have different prompts; "
+            f"the first is pair {name[apart[0]]}."
+        )
+    unlikely = []
+    for i, pair in enumerate(pairs.pairs):
+        for side, example in enumerate(pair):
+            log_prob = float(step.readings.log_probs[side, i])
+            problem = check_log_prob(example, log_prob, vocabulary)
+            if problem is not None:
+                unlikely.append(f"{('chosen', 'rejected')[side]} of pair {name[i]}: {problem}")
+    if unlikely:
+        remarks.append(
+            f"{len(unlikely)} of {2 * len(pairs)} responses are less likely than random tokens; "
+            f"the first is {unlikely[0]}."
+        )
+    return remarks
 
 
 def _check(pairs: PairSet, close_ups: int, validate: int) -> None:

@@ -122,7 +122,7 @@ def _contribution(pair: Mapping[str, Any]) -> float:
 def write_source(folder: str | Path, data: str | Path) -> None:
     """Writes the name and digest of the diagnosed file into the folder of a diagnosis."""
     data = Path(data).resolve()
-    source = {"data": str(data), "digest": _digest(data)}
+    source = {"data": str(data), "data_digest": _digest(data)}
     replace_file(Path(folder) / _SOURCE, sealed(source))
 
 
@@ -156,7 +156,7 @@ def check_source(folder: str | Path, data: str | Path | None = None) -> Path:
         raise FileNotFoundError(
             f"{file}: no such file; --data says where the rows are now"
         ) from None
-    if digest != source["digest"]:
+    if digest != source["data_digest"]:
         raise ValueError(
             f"{file}: not the rows that were diagnosed ({source['data']} at that time): diagnose "
             "these rows first"

@@ -411,3 +411,14 @@ def test_the_reference_and_the_margin_at_the_start_are_said(tmp_path):
     far = lddyn.diagnose(model, pairs, reference=start.log_probs - 900, close_ups=0)
     assert "computed on the same tokens?" in far.explain()
     assert lddyn.diagnose(model, pairs, "simpo", close_ups=0).summary()["reference"] is None
+
+
+@pytest.mark.case("log π far below that of a uniform guess; pairs of different prompts")
+def test_remarks_on_the_data_of_a_diagnosis():
+    model = zoo.build("llama")
+    pair = (lddyn.Example([3, 4], [5, 6]), lddyn.Example([3, 7], [8]))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1000.0)
+    said = " ".join(lddyn.diagnose(model, [pair], close_ups=0).step.remarks)
+    assert "1 of 1 pairs chosen and rejected have different prompts" in said
+    assert "responses are less likely than random tokens; the first is" in said
