@@ -7,7 +7,7 @@ options (`lddyn.cli.command`).
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from lddyn.data.example import Example
     from lddyn.data.options import RowOptions
     from lddyn.data.read import PlacedRow
-    from lddyn.objectives.objective import Objective
+    from lddyn.objectives.like import Update
+    from lddyn.objectives.losses import Value
+    from lddyn.settings import TrainerSettings
 
 MODEL, DATA, STEP, SKETCH, COMPUTATION = "Model", "Data", "Step", "Sketch", "Computation"
 
@@ -227,32 +229,62 @@ class FileOptions:
         ),
     ] = None
     truncation_mode: Annotated[
-        Literal["keep_start", "keep_end"],
+        Literal["keep_start", "keep_end"] | None,
         typer.Option(
-            help="Which tokens --max-length keeps: the first ones or the last ones.",
+            help="Which tokens --max-length keeps: the first ones (default) or the last ones.",
+            show_default=False,
             rich_help_panel=DATA,
         ),
-    ] = "keep_start"
+    ] = None
     counted: Annotated[
-        Literal["assistant", "all"],
+        Literal["assistant", "all"] | None,
         typer.Option(
-            help="Tokens of a conversation that are in the loss: those of the assistant, or all of "
-            "them, as TRL's SFTTrainer counts by default.",
+            help="Tokens of a conversation that are in the loss: those of the assistant (default), "
+            "or all of them, as TRL's SFTTrainer counts by default.",
+            show_default=False,
             rich_help_panel=DATA,
         ),
-    ] = "assistant"
+    ] = None
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="YAML or JSON file of a trainer's arguments (TRL's SFTConfig, DPOConfig, …). What "
+            "no other option says is as in that training; `trainer: dpo` in it says which trainer.",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None
+
+    @property
+    def settings(self) -> TrainerSettings | None:
+        """What --like says. None: there is no such file."""
+        from lddyn.settings import TrainerSettings
+
+        return None if self.like is None else TrainerSettings.of(self.like)
 
     @property
     def encoding(self) -> RowOptions:
         """How rows become token sequences, as the library takes it."""
+        from dataclasses import fields
+
         from lddyn.data.options import RowOptions
 
-        return RowOptions(
-            max_length=self.max_length,
-            max_prompt_length=self.max_prompt_length,
-            truncation_mode=self.truncation_mode,
-            assistant_only=self.counted == "assistant",
-        )
+        values: dict[str, Any] = {}
+        settings = self.settings
+        if settings is not None:
+            known = {f.name for f in fields(RowOptions)} & vars(settings).keys()
+            values = {name: getattr(settings, name) for name in known}
+        counted = None if self.counted is None else self.counted == "assistant"
+        given = {
+            "max_length": self.max_length,
+            "max_prompt_length": self.max_prompt_length,
+            "truncation_mode": self.truncation_mode,
+            "assistant_only": counted,
+        }
+        return RowOptions(**{**values, **{k: v for k, v in given.items() if v is not None}})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,13 +356,14 @@ Beta = Annotated[
 ]
 
 Reference = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="PATH|self|adapter-off|adapter:NAME|rows",
-        help="Reference model π_ref of the objective: a folder or hub name; self: the model "
-        "before the step; adapter-off: the model without its adapter; adapter:NAME: with that "
-        "adapter alone; rows: log-probs in the data's columns ref_chosen_logps and "
+        help="Reference model π_ref of the objective: a folder or hub name; self (default): the "
+        "model before the step; adapter-off: the model without its adapter; adapter:NAME: with "
+        "that adapter alone; rows: log-probs in the data's columns ref_chosen_logps and "
         "ref_rejected_logps.",
+        show_default=False,
         rich_help_panel=STEP,
     ),
 ]
@@ -341,9 +374,13 @@ class StepOptions:
     """One finetuning step on one row of a data file."""
 
     objective: Annotated[
-        ObjectiveName,
-        typer.Option(help="Loss of the step; sft: mean over tokens.", rich_help_panel=STEP),
-    ] = "sft"
+        ObjectiveName | None,
+        typer.Option(
+            help="Loss of the step. Default: sft, the mean over tokens.",
+            show_default=False,
+            rich_help_panel=STEP,
+        ),
+    ] = None
     update: Annotated[
         str | None,
         typer.Option(
@@ -363,51 +400,98 @@ class StepOptions:
             rich_help_panel=STEP,
         ),
     ] = None
-    lr: Annotated[float, typer.Option(help="Learning rate η.", rich_help_panel=STEP)] = 1e-4
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate η. Default: 1e-4.", show_default=False, rich_help_panel=STEP
+        ),
+    ] = None
     optimizer: Annotated[
-        Literal["sgd", "adam", "adamw", "rmsprop"],
-        typer.Option(help="Optimizer of the step, in its initial state.", rich_help_panel=STEP),
-    ] = "sgd"
+        Literal["sgd", "adam", "adamw", "rmsprop"] | None,
+        typer.Option(
+            help="Optimizer of the step, in its initial state. Default: sgd.",
+            show_default=False,
+            rich_help_panel=STEP,
+        ),
+    ] = None
     max_grad_norm: Annotated[
         float | None,
         typer.Option(
-            help="Clip the gradient to this norm first, as trainers do.",
+            help="Clip the gradient to this norm first, as trainers do; 0: do not clip.",
             show_default=False,
             rich_help_panel=STEP,
         ),
     ] = None
     beta: Beta = None
-    reference: Reference = "self"
+    reference: Reference = None
 
-    def responses(self, row: Mapping[str, Any]) -> int:
+    def adjusted(self, settings: TrainerSettings | None) -> TrainerSettings | None:
+        """What --like says, with the loss of --objective and --beta in its place."""
+        if settings is None or (self.objective is None and self.beta is None):
+            return settings
+        parameters = dict(settings.parameters)
+        if self.beta is not None:
+            parameters["beta"] = self.beta
+        if self.objective is None:
+            return replace(settings, parameters=parameters)
+        kind = self.objective if self.objective in ("sft", "kto") else "dpo"
+        names = ("nll",) if kind == "sft" else (self.objective,)
+        return replace(
+            settings, trainer=kind, losses=names, loss_weights=(1.0,), parameters=parameters
+        )
+
+    def name(self, settings: TrainerSettings | None) -> str:
+        """The name of the loss."""
+        if settings is None:
+            return self.objective or "sft"
+        plain = settings.trainer in ("sft", "other")
+        return "sft" if plain else " + ".join(settings.losses)
+
+    def rate(self, settings: TrainerSettings | None) -> float | None:
+        """The learning rate. None: that of --like."""
+        return 1e-4 if self.lr is None and settings is None else self.lr
+
+    def responses(self, row: Mapping[str, Any], settings: TrainerSettings | None) -> int:
         """How many responses of a row the objective learns from."""
-        single = self.objective == "sft" or (self.objective == "kto" and "label" in row)
-        return 1 if single else 2
+        name = self.name(settings)
+        unpaired = name in ("kto", "apo_zero_unpaired") and "label" in row
+        return 1 if name == "sft" or unpaired else 2
 
     def make(
-        self, examples: Sequence[Example], model: ModelOptions, row: Mapping[str, Any]
-    ) -> Objective:
-        """The objective on the examples that the step learns from, of this row."""
+        self,
+        examples: Sequence[Example],
+        model: ModelOptions,
+        row: Mapping[str, Any],
+        settings: TrainerSettings | None,
+    ) -> Update:
+        """The objective on the examples that the step learns from, of this row.
+
+        With --like and no --reference the examples alone, of which the library makes it.
+        """
+        from lddyn.objectives.like import loss_like
         from lddyn.objectives.loss import Loss
         from lddyn.objectives.objective import SFT
         from lddyn.objectives.paired import preference
+        from lddyn.objectives.unpaired import KTO
 
-        desirable = row.get("label")
-        if self.objective == "sft":
-            if desirable is False:
-                raise ValueError(
-                    "the row's label is false: its completion is not wanted, and an SFT step would "
-                    "raise it; --objective kto lowers it, as KTO training does"
-                )
-            return SFT(examples[0])
-        if self.objective == "kto" and desirable is not None:
-            from lddyn.objectives.unpaired import KTO
-
+        name, desirable = self.name(settings), row.get("label")
+        if name == "sft" and desirable is False:
+            raise ValueError(
+                "the row's label is false: its completion is not wanted, and an SFT step would "
+                "raise it; --objective kto lowers it, as KTO training does"
+            )
+        if name == "sft":
+            return SFT(examples[0]) if settings is None else examples[0]
+        if settings is not None and self.reference is None:
+            if len(examples) == 1:
+                return examples[0], bool(desirable)
+            return examples[0], examples[1]
+        reference = model.load_reference(self.reference or "self", [row])
+        if len(examples) == 1:
             beta = 0.1 if self.beta is None else self.beta
-            reference = model.load_reference(self.reference)
             return KTO(examples[0], bool(desirable), beta=beta, reference=reference)
-        reference = model.load_reference(self.reference, [row])
-        loss = Loss(self.objective, None, **({} if self.beta is None else {"beta": self.beta}))
+        given: dict[str, Value] = {} if self.beta is None else {"beta": self.beta}
+        loss = Loss(name, None, **given) if settings is None else loss_like(settings)
         return preference(loss, examples[0], examples[1], reference=reference)
 
 

@@ -37,8 +37,11 @@ if TYPE_CHECKING:
     from lddyn.data.example import Example
     from lddyn.data.options import RowOptions
     from lddyn.data.read import PlacedRow
+    from lddyn.objectives.loss import Loss
+    from lddyn.objectives.losses import Value
     from lddyn.sets.diagnosis import Diagnosis
     from lddyn.sets.forecast import Run
+    from lddyn.settings import TrainerSettings
     from lddyn.sketches.sketch import Sketch
 
 RUN, DIAGNOSIS = "Forecast of a training run", "Diagnosis"
@@ -52,15 +55,35 @@ class LossOptions:
     """The loss of a preference set."""
 
     objective: Annotated[
-        ObjectiveName, typer.Option(help="Loss of the training.", rich_help_panel=STEP)
-    ] = "dpo"
+        ObjectiveName | None,
+        typer.Option(
+            help="Loss of the training. Default: dpo.", show_default=False, rich_help_panel=STEP
+        ),
+    ] = None
     beta: Beta = None
-    reference: Reference = "self"
+    reference: Reference = None
 
-    @property
-    def given(self) -> dict[str, float]:
-        """Hyper-parameters that were given."""
-        return {} if self.beta is None else {"beta": self.beta}
+    def load_reference(
+        self,
+        model: ModelOptions,
+        settings: TrainerSettings | None,
+        rows: Sequence[Mapping[str, Any]],
+    ) -> Any:
+        """The reference, by --reference; None: that of --like."""
+        if self.reference is None and settings is not None:
+            return None
+        return model.load_reference(self.reference or "self", rows)
+
+    def make(self, settings: TrainerSettings | None) -> Loss:
+        """The loss, by --objective and --beta or by --like."""
+        from lddyn.objectives.like import loss_like
+        from lddyn.objectives.loss import Loss
+
+        base: Loss | str = self.objective or "dpo"
+        if self.objective is None and settings is not None:
+            base = loss_like(settings)
+        given: dict[str, Value] = {} if self.beta is None else {"beta": self.beta}
+        return Loss(base, None, **given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,22 +102,41 @@ class RunOptions:
         float | None,
         typer.Option(help="Learning rate η of the run.", show_default=False, rich_help_panel=RUN),
     ] = None
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the run.", rich_help_panel=RUN)] = 1
-    batch: Annotated[
-        int, typer.Option(min=1, help="Pairs in a batch of the run.", rich_help_panel=RUN)
-    ] = 8
-    schedule: Annotated[
-        Literal["constant", "linear"],
+    epochs: Annotated[
+        int | None,
         typer.Option(
-            help="Learning rate over the run: constant, or falling linearly to 0.",
+            min=1, help="Epochs of the run. Default: 1.", show_default=False, rich_help_panel=RUN
+        ),
+    ] = None
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pairs in a batch of the run. Default: 8.",
+            show_default=False,
             rich_help_panel=RUN,
         ),
-    ] = "constant"
+    ] = None
+    schedule: Annotated[
+        Literal["constant", "linear", "cosine"] | None,
+        typer.Option(
+            help="Learning rate over the run: constant (default), or falling to 0.",
+            show_default=False,
+            rich_help_panel=RUN,
+        ),
+    ] = None
 
-    def make(self, seed: int) -> Run | None:
+    def make(self, seed: int, settings: TrainerSettings | None) -> Run | None:
         """The run. None: no forecast is wanted."""
+        from dataclasses import replace
+
         from lddyn.sets.forecast import Run
 
+        given = {"epochs": self.epochs, "batch": self.batch, "schedule": self.schedule}
+        chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        if self.forecast and settings is not None:
+            chosen |= {} if self.lr is None else {"lr": self.lr}
+            return replace(Run.like(settings, seed), **chosen)
         if self.forecast and self.lr is None:
             raise ValueError("--forecast needs --lr, the learning rate of the run")
         if self.lr is not None and not self.forecast:
@@ -104,7 +146,7 @@ class RunOptions:
             )
         if self.lr is None:
             return None
-        return Run(self.lr, self.epochs, self.batch, schedule=self.schedule, seed=seed)
+        return Run(self.lr, seed=seed, **chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,10 +285,10 @@ def diagnose(
     """
     page.check()
     import lddyn
-    from lddyn.objectives.loss import Loss
 
-    planned = run.make(seed)
-    objective = Loss(loss.objective, None, **loss.given)  # errors in it are raised before the work
+    settings = rows.settings
+    planned = run.make(seed, settings)
+    objective = loss.make(settings)  # errors in it are raised before the work
     content = rows.read()
     tokenizer, lm = model.load_tokenizer(), model.load()
     given = encode_pairs(tokenizer, lm.config, content, rows.encoding)
@@ -259,7 +301,8 @@ def diagnose(
         lm,
         given.pairs,
         objective,
-        reference=model.load_reference(loss.reference, _rows(content, given.rows)),
+        like=settings,
+        reference=loss.load_reference(model, settings, _rows(content, given.rows)),
         memory=memory,
         sketch=sketch,
         run=planned,
@@ -401,7 +444,7 @@ def _extra(
     """Facts for the page's last table."""
     extra: JsonObject = {"model": model.model, "data": str(rows.data)}
     extra["rows left out"] = len(given.skipped)
-    extra |= {} if loss.reference == "self" else {"reference": loss.reference}
+    extra |= {} if loss.reference in (None, "self") else {"reference": loss.reference}
     return extra | ({} if page.after is None else {"after": page.after})
 
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -195,14 +196,17 @@ def decompose(
     from lddyn.steps.folder import summarise
 
     torch.manual_seed(seed)
-    given = prepare(model, rows, step.update, step.observe, step.responses, stream)
+    settings = step.adjusted(rows.settings)
+    count = partial(step.responses, settings=settings)
+    given = prepare(model, rows, step.update, step.observe, count, stream)
     seconds = {"load": given.seconds}
     with _timed(seconds, "decompose"), _true_float64(model.dtype):
         dec = lddyn.decompose(
             lddyn.Anatomy(given.model, attention),
             given.observed,
-            step.make(given.learned, model, given.row),
-            step.lr,
+            step.make(given.learned, model, given.row, settings),
+            step.rate(settings),
+            like=settings,
             optimizer=step.optimizer,
             max_grad_norm=step.max_grad_norm,
             rule=rule,
@@ -270,7 +274,7 @@ def _write_page(
 
     extra = {"model": facts["model"], "data": f"{rows.data}, row {rows.row}", "seed": seed}
     extra["seconds"] = ", ".join(f"{k} {v:.1f}" for k, v in facts["seconds"].items())
-    title = f"What one {step.objective.upper()} step on row {rows.row} did"
+    title = f"What one {step.name(step.adjusted(rows.settings)).upper()} step on row {rows.row} did"
     return write_steps(out, {"": dec}, {"": checked}, title=title, extra=extra, facts=facts)
 
 
@@ -351,9 +355,11 @@ def massflow(
     import lddyn
     from lddyn.files import json_safe, replace_file
 
-    given = prepare(model, rows, step.update, step.observe, step.responses)
+    settings = step.adjusted(rows.settings)
+    count = partial(step.responses, settings=settings)
+    given = prepare(model, rows, step.update, step.observe, count)
     seconds = {"load": given.seconds}
-    update = step.make(given.learned, model, given.row)
+    update = step.make(given.learned, model, given.row, settings)
     flows: dict[str, MassFlow] = {}
     with _timed(seconds, "massflow"), _true_float64(model.dtype):
         opened = lddyn.Anatomy(given.model, attention)
@@ -362,7 +368,8 @@ def massflow(
                 opened,
                 example,
                 update,
-                lr=step.lr,
+                lr=step.rate(settings),
+                like=settings,
                 optimizer=step.optimizer,
                 max_grad_norm=step.max_grad_norm,
                 top=top,

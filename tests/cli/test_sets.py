@@ -202,3 +202,20 @@ def test_log_probs_of_rows_are_the_reference_where_asked_and_else_said_to_be_unr
 def test_reweighting_says_that_trl_does_not_read_weights(diagnosed, data, tmp_path):
     result = call("filter", diagnosed[0], "--reweight", "--out", tmp_path)
     assert result.exit_code == 0 and "do not read the column weight" in result.stderr
+
+
+@pytest.mark.case("settings of a trainer's config")
+def test_a_diagnosis_like_a_file_of_arguments(model, data, tmp_path):
+    file = tmp_path / "dpo.json"
+    arguments = {
+        "loss_type": ["robust"],
+        "label_smoothing": 0.2,
+        "beta": 0.3,
+        "sync_ref_model": True,
+    }
+    file.write_text(json.dumps(arguments))
+    result = diagnose(model, data, "--like", file, "--json", "--close-ups", 0)
+    document = json.loads(result.stdout)
+    assert document["objective"] == "robust"
+    assert document["parameters"] == {"beta": 0.3, "label_smoothing": 0.2}
+    assert any("follows the policy" in text for text in document["explanation"])

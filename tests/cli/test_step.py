@@ -319,3 +319,22 @@ def test_a_labelled_row_takes_ktos_step_and_no_step_towards_what_is_not_wanted(m
     assert result.exit_code == 2 and "the row's label is false" in result.stderr
     result = call("diagnose", "--model", model, "--data", file)
     assert result.exit_code == 2 and "the rows have a label" in result.stderr
+
+
+@pytest.mark.case("settings of a trainer's config")
+def test_a_step_like_a_file_of_arguments(model, data, tmp_path):
+    file = tmp_path / "dpo.yaml"
+    file.write_text(
+        "trainer: dpo\nloss_type: [ipo]\nbeta: 0.5\nlearning_rate: 2.0e-3\nmax_grad_norm: 0.01\n"
+        "use_weighting: true\noptim: sgd\n"
+    )
+    like = decomposed(model, data, "--like", file, "--no-verify")
+    hand = ("--objective", "ipo", "--beta", 0.5, "--lr", 2e-3, "--max-grad-norm", 0.01)
+    given = decomposed(model, data, *hand, "--no-verify")
+    assert like["objective"] == "ipo" and like["lr"] == 2e-3
+    for a, b in zip(like["observed"], given["observed"], strict=True):
+        assert a["delta_logp"] == pytest.approx(b["delta_logp"], rel=1e-6)
+    assert any("WPO" in sentence for sentence in like["explanation"])
+    other = decomposed(model, data, "--like", file, "--beta", 0.25, "--lr", 1e-3, "--no-verify")
+    assert other["beta"] == 0.25 and other["lr"] == 1e-3
+    assert other["objective"] == "ipo" and other["optimizer"] == "SGD"
