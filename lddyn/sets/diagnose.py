@@ -17,12 +17,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lddyn.data.checks import check_log_prob
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.experts import expert_remarks
-from lddyn.engine.guard import undisturbed
+from lddyn.engine.guard import evaluating, undisturbed
+from lddyn.engine.logits import own_response
 from lddyn.engine.reference_policy import Reference, check_reference, describe_reference
 from lddyn.errors import UnsupportedModelError
 from lddyn.memory import DEFAULT_MEMORY, parse_memory
@@ -40,6 +42,7 @@ from lddyn.sets.step import SetStep
 from lddyn.sets.validate import validate as compare_with_steps
 from lddyn.settings import Like, TrainerSettings, router_remark
 from lddyn.sketches.sketch import Sketch
+from lddyn.steps.precision import coarse
 
 __all__ = ["diagnose"]
 
@@ -138,12 +141,14 @@ def diagnose(
         estimate = sketched_gram(access, set_, sketch, memory=memory, progress=progress)
     gram = reading.gram(set_, estimate)
     known = _reference_log_probs(reference, set_, access, reading)
-    names = [n for n, p in access.model.named_parameters() if p.requires_grad]
-    remarks = tuple(expert_remarks(access.model, names))
+    remarks = (
+        *_remarks(module, loss, settings),
+        *expert_remarks(access.model, [n for n, p in module.named_parameters() if p.requires_grad]),
+        *_rounding(access, set_),
+    )
     described = describe_reference(reference)
     step = SetStep(loss, set_, reading.readings, gram, known, described, remarks)
-    said = _remarks(module, loss, settings)
-    step = replace(step, remarks=(*step.remarks, *said, *_data_remarks(module, set_, step)))
+    step = replace(step, remarks=(*step.remarks, *_data_remarks(module, set_, step)))
     diagnosis = Diagnosis(step, unavailable=access.unavailable)
     if run is not None and reading.rows is not None:
         forecast, adam = predict_run(access, reading.rows, step, run, progress=progress)
@@ -209,6 +214,24 @@ def _data_remarks(model: nn.Module, pairs: PairSet, step: SetStep) -> list[str]:
             f"the first is {unlikely[0]}."
         )
     return remarks
+
+
+def _rounding(access: Access, pairs: PairSet) -> list[str]:
+    """A sentence on 16-bit weights: how their log π is rounded, on the longest response."""
+    dtype = coarse(dict(enumerate(access.parameters)))
+    if dtype is None or access.unavailable:
+        return []
+    longest = max(pairs.examples, key=len)
+    with evaluating(access.model), torch.no_grad():
+        own = own_response(access.model, longest).log_probs.double()
+        exact = access.anatomy.trace(longest).log_probs().detach().to(own)
+    name = str(dtype).removeprefix("torch.")
+    return [
+        f"The weights are {name}: log π of a response of {len(longest)} tokens is rounded by about "
+        f"±{float((own - exact).norm()):.2g} nats, and a real step leaves weights as they are that "
+        "it would change by less than half of their last bit; smaller effects cannot be measured "
+        "on this model. `lddyn.decompose` says how many weights a step moves."
+    ]
 
 
 def _check(pairs: PairSet, close_ups: int, validate: int) -> None:

@@ -23,7 +23,7 @@ __all__ = ["coarse", "describe_precision", "has_dropout", "moved_share", "weight
 _COARSE = (torch.bfloat16, torch.float16)
 
 
-def coarse(parameters: Mapping[str, Tensor]) -> torch.dtype | None:
+def coarse(parameters: Mapping[Any, Tensor]) -> torch.dtype | None:
     """The 16-bit number type of the parameters; None: none has one."""
     return next((p.dtype for p in parameters.values() if p.dtype in _COARSE), None)
 

@@ -411,6 +411,11 @@ def test_the_reference_and_the_margin_at_the_start_are_said(tmp_path):
     far = lddyn.diagnose(model, pairs, reference=start.log_probs - 900, close_ups=0)
     assert "computed on the same tokens?" in far.explain()
     assert lddyn.diagnose(model, pairs, "simpo", close_ups=0).summary()["reference"] is None
+    coarse = lddyn.diagnose(zoo.build("llama").bfloat16(), pairs[:1], "orpo", close_ups=0)
+    said = coarse.summary()["remarks"]
+    assert any("also learns the tokens of the prompt" in text for text in said)
+    assert any("The weights are bfloat16" in text and text in coarse.explain() for text in said)
+    assert not any("bfloat16" in text for text in start.summary()["remarks"])
 
 
 @pytest.mark.case("log π far below that of a uniform guess; pairs of different prompts")
