@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["Curves", "bell", "explained_share", "unrelated"]
 from lddyn.lab.record import Row
+
+__all__ = ["Curves", "bell", "explained_share", "unrelated"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def bell(log_prob: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def explained_share(predicted: np.ndarray, measured: np.ndarray) -> float:
-    """1 − Σ |measured − predicted| / Σ |measured|: 1 is all, 0 no better than nothing."""
+    """1 − Σ |measured − predicted| / Σ |measured|: 1 where all is explained, 0 as for a zero."""
     return float(1 - np.abs(measured - predicted).sum() / np.abs(measured).sum())
 
 

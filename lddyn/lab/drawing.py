@@ -1,4 +1,4 @@
-"""What the pictures of the language-model experiments share: colours, frames, labelled curves."""
+"""Colours, frames and labelled curves for the pictures of all language-model experiments."""
 
 from __future__ import annotations
 

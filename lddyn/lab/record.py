@@ -1,4 +1,4 @@
-"""What an experiment leaves behind: steps that are not done twice, tables, figures, claims, a page.
+"""The folder of an experiment: steps that are done once, tables, figures, claims, and a page.
 
 lab = Lab("squeeze", out, seed=0, options={...})
 curve = lab.once("curve", measure)          # from disk, if this was done before
@@ -75,7 +75,7 @@ _anew: ContextVar[bool] = ContextVar("anew", default=False)
 
 @contextlib.contextmanager
 def anew() -> Iterator[None]:
-    """Experiments within delete what their folder holds of them, once they are about to write."""
+    """Within the block an experiment deletes its earlier results before it writes to its folder."""
     token = _anew.set(True)
     try:
         yield
@@ -180,7 +180,7 @@ class Lab:
             write_json(self.folder / "identity.json", self.identity)
 
     def reads(self, **inputs: Any) -> None:
-        """Declares what the experiment was given, by content: digests, as of `store.identify`.
+        """Declares the experiment's inputs by digests of their content, as from `store.identify`.
 
         Called before the first step that depends on it; kept in identity.json and results.json.
 
@@ -194,7 +194,7 @@ class Lab:
         write_json(self.folder / "identity.json", self.identity)
 
     def _begin(self) -> None:
-        """Clears the folder if it is begun anew: what is refused before has deleted nothing."""
+        """Clears the folder if it is to begin anew; a refused experiment deletes nothing."""
         if self._anew:
             self._anew = False
             Lab.clear(self.folder, self.name)
@@ -233,7 +233,7 @@ class Lab:
     # ------------------------------------------------------------------ randomness and progress
 
     def generator(self, *labels: str | int) -> torch.Generator:
-        """Random numbers of the seed and these labels alone, whatever else was drawn."""
+        """A generator whose numbers depend on the seed and these labels only."""
         text = "\0".join(map(str, (self.name, self.seed, *labels)))
         digest = hashlib.sha256(text.encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -266,7 +266,7 @@ class Lab:
         return made  # type: ignore[no-any-return]
 
     def seconds(self, name: str) -> float:
-        """What a step took when it was made."""
+        """The seconds that a step took when it was made."""
         return float(_read(self.path("steps", f"{name}.json"))["seconds"])
 
     def keep_tensors(self, folder: str, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -287,7 +287,7 @@ class Lab:
             path.unlink(missing_ok=True)
 
     def path(self, *parts: str) -> Path:
-        """A path in the folder, whose parent is there."""
+        """A path in the folder; its parent folder is made."""
         self._begin()
         path = self.folder.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -361,7 +361,7 @@ class Lab:
 
 
 def _identity(folder: Path) -> dict[str, Any] | None:
-    """Of the experiment in a folder; None if there is none."""
+    """The identity of the experiment in a folder; None if there is none."""
     path = folder / "identity.json"
     try:
         content = read_sealed(path)
@@ -379,7 +379,7 @@ def _must_be(identity: Mapping[str, Any], folder: Path, name: str) -> None:
 
 
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity without its levels, inner ones joined by blanks: "model weights"."""
+    """The identity as a flat dict; names of inner levels are joined by blanks: "model weights"."""
     flat: dict[str, Any] = {}
     for name, value in identity.items():
         if not isinstance(value, Mapping):
@@ -426,7 +426,7 @@ def _made_by() -> dict[str, Any]:
 
 
 def _code() -> str:
-    """Digest of the package's Python code: all that steps are made by."""
+    """Digest of the package's Python code, on which the results of steps depend."""
     package = Path(__file__).parents[1]
     return digest_of(*(path.read_bytes() for path in sorted(package.rglob("*.py"))))
 

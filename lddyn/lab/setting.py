@@ -151,7 +151,7 @@ def _pretrained(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Products this small are faster on one thread, and the same bits on every machine."""
+    """Computes on one thread: small products are faster so, with the same bits on every machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -55,7 +55,7 @@ def option(
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides an experiment's results, besides its seed.
+    """The settings on which an experiment's results depend, besides its seed.
 
     Raises:
         ValueError: If a value is out of bounds; names the field.
@@ -160,7 +160,7 @@ class Objectives(Settings):
 
 @dataclass(frozen=True)
 class LanguageModel(Settings):
-    """What the experiments with a language model share."""
+    """Settings that all experiments with a language model have."""
 
     model: str | None = option(
         None,

@@ -24,7 +24,7 @@ from lddyn.steps.flow import Flow, leading
 
 
 def rare_pairs(counts: Tensor, number: int, generator: torch.Generator) -> list[tuple[int, int]]:
-    """Contexts that the text has often enough, and words that never follow them there."""
+    """Pairs of a context that occurs at least 30 times and a word that never follows it."""
     unseen = ((counts == 0) & (counts.sum(1, keepdim=True) >= 30)).nonzero()
     chosen = torch.randperm(len(unseen), generator=generator)[:number]
     return [(int(c), int(y)) for c, y in unseen[chosen]]
@@ -164,7 +164,7 @@ def _push_each(
 def _repeat(
     model: Bigram, pairs: Sequence[tuple[int, int]], strength: float
 ) -> Iterator[dict[str, float]]:
-    """Means over pairs after 0, 1, 2, … pushes of the same word, for ever."""
+    """Means over pairs after 0, 1, 2, … pushes of the same word, without end."""
     before = model().log_softmax(-1).detach()
     moving = {pair: model for pair in pairs}
     while True:

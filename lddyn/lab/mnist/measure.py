@@ -61,7 +61,7 @@ _BEYOND = (10**-2.5, 1e-2, 10**-1.5, 1e-1)  # where the second order is no longe
 
 
 def _lenet() -> nn.Module:
-    """The paper's: two convolutions and three layers, tanh and average pooling."""
+    """The paper's network: two convolutions and three layers, tanh and average pooling."""
     return nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2),
         nn.Tanh(),
@@ -247,7 +247,7 @@ class Halves:
 
 
 def halve(lab: Lab, settings: Mnist) -> Halves:
-    """Loads the images and parts them at random.
+    """Loads the images and divides them at random.
 
     Raises:
         ValueError: If too few are left to observe, or of a class; or the experiment's folder was

@@ -81,7 +81,7 @@ def draw_step(
     correlation: float,
     epoch: int,
 ) -> Figure:
-    """Above: what a 4 asks for, the three cases; below: the residual, and pull against ‖K‖_F."""
+    """Above: −G of a 4, and the three cases. Below: the residual, and pull against ‖K‖_F."""
     figure = blank_figure(10.2, 5.7, "one_step")
     grid = figure.add_gridspec(
         2, 4, left=0.06, right=0.985, bottom=0.085, top=0.855, hspace=0.55, wspace=0.32

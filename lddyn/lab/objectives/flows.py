@@ -96,7 +96,7 @@ SITUATIONS = ("valley", "second", "likeliest", "valley, same context")
 
 
 def flows(lab: Lab, labels: int, steps: int) -> Row:
-    """What becomes of the softmax at χ−: y* and the others, under each objective."""
+    """Curves of y−, y* and the other labels of the softmax at χ−, under each objective."""
     logits = 2.5 * torch.randn(labels, generator=lab.generator("flow"), dtype=torch.float64)
     start = logits.log_softmax(-1)
     order = start.argsort(descending=True).tolist()

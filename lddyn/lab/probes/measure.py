@@ -37,7 +37,7 @@ def by_type(setting: Setting, encoded: Encoded, report: list[Row]) -> list[Row]:
 def one_by_one(
     model: nn.Module, examples: Sequence[Example], *, corrected: bool = True
 ) -> Measured:
-    """What the authors' evaluation computes, as it does: one forward per response, no sharing.
+    """The authors' evaluation, computed as they do: one forward pass for each response.
 
     A loop over response types with batches of one: float32 logits of all positions, and over all
     of them log-softmax, softmax, argmax, one-hot targets and two norms. This is our own code.
