@@ -76,7 +76,10 @@ class TokenFacts:
         eos, bos = eos_ids(tokenizer, options.eos_token), as_ids(_id(tokenizer, "bos"))
         control = eos | bos | as_ids(_id(tokenizer, "pad")) | (special & set(rendered))
         texts = zip(token_texts(tokenizer, sorted(control)), sorted(control), strict=True)
-        first = tokenize(tokenizer, "there")[:1]
+        try:
+            first = tokenize(tokenizer, "there")[:1]
+        except Exception:  # a vocabulary of words without an unknown token
+            first = []
         return cls(
             frozenset(eos),
             frozenset(model_ends),
