@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -44,6 +45,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     check_folder("tokenizer", name)
     from transformers import AutoTokenizer
 
+    base = adapter_base(name)
+    if base is not None and not any(Path(name).expanduser().glob("tokenizer*")):
+        name = base  # peft saves no tokenizer; trainers do
+
     with _quiet_transformers(), _named_errors("tokenizer", name):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
@@ -58,6 +63,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
     Raises:
         ValueError: If the folder or its config.json does not exist, or the file cannot be read.
     """
+    name = adapter_base(name) or name
     check_folder("model", name, needs="config.json")
     from transformers import AutoConfig
 
@@ -91,7 +97,9 @@ def load_model(
     """A causal LM in evaluation mode.
 
     Args:
-        name: Folder with config.json and weights, or name of a model on the hub.
+        name: Folder with config.json and weights, or name of a model on the hub. A folder with
+            adapter_config.json alone, such as a checkpoint of TRL, stands for its base model with
+            this adapter.
         dtype: Of the weights, a torch.dtype or its name.
         device: Where the weights are put.
         adapter: Folder or hub name of a peft adapter; then only the adapter is trainable.
@@ -102,6 +110,13 @@ def load_model(
             its files (transformers would draw it at random).
         ImportError: If an adapter is given and peft is not installed.
     """
+    base = adapter_base(name)
+    if base is not None:
+        if adapter is not None:
+            raise ValueError(
+                f"model {name} is itself an adapter on {base}: give {base} with one adapter"
+            )
+        name, adapter = base, name
     check_folder("model", name, needs="config.json")
     import torch
     from transformers import AutoModelForCausalLM
@@ -139,6 +154,25 @@ def add_adapter(model: nn.Module, adapter: str) -> nn.Module:
         raise ImportError("an adapter needs peft: pip install peft") from None
     with _quiet_transformers(), _named_errors("adapter", adapter):
         return PeftModel.from_pretrained(model, adapter, is_trainable=True)  # type: ignore[no-any-return, unused-ignore]
+
+
+def adapter_base(name: str) -> str | None:
+    """The base model of a folder that holds an adapter and no model; None for any other name.
+
+    Raises:
+        ValueError: If adapter_config.json names no base model.
+    """
+    folder = Path(name).expanduser()
+    file = folder / "adapter_config.json"
+    if not file.is_file() or (folder / "config.json").is_file():
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"model {name} holds an adapter whose adapter_config.json names no base model: give "
+            "the base model, and this folder as its adapter"
+        )
+    return str(base)
 
 
 def check_device(device: str) -> None:

@@ -144,7 +144,11 @@ def prepare(
 
 def _open_stream(options: ModelOptions, memory: str) -> nn.Module:
     """The model with blocks that are read as they are used, and its adapter."""
-    if options.adapter is None:
+    from lddyn.loading import adapter_base, add_adapter, check_device, check_folder
+
+    base = adapter_base(options.model)
+    name, adapter = (options.model, options.adapter) if base is None else (base, options.model)
+    if adapter is None:
         raise ValueError(
             "--stream needs --adapter: a step of all weights holds three times the model "
             "(gradient, step, shifted copy), and streaming could not save memory"
@@ -152,18 +156,17 @@ def _open_stream(options: ModelOptions, memory: str) -> nn.Module:
     import torch
 
     import lddyn
-    from lddyn.loading import add_adapter, check_device, check_folder
 
     check_device(options.device)
-    check_folder("model", options.model, needs="config.json")
+    check_folder("model", name, needs="config.json")
     model = lddyn.stream(
-        options.model,
+        name,
         memory,
         dtype=getattr(torch, options.dtype),
         device=options.device,
         trust_remote_code=options.trust_remote_code,
     )
-    return add_adapter(model, options.adapter).to(options.device).eval()
+    return add_adapter(model, adapter).to(options.device).eval()
 
 
 def decompose(

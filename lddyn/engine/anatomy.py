@@ -214,7 +214,8 @@ class Anatomy(Skeleton):
                 raise UnsupportedModelError(
                     f"the logits differ by {difference:.1e} (limit {limit:g}) from those of the "
                     "model's own attention on a sequence with another last token: the model is not "
-                    "causal, or its attention is not one that lddyn knows (try attention='eager')"
+                    "causal, its attention is not one that lddyn knows (try attention='eager'), or "
+                    "an adapter acts outside of the model's own layers"
                 )
             self._logits_checked = True
         return trace
@@ -229,7 +230,7 @@ class Anatomy(Skeleton):
         others = ids[ids != ids[0, -1]]
         ids[0, -1] = others[0] if len(others) else (ids[0, -1] + 1) % self.vocabulary
         with self.analysis(own_attention=False), torch.no_grad():
-            own = self._selected_logits(ids, trace.positions)
+            own = self._selected_logits(ids, trace.positions, self.model)
         own, ours = (x - x.mean(-1, keepdim=True) for x in (own.to(trace.logits), trace.logits))
         difference = float((own - ours).norm() / ours.norm().clamp(min=1e-30))
         return difference, OWN_ATTENTION.of(trace.hidden.dtype)
@@ -331,14 +332,17 @@ class Anatomy(Skeleton):
         logits = self.response_logits(example)
         return realised_log_probs(logits, torch.tensor(example.targets, device=logits.device))
 
-    def _selected_logits(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def _selected_logits(
+        self, ids: Tensor, positions: Tensor, model: nn.Module | None = None
+    ) -> Tensor:
+        """Logits of some positions by the model's own forward; `model`: with its adapters'."""
         original = self.head.forward
 
         def head(h: Tensor) -> Any:
             return original(h.reshape(-1, h.shape[-1])[positions][None])
 
         with self.patched(self.whole, head):
-            logits: Tensor = self.run(ids).logits[0]
+            logits: Tensor = self.run(ids, model).logits[0]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     # ----- replays

@@ -33,6 +33,7 @@ from lddyn.engine.guard import undisturbed
 from lddyn.engine.head import back_project
 from lddyn.engine.ledger import Tap
 from lddyn.engine.linearized import Source, linearize, push
+from lddyn.engine.quantised import computing_dtypes
 from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Replay, Trace
 from lddyn.engine.trial import GRADIENT, GRADIENT_OF_ALL, Trial
@@ -188,6 +189,7 @@ class _Limits:
 
     def __init__(self, anatomy: Anatomy, dtype: torch.dtype):
         tensors = [*anatomy.trainable.values(), torch.empty(0, dtype=dtype)]
+        tensors += computing_dtypes(anatomy.model)
         self.own, self.of_all = GRADIENT.loosest(tensors), GRADIENT_OF_ALL.loosest(tensors)
         self.coarse = self.own > GRADIENT.float32
 

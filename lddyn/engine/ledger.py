@@ -93,14 +93,14 @@ class Work:
     width: int = 0
     elements: int = 0
 
-    def add(self, op: str, args: tuple[Any, ...], result: Tensor) -> None:
+    def add(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
         """Counts one product."""
         self.elements += result.numel()
         if op == "embedding":
             self.width += result.numel()
             return
-        x = args[1] if op == "addmm" else args[0]
-        other = args[2] if op == "addmm" else args[1]
+        operands = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        x, other = operands[1:3] if op == "addmm" else operands[:2]
         flops = 2 * result.numel() * x.shape[-1]
         if other.dim() > 2:
             self.mixing += flops
@@ -211,7 +211,7 @@ class Watch(TorchFunctionMode):
                 name = getattr(getattr(func, "__self__", None), "__name__", name)
             result = self._use(func, name, args, kwargs)
         if name in _PRODUCTS and not self.tapping:
-            self.work.setdefault(self.segment, Work()).add(name, args, result)
+            self.work.setdefault(self.segment, Work()).add(name, args, kwargs, result)
         return result
 
     @contextlib.contextmanager
@@ -240,6 +240,10 @@ class Watch(TorchFunctionMode):
 
     def _run(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs an operation; a product with a frozen weight as one layer, by the faster BLAS."""
+        if name == "sparse_coo_tensor":
+            # Products with a sparse matrix have no second derivative (peft's SHiRA).
+            indices, values, size = (*args, *kwargs.values())[:3]
+            return values.new_zeros(size).index_put(tuple(indices), values, accumulate=True)
         if name in _PRODUCTS and name != "embedding":
             product = _as_product(name, args, kwargs)
             if product is not None:

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lddyn.engine import door, guard
 from lddyn.engine.blocks import RunBlock, bind_block, find_blocks
+from lddyn.engine.head import linear_head
 from lddyn.engine.ledger import FRONT, HEAD, TAIL, WHOLE, LedgerEntry
-from lddyn.engine.quantised import is_quantised
 from lddyn.engine.recognise import Recogniser
 from lddyn.engine.streamed import is_streamed
 from lddyn.errors import UnsupportedModelError
@@ -55,8 +55,17 @@ class Skeleton:
                 "prompt-learning adapters (prompt, prefix or p-tuning) add virtual tokens that no "
                 "Example holds; LoRA-type adapters are supported"
             )
+        if any(
+            getattr(adapter, "alora_invocation_tokens", None)
+            for adapter in getattr(model, "peft_config", {}).values()
+        ):
+            raise UnsupportedModelError(
+                "an activated LoRA (alora_invocation_tokens) acts on the tokens after its "
+                "invocation alone, which peft finds in the whole sequence: a part of the model "
+                "cannot be run again by itself; an ordinary LoRA can be analysed"
+            )
         door.check_whole(model)
-        self.base, self.head = base, _linear_head(base)
+        self.base, self.head = base, linear_head(base)
         self.blocks, self.joined = find_blocks(base), ""
         self.own_attention = getattr(base.config, "_attn_implementation", None)
         self.keeps_attention = False
@@ -207,9 +216,9 @@ class Skeleton:
             undo.set(self.head, "forward", head)
             yield
 
-    def run(self, ids: Tensor) -> Any:
-        """The model's own forward pass on token ids (B, T)."""
-        return self.base(input_ids=ids, use_cache=False, return_dict=True)
+    def run(self, ids: Tensor, model: nn.Module | None = None) -> Any:
+        """The model's own forward pass on token ids (B, T); `model`: one that is around it."""
+        return (model or self.base)(input_ids=ids, use_cache=False, return_dict=True)
 
     def output(self, i: int, x: Tensor) -> Tensor | tuple[Tensor | None, ...]:
         """A hidden state in the form in which block i returns its output."""
@@ -226,21 +235,3 @@ class Skeleton:
     def no_logits(self, hidden: Tensor) -> Tensor:
         """Zeros (1, 1, V) that stand for the head's output where nobody reads it."""
         return hidden.new_zeros(()).expand(1, 1, self.vocabulary)
-
-
-def _linear_head(base: Any) -> nn.Linear:
-    head = base.get_output_embeddings()
-    if head is None:
-        raise UnsupportedModelError(f"{type(base).__name__} has no output embedding (lm_head)")
-    if is_quantised(head):
-        raise UnsupportedModelError(
-            f"the head is quantised ({type(head).__name__}), and lddyn takes the head in closed "
-            "form: leave lm_head out of the quantisation (llm_int8_skip_modules, "
-            "modules_to_not_convert)"
-        )
-    if not isinstance(head, nn.Linear):
-        raise UnsupportedModelError(
-            f"the head must be an nn.Linear, got {type(head).__name__}: merge adapters "
-            "on lm_head first (lddyn takes the head in closed form)"
-        )
-    return head
