@@ -206,6 +206,9 @@ class Sft(LanguageModel):
     kernel_prompts: int = option(
         4, "For how many prompts K is measured; four or more give intervals.", least=1
     )
+    kernel_tokens: int = option(
+        6, "Evenly spaced tokens of each response between which K is measured.", least=1
+    )
     explained: int = option(8, "How many steps are predicted to first order.", least=0)
     accuracy_steps: int = option(
         3, "Steps of each run that tests the first order at other learning rates.", least=0

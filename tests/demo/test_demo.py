@@ -1,6 +1,7 @@
 """The demo's world: language, training, cache, and the pair that falls."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -29,6 +30,14 @@ def one_thread():
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A cache with the world after one step."""
+    cache = tmp_path_factory.mktemp("once")
+    demo.build_world(cache, progress=False, steps=1)
+    return cache
 
 
 @pytest.fixture(scope="module")
@@ -105,17 +114,19 @@ def test_build_world_is_deterministic_and_leaves_the_random_state(tmp_path):
     ],
     ids=["weights", "tokenizer", "manifest", "empty-manifest"],
 )
-def test_broken_cache_is_rebuilt(tmp_path, damage):
+def test_broken_cache_is_rebuilt(tmp_path, damage, once):
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
     first = demo.build_world(tmp_path, progress=False, steps=1)
+    assert first.stats["cached"]
     damage(first.path)
     with pytest.warns(UserWarning, match="is damaged"):
         second = demo.build_world(tmp_path, progress=False, steps=1)
     assert not second.stats["cached"]
     assert torch.equal(weights(first.model), weights(second.model))
-    assert demo.build_world(tmp_path, progress=False, steps=1).stats["cached"]
 
 
-def test_one_flipped_bit_is_noticed(tmp_path):
+def test_one_flipped_bit_is_noticed(tmp_path, once):
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
     first = demo.build_world(tmp_path, progress=False, steps=1)
     path = first.path / "model.safetensors"
     content = bytearray(path.read_bytes())

@@ -112,8 +112,7 @@ def test_a_frozen_head_has_no_part_of_its_own():
 # --------------------------------------------------------------------------- through the engine
 
 
-ASKED = [(n, "none") for n in ("untied", "tied", "soft-capped", "bias")]
-ASKED += [("untied", "all"), ("tied", "row"), ("soft-capped", "row"), ("bias", "all")]
+ASKED = [("untied", "none"), ("soft-capped", "none"), ("tied", "row"), ("bias", "all")]
 
 
 @pytest.mark.parametrize(("name", "reduce"), ASKED)
@@ -158,7 +157,7 @@ def test_preconditioned(name, reduce, centred):
     assert float((found.stderr / found.value).max()) <= 0.15
 
 
-@pytest.mark.parametrize("name", ["untied", "tied", "soft-capped"])
+@pytest.mark.parametrize("name", ["tied", "soft-capped"])
 def test_rtol_is_met(name):
     dense = norms(zoo.centred(truth(name)))
     for rtol in (0.2, 0.05):
@@ -269,7 +268,7 @@ def check_estimates(found, expected):
 @pytest.mark.parametrize(
     ("tied", "centred", "r", "q", "seeds"),
     [
-        (False, True, 16, 16, 4 * SEEDS),  # what frobenius starts with
+        (False, True, 16, 16, 2 * SEEDS),  # what frobenius starts with
         (False, True, 8, 8, SEEDS),
         (False, False, 16, 16, SEEDS),
         (True, True, 8, 8, SEEDS),

@@ -28,7 +28,7 @@ from lddyn.objectives import Loss
 from lddyn.optimizers import make_optimizer
 from lddyn.probes.probe_set import ProbeSet
 
-TINY = {"limit": 30, "prompts": 4}
+TINY = {"limit": 30, "prompts": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -276,6 +276,7 @@ SFT_OPTIONS = settings.Sft(
     every=2,
     kernel_points=1,
     kernel_prompts=1,
+    kernel_tokens=1,
     explained=1,
     accuracy_steps=1,
 )

@@ -146,7 +146,7 @@ def test_pushing_either_side_gives_the_same_table(transposed):
 )
 def test_the_expected_error_of_a_sketch_is_the_measured_one(kind, by):
     """Within 1.5, as the root mean square over 12 seeds, of another set of sequences than seen."""
-    anatomy, some = Anatomy(zoo.build("llama")), examples(12)
+    anatomy, some = Anatomy(zoo.build("llama")), examples(8)
     exact = lddyn.plan(anatomy, some, by=by).run().value.double()
     way = lddyn.plan(anatomy, some, by=by, rtol=0.2, sketch=lddyn.Sketch(kind))
     found = next(c for c in way.candidates if c.method == "features")

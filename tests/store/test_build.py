@@ -1,9 +1,6 @@
 """Building a store: resumed, extended, and by several processes, always the same files."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -84,31 +81,3 @@ def test_another_model_sketch_or_dtype_is_refused(model, examples, tmp_path):
             build_store(**arguments | changes)
     with pytest.raises(ValueError, match="at least one Example"):
         build_store(model, [], tmp_path / "empty", SKETCH)
-
-
-@pytest.mark.slow
-def test_torchrun_writes_the_files_of_one_process(model, examples, tmp_path):
-    model.save_pretrained(tmp_path / "model")
-    code = f"""
-import sys; sys.path.insert(0, {str(Path(zoo.__file__).parent)!r})
-import lddyn, transformers
-from lddyn.store.build import build_store
-model = transformers.AutoModelForCausalLM.from_pretrained("model").eval()
-examples = [lddyn.Example([5, 9, i], [21, 9 + i, 40][: 1 + i % 3]) for i in range(6)]
-built = build_store(model, examples, sys.argv[1], lddyn.Sketch(k=900))
-assert built is None or built.processes == int(sys.argv[2])
-"""
-    (tmp_path / "build.py").write_text(code)
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    for command in (["build.py", "one", "1"], [*torchrun, "build.py", "two", "2"]):
-        done = subprocess.run(
-            [sys.executable, *command],
-            capture_output=True,
-            text=True,
-            timeout=200,
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
-    assert files(tmp_path / "two") == files(tmp_path / "one")
-    assert not list(tmp_path.glob("two.rank-*"))

@@ -43,7 +43,14 @@ def run(lab: Lab, settings: Sft) -> Results:
         kernel=spread(settings.updates, settings.kernel_points),
     )
     curves = finetune(
-        lab, "sft", setting, tuned, learned, recipe, kernel_prompts=settings.kernel_prompts
+        lab,
+        "sft",
+        setting,
+        tuned,
+        learned,
+        recipe,
+        kernel_prompts=settings.kernel_prompts,
+        kernel_tokens=settings.kernel_tokens,
     )
     with one_thread():
         maps = {
