@@ -21,6 +21,7 @@ from lddyn.lab.training import Explained, Explanations, TrainingLoss, train
 from lddyn.optimizers import make_optimizer
 from lddyn.probes.probe_set import Encoded
 
+KERNEL_RTOL = 0.15  # relative standard error of ‖K‖_F
 M = TypeVar("M", bound=nn.Module)
 PAPER_LR = 5e-7
 
@@ -194,7 +195,7 @@ def _kernels(model: nn.Module, probes: Encoded, prompt: int, tokens: int, seed: 
     """‖K‖_F from the chosen response of one prompt to all its response types."""
     own = probes.select([prompt])
     observed = {e.name: some_tokens(e, tokens) for e in own.examples}
-    rows = kernel_norms(model, observed["chosen"], observed, rtol=0.15, seed=seed)
+    rows = kernel_norms(model, observed["chosen"], observed, rtol=KERNEL_RTOL, seed=seed)
     return [{k: v if isinstance(v, str) else float(f"{v:.6g}") for k, v in r.items()} for r in rows]
 
 
