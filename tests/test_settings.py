@@ -229,3 +229,13 @@ def test_other_optimizers_are_refused_with_a_way_out():
             lddyn.decompose(model, one, lddyn.SFT(one), lr=1e-3, optimizer=optimizer)
     dec = lddyn.decompose(model, one, lddyn.SFT(one), lr=1e-3, optimizer="adamw_torch")
     assert dec.settings["optimizer"] == "AdamW"
+
+
+def test_rows_are_cut_and_counted_like_the_trainers(tmp_path):
+    arguments = {"trainer": "sft", "max_length": 64, "assistant_only_loss": True}
+    (tmp_path / "sft.json").write_text(json.dumps(arguments))
+    for source in (arguments, tmp_path / "sft.json", TrainerSettings.of(arguments)):
+        options = lddyn.RowOptions.like(source)
+        assert options.max_length == 64 and options.assistant_only
+    plain = lddyn.RowOptions.like(config("SFT", tmp_path))
+    assert not plain.assistant_only and plain.max_length == 1024

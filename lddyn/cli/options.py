@@ -268,23 +268,18 @@ class FileOptions:
     @property
     def encoding(self) -> RowOptions:
         """How rows become token sequences, as the library takes it."""
-        from dataclasses import fields
+        from lddyn.data.options import DEFAULT, RowOptions
 
-        from lddyn.data.options import RowOptions
-
-        values: dict[str, Any] = {}
         settings = self.settings
-        if settings is not None:
-            known = {f.name for f in fields(RowOptions)} & vars(settings).keys()
-            values = {name: getattr(settings, name) for name in known}
+        base = DEFAULT if settings is None else RowOptions.like(settings)
         counted = None if self.counted is None else self.counted == "assistant"
-        given = {
+        given: dict[str, Any] = {
             "max_length": self.max_length,
             "max_prompt_length": self.max_prompt_length,
             "truncation_mode": self.truncation_mode,
             "assistant_only": counted,
         }
-        return RowOptions(**{**values, **{k: v for k, v in given.items() if v is not None}})
+        return replace(base, **{k: v for k, v in given.items() if v is not None})
 
 
 @dataclass(frozen=True, kw_only=True)

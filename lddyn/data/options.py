@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, TypedDict
+
+from lddyn.settings import TrainerSettings
 
 __all__ = ["RowOptions", "RowSettings", "TruncationMode"]
 
@@ -100,11 +103,19 @@ class RowOptions:
         """The options that a trainer's settings ask for.
 
         Args:
-            settings: An object with some of this class's fields as attributes, such as TRL's
-                `SFTConfig` or what `lddyn.like` returns; a field that it does not have, or that is
-                None, is left at its default. TRL's names `assistant_only_loss` and
-                `completion_only_loss` are read, too.
+            settings: What `lddyn.TrainerSettings.of` takes (a trainer, a mapping or a file of
+                arguments, TRL's configs), or any object with some of this class's fields as
+                attributes. A field that it does not have, or that is None, is left at its default.
+                TRL's names `assistant_only_loss` and `completion_only_loss` are read, too.
+
+        Example:
+            >>> import lddyn
+            >>> like = lddyn.RowOptions.like({"trainer": "dpo", "max_length": 512})
+            >>> like.max_length
+            512
         """
+        if isinstance(settings, Mapping | str | Path) or hasattr(settings, "args"):
+            settings = TrainerSettings.of(settings)
         values: dict[str, Any] = {}
         for field in fields(cls):
             names = (field.name, f"{field.name}_loss")
