@@ -63,14 +63,14 @@ def test_replace_file_takes_text_and_bytes(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_read_says_what_is_wrong_with_a_file_of_a_store(tmp_path):
+def test_read_stored_says_what_is_wrong_with_a_file_of_a_store(tmp_path):
     (tmp_path / "a").write_bytes(b"0123456789")
     assert read_stored(tmp_path / "a", 3) == b"3456789"
     with pytest.raises(StoreCorruptError, match="a: larger than 9 bytes"):
         read_stored(tmp_path / "a", limit=9)
     with pytest.raises(StoreCorruptError, match="absent: this file of the store is missing"):
         read_stored(tmp_path / "absent")
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(StoreError, match="must be a regular file"):
         read_stored(tmp_path)
 
 
