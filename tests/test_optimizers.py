@@ -157,7 +157,8 @@ def test_clip_factor_is_that_of_torch():
         scale = float((params["a"].grad / gradients(0)["a"]).mean())
         assert clip_factor(gradients(0), limit) == pytest.approx(scale, rel=1e-12)
     assert clip_factor(gradients(0), None) == 1.0
-    for bad in (0.0, -1.0, float("nan")):
+    assert clip_factor(gradients(0), 0.0) == 1.0  # as trainers have it: 0 does not clip
+    for bad in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="max_grad_norm must be positive"):
             clip_factor(gradients(0), bad)
 
