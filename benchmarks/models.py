@@ -20,6 +20,7 @@ About 20 minutes on two cores. An interrupted run continues where it was.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import multiprocessing
@@ -65,12 +66,19 @@ def _lora_targets(model: nn.Module) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    found = [
+    left_out = ("out_proj", "conv1d") if _is_mamba(model) else ()  # peft refuses them
+    return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and name.rpartition(".")[2] not in left_out
     ]
-    return found or ["embed_tokens"]
+
+
+def _is_mamba(model: nn.Module) -> bool:
+    kinds = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+    return getattr(model.config, "model_type", "") in kinds
 
 
 def with_qlora(model: nn.Module) -> nn.Module:
@@ -100,7 +108,11 @@ MAKE = {"full": lambda model: model, "LoRA": with_lora, "QLoRA": with_qlora}
 
 
 def token_gradients(model: nn.Module, example: lddyn.Example) -> Tensor:
-    """∇ log π(y_m) by plain autograd, (M, P)."""
+    """∇ log π(y_m) by plain autograd, (M, P).
+
+    On a copy: a dynamic rotary embedding remembers the longest sequence that it has seen.
+    """
+    model = copy.deepcopy(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     ids = torch.tensor([example.ids])
     logits = model(input_ids=ids, use_cache=False).logits[0].to(torch.float64)

@@ -38,7 +38,7 @@ from lddyn.engine.guard import undisturbed
 from lddyn.engine.head import project
 from lddyn.engine.ledger import HEAD, POST, TAIL, WHOLE, Watch
 from lddyn.engine.realised import realised_log_probs
-from lddyn.engine.skeleton import Skeleton
+from lddyn.engine.skeleton import Skeleton, beside, first_stream
 from lddyn.engine.streamed import present
 from lddyn.engine.trace import Batch, Replay, Trace
 from lddyn.engine.trial import OWN_ATTENTION, Trial, fallbacks
@@ -164,7 +164,9 @@ class Anatomy(Skeleton):
 
         def head(h: Tensor) -> Tensor:
             watch.segment = POST
-            captured.append(h.detach().reshape(-1, h.shape[-1])[positions])
+            with watch.paused():
+                own = first_stream(h.detach())
+                captured.append(own.reshape(-1, own.shape[-1])[positions])
             return self.no_logits(h)
 
         with self.analysis(), torch.no_grad():
@@ -300,7 +302,7 @@ class Anatomy(Skeleton):
         def block(i: int, original: Any, args: Any, kwargs: Any) -> Any:
             return self.output(i, split_hidden(args, kwargs)[0])
 
-        with torch.enable_grad(), self.patched(block, lambda h: raw[None]):
+        with torch.enable_grad(), self.patched(block, lambda h: beside(h, raw[None])):
             logits = self.run(ids).logits[0]
             if logits is raw or (logits.shape == raw.shape and torch.equal(logits, raw)):
                 return raw.detach(), None
@@ -320,7 +322,8 @@ class Anatomy(Skeleton):
         positions = torch.tensor(list(example.positions), device=self.device)
 
         def head(h: Tensor) -> Tensor:
-            captured.append(h.reshape(-1, h.shape[-1])[positions])
+            own = first_stream(h)
+            captured.append(own.reshape(-1, own.shape[-1])[positions])
             return self.no_logits(h)
 
         with self.patched(self.whole, head):
@@ -339,7 +342,8 @@ class Anatomy(Skeleton):
         original = self.head.forward
 
         def head(h: Tensor) -> Any:
-            return original(h.reshape(-1, h.shape[-1])[positions][None])
+            own = first_stream(h)
+            return beside(h, original(own.reshape(-1, own.shape[-1])[positions][None]))
 
         with self.patched(self.whole, head):
             logits: Tensor = self.run(ids, model).logits[0]

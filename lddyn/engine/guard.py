@@ -182,6 +182,23 @@ def freeze(model: nn.Module, undo: Undo) -> None:
             parameter._backward_hooks = None
 
 
+REACHED = "max_seq_len_cached"  # the length for which a dynamic rotary embedding was scaled
+
+
+def reset_scaling(model: nn.Module) -> None:
+    """Sets dynamic rotary embeddings back, whose angles depend on the longest sequence so far."""
+    for module in model.modules():
+        start = getattr(module, "original_max_seq_len", None)
+        if start is None:
+            continue
+        for name in [n for n in vars(module) if n.endswith(REACHED)]:
+            setattr(module, name, start)
+            prefix = name.removesuffix(REACHED)
+            original = getattr(module, f"{prefix}original_inv_freq", None)
+            if original is not None:
+                module._buffers[f"{prefix}inv_freq"] = original
+
+
 def keep_buffers(model: nn.Module, undo: Undo, most: int = 1 << 16) -> None:
     """Remembers buffers of up to `most` elements: some rotary embeddings rewrite theirs."""
 
@@ -191,6 +208,9 @@ def keep_buffers(model: nn.Module, undo: Undo, most: int = 1 << 16) -> None:
             own.copy_(values)
 
     for module in model.modules():
+        for name, value in vars(module).items():
+            if name.endswith(REACHED):
+                undo.add(functools.partial(setattr, module, name, value))
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.numel() <= most:
                 undo.add(functools.partial(put_back, module._buffers, name, buffer, buffer.clone()))

@@ -266,6 +266,8 @@ class Watch(TorchFunctionMode):
                 id(product[1]) in self.known or id(product[2]) in self.known
             ):
                 return self._product(func, name, args, kwargs, *product)
+        if name == "__getitem__" and self._is_row(args):
+            return self._row(func, args)
         if name in ("T", "mT", "t", "transpose", "__getitem__", "select"):
             view = self._view(func, name, args, kwargs)
             if view is not None:
@@ -274,6 +276,36 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         self._direct(name, [*args, *kwargs.values()])
         return func(*args, **kwargs)
+
+    def _is_row(self, args: tuple[Any, ...]) -> bool:
+        """Whether this picks one row of a weight, as W[3] or W[3, :]."""
+        known = self.known.get(id(args[0]))
+        index = args[1][0] if isinstance(args[1], tuple) and len(args[1]) == 2 else args[1]
+        whole = not isinstance(args[1], tuple) or args[1][1:] == (slice(None),)
+        return (
+            known is not None
+            and whole
+            and isinstance(index, int)
+            and known[0].dim() == 2
+            and not known[3]
+            and known[1] not in self.accounts.direct
+        )
+
+    def _row(self, func: Any, args: tuple[Any, ...]) -> Tensor:
+        """One row of a weight: an embedding of one token."""
+        weight, parameter, suffix, _ = self.known[id(args[0])]
+        entry = self.accounts.ledger[parameter]
+        entry.ops.add("__getitem__")
+        entry.segments.add(self.segment)
+        out: Tensor = func(*args)
+        if not self.tapping:
+            return out
+        index = args[1][0] if isinstance(args[1], tuple) else args[1]
+        leaf = out.detach().requires_grad_(True)
+        edge, out = get_gradient_edge(leaf), leaf.clone()
+        rows = torch.tensor([index % len(weight)], device=weight.device)
+        self.taps.append(Tap("embedding", parameter + suffix, None, rows, edge, out.shape))
+        return out
 
     def _view(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> Tensor | None:
         """A transposed weight or one packed expert is still a weight: follow it."""

@@ -34,6 +34,7 @@ from lddyn.engine.cached import cached_logits
 from lddyn.engine.grouping import Part
 from lddyn.engine.packed import packable, packed_logits
 from lddyn.engine.realised import realised_log_probs
+from lddyn.engine.skeleton import first_stream
 from lddyn.engine.trial import PACKED, SEPARATE, Trial, UnfitError, close
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def own_response(model: nn.Module | Anatomy, example: Example) -> Response:
     logits = out.logits[0, at]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = torch.tensor(list(example.targets), device=device)
-    return Response(logits, captured[-1][0, at], targets)
+    return Response(logits, first_stream(captured[-1])[0, at], targets)
 
 
 # --------------------------------------------------------------------------- a padded batch

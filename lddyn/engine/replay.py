@@ -18,7 +18,7 @@ from lddyn.engine import layers
 from lddyn.engine.blocks import Call, at_rows, check_side_inputs, join_hidden, split_hidden
 from lddyn.engine.guard import Undo
 from lddyn.engine.ledger import TAIL, WHOLE, Watch
-from lddyn.engine.skeleton import Skeleton
+from lddyn.engine.skeleton import Skeleton, first_stream
 from lddyn.engine.trace import Batch, Direct, Replay, Trace
 
 
@@ -160,8 +160,8 @@ def _replay_whole(skeleton: Skeleton, ids: Tensor) -> Replay:
     watch.segment = WHOLE
 
     def head(h: Tensor) -> Tensor:
-        captured.append(h)
         watch.active = False
+        captured.append(first_stream(h))
         return skeleton.no_logits(h)
 
     with (
@@ -171,7 +171,7 @@ def _replay_whole(skeleton: Skeleton, ids: Tensor) -> Replay:
         skeleton.patched(skeleton.whole, head),
     ):
         skeleton.run(ids)
-    output = captured[0].view(*ids.shape, -1)
+    output = captured[0].reshape(*ids.shape, -1)
     return Replay(output, None, watch.taps, edges, watch.gains, watch.routed)
 
 

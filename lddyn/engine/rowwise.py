@@ -96,6 +96,8 @@ def _tail(
 ) -> tuple[Tensor, Factors]:
     replay = _replay_rows(trace, segment, rows, length)
     assert replay.input is not None
+    if replay.input.dim() != 3:
+        raise UnfitError("its input has several streams")
     gradients = _backward(replay, replay.output, state[None], 1, [replay.input])
     moved = gradients[-1]
     assert moved is not None

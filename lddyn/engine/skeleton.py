@@ -67,6 +67,7 @@ class Skeleton:
         door.check_whole(model)
         self.base, self.head = base, linear_head(base)
         self.blocks, self.joined = find_blocks(base), ""
+        self.scales_with_length = "dynamic" in rope_types(base.config.get_text_config())
         self.own_attention = getattr(base.config, "_attn_implementation", None)
         self.keeps_attention = False
         with guard.lock_of(model):  # another thread's analysis may have switched gradients off
@@ -154,7 +155,7 @@ class Skeleton:
     @property
     def max_positions(self) -> int | None:
         """Longest sequence the model was built for, in tokens; None if its config has no limit."""
-        return getattr(self.base.config, "max_position_embeddings", None)
+        return position_limit(self.base.config)
 
     # ----- changing the model, and changing it back
 
@@ -218,6 +219,8 @@ class Skeleton:
 
     def run(self, ids: Tensor, model: nn.Module | None = None) -> Any:
         """The model's own forward pass on token ids (B, T); `model`: one that is around it."""
+        if self.scales_with_length:
+            guard.reset_scaling(self.base)
         return (model or self.base)(input_ids=ids, use_cache=False, return_dict=True)
 
     def output(self, i: int, x: Tensor) -> Tensor | tuple[Tensor | None, ...]:
@@ -234,4 +237,34 @@ class Skeleton:
 
     def no_logits(self, hidden: Tensor) -> Tensor:
         """Zeros (1, 1, V) that stand for the head's output where nobody reads it."""
-        return hidden.new_zeros(()).expand(1, 1, self.vocabulary)
+        return beside(hidden, hidden.new_zeros(()).expand(1, 1, self.vocabulary))
+
+
+def first_stream(hidden: Tensor) -> Tensor:
+    """The head's inputs (B, T, d), of which some models have several: (B, streams, T, d).
+
+    ProphetNet predicts the next tokens but one by further streams; logits are those of the first.
+    """
+    return hidden[:, 0] if hidden.dim() == 4 else hidden
+
+
+def beside(hidden: Tensor, logits: Tensor) -> Tensor:
+    """The head's output (B, M, V) with the axis of streams that its input has."""
+    return logits[:, None] if hidden.dim() == 4 else logits
+
+
+def position_limit(config: Any) -> int | None:
+    """Longest sequence that a model was built for; None without a limit, as with dynamic RoPE."""
+    if "dynamic" in rope_types(config):
+        return None
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    return limit
+
+
+def rope_types(config: Any) -> set[str]:
+    """Kinds of rotary embeddings that a config names, such as "default" or "dynamic"."""
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(settings, dict):
+        return set()
+    parts = [settings, *(x for x in settings.values() if isinstance(x, dict))]
+    return {str(x["rope_type"]) for x in parts if "rope_type" in x}

@@ -26,6 +26,7 @@ from lddyn.engine.experts import expert_remarks
 from lddyn.engine.guard import evaluating, undisturbed
 from lddyn.engine.logits import own_response
 from lddyn.engine.reference_policy import Reference, check_reference, describe_reference
+from lddyn.engine.skeleton import position_limit
 from lddyn.errors import UnsupportedModelError
 from lddyn.memory import DEFAULT_MEMORY, parse_memory
 from lddyn.objectives.like import loss_like, reference_like
@@ -248,7 +249,7 @@ def _check_limits(model: nn.Module, pairs: PairSet) -> None:
     """Whether every example fits into the model's vocabulary and context."""
     config: Any = model.config
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = position_limit(config.get_text_config())
     for example in pairs.examples:
         example.check_model_limits(vocabulary, context)
 

@@ -199,7 +199,9 @@ class _Passes:
         ones = [torch.ones(len(e), device=anatomy.device) for e in examples]
         # Autograd leaves out the padding row of an embedding, but the observed response reads it.
         padded = [
-            (m, m.padding_idx) for m in anatomy.model.modules() if isinstance(m, nn.Embedding)
+            (m, m.padding_idx)
+            for m in anatomy.model.modules()
+            if isinstance(m, nn.Embedding) and type(m).forward is nn.Embedding.forward
         ]
         try:
             for module, _ in padded:
