@@ -183,6 +183,10 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     shared: dict[int, Any] = {} if memo is None else memo
     # Not every quantiser's class of tensors can be copied.
     shared |= {id(p): p for p in model.parameters() if not (p.requires_grad or is_plain(p))}
+    for module in model.modules():  # RecurrentGemma keeps the states of its last pass
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                shared[id(value)] = value.detach()
     moved = copy.deepcopy(model, shared)
     for parameter, own in zip(model.parameters(), moved.parameters(), strict=True):
         own._backward_hooks = parameter._backward_hooks  # not copied with a parameter
