@@ -24,7 +24,7 @@ demo: .venv/installed
 	$(BIN)/lddyn demo
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -q
 
 # The kinds of rows, models and trainers that people hold, as a table: which come out right.
 cases: .venv/installed
