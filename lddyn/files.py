@@ -185,6 +185,8 @@ def sealed(content: Mapping[str, Any], indent: int | None = 1) -> str:
         TypeError: If the content holds what JSON cannot.
     """
     values = json_safe({**content})
+    if "digest" in values:
+        raise ValueError('the content to seal must have no entry "digest"')
     values["digest"] = digest_of(canonical(values))
     return json.dumps(values, indent=indent, allow_nan=False) + "\n"
 

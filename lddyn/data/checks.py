@@ -96,7 +96,7 @@ def _check_start(
     facts: TokenFacts,
     tokenizer: Tokenizer | None,
 ) -> Found:
-    """Yield "common_start" where both responses begin with markup, or largely agree.
+    """Yield "common_start" where both responses begin with markup, "shared_start" with much text.
 
     Args:
         sides: Token ids of the two responses.
@@ -110,9 +110,10 @@ def _check_start(
     begin = "" if tokenizer is None else tokenizer.decode(sides[0][:start])
     thought = "</think>" in begin and start > 1
     half = start >= 8 and 2 * start >= min(map(len, sides))
-    if thought or facts.markup(begin + " .") or half:
+    markup = thought or facts.markup(begin + " .")
+    if markup or half:
         yield (
-            "common_start",
+            "common_start" if markup else "shared_start",
             f"both begin with the same {start} tokens" + (f": {begin[:80]!r}" if begin else ""),
         )
 

@@ -44,7 +44,7 @@ _WARNINGS = {
     "swapped_pair": "chosen is what a score, or another row, says is worse",
     "tied_pair": "chosen and rejected have the same score",
     "near_identical": "chosen and rejected differ in a few tokens only",
-    "common_start": "chosen and rejected begin alike: these tokens cancel, and hide the rest",
+    "common_start": "chosen and rejected begin with the same markup: these tokens cancel",
     "special_in_response": "special tokens or role headers inside a response",
     "prompt_in_response": "a response that repeats the prompt",
     "template_text": "the chat template writes text in front of the answer",
@@ -71,6 +71,7 @@ _WARNINGS = {
 
 _NOTES = {
     "other_column": "columns that are not read",
+    "shared_start": "chosen and rejected begin with the same text: these tokens cancel",
     "undesirable": "label is false: a loss without label raises these responses, too",
     "row_reference": "the rows hold log π_ref",
     "assistant_only": "only the assistant's tokens count; TRL's SFTTrainer counts all by default",

@@ -322,6 +322,10 @@ def test_common_starts(tokenizer, chat_tokenizer):
     empty = "<think>\n\n</think>\n\n"
     row = {"prompt": "Hi", "chosen": f"{empty}The cat sleeps", "rejected": f"{empty}sun"}
     assert codes(audit(tokenizer, [row])) == {"common_start"}
+    text = "the cat sat on the mat and the cat sat"
+    row = {"prompt": "Hi", "chosen": f"{text} down", "rejected": f"{text} up"}
+    report = audit(tokenizer, [row])
+    assert report.of("shared_start") and not report.of("common_start")
     chat_tokenizer.chat_template = THINK
     pair = {"prompt": [user("a")], "chosen": [assistant("cat")], "rejected": [assistant("sun")]}
     findings = audit(chat_tokenizer, [pair]).of("template_text")
