@@ -25,6 +25,8 @@ napoleon_use_rtype = False
 
 # Names of other packages (nothing is fetched while building) and of lddyn's insides, in signatures.
 INSIDES = [
+    "data.options.RowSettings",
+    "data.read.PlacedRow",
     "data.tokenizer.Tokenizer",
     "engine.replay.(Batch|Replay)",
     "engine.anatomy.(Batch|Replay)",

@@ -113,7 +113,7 @@ class Layout:
 
     @functools.cached_property
     def places(self) -> dict[tuple[str, str], slice]:
-        """(name, kind) → columns of a part: in the row, or in a repeat for a sketched part."""
+        """Columns of each (name, kind) of a part, in the row or, for a sketched part, in a repeat."""
         places = {}
         exact, repeated = self._lengths
         ends = [0, 0, exact + self.sketch.repeats * repeated]
