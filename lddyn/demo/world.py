@@ -66,7 +66,7 @@ PROBE_FIELDS = (
     "random_nonhum",
 )
 
-_VERSION = 1  # raise when the training code changes; facts, templates and settings are hashed
+_VERSION = 2  # raise when the training code changes; facts, templates and settings are hashed
 
 
 @dataclass(frozen=True)

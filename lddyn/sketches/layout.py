@@ -113,7 +113,7 @@ class Layout:
 
     @functools.cached_property
     def places(self) -> dict[tuple[str, str], slice]:
-        """Columns of each (name, kind) of a part, in a repeat if it is sketched, else in the row."""
+        """Columns of each part by (name, kind), in a repeat if sketched, else in the row."""
         places = {}
         exact, repeated = self._lengths
         ends = [0, 0, exact + self.sketch.repeats * repeated]
