@@ -69,7 +69,7 @@ def workplace(world, folder, tmp_path, monkeypatch):
     """A folder with the data files, models and watched run that pages name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LDDYN_CACHE_DIR", str(world.path.parent))
-    rows = "".join(json.dumps(row) + "\n" for row in world.preference_pairs[:3])
+    rows = "".join(json.dumps(row) + "\n" for row in world.preference_pairs[:4])
     for name in ("pairs.jsonl", "probes.jsonl", "formal_prob_train.jsonl"):
         Path(name).write_text(rows)
     Path("RUN", "lddyn").mkdir(parents=True)
@@ -333,7 +333,7 @@ SHELLS = {
 @pytest.mark.parametrize("page", SHELLS)
 def test_commands_of_blocks_run(page, folder, workplace):
     for line in SHELLS[page]:
-        line = line.replace("--drop 20", "--drop 2")  # of three rows
+        line = line.replace("--drop 20", "--drop 2")  # of four rows
         words = shlex.split(re.sub(r"\[.*?\]", "", line), comments=True)[1:]
         places = {"PATH_OR_NAME", "MODEL", "PATH"}
         result = CliRunner().invoke(app, [folder if word in places else word for word in words])
