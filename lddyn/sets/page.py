@@ -71,10 +71,10 @@ def write_page(
         environment=env(),
         extra={str(k): str(v) for k, v in (extra or {}).items()},
     )
-    run: dict[str, Any] = {}
+    later: dict[str, Any] = {}
     if measured is not None:
-        run = {"measured": measured.tolist(), "correlations": data["correlations"]}
-    write(diagnosis, path.parent / "diagnosis", run)
+        later = {"measured": measured.tolist(), "correlations": data["correlations"]}
+    write(diagnosis, path.parent / "diagnosis", later)
     if pair_steps:
         rows = [
             {"pair": s.pair, "step": s.decomposition.summary(), "mass": s.flow.to_dict()}

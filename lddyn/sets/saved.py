@@ -30,13 +30,15 @@ _FORECAST = ("path", "coefficients", "change", "effects")
 _EXAMPLE = ("prompt_ids", "response_ids", "response_mask", "name", "tokens", "prompt_tokens")
 
 
-def write(diagnosis: Diagnosis, path: str | Path, run: Mapping[str, object] | None = None) -> None:
+def write(
+    diagnosis: Diagnosis, path: str | Path, measured: Mapping[str, object] | None = None
+) -> None:
     """Writes a diagnosis to `path`.json, which also has `to_dict`, and its tensors beside it.
 
     Args:
         diagnosis: The diagnosis.
         path: Where, without the endings.
-        run: What the training that followed measured; for readers of the JSON file.
+        measured: What the training that followed measured; for readers of the JSON file.
     """
     step, pairs = diagnosis.step, diagnosis.pairs
     state: dict[str, Any] = {
@@ -55,7 +57,7 @@ def write(diagnosis: Diagnosis, path: str | Path, run: Mapping[str, object] | No
     if diagnosis.forecast is not None:
         run, curved = asdict(diagnosis.forecast.run), diagnosis.forecast.curved
         state["forecast"] = {"run": run, "curved": curved}
-    facts = {**diagnosis.to_dict(), **(run or {}), "state": state}
+    facts = {**diagnosis.to_dict(), **(measured or {}), "state": state}
     save_result(path, KIND, FORMAT, _tensors(diagnosis), facts)
 
 

@@ -558,6 +558,18 @@ def test_diagnosis_report_reads_a_run(model, tmp_path):
             report.read_dynamics(file)
 
 
+def test_what_the_training_measured_is_saved_beside_a_forecast(model, tmp_path):
+    pairs = some_pairs(["a", "b", "c"] * 8, 3)
+    found = lddyn.diagnose(model, pairs, close_ups=0, run=lddyn.Run(lr=1e-4))
+    found.report(tmp_path / "index.html", measured=torch.arange(3).double())
+    numbers = json.loads((tmp_path / "diagnosis.json").read_text(encoding="utf-8"))
+    assert numbers["measured"] == [0, 1, 2] and numbers["correlations"]
+    assert numbers.keys() - {"measured", "correlations", "state", "kind", "format"} == {
+        *found.to_dict(),
+        *("tensors", "digest"),
+    }
+
+
 def test_real_steps_and_actions_are_shown(model):
     pairs = some_pairs(["a", "b", "c"] * 8, 6)
     found = lddyn.diagnose(model, pairs, close_ups=0, validate=3)
