@@ -127,12 +127,13 @@ def open_regular(path: Path | str, flags: int = os.O_RDONLY) -> int:
     return fd
 
 
-def read_regular(path: Path | str, limit: int | None = None) -> bytes:
-    """All bytes of a regular file, or of the file that a link leads to.
+def read_regular(path: Path | str, offset: int = 0, limit: int | None = None) -> bytes:
+    """The bytes of a regular file, or of the file that a link leads to, from an offset to its end.
 
     Args:
         path: The file.
-        limit: Most bytes that it may have. None: any.
+        offset: First byte.
+        limit: Most bytes that the whole file may have. None: any.
 
     Raises:
         OSError: If it is missing or cannot be read.
@@ -141,6 +142,7 @@ def read_regular(path: Path | str, limit: int | None = None) -> bytes:
     with os.fdopen(open_regular(path), "rb") as file:
         if limit is not None and os.fstat(file.fileno()).st_size > limit:
             raise ValueError(f"{path}: larger than {limit} bytes")
+        file.seek(offset)
         return file.read()
 
 
@@ -235,11 +237,7 @@ def read_stored(path: Path, offset: int = 0, limit: int | None = None) -> bytes:
         StoreError: If it cannot be read.
     """
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            if limit is not None and os.fstat(file.fileno()).st_size > limit:
-                raise StoreCorruptError(f"{path}: larger than {limit} bytes")
-            file.seek(offset)
-            return file.read()
+        return read_regular(path, offset, limit)
     except ValueError as error:
         raise StoreCorruptError(str(error)) from None
     except FileNotFoundError:

@@ -199,9 +199,7 @@ def _file(path: Path) -> Mapping[str, Any]:
             values = yaml.safe_load(text)
     except ImportError as error:
         raise ValueError(f"{path}: reading YAML needs PyYAML: pip install pyyaml") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: not a configuration: {error}") from error
-    except Exception as error:  # yaml.YAMLError, which cannot be named before the import
+    except Exception as error:  # also yaml.YAMLError, which cannot be named before the import
         raise ValueError(f"{path}: not a configuration: {error}") from error
     if not isinstance(values, Mapping):
         raise ValueError(f"{path}: must hold arguments by name, got {type(values).__name__}")

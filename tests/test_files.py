@@ -104,7 +104,7 @@ def test_only_regular_files_are_read(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert read_regular(tmp_path / "link") == b"abc"
     with pytest.raises(ValueError, match="larger than 2 bytes"):
-        read_regular(tmp_path / "file", 2)
+        read_regular(tmp_path / "file", limit=2)
 
 
 def test_nothing_is_appended_through_a_link(tmp_path):

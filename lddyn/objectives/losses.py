@@ -2,7 +2,7 @@
 
 A function maps `Pairs`, and the loss's parameters by name, to N numbers whose mean is the loss of
 the N pairs as one batch. Names, normalisation and parameters are TRL's wherever TRL has the loss;
-`tests/integrations/test_trl_losses.py` compares each of them with TRL's trainers.
+`tests/objectives/test_trl_losses.py` compares each of them with TRL's trainers.
 """
 
 from __future__ import annotations
@@ -240,12 +240,22 @@ def _discopop(p: Pairs, beta: float, discopop_tau: float) -> Tensor:
 # ----- KTO on paired rows, which TRL's KTOTrainer unpairs
 
 
+def kto_desirable(gain: Tensor, beta: float, baseline: float) -> Tensor:
+    """1 − σ(β (gain − baseline)), KTO's term of a desirable response with its gain in nats."""
+    return _sigmoid(-beta * (gain - baseline))
+
+
+def kto_undesirable(gain: Tensor, beta: float, baseline: float) -> Tensor:
+    """1 − σ(β (baseline − gain)), KTO's term of an undesirable response."""
+    return _sigmoid(-beta * (baseline - gain))
+
+
 def _kto(
     p: Pairs, beta: float, baseline: float, desirable_weight: float, undesirable_weight: float
 ) -> Tensor:
-    good = _sigmoid(-beta * (p.gain_chosen - baseline))
-    bad = _sigmoid(-beta * (baseline - p.gain_rejected))
-    return (desirable_weight * good + undesirable_weight * bad) / 2
+    good = desirable_weight * kto_desirable(p.gain_chosen, beta, baseline)
+    bad = undesirable_weight * kto_undesirable(p.gain_rejected, beta, baseline)
+    return (good + bad) / 2
 
 
 # ----- losses without a reference: TRL's CPOTrainer and ORPOTrainer

@@ -17,7 +17,13 @@ from lddyn.engine.reference_policy import (
     describe_reference,
     reference_log_probs,
 )
-from lddyn.objectives.losses import FINITE, NOT_NEGATIVE, Parameter
+from lddyn.objectives.losses import (
+    FINITE,
+    NOT_NEGATIVE,
+    Parameter,
+    kto_desirable,
+    kto_undesirable,
+)
 from lddyn.objectives.objective import Objective, several
 
 __all__ = ["KTO"]
@@ -133,8 +139,8 @@ class KTO(Objective):
         gains = sums - self.reference_log_probs.to(sums).view(-1)
         desirable = torch.tensor(self.labels, device=sums.device)
         p = self.parameters
-        good = p["desirable_weight"] * torch.sigmoid(-p["beta"] * (gains - self.kl))
-        bad = p["undesirable_weight"] * torch.sigmoid(-p["beta"] * (self.kl - gains))
+        good = p["desirable_weight"] * kto_desirable(gains, p["beta"], self.kl)
+        bad = p["undesirable_weight"] * kto_undesirable(gains, p["beta"], self.kl)
         return torch.where(desirable, good, bad).mean()
 
     def describe(self) -> dict[str, Any]:

@@ -17,14 +17,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lddyn.data.checks import check_log_prob
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.experts import expert_remarks
 from lddyn.engine.guard import evaluating, undisturbed
-from lddyn.engine.logits import own_response
 from lddyn.engine.reference_policy import Reference, check_reference, describe_reference
 from lddyn.engine.skeleton import position_limit
 from lddyn.errors import UnsupportedModelError
@@ -43,7 +41,7 @@ from lddyn.sets.step import SetStep
 from lddyn.sets.validate import validate as compare_with_steps
 from lddyn.settings import Like, TrainerSettings, router_remark
 from lddyn.sketches.sketch import Sketch
-from lddyn.steps.precision import coarse
+from lddyn.steps.precision import coarse, rounding_error
 
 __all__ = ["diagnose"]
 
@@ -223,13 +221,12 @@ def _rounding(access: Access, pairs: PairSet) -> list[str]:
     if dtype is None or access.unavailable:
         return []
     longest = max(pairs.examples, key=len)
-    with evaluating(access.model), torch.no_grad():
-        own = own_response(access.model, longest).log_probs.double()
-        exact = access.anatomy.trace(longest).log_probs().detach().to(own)
+    with evaluating(access.model):
+        error = rounding_error(access.anatomy.trace(longest), longest)
     name = str(dtype).removeprefix("torch.")
     return [
         f"The weights are {name}: log π of a response of {len(longest)} tokens is rounded by about "
-        f"±{float((own - exact).norm()):.2g} nats, and a real step leaves weights as they are that "
+        f"±{error:.2g} nats, and a real step leaves weights as they are that "
         "it would change by less than half of their last bit; smaller effects cannot be measured "
         "on this model. `lddyn.decompose` says how many weights a step moves."
     ]

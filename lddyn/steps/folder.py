@@ -133,8 +133,9 @@ def read_steps(
         raise ValueError(
             f"{path}: cannot be read as the summary of these steps: {error}"
         ) from error
+    digests = _digests(folder, places)
     for name, digest in summary.pop("records", {}).items():
-        if _digests(folder, places).get(name) != digest:
+        if digests.get(name) != digest:
             raise ValueError(f"{folder}: {name} and summary.json are not of one save")
     return decs, verifications, summary
 

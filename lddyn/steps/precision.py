@@ -12,13 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lddyn.data.example import Example
 from lddyn.engine.gram import Side
 from lddyn.engine.guard import evaluating
 from lddyn.engine.logits import own_response
+from lddyn.engine.trace import Trace
 from lddyn.optimizers import Direction
 from lddyn.steps.setup import Setup
 
-__all__ = ["coarse", "describe_precision", "has_dropout", "moved_share", "weight_change"]
+__all__ = [
+    "coarse",
+    "describe_precision",
+    "has_dropout",
+    "moved_share",
+    "rounding_error",
+    "weight_change",
+]
 
 _COARSE = (torch.bfloat16, torch.float16)
 
@@ -54,24 +63,33 @@ def weight_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
     return sum(int((after[n] != p).sum()) for n, p in before.items()) / max(count, 1)
 
 
+@torch.no_grad()
+def rounding_error(trace: Trace, example: Example) -> float:
+    """The size of the rounding error of a response's log π, in nats; within `evaluating`.
+
+    How far the log-probs of the model's own forward pass are from those of the analysis, as
+    independent errors of its tokens.
+    """
+    own = own_response(trace.anatomy, example).log_probs.double()
+    return float((own - trace.log_probs().detach().to(own)).norm())
+
+
 def describe_precision(setup: Setup, direction: Direction, sides: Sequence[Side]) -> dict[str, Any]:
     """Facts of a step on 16-bit weights, for settings; empty for other number types.
 
-    "weights_moved" is `moved_share`; "rounding" maps every observed response to the size of the
-    rounding error of its log π, in nats: how far the log-probs of the model's own forward pass are
-    from those of the analysis, as independent errors of its tokens.
+    "weights_moved" is `moved_share`; "rounding" maps every observed response to its
+    `rounding_error`.
 
     Cost: one forward pass per observed response.
     """
     trainable = setup.anatomy.trainable
     if coarse(trainable) is None:
         return {}
-    rounding = {}
-    with evaluating(setup.anatomy.model), torch.no_grad():
-        for (name, example), side in zip(setup.observed.items(), sides, strict=True):
-            own = own_response(setup.anatomy, example).log_probs.double()
-            apart = own - side.trace.log_probs().detach().to(own)
-            rounding[name] = float(apart.norm())
+    with evaluating(setup.anatomy.model):
+        rounding = {
+            name: rounding_error(side.trace, example)
+            for (name, example), side in zip(setup.observed.items(), sides, strict=True)
+        }
     share = moved_share({n: p.detach() for n, p in trainable.items()}, _double(direction))
     return {"weights_moved": share, "rounding": rounding}
 
