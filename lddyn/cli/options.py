@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -258,7 +259,7 @@ class FileOptions:
         ),
     ] = None
 
-    @property
+    @cached_property
     def settings(self) -> TrainerSettings | None:
         """What --like says. None: there is no such file."""
         from lddyn.settings import TrainerSettings

@@ -12,11 +12,11 @@ __all__ = ["warn_of_unread_log_probs"]
 
 def warn_of_unread_log_probs(rows: Sequence[Mapping[str, Any]]) -> None:
     """Says that log-probs of a reference in the rows are not used without --reference rows."""
-    from lddyn.engine.reference_policy import ROW_COLUMNS
+    from lddyn.data.columns import REFERENCE
 
-    there = [row for row in rows if all(column in row for column in ROW_COLUMNS)]
+    there = [row for row in rows if all(column in row for column in REFERENCE)]
     if there:
         warn(
-            f"{len(there)} rows hold {' and '.join(ROW_COLUMNS)}, which are not used: "
+            f"{len(there)} rows hold {' and '.join(REFERENCE)}, which are not used: "
             "--reference rows takes them as the reference"
         )

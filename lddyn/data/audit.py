@@ -13,7 +13,15 @@ from lddyn.data.checks import (
     check_scores,
     swapped,
 )
-from lddyn.data.columns import SCORES, Row, feedback_label, reference_log_probs, unread_columns
+from lddyn.data.columns import (
+    MASKS,
+    REFERENCE,
+    SCORES,
+    Row,
+    feedback_label,
+    reference_log_probs,
+    unread_columns,
+)
 from lddyn.data.example import Example
 from lddyn.data.findings import PROBLEMS, Audit, Finding
 from lddyn.data.options import DEFAULT, RowOptions, RowSettings
@@ -183,9 +191,8 @@ class _Checks:
         for code, detail in example.notes:
             if code in PROBLEMS:
                 self._report(name, code, detail)
-        masks = ("labels", "completion_mask", "assistant_masks", "loss_mask")
         is_sequence = name == "input_ids" or name.startswith("document_")
-        whole = name == "text" or (is_sequence and not any(row.get(mask) for mask in masks))
+        whole = name == "text" or (is_sequence and not any(row.get(mask) for mask in MASKS))
         whole |= name == "messages" and not self.options.assistant_only
         for code, detail in check_response(example, self.facts, self.tokenizer, whole=whole):
             place = "prompt" if code in ("double_bos", "missing_bos") and "prompt" in row else name
@@ -249,7 +256,7 @@ class _Checks:
                     "undesirable", f"row {self._row} and others have a label of false"
                 )
             if reference_log_probs(row) is not None:
-                reads |= {"ref_chosen_logps", "ref_rejected_logps"}
+                reads |= {*REFERENCE}
                 self._report_once(
                     "row_reference",
                     "ref_chosen_logps and ref_rejected_logps are used where the reference is asked "
@@ -258,7 +265,7 @@ class _Checks:
         except ExampleError as error:
             if error.field in read.reads or error.problem == "bad_reference":
                 self._report_error(error.field, error)
-            reads |= {"ref_chosen_logps", "ref_rejected_logps"}
+            reads |= {*REFERENCE}
         unread = unread_columns(row, reads)
         losing = {name: column for name, column in unread.items() if column.lost}
         for names, code in (

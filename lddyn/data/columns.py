@@ -12,7 +12,7 @@ from typing import Any
 
 from lddyn.errors import ExampleError
 
-__all__ = ["COLUMNS", "MASKS", "PREPARED_PAIRS", "SCORES", "WHOLE", "Column", "Row"]
+__all__ = ["COLUMNS", "MASKS", "PREPARED_PAIRS", "REFERENCE", "SCORES", "WHOLE", "Column", "Row"]
 
 Row = Mapping[str, Any]  # one row of a data set: column → value
 
@@ -117,6 +117,9 @@ PREPARED_PAIRS = (
 
 # Columns of `input_ids` rows that say which tokens are in the loss; a token is if all say so.
 MASKS = ("labels", "completion_mask", "assistant_masks", "loss_mask")
+
+# Columns of log-probs of a reference that was run before training, as TRL writes them.
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
 # Columns in which a judge has scored the two responses of a pair: (chosen, rejected).
 SCORES = tuple(
@@ -225,10 +228,9 @@ def reference_log_probs(row: Row) -> tuple[float, float] | None:
         >>> reference_log_probs({"ref_chosen_logps": -3.0, "ref_rejected_logps": -9.5})
         (-3.0, -9.5)
     """
-    columns = ("ref_chosen_logps", "ref_rejected_logps")
-    if all(row.get(column) is None for column in columns):
+    if all(row.get(column) is None for column in REFERENCE):
         return None
-    for column in columns:
+    for column in REFERENCE:
         value = row.get(column)
         if not isinstance(value, int | float) or isinstance(value, bool) or not value <= 0:
             raise ExampleError(
@@ -237,7 +239,7 @@ def reference_log_probs(row: Row) -> tuple[float, float] | None:
                 problem="bad_reference",
                 field=column,
             )
-    return float(row[columns[0]]), float(row[columns[1]])
+    return float(row[REFERENCE[0]]), float(row[REFERENCE[1]])
 
 
 def require_columns(row: Row, *columns: str) -> None:

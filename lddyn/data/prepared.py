@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lddyn.data.columns import MASKS, Row, missing_column
+from lddyn.data.columns import MASKS, REFERENCE, Row, missing_column
 from lddyn.data.encode import make_example
 from lddyn.data.example import IGNORED_LABEL, Example, entries, token_ids
 from lddyn.data.messages import common_prefix_length
@@ -74,7 +74,7 @@ class _Prepared:
                 other = _present(self.row, "chosen_input_ids", "rejected_input_ids")
                 raise missing_column(f"{side}_input_ids" if other else f"{side}_ids", self.row)
             columns[side] = column
-        self.read.reads |= {"ref_chosen_logps", "ref_rejected_logps"}
+        self.read.reads |= {*REFERENCE}
         for side, column in columns.items():
             self._response(side, column, f"{side}_labels", f"{side}_mask")
         if all(f"{side}_labels" in self.row for side in columns):

@@ -25,12 +25,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lddyn.data.columns import REFERENCE
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.logits import token_log_probs
 
 __all__ = [
-    "ROW_COLUMNS",
     "Reference",
     "adapter_remarks",
     "check_reference",
@@ -206,9 +206,6 @@ def _adapters(policy: Any, reference: str) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------
 # Log-probs in rows
 
-# Columns of rows whose reference log-probs were computed before training, as TRL writes them.
-ROW_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-
 
 def row_log_probs(rows: Sequence[Mapping[str, Any]]) -> Tensor:
     """The log π_ref that rows of pairs hold, (2, N) float64, in nats.
@@ -217,14 +214,14 @@ def row_log_probs(rows: Sequence[Mapping[str, Any]]) -> Tensor:
         ValueError: If a row lacks them, or holds something else than finite numbers.
     """
     for number, row in enumerate(rows):
-        for column in ROW_COLUMNS:
+        for column in REFERENCE:
             value = row.get(column)
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(
                     f"pair {number} must have log π_ref in nats in the column {column!r}, got "
                     f"{value!r}"
                 )
-    values = [[float(row[column]) for row in rows] for column in ROW_COLUMNS]
+    values = [[float(row[column]) for row in rows] for column in REFERENCE]
     return torch.tensor(values, dtype=torch.float64)
 
 

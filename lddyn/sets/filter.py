@@ -120,7 +120,12 @@ def _contribution(pair: Mapping[str, Any]) -> float:
 
 
 def write_source(folder: str | Path, data: str | Path) -> None:
-    """Writes the name and digest of the diagnosed file into the folder of a diagnosis."""
+    """Writes the path and digest of the diagnosed rows into the folder of a diagnosis.
+
+    Args:
+        folder: Folder of the diagnosis.
+        data: A file, a folder of files, or a glob.
+    """
     data = Path(data).resolve()
     source = {"data": str(data), "data_digest": _digest(data)}
     replace_file(Path(folder) / _SOURCE, sealed(source))
