@@ -144,20 +144,6 @@ class Product(nn.Module):
         return torch.addmm(self.b[0], self.a, self.b).mean() + x
 
 
-class Hidden(torch.autograd.Function):
-    """A linear layer as fused-kernel libraries write it."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x @ weight.T
-
-    @staticmethod
-    def backward(ctx, g):
-        x, weight = ctx.saved_tensors
-        return g @ weight, g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-
-
 class Gain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
@@ -254,7 +240,7 @@ def test_gain_inside_an_autograd_function_is_right():
 
 @pytest.mark.parametrize(
     "fn",
-    [Hidden.apply, lambda x, weight: scripted_linear(x, weight)],
+    [zoo.Fused.apply, lambda x, weight: scripted_linear(x, weight)],
     ids=["autograd.Function", "TorchScript"],
 )
 def test_weight_hidden_from_torch_functions_is_named(fn):

@@ -23,20 +23,6 @@ OBSERVED = Example([5, 9, 33, 7], [41, 8, 22], name="observed")
 UPDATED = Example([5, 9, 12], [40, 7, 41], name="updated")
 
 
-class Fused(torch.autograd.Function):
-    """A product whose weight no torch function shows, as in fused LoRA kernels."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x @ weight.T
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2)
-
-
 class Untracked(torch.autograd.Function):
     """The identity; its backward pass hides from autograd that it is linear in the cotangent."""
 
@@ -71,7 +57,7 @@ def fused():
     model = llama()
     for layer in model.model.layers:
         down = layer.mlp.down_proj
-        down.forward = lambda x, down=down: Fused.apply(x, down.weight)
+        down.forward = lambda x, down=down: zoo.Fused.apply(x, down.weight)
     return model
 
 
@@ -136,7 +122,7 @@ def test_a_model_is_compared_once_until_its_modules_change(monkeypatch):
     lddyn.ntk(model, OBSERVED, UPDATED).gram()
     assert len(compared) == 2
     down = model.model.layers[0].mlp.down_proj
-    down.forward = lambda x: Fused.apply(x, down.weight)
+    down.forward = lambda x: zoo.Fused.apply(x, down.weight)
     with pytest.raises(DisagreementError):
         lddyn.ntk(model, OBSERVED, UPDATED).gram()
 
