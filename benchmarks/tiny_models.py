@@ -63,6 +63,34 @@ _SHARED = {
     "num_kv_shared_layers": 2,
 }
 
+_DOTS3 = {
+    "layer_types": ["indexed_attention", "sliding_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+    "num_key_value_heads": 4,
+    "per_layer_config": {"01": {"num_attention_heads": 2, "num_key_value_heads": 2}},
+    "head_dim": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 1e4}
+        for kind in ("indexed_attention", "sliding_attention")
+    },
+}
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+    "linear_num_heads": 2,
+    "num_experts_per_token": 2,
+    "num_key_value_heads": 4,
+}
+
 _ZAMBA = {
     "num_hidden_layers": 3,
     "layers_block_type": ["mamba", "hybrid", "hybrid"],
@@ -71,7 +99,14 @@ _ZAMBA = {
 
 # What the rules above leave out, by model type.
 SPECIAL: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {"n_group": 2, "topk_group": 1, "num_experts": 4},
+    "bailing_hybrid": {**_LINEAR, "layer_group_size": 2},
+    "kimi_linear": _LINEAR,
+    "blt": {
+        "encoder_hash_byte_group_size": [2, 3],
+        "encoder_hash_byte_group_vocab": 50,
+        "encoder_config": {"hidden_size_global": 32},
+        "decoder_config": {"hidden_size_global": 32},
+    },
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
@@ -83,42 +118,51 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "deepseek_v2": {"num_experts_per_tok": 2, "num_key_value_heads": 4},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note": {"num_key_value_heads": 4},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note": {
+        "text_config": _DOTS3,
+        "vision_config": {
+            "adapter_in_dim": 32,
+            "adapter_out_dim": 32,
+            "mlp_layer_types": ["dense", "sparse"],
+            "per_layer_config": {},
+        },
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    },
+    "dots3_note_text": _DOTS3,
     "gemma3n_text": {
         **_SHARED,
         "intermediate_size": [48] * 4,
         "activation_sparsity_pattern": [0.0] * 4,
     },
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "longcat_flash": {"head_dim": 4},
+    "longcat_flash": {"qk_head_dim": 16, "num_key_value_heads": 4, "zero_expert_num": 2},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "ministral": {"head_dim": 8},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
-    "reformer": {
-        "axial_pos_embds_dim": [16, 16],
-        "axial_pos_shape": [8, 8],
-        "attn_layers": ["local", "lsh"],
-        "num_hidden_layers": 2,
-        "lsh_attn_chunk_length": 8,
-        "local_attn_chunk_length": 8,
-        "num_buckets": 2,
-    },
-    "qwen4_exp_text": {
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 8,
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 2,
-    },
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
+    "xlnet": {"attn_type": "uni"},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {**_ZAMBA, "attention_hidden_size": 64},
     "zamba2": _ZAMBA,
+}
+
+_ASSISTANT = "drafts tokens from the hidden states and the keys of another model; none of its own"
+_MUSIC = "its causal LM is the decoder of a model of sound, and makes the logits of four codebooks"
+
+# What is no causal LM that can be trained on its own, although transformers lists it as one.
+LEFT_OUT = {
+    "gemma3n": "its tower of images needs the package timm; gemma3n_text is the text model",
+    "gemma4_assistant": _ASSISTANT,
+    "gemma4_unified_assistant": _ASSISTANT,
+    "musicgen": _MUSIC,
+    "musicgen_melody": _MUSIC,
+    "reformer": "its reversible layers have no gradient in evaluation mode, and hash at random",
 }
 
 _ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
@@ -133,7 +177,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def names() -> list[str]:
-    """Every model type with a causal LM, and the variants."""
+    """Every model type with a causal LM, and the variants; some of them are `LEFT_OUT`."""
     return sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS])
 
 

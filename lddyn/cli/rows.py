@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lddyn.cli.options import OneRowOptions, split
+from lddyn.data.context import position_limit, text_config
 from lddyn.files import JsonObject
 
 if TYPE_CHECKING:
@@ -135,11 +136,9 @@ def encode_columns(
 
 def check_fits(example: Example, name: str, config: object) -> None:
     """Raises a ValueError if the model cannot read the example: too long, or an unknown token."""
-    text = getattr(config, "text_config", None) or config
-    vocabulary = getattr(text, "vocab_size", None)
-    context = getattr(text, "max_position_embeddings", None)
+    vocabulary = getattr(text_config(config), "vocab_size", None)
     try:
-        example.check_model_limits(vocabulary if isinstance(vocabulary, int) else 2**62, context)
+        example.check_model_limits(vocabulary, position_limit(config))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -22,6 +22,7 @@ from lddyn.data.columns import (
     reference_log_probs,
     unread_columns,
 )
+from lddyn.data.context import position_limit, text_config
 from lddyn.data.example import Example
 from lddyn.data.findings import PROBLEMS, Audit, Finding
 from lddyn.data.options import DEFAULT, RowOptions, RowSettings
@@ -86,12 +87,12 @@ def audit(
         {'identical_pair': 1}
     """
     options = replace(options.with_settings(settings), texts=False)
-    text_config = getattr(config, "text_config", None) or config
+    text = text_config(config)
     if vocab_size is None:
-        vocab_size = getattr(text_config, "vocab_size", None)
+        vocab_size = getattr(text, "vocab_size", None)
     if max_positions is None:
-        max_positions = getattr(text_config, "max_position_embeddings", None)
-    stops = as_ids(getattr(text_config, "eos_token_id", None))
+        max_positions = position_limit(config)
+    stops = as_ids(getattr(text, "eos_token_id", None))
     stops |= as_ids(getattr(generation_config, "eos_token_id", None))
     checks = _Checks(tokenizer, fields, options, (vocab_size, max_positions), stops)
     for index, (where, row) in enumerate(placed_rows(rows)):

@@ -125,12 +125,14 @@ def evaluate(model: nn.Module, undo: Undo) -> None:
 
 ATTENTION, EXPERTS = "_attn_implementation_internal", "_experts_implementation_internal"
 
-# Without the outputs that nobody reads here: hidden states and attentions install hooks, and a
-# mixture's router logits are made into a loss. Keys of transformers' configs.
+# Without the outputs that nobody reads here: hidden states and attentions install hooks, a
+# mixture's router logits are made into a loss, and XLNet's memories are detached, which looks like
+# a gradient that is stopped. Keys of transformers' configs.
 QUIET: dict[str, object] = {
     "output_hidden_states": False,
     "_output_attentions": False,
     "output_router_logits": False,
+    "use_mems_eval": False,
     "return_dict": True,
 }
 

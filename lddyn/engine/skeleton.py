@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lddyn.data.context import position_limit, rope_types
 from lddyn.engine import door, guard
 from lddyn.engine.blocks import RunBlock, bind_block, find_blocks
 from lddyn.engine.head import linear_head
@@ -67,7 +68,7 @@ class Skeleton:
         door.check_whole(model)
         self.base, self.head = base, linear_head(base)
         self.blocks, self.joined = find_blocks(base), ""
-        self.scales_with_length = "dynamic" in rope_types(base.config.get_text_config())
+        self.scales_with_length = "dynamic" in rope_types(base.config)
         self.own_attention = getattr(base.config, "_attn_implementation", None)
         self.keeps_attention = False
         with guard.lock_of(model):  # another thread's analysis may have switched gradients off
@@ -251,20 +252,3 @@ def first_stream(hidden: Tensor) -> Tensor:
 def beside(hidden: Tensor, logits: Tensor) -> Tensor:
     """The head's output (B, M, V) with the axis of streams that its input has."""
     return logits[:, None] if hidden.dim() == 4 else logits
-
-
-def position_limit(config: Any) -> int | None:
-    """Longest sequence that a model was built for; None without a limit, as with dynamic RoPE."""
-    if "dynamic" in rope_types(config):
-        return None
-    limit: int | None = getattr(config, "max_position_embeddings", None)
-    return limit
-
-
-def rope_types(config: Any) -> set[str]:
-    """Kinds of rotary embeddings that a config names, such as "default" or "dynamic"."""
-    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    if not isinstance(settings, dict):
-        return set()
-    parts = [settings, *(x for x in settings.values() if isinstance(x, dict))]
-    return {str(x["rope_type"]) for x in parts if "rope_type" in x}

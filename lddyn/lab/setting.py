@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lddyn.data.context import position_limit
 from lddyn.data.example import Example
 from lddyn.demo import world as demo
 from lddyn.files import canonical, digest_of
@@ -66,8 +67,7 @@ class Setting:
 
     def encode(self, rows: ProbeSet, fields: Sequence[str]) -> Encoded:
         """Rows with the setting's tokenizer, within the model's positions."""
-        room = getattr(self.model.config, "max_position_embeddings", None) or 512
-        most = min(512, room)
+        most = min(512, position_limit(self.model.config) or 512)
         return rows.encode(
             self.tokenizer, fields=fields, max_length=most, max_prompt_length=most // 2
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lddyn.data.context import position_limit
 from lddyn.data.tokenizer import Tokenizer, eos_ids, tokenize
 from lddyn.engine.guard import evaluating
 from lddyn.probes.probe_set import TYPES, ProbeSet
@@ -153,7 +154,7 @@ def sample(
     Cost: one forward pass per token and batch.
     """
     config: Any = model.config
-    positions = getattr(config, "max_position_embeddings", None) or 1 << 30
+    positions = position_limit(config) or 1 << 30
     most = max(1, positions - max_new_tokens)
     ids = [tokenize(tokenizer, text)[-most:] for text in prompts]
     ends = torch.tensor(sorted(eos_ids(tokenizer)), dtype=torch.int64)

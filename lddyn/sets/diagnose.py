@@ -20,11 +20,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lddyn.data.checks import check_log_prob
+from lddyn.data.context import position_limit
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.experts import expert_remarks
 from lddyn.engine.guard import evaluating, undisturbed
 from lddyn.engine.reference_policy import Reference, check_reference, describe_reference
-from lddyn.engine.skeleton import position_limit
 from lddyn.errors import UnsupportedModelError
 from lddyn.memory import DEFAULT_MEMORY, parse_memory
 from lddyn.objectives.like import loss_like, reference_like
@@ -246,7 +246,7 @@ def _check_limits(model: nn.Module, pairs: PairSet) -> None:
     """Whether every example fits into the model's vocabulary and context."""
     config: Any = model.config
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    context = position_limit(config.get_text_config())
+    context = position_limit(config)
     for example in pairs.examples:
         example.check_model_limits(vocabulary, context)
 
