@@ -94,7 +94,7 @@ class RunOptions:
         bool,
         typer.Option(
             "--forecast",
-            help="Predict a whole run of AdamW, from the gradients of its start; needs --lr.",
+            help="Predict a whole run of AdamW, without training; needs --lr.",
             rich_help_panel=RUN,
         ),
     ] = False
@@ -125,6 +125,15 @@ class RunOptions:
             rich_help_panel=RUN,
         ),
     ] = None
+
+    refresh: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Segments of the run: gradients are taken anew at the start of each.",
+            rich_help_panel=RUN,
+        ),
+    ] = 2
 
     def make(self, seed: int, settings: TrainerSettings | None) -> Run | None:
         """The run. None: no forecast is wanted."""
@@ -270,7 +279,7 @@ def diagnose(
         typer.Option(
             min=8,
             help="Estimate inner products of gradients from sketches of this many numbers, also "
-            "where gradients fit into --memory. Default: exact where they fit, else 4096.",
+            "where gradients fit into --memory. Default: exact where they fit, else 16384.",
             show_default=False,
             rich_help_panel=COMPUTATION,
         ),
@@ -293,9 +302,7 @@ def diagnose(
     tokenizer, lm = model.load_tokenizer(), model.load()
     given = encode_pairs(tokenizer, lm.config, content, rows.encoding)
     _warn_of_skipped(given, rows.data, content)
-    sketch = None
-    if planned is None or sketch_size is not None:  # else a run, which needs exact inner products
-        sketch = _sketch(lm, len(given.pairs), memory, sketch_size, seed)
+    sketch = _sketch(lm, len(given.pairs), memory, sketch_size, seed)
     moved = _log_probs_after(page.after, model, given.pairs)
     diagnosis = lddyn.diagnose(
         lm,
@@ -306,6 +313,7 @@ def diagnose(
         memory=memory,
         sketch=sketch,
         run=planned,
+        refresh=run.refresh,
         close_ups=close_ups,
         validate=validate,
         row_numbers=given.rows,
@@ -412,7 +420,8 @@ def _warn_of_skipped(given: PairSet, data: Path, content: Sequence[PlacedRow]) -
 
 def _sketch(model: nn.Module, pairs: int, memory: str, k: int | None, seed: int) -> Sketch | None:
     """The sketch from which inner products are estimated. None: all gradients fit."""
-    from lddyn.memory import parse_memory
+    from lddyn.memory import in_gib, parse_memory
+    from lddyn.sets.diagnose import NUMBERS
     from lddyn.sketches.sketch import Sketch
 
     if k is not None:
@@ -421,10 +430,11 @@ def _sketch(model: nn.Module, pairs: int, memory: str, k: int | None, seed: int)
     if size <= parse_memory(memory):
         return None
     warn(
-        f"the gradients of {pairs} pairs take {size / 2**30:.3g} GiB, more than --memory "
-        f"{memory}: inner products between pairs are estimated"
+        f"the gradients of {pairs} pairs take {in_gib(size)}, more than --memory {memory}: inner "
+        f"products are estimated from sketches of {NUMBERS:,} numbers, with standard errors; more "
+        "--memory, an adapter or --limit makes them exact"
     )
-    return Sketch(seed=seed)
+    return Sketch(k=NUMBERS, seed=seed)
 
 
 def _log_probs_after(

@@ -365,7 +365,7 @@ def sequence_gram(
         else:
             part = torch.stack([gradient[columns] for gradient in gradients])
         weighted = part if precondition is None else part * precondition[columns]
-        total += (weighted @ part.T).double()
+        total += (weighted @ part.T).double().cpu()
     return total
 
 

@@ -62,6 +62,27 @@ class Access:
         return sum(p.numel() for p in self.parameters)
 
     @property
+    def device(self) -> torch.device:
+        """Where the first trainable parameter is."""
+        return self.parameters[0].device
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """Name → trainable parameter, in the order of `parameters`."""
+        if self._anatomy is not None:
+            return dict(self._anatomy.trainable)
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def looked_up(self) -> set[str]:
+        """Parameters whose gradients may be given by rows: embeddings, and the head's weight."""
+        if self._anatomy is None:
+            return set()
+        used = {n for n, entry in self._anatomy.ledger.items() if "embedding" in entry.ops}
+        head = self._anatomy.head_weight
+        return used if head is None else used | {head}
+
+    @property
     def anatomy(self) -> Anatomy:
         """The Anatomy.
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from lddyn.data.example import Example
 from lddyn.engine.guard import evaluating
+from lddyn.engine.trace import Trace
 from lddyn.sets.access import Access
-from lddyn.sets.pairs import PairSet
+from lddyn.sets.bar import Bar
+from lddyn.sets.pairs import Pair, PairSet
+from lddyn.sets.readings import lbk_of_pair
 
-__all__ = ["CloseUp", "look_at_tokens"]
+__all__ = ["CLOSE_UP", "LBK", "CloseUp", "lbk_of_pairs", "look_at_tokens"]
+
+CLOSE_UP, LBK = 40, 8  # costs of a pair, in forward passes of one sequence
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,12 @@ class CloseUp:
         own: (3, M + K) ⟨∇ log π(token), d⟩ of the M tokens of y+, then the K of y−, with d = g+, g−
             and the mean g+ of all pairs.
         others: Another pair -> (M' + K',) ⟨∇ log π(its token), g+⟩.
+        lbk: LBK of a step on y− at y+.
     """
 
     own: Tensor
     others: Mapping[int, Tensor]
+    lbk: float
 
 
 def look_at_tokens(
@@ -35,8 +43,7 @@ def look_at_tokens(
     pairs: PairSet,
     mean_chosen: Tensor,
     wanted: Mapping[int, Sequence[int]],
-    *,
-    progress: bool,
+    bar: Bar,
 ) -> dict[int, CloseUp]:
     """Close-ups of the keys of `wanted`, each also with the tokens of the pairs in its value.
 
@@ -45,28 +52,60 @@ def look_at_tokens(
         pairs: The set.
         mean_chosen: Mean gradient of all chosen responses, (P,).
         wanted: Pair -> other pairs whose tokens are paired with the gradient of its y+.
-        progress: Show a bar.
+        bar: Advanced by `CLOSE_UP` for each pair.
 
-    Cost: a dozen pushes a pair, each about four forward passes.
+    Cost: two gradients and up to eight pushes a pair, each push about four forward passes.
     """
     if access.unavailable:
         return {}
     close_ups = {}
-    for pair, others in tqdm(wanted.items(), desc="tokens", disable=not progress, leave=False):
+    bar.say("tokens")
+    for pair, others in wanted.items():
         with evaluating(access.model), torch.enable_grad():
-            own = [access.gradient(example) for example in pairs[pair]]
+            up, down = (access.gradient(example) for example in pairs[pair])
+        own, bound = _own(access, pairs[pair], [up, down, mean_chosen])
         close_ups[pair] = CloseUp(
-            _inner(access, pairs, pair, [*own, mean_chosen]),
-            {j: _inner(access, pairs, j, own[:1])[0] for j in others},
+            own,
+            {j: torch.cat([_inner(access, e, [up])[0][0] for e in pairs[j]]) for j in others},
+            bound,
         )
+        bar.advance(CLOSE_UP)
     return close_ups
 
 
-def _inner(access: Access, pairs: PairSet, pair: int, directions: list[Tensor]) -> Tensor:
-    """⟨∇ log π(token), d⟩ of all tokens of a pair, (D, M + K) float64."""
-    parts = []
-    for example in pairs[pair]:
-        trace, moved = access.push(example, directions)
-        at = trace.targets[None, :, None].expand(len(moved), -1, 1)
-        parts.append(moved.gather(2, at)[:, :, 0])
-    return torch.cat(parts, 1).double().cpu()
+def lbk_of_pairs(access: Access, pairs: PairSet, bar: Bar) -> Tensor:
+    """LBK of a step on y− at y+, for every pair (N,); NaN where the model cannot be pushed through.
+
+    Cost: a gradient, a push and a forward pass a pair: about eight forward passes.
+    """
+    values = torch.full((len(pairs),), math.nan, dtype=torch.float64)
+    bar.say("LBK")
+    for i, pair in enumerate(() if access.unavailable else pairs):
+        with evaluating(access.model), torch.enable_grad():
+            down = access.gradient(pair[1])
+        _, trace, change = _inner(access, pair[0], [down])
+        values[i] = _bound(access, pair[1], trace, change[0])
+        bar.advance(LBK)
+    return values
+
+
+def _own(access: Access, pair: Pair, directions: list[Tensor]) -> tuple[Tensor, float]:
+    """⟨∇ log π(token), d⟩ of all tokens of a pair, (D, M + K) float64, and LBK of y− at y+."""
+    chosen, trace, change = _inner(access, pair[0], directions)
+    rejected, *_ = _inner(access, pair[1], directions)
+    return torch.cat([chosen, rejected], 1), _bound(access, pair[1], trace, change[1])
+
+
+def _inner(
+    access: Access, example: Example, directions: list[Tensor]
+) -> tuple[Tensor, Trace, Tensor]:
+    """⟨∇ log π(token), d⟩ of a response's tokens, (D, M) float64, and the push that it is from."""
+    trace, moved = access.push(example, directions)
+    at = trace.targets[None, :, None].expand(len(moved), -1, 1)
+    return moved.gather(2, at)[:, :, 0].double().cpu(), trace, moved
+
+
+def _bound(access: Access, rejected: Example, trace: Trace, change: Tensor) -> float:
+    """LBK from the change of log π of all tokens along the gradient of y−."""
+    other = access.anatomy.trace(rejected)
+    return lbk_of_pair(change, trace.logits, other.logits, other.targets)

@@ -3,21 +3,28 @@
 A diagnosis is made in phases, each with a type of its own:
 
     pairs         PairSet       the set, checked
-    rows          SetReading    one pass: forward passes, gradients         (rows.py, readings.py)
+    passes        Passes        batched passes over its sequences           (passes.py)
+    rows          SetRows       gradients, or sketches of them              (rows.py)
     Gram          Gram          inner products of all gradients             (rows.py)
     effects       SetStep       one small step under the objective          (step.py)
-    forecast      Forecast      a whole run, through the softmax    (forecast.py, net_step.py)
+    forecast      Forecast      a whole run                     (forecast.py, segments.py)
     close-ups     CloseUp       the tokens of some pairs                    (close_ups.py)
     Diagnosis                   all of it, and the questions it answers     (diagnosis.py)
+
+Nothing grows like pairs times parameters: gradients are kept where they fit into the memory that is
+given, and else sketched one layer at a time as they are made.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lddyn.data.checks import check_log_prob
 from lddyn.data.context import position_limit
@@ -25,25 +32,30 @@ from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.experts import expert_remarks
 from lddyn.engine.guard import evaluating, undisturbed
 from lddyn.engine.reference_policy import Reference, check_reference, describe_reference
-from lddyn.errors import UnsupportedModelError
 from lddyn.memory import DEFAULT_MEMORY, parse_memory
 from lddyn.objectives.like import loss_like, reference_like
 from lddyn.objectives.loss import Loss
 from lddyn.objectives.losses import Value
 from lddyn.sets.access import Access
-from lddyn.sets.close_ups import look_at_tokens
+from lddyn.sets.bar import Bar
+from lddyn.sets.close_ups import lbk_of_pairs, look_at_tokens
 from lddyn.sets.diagnosis import Diagnosis
 from lddyn.sets.forecast import Run
-from lddyn.sets.net_step import predict_run
 from lddyn.sets.pairs import Pair, PairSet
-from lddyn.sets.rows import SetReading, read_set, sketched_gram
+from lddyn.sets.passes import Passes
+from lddyn.sets.plan import SetPlan
+from lddyn.sets.readings import Readings
+from lddyn.sets.rows import Flat, Gram, PairReader, SetRows, new_rows, read_rows
+from lddyn.sets.segments import predict_run
 from lddyn.sets.step import SetStep
 from lddyn.sets.validate import validate as compare_with_steps
 from lddyn.settings import Like, TrainerSettings, router_remark
 from lddyn.sketches.sketch import Sketch
 from lddyn.steps.precision import coarse, rounding_error
 
-__all__ = ["diagnose"]
+__all__ = ["NUMBERS", "diagnose"]
+
+NUMBERS = 16384  # of a sketched sequence: 64 KiB; inner products err by 0.8 % of √(K_ii K_jj)
 
 
 @undisturbed
@@ -57,7 +69,9 @@ def diagnose(
     memory: int | str = DEFAULT_MEMORY,
     sketch: Sketch | None = None,
     run: Run | None = None,
+    refresh: int = 2,
     close_ups: int = 4,
+    lbk: bool = False,
     validate: int = 0,
     row_numbers: Sequence[int] | None = None,
     faults: Mapping[int, str] | None = None,
@@ -76,14 +90,16 @@ def diagnose(
             Objective and reference are its own where they are not given here.
         reference: The reference: a model, log-probs (2, N) in nats, "adapter-off" or
             "adapter:NAME". Default: the model itself, as when training begins.
-        memory: Workspace for gradients. Where those of all sequences fit, the Gram is exact;
-            otherwise it is estimated from `features(by="sequence")`, with standard errors.
-        sketch: The sketch of that estimate. Default: `Sketch()`. With a sketch the Gram is
+        memory: Workspace for gradients. Where those of all sequences fit, inner products are exact;
+            elsewhere they are estimated from sketches, with standard errors.
+        sketch: The sketch of these estimates. Default: `Sketch(k=16384)`. With a sketch they are
             estimated even where gradients fit.
         run: How you will train: `Diagnosis.forecast` is what that run does, `Diagnosis.simulate`
-            what other runs do. It needs memory for the gradients of all sequences.
+            what other runs do.
+        refresh: Segments of the predicted run: gradients are taken anew at the start of each.
         close_ups: Number of the most harmful pairs whose tokens are looked at, and as many of the
             pairs whose chosen response falls most. Exact in any case.
+        lbk: Compute the score "lbk" for every pair, not only for those of the close-ups.
         validate: Number of real steps of SGD, each on a batch of pairs drawn without repeats and
             from the same start, on a copy of the model; `Diagnosis.validation` holds the rank
             correlations of all scores with the measured changes.
@@ -98,13 +114,12 @@ def diagnose(
 
     Raises:
         ValueError: If there is no pair, the loss or a parameter is unknown, `close_ups` is
-            negative, an example is too long for the model, or a run is given and gradients do not
-            fit.
-        UnsupportedModelError: If a run is given and the model cannot be pushed through.
+            negative, `refresh` is below 1, or an example is too long for the model.
 
-    Cost: a forward and a backward pass a sequence (two backward passes where the Gram is sketched),
-    a push of one direction a pair for LBK and a dozen for a close-up (each about four forward
-    passes), and (2N)² inner products of gradients.
+    Cost: a forward and a backward pass a sequence, and (2N)² inner products of rows. A run: see
+    `predict_run`. Each close-up about 40 forward passes, LBK eight a pair. Memory beyond the
+    model: rows of all sequences, at most `memory`; with a run three vectors of all trainable
+    values, as AdamW's training has.
 
     Source: paper Eq. 6-7; Yuan et al. 2024 (2410.13828); Razin et al. 2025 (2410.08847); Deng et
     al. 2025 (2505.18830).
@@ -121,7 +136,7 @@ def diagnose(
         (2, 2, torch.Size([4, 4]))
     """
     set_ = PairSet.of(pairs, row_numbers, faults)
-    _check(set_, close_ups, validate)
+    _check(set_, close_ups, validate, refresh)
     settings = None if like is None else TrainerSettings.of(like)
     loss = Loss(_objective(objective, settings), None, **parameters)
     module = Anatomy.module_of(model)
@@ -130,38 +145,56 @@ def diagnose(
         reference = "self" if settings is None else reference_like(settings, model, len(set_))
     check_reference(reference, len(set_))  # errors in it are raised before the work
     access = Access(model, set_.examples[0])
-    if run is not None and access.unavailable:
-        raise UnsupportedModelError(f"no run of this model can be predicted: {access.unavailable}")
-    exact = _fits(access, set_, memory, sketch, run)
-    reading = read_set(access, set_, keep=exact, progress=progress)
-    estimate = None
-    if not exact:
-        sketch = sketch or Sketch()
-        estimate = sketched_gram(access, set_, sketch, memory=memory, progress=progress)
-    gram = reading.gram(set_, estimate)
-    known = _reference_log_probs(reference, set_, access, reading)
-    remarks = (
-        *_remarks(module, loss, settings),
-        *expert_remarks(access.model, [n for n, p in module.named_parameters() if p.requires_grad]),
-        *_rounding(access, set_),
-    )
-    described = describe_reference(reference)
-    step = SetStep(loss, set_, reading.readings, gram, known, described, remarks)
-    step = replace(step, remarks=(*step.remarks, *_data_remarks(module, set_, step)))
-    diagnosis = Diagnosis(step, unavailable=access.unavailable)
-    if run is not None and reading.rows is not None:
-        forecast, adam = predict_run(access, reading.rows, step, run, progress=progress)
-        diagnosis = Diagnosis(step, adam, forecast)
-    seen = look_at_tokens(
-        access, set_, reading.mean_chosen, _wanted(diagnosis, close_ups), progress=progress
-    )
+    budget = parse_memory(memory, access.device)
+    if sketch is None and 2 * len(set_) * access.size * 4 > budget:
+        sketch = Sketch(k=NUMBERS)
+    plan = SetPlan.of(set_, access, sketch, run, refresh, close_ups, lbk)
+    if progress:
+        tqdm.write(f"diagnosis: {plan.explain()}", file=sys.stderr)
+    with Bar(plan.work, progress) as bar:
+        passes = Passes(access, max(set_.examples, key=len), budget, bar)
+        reader, rows = PairReader(set_), new_rows(access, passes, set_, sketch)
+        later = run is not None and sketch is not None  # rows are then made once P is known
+        bar.say("log-probs" if later else "gradients")
+        read_rows(passes, set_, [] if later else [rows], reader=reader)
+        readings = reader.readings()
+        if lbk:
+            readings = readings.with_fact("lbk", lbk_of_pairs(access, set_, bar))
+        known = _reference_log_probs(reference, set_, access, readings)
+        remarks = (
+            *_remarks(module, loss, settings),
+            *expert_remarks(access.model, list(access.named)),
+            *_rounding(access, set_),
+        )
+        described = describe_reference(reference)
+        gram = Gram(torch.empty(0)) if later else rows.gram(set_)
+        step = SetStep(loss, set_, readings, gram, known, described, remarks)
+        step = replace(step, remarks=(*step.remarks, *_data_remarks(module, set_, step)))
+        mean = _mean_chosen(access, passes, set_, rows) if close_ups else torch.empty(0)
+        forecast, adam = None, None
+        if run is not None:
+            made = predict_run(access, passes, rows, step, run, segments=refresh, sketch=sketch)
+            forecast, adam, step = made.forecast, made.adam, replace(step, gram=made.gram)
+        diagnosis = Diagnosis(step, adam, forecast, unavailable=access.unavailable)
+        seen = look_at_tokens(access, set_, mean, _wanted(diagnosis, close_ups), bar)
     validation = None
     if validate:
         batch = 8 if run is None else run.batch
         validation = compare_with_steps(
             module, step, diagnosis.scores, steps=validate, batch=batch, progress=progress
         )
-    return Diagnosis(step, diagnosis.adam, diagnosis.forecast, seen, validation, access.unavailable)
+    return replace(diagnosis, close_ups=seen, validation=validation)
+
+
+def _mean_chosen(access: Access, passes: Passes, pairs: PairSet, rows: SetRows) -> Tensor:
+    """The mean gradient of the chosen responses (P,)."""
+    n = len(pairs)
+    if rows.dense.exact:
+        return rows.dense.rows[:n].mean(0)
+    mean = Flat(access.named)
+    passes.bar.say("mean gradient")
+    passes.add_gradient(pairs.examples[:n], torch.full((n,), 1 / n), mean.views)
+    return mean.vector
 
 
 def _objective(
@@ -232,7 +265,9 @@ def _rounding(access: Access, pairs: PairSet) -> list[str]:
     ]
 
 
-def _check(pairs: PairSet, close_ups: int, validate: int) -> None:
+def _check(pairs: PairSet, close_ups: int, validate: int, refresh: int) -> None:
+    if refresh < 1:
+        raise ValueError(f"refresh must be at least 1, got {refresh}")
     if validate < 0 or (validate and len(pairs) < 4):
         raise ValueError(
             f"validate must be a number of steps, on 4 pairs or more, got {validate} on "
@@ -251,26 +286,12 @@ def _check_limits(model: nn.Module, pairs: PairSet) -> None:
         example.check_model_limits(vocabulary, context)
 
 
-def _fits(
-    access: Access, pairs: PairSet, memory: int | str, sketch: Sketch | None, run: Run | None
-) -> bool:
-    """Whether all gradients are kept; a run needs them."""
-    needed = 2 * len(pairs) * access.size * 4
-    exact = sketch is None and needed <= parse_memory(memory)
-    if run is not None and not exact:
-        raise ValueError(
-            f"a run is predicted from the gradients of all sequences: memory must be at least "
-            f"{needed} bytes, got {memory!r}, and sketch must be None"
-        )
-    return exact
-
-
 def _reference_log_probs(
-    reference: Reference, pairs: PairSet, access: Access, reading: SetReading
+    reference: Reference, pairs: PairSet, access: Access, readings: Readings
 ) -> Tensor:
     """Log π_ref of all responses, (2, N) float64, nats."""
     if isinstance(reference, str) and reference == "self":
-        return reading.readings.log_probs
+        return readings.log_probs
     known = check_reference(reference, len(pairs))
     return known if known is not None else access.reference_log_probs(reference, pairs.examples)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -39,7 +40,7 @@ class Diagnosis(Result):
         step: One small step on the whole set, to first order: weights, effects of each pair on
             each, the Gram that they are made of.
         adam: Adam's diagonal at the start; None where no run of Adam was predicted.
-        forecast: What the run does, through the softmax; None without `run`.
+        forecast: What the run does, with gradients taken anew along it; None without `run`.
         close_ups: Pair -> inner products of its tokens' gradients; see `tokens`.
         validation: Comparison with real steps on some batches; None without `validate`.
         unavailable: Reason why token gradients and LBK are unavailable; empty if they are
@@ -103,12 +104,15 @@ class Diagnosis(Result):
     def scores(self) -> dict[str, Tensor]:
         """Name -> (N,) float64; `lddyn.sets.scores.SCORES` says what each is."""
         scores = dict(self.step.scores)
+        if "lbk" not in scores and self.close_ups:
+            scores["lbk"] = torch.full((len(self),), math.nan, dtype=torch.float64)
+            for pair, seen in self.close_ups.items():
+                scores["lbk"][pair] = seen.lbk
         if self.forecast is not None:
-            path, change = self.forecast.path, self.forecast.change
+            change = self.forecast.change
             scores |= {
                 "run_chosen": change[0],
                 "run_rejected": change[1],
-                "run_linear": path[-1, 0] - path[0, 0],
                 "run_contribution": self.forecast.contribution,
             }
         return {name: scores[name] for name in SCORES if name in scores}
@@ -238,8 +242,8 @@ class Diagnosis(Result):
 
         The weights ∂L/∂ log π follow the predicted log-probs; the gradients stay as they are at the
         start, so the prediction becomes less reliable the more gradients change. The result is
-        linear in log π; `forecast` also goes through the softmax. docs/diagnose.md compares both
-        with real runs. After `under`, Adam's diagonal P is still that of the diagnosed loss.
+        linear in log π; `forecast` takes gradients anew along the run. docs/diagnose.md compares
+        both with real runs. After `under`, Adam's diagonal P is still that of the diagnosed loss.
 
         Args:
             run: How it trains. Default: the run of the diagnosis.

@@ -1,4 +1,4 @@
-"""A whole run of preference training, predicted from the gradients at its start.
+"""A whole run of preference training, predicted without making it.
 
 If gradients stayed constant, a run could be simulated on the 2N log-probs alone. One step on the
 batch B, in which pair j has the weights w_j±(log π) = ∂L/∂ log π, changes all log-probs by
@@ -6,13 +6,12 @@ batch B, in which pair j has the weights w_j±(log π) = ∂L/∂ log π, change
     Δ log π = −rate K c,      c_j± = w_j±(log π) / |B|,      K = J P Jᵀ
 
 J holds the gradients ∇θ log π of all sequences, P is 1 for SGD and 1/(√v + ε) for Adam, with v the
-mean of its second moment over batches at the start, E[g]² + Var[g]/|B|. P is rescaled as gradients
-grow or shrink: ‖g‖² = cᵀ J Jᵀ c of each step is known. Momentum averages c. So any loss, rate and
-choice of pairs is a loop over vectors of 2N numbers.
+mean of its second moment over batches. P is rescaled as gradients grow or shrink: ‖g‖² = cᵀ J Jᵀ c
+of each step is known, and so is the factor by which it is clipped. Momentum averages c. So any
+loss, rate and choice of pairs is a loop over vectors of 2N numbers: `Simulation`.
 
-Logits stay linear in θ longer than log-probs. So `lddyn.sets.net_step` predicts the change of
-logits by the whole run linearly, applies the softmax, and attributes the change of each log π(y+)
-to the pairs by integrated gradients.
+Gradients do change. So `lddyn.sets.segments` divides a run into segments, computes the net step Δθ
+of each, and takes gradients and log-probs anew at θ + Δθ.
 """
 
 from __future__ import annotations
@@ -29,7 +28,15 @@ from torch import Tensor
 from lddyn.results import Result, load_result, save_result
 from lddyn.settings import Like, TrainerSettings
 
-__all__ = ["AdamMetric", "Forecast", "Run", "projected", "simulate"]
+__all__ = [
+    "AdamMetric",
+    "Forecast",
+    "Run",
+    "Simulation",
+    "chosen_effects",
+    "projected",
+    "simulate",
+]
 
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -49,12 +56,14 @@ class Run:
         lr: Learning rate at its start.
         epochs: Passes over the pairs.
         batch: Pairs in a batch; a loss is the mean over them.
-        optimizer: "adamw" (without its weight decay, which moves little in a short run) or "sgd".
+        optimizer: "adamw" or "sgd".
         schedule: "constant"; "linear" or "cosine" to 0 at the end, as transformers has them.
         warmup: Steps over which the rate rises linearly from 0, before its schedule; below 1: the
             part of all steps.
         momentum: Momentum of the gradient; Adam's β₁.
         seed: Seed of the order of pairs.
+        max_grad_norm: Norm to which the gradient of a batch is clipped; None: not clipped.
+        weight_decay: Decoupled weight decay of AdamW: θ shrinks by rate · weight_decay a step.
 
     Raises:
         ValueError: If a value is not one that training can have.
@@ -63,7 +72,7 @@ class Run:
         >>> import lddyn
         >>> lddyn.Run(lr=1e-4, epochs=4)
         Run(lr=0.0001, epochs=4, batch=8, optimizer='adamw', schedule='constant', momentum=0.9, \
-seed=0, warmup=0.0)
+seed=0, warmup=0.0, max_grad_norm=None, weight_decay=0.0)
     """
 
     lr: float
@@ -74,13 +83,12 @@ seed=0, warmup=0.0)
     momentum: float = 0.9
     seed: int = 0
     warmup: float = 0.0
+    max_grad_norm: float | None = None
+    weight_decay: float = 0.0
 
     @classmethod
     def like(cls, source: Like, seed: int = 0) -> Run:
         """The run that a trainer with these settings makes, on one device.
-
-        Neither weight decay nor clipping is in a predicted run: clipping does not change Adam's
-        direction, and decay moves little.
 
         Args:
             source: A TRL config, a trainer, a file of arguments …: see `lddyn.TrainerSettings`.
@@ -99,6 +107,8 @@ seed=0, warmup=0.0)
             momentum=settings.betas[0] if settings.optimizer == "adamw" else 0.0,
             seed=seed,
             warmup=settings.warmup_ratio or float(settings.warmup_steps),
+            max_grad_norm=settings.max_grad_norm,
+            weight_decay=settings.weight_decay if settings.optimizer == "adamw" else 0.0,
         )
 
     def __post_init__(self) -> None:
@@ -115,6 +125,15 @@ seed=0, warmup=0.0)
                 )
         if not (math.isfinite(self.warmup) and self.warmup >= 0):
             raise ValueError(f"warmup must be at least 0, got {self.warmup}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive or None, got {self.max_grad_norm}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if self.weight_decay and self.optimizer != "adamw":
+            raise ValueError(
+                f"weight_decay is followed for optimizer 'adamw' alone, got {self.weight_decay} "
+                f"for {self.optimizer!r}"
+            )
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
 
@@ -154,11 +173,16 @@ class Forecast(Result):
 
     Attributes:
         run: Settings of the run.
-        path: log π after every step of a linear model, (steps + 1, 2, N) nats.
-        coefficients: (2, N): Δθ of the run is P Σ_j coefficients_j ∇ log π(y_j).
+        path: log π after every step, linear in θ within a segment, (steps + 1, 2, N) nats.
+        coefficients: (2, N): Δθ of a segment is P Σ_j coefficients_j ∇ log π(y_j); summed over the
+            segments.
         change: Δ log π of y+ and y− by the run, (2, N) nats.
         effects: (N, N) nats: the part of Δ log π(y_i+) that pair j causes; rows sum to `change[0]`.
-        curved: Whether `change` and `effects` went through the softmax; else they are linear.
+        segments: Segments of the run: at the start of each, gradients are those of its own weights,
+            and `change` is evaluated at the weights after the last one. 0: `simulate`, linear in
+            log π from the start of the run to its end.
+        left_over: (N,) nats: the part of `change[0]` that the first order of the segments does not
+            explain; `effects` has it in proportion to the size of its entries.
     """
 
     run: Run
@@ -166,7 +190,8 @@ class Forecast(Result):
     coefficients: Tensor
     change: Tensor
     effects: Tensor
-    curved: bool = False
+    segments: int = 0
+    left_over: Tensor | None = None
 
     @property
     def contribution(self) -> Tensor:
@@ -188,7 +213,8 @@ class Forecast(Result):
             "rejected": float(down.mean()),
             "chosen_falls": int((up < 0).sum()),
             "pairs": len(up),
-            "through_the_softmax": self.curved,
+            "segments": self.segments,
+            "left_over": 0.0 if self.left_over is None else float(self.left_over.abs().mean()),
         }
 
     def explain(self) -> str:
@@ -201,14 +227,19 @@ class Forecast(Result):
         """All numbers, JSON-safe."""
         return {
             "run": asdict(self.run),
-            "curved": self.curved,
-            **{name: getattr(self, name).tolist() for name in _TENSORS},
+            "segments": self.segments,
+            **{name: value.tolist() for name, value in self.tensors().items()},
         }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, without what is None."""
+        every = ("path", "coefficients", "change", "effects", "left_over")
+        return {k: x for k in every if (x := getattr(self, k)) is not None}
 
     def save(self, path: str | Path) -> None:
         """Writes `path`.json and its tensors (`lddyn.results`), in one commit."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        save_result(path, _KIND, 1, tensors, {"run": asdict(self.run), "curved": self.curved})
+        facts = {"run": asdict(self.run), "segments": self.segments}
+        save_result(path, _KIND, 2, self.tensors(), facts)
 
     @classmethod
     def load(cls, path: str | Path) -> Forecast:
@@ -217,19 +248,100 @@ class Forecast(Result):
         Raises:
             ValueError: If a file is missing, damaged, or of another kind or format.
         """
-        tensors, facts = load_result(path, _KIND, 1)
-        return cls(run=Run(**facts["run"]), curved=bool(facts["curved"]), **tensors)
+        tensors, facts = load_result(path, _KIND, 2)
+        return cls(run=Run(**facts["run"]), segments=int(facts["segments"]), **tensors)
 
     def __repr__(self) -> str:
         up, down = self.change.mean(1).tolist()
         return (
             f"Forecast({self.run}, {self.change.shape[1]} pairs: mean Δ log π(y+) {up:+.3g}, "
-            f"Δ log π(y−) {down:+.3g} nats{'' if self.curved else ', linear'})"
+            f"Δ log π(y−) {down:+.3g} nats{'' if self.segments else ', linear'})"
         )
 
 
 _KIND = "lddyn.Forecast"
-_TENSORS = ("path", "coefficients", "change", "effects")
+
+
+class Simulation:
+    """A run on log-probs alone, some steps at a time.
+
+    Args:
+        log_probs: log π at the start, (2, N) nats.
+        weights_at: log π (2, N) -> w± = ∂L/∂ log π, (2, N).
+        run: Settings of the run.
+        pairs: The pairs that are trained on.
+        pair_weights: Weight of each pair's loss, (N,).
+
+    Attributes:
+        now: log π, (2, N) nats.
+        path: log π at the start and after every step, each (2, N).
+        steps: Number of steps of the whole run.
+    """
+
+    def __init__(
+        self,
+        log_probs: Tensor,
+        weights_at: Callable[[Tensor], Tensor],
+        run: Run,
+        pairs: Sequence[int],
+        pair_weights: Tensor,
+    ) -> None:
+        self.now, self.path = log_probs.clone(), [log_probs]
+        self._weights_at, self._run, self._pair_weights = weights_at, run, pair_weights
+        self._batches = run.batches(pairs)
+        self.steps = len(self._batches)
+        self._done, self._square = 0, 0.0
+        self._moment = torch.zeros_like(log_probs)
+
+    def advance(
+        self, steps: int, gram: Tensor, adam: AdamMetric | None, along: Tensor | None = None
+    ) -> tuple[Tensor, float]:
+        """Makes some steps with gradients that stay as they are.
+
+        Args:
+            steps: How many.
+            gram: J Jᵀ (2N, 2N), all chosen first.
+            adam: Adam's diagonal; None for SGD.
+            along: ⟨∇θ log π, θ⟩ (2N,), for weight decay.
+
+        Returns:
+            c (2, N) and s with Δθ = P Σ_j c_j ∇θ log π(y_j) − s θ of these steps.
+
+        Cost: 8 N² a step.
+        """
+        start, run = self.now, self._run
+        kernel, net, shrunk = gram if adam is None else adam.gram, torch.zeros_like(start), 0.0
+        for step in range(self._done, self._done + steps):
+            batch, rate = self._batches[step], run.rate(step, self.steps)
+            c = torch.zeros_like(net)
+            pull = -self._weights_at(self.now) * self._pair_weights
+            c[:, batch] = pull[:, batch] / len(batch)
+            square = max(float(c.flatten() @ gram @ c.flatten()), 0.0)
+            if run.max_grad_norm is not None:
+                clip = min(1.0, run.max_grad_norm / (math.sqrt(square) + 1e-6))
+                c, square = clip * c, clip**2 * square
+            net = net + rate * self._direction(c, square, step, adam)
+            shrunk += rate * run.weight_decay
+            moved = kernel @ net.flatten()
+            if along is not None:
+                moved = moved - shrunk * along
+            self.now = start + moved.view_as(start)
+            self.path.append(self.now)
+        self._done += steps
+        return net, shrunk
+
+    def _direction(self, c: Tensor, square: float, step: int, adam: AdamMetric | None) -> Tensor:
+        """Coefficients of a step at rate 1; `square` is ‖g‖² of the batch."""
+        momentum = self._run.momentum
+        if adam is None:
+            self._moment = momentum * self._moment + c
+            return self._moment
+        # Adam's two moments, corrected for their start from zero.
+        self._moment = momentum * self._moment + (1 - momentum) * c
+        self._square = _BETA2 * self._square + (1 - _BETA2) * square
+        v = max(self._square / (1 - _BETA2 ** (step + 1)), 1e-300)
+        scale = math.sqrt(adam.second_moment / v)
+        return self._moment / (1 - momentum ** (step + 1)) * scale
 
 
 def simulate(
@@ -241,7 +353,7 @@ def simulate(
     pairs: Sequence[int],
     pair_weights: Tensor,
 ) -> Forecast:
-    """Simulates a run with gradients that stay as they are at the start.
+    """Simulates a run with gradients that stay as they are at the start; decay is left out.
 
     Args:
         gram: J Jᵀ (2N, 2N), all chosen first.
@@ -253,28 +365,21 @@ def simulate(
         pair_weights: Weight of each pair's loss, (N,).
 
     Returns:
-        Forecast, not curved.
+        Forecast without segments.
 
     Cost: 8 N² a step.
     """
-    n, batches = log_probs.shape[1], run.batches(pairs)
-    now, net, moment = log_probs.clone(), torch.zeros(2, n).double(), torch.zeros(2, n).double()
-    path, kernel, square = [now], gram if adam is None else adam.gram, 0.0
-    for step, batch in enumerate(batches):
-        c = torch.zeros_like(net)
-        c[:, batch] = (-weights_at(now) * pair_weights)[:, batch] / len(batch)
-        if adam is None:
-            c = moment = run.momentum * moment + c
-        else:  # Adam's two moments, corrected for their start from zero
-            moment = run.momentum * moment + (1 - run.momentum) * c
-            square = _BETA2 * square + (1 - _BETA2) * float(c.flatten() @ gram @ c.flatten())
-            v = max(square / (1 - _BETA2 ** (step + 1)), 1e-300)
-            c = moment / (1 - run.momentum ** (step + 1)) * math.sqrt(adam.second_moment / v)
-        net = net + run.rate(step, len(batches)) * c
-        now = log_probs + (kernel @ net.flatten()).view(2, n)
-        path.append(now)
-    effects = kernel[:n, :n] * net[0] + kernel[:n, n:] * net[1]
-    return Forecast(run, torch.stack(path), net, now - log_probs, effects)
+    simulation = Simulation(log_probs, weights_at, run, pairs, pair_weights)
+    net, _ = simulation.advance(simulation.steps, gram, adam)
+    effects = chosen_effects(gram if adam is None else adam.gram, net)
+    path = torch.stack(simulation.path)
+    return Forecast(run, path, net, simulation.now - log_probs, effects)
+
+
+def chosen_effects(kernel: Tensor, net: Tensor) -> Tensor:
+    """(N, N): the part of Δ log π(y_i+) that pair j causes, Σ± K(i+, j±) c_j±."""
+    n = net.shape[1]
+    return kernel[:n, :n] * net[0] + kernel[:n, n:] * net[1]
 
 
 def projected(effects: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ class Readings:
     log_probs: Tensor
     facts: Mapping[str, Tensor]
     token_facts: Mapping[str, Sequence[Tensor]]
+
+    def with_fact(self, name: str, values: Tensor) -> Readings:
+        """The readings with one more score (N,)."""
+        return replace(self, facts={**self.facts, name: values})
 
 
 @dataclass(frozen=True)
@@ -106,18 +110,19 @@ def read_pair(
     return facts, tokens
 
 
-def lbk_of_pair(change: Tensor, logits: Tensor, rejected: ResponseReading) -> float:
+def lbk_of_pair(change: Tensor, logits: Tensor, rejected: Tensor, targets: Tensor) -> float:
     """LBK of a step on y− at y+.
 
     Args:
         change: Change of log π of every token at the positions of y+ by the step, (M, V).
         logits: Logits at these positions, (M, V).
-        rejected: The reading of y−.
+        rejected: Logits of y−, (K, V).
+        targets: Its tokens, (K,).
     """
-    cotangents = ops.residual(rejected.logits, rejected.targets)[0]
+    cotangents = ops.residual(rejected, targets)[0]
     if not bool(cotangents.any()):
         return 0.0
-    return float(lbk(change.cpu(), logits.cpu(), cotangents))
+    return float(lbk(change.to(logits), logits, cotangents))
 
 
 def edit_distance(one: Sequence[int] | str, other: Sequence[int] | str) -> int:

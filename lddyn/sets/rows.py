@@ -1,28 +1,32 @@
-"""The gradients of all sequences of a set, and their Gram.
+"""The gradients of all sequences of a set as rows, and their Gram.
 
-Gradients are kept where they fit into memory. Elsewhere one is dropped as soon as its pair is read,
-and inner products between pairs are estimated from sketches.
+Rows are the gradients themselves where they fit into memory, and sketches of them elsewhere. Under
+Adam, rows of √P ∘ ∇θ log π have the inner products J P Jᵀ.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from lddyn.engine.gradient import flat_gradient
 from lddyn.engine.gram import sequence_gram
-from lddyn.engine.guard import evaluating
-from lddyn.engine.logits import own_response
+from lddyn.engine.logits import Response
 from lddyn.sets.access import Access
-from lddyn.sets.pairs import Pair, PairSet
-from lddyn.sets.readings import Readings, ResponseReading, lbk_of_pair, read_pair
-from lddyn.sketches.features import features
+from lddyn.sets.pairs import PairSet
+from lddyn.sets.passes import Passes
+from lddyn.sets.readings import Readings, ResponseReading, read_pair
+from lddyn.sketches.allocation import dense_layout
+from lddyn.sketches.dense_rows import DenseRows
+from lddyn.sketches.pieces import Piece
 from lddyn.sketches.sketch import Sketch
 
-__all__ = ["GradientRows", "Gram", "SetReading", "read_set", "sketched_gram"]
+__all__ = ["Flat", "Gram", "PairReader", "SetRows", "new_rows", "read_rows"]
+
+_WINDOW = 8  # pairs that are read together: logits of their responses are kept until both are seen
+_SURVEY = 4  # sequences whose gradient norms divide a sketch's numbers among the parameters
 
 
 @dataclass(frozen=True)
@@ -38,107 +42,158 @@ class Gram:
     stderr: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class GradientRows:
-    """All 2N gradients of a set, (2N, P) float32 on the host."""
-
-    matrix: Tensor
-
-    def gram(self) -> Tensor:
-        """J Jᵀ, (2N, 2N) float64."""
-        return sequence_gram(self.matrix)
-
-
-@dataclass(frozen=True)
-class SetReading:
-    """Results of one pass over a set.
+class Flat:
+    """A vector of all trainable values, float32 or wider, with a view of every parameter's shape.
 
     Attributes:
-        readings: Scores from the forward passes.
-        mean_chosen: Mean gradient of the chosen responses, (P,).
-        within: (2N, 2N) float64: inner products within each pair, 0 elsewhere. With `rows`: all.
-        rows: The gradients themselves; None where they do not fit into memory.
+        vector: (P,) on the model's device.
+        views: Name → tensor of the parameter's shape.
     """
 
-    readings: Readings
-    mean_chosen: Tensor
-    within: Tensor
-    rows: GradientRows | None
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        first = next(iter(parameters.values()))
+        sizes = [p.numel() for p in parameters.values()]
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        self.vector = torch.zeros(sum(sizes), device=first.device, dtype=dtype)
+        parts = zip(parameters.items(), self.vector.split(sizes), strict=True)
+        self.views = {name: part.view(p.shape) for (name, p), part in parts}
 
-    def gram(self, pairs: PairSet, estimate: Gram | None = None) -> Gram:
-        """The Gram: exact, or `estimate` with the exact inner products within pairs."""
+
+class PairReader:
+    """Reads what forward passes say of each pair, as soon as both of its responses are seen."""
+
+    def __init__(self, pairs: PairSet) -> None:
+        self._pairs = pairs
+        self._waiting: dict[int, ResponseReading] = {}
+        self._log_probs = torch.zeros(2 * len(pairs), dtype=torch.float64)
+        self._facts: dict[str, Tensor] = {}
+        self._token_facts: dict[str, list[Tensor]] = {}
+
+    def __call__(self, sequence: int, response: Response) -> None:
+        """Reads a response; sequences are numbered as in `PairSet.examples`."""
+        reading, n = ResponseReading.of(response), len(self._pairs)
+        self._log_probs[sequence] = reading.log_probs.sum()
+        mate = sequence + n if sequence < n else sequence - n
+        other = self._waiting.pop(mate, None)
+        if other is None:
+            self._waiting[sequence] = reading
+            return
+        up, down = (reading, other) if sequence < n else (other, reading)
+        pair = sequence % n
+        facts, token_facts = read_pair(*self._pairs[pair], up, down)
+        for name, value in facts.items():
+            column = self._facts.setdefault(name, torch.zeros(n, dtype=torch.float64))
+            column[pair] = value
+        for name, values in token_facts.items():
+            self._token_facts.setdefault(name, [torch.empty(0)] * n)[pair] = values
+
+    def readings(self) -> Readings:
+        """All readings, after every response was seen."""
+        return Readings(self._log_probs.view(2, -1), self._facts, self._token_facts)
+
+
+@dataclass(frozen=True)
+class SetRows:
+    """Rows of all 2N sequences under one diagonal metric.
+
+    Attributes:
+        dense: The rows; where they are exact, of the plain gradients.
+        root: √P that sketched rows were multiplied by; None: ones.
+    """
+
+    dense: DenseRows
+    root: Flat | None = None
+
+    def gram(self, pairs: PairSet, diagonal: Tensor | None = None) -> Gram:
+        """J P Jᵀ.
+
+        Args:
+            pairs: The set; equal responses of a pair get equal entries.
+            diagonal: P (P,), for exact rows.
+        """
         same = pairs.representatives
-        value, stderr = self.within, None
-        if estimate is not None and estimate.stderr is not None:
-            known = value != 0
-            value = torch.where(known, value, estimate.value)
-            stderr = estimate.stderr.masked_fill(known, 0.0)[same][:, same]
-        return Gram(value[same][:, same], stderr)
+        if self.dense.exact:
+            return Gram(sequence_gram(self.dense.rows, diagonal)[same][:, same])
+        estimate = self.dense.gram()
+        value, stderr = (x.double().cpu()[same][:, same] for x in (estimate.value, estimate.stderr))
+        return Gram(value, stderr)
 
 
-def read_set(access: Access, pairs: PairSet, *, keep: bool, progress: bool) -> SetReading:
-    """One forward and one backward pass per response.
+def new_rows(
+    access: Access, passes: Passes, pairs: PairSet, sketch: Sketch | None, root: Flat | None = None
+) -> SetRows:
+    """Empty rows: of whole gradients, or of sketches whose numbers go where gradients are large.
 
     Args:
         access: The model.
+        passes: Passes over the set.
         pairs: The set.
-        keep: Keep all gradients, 2N · P · 4 bytes.
-        progress: Show a bar over pairs.
+        sketch: How gradients are sketched; None: not at all.
+        root: √P, by which sketched gradients are multiplied.
 
-    Cost: the passes, and one push per pair for LBK.
+    Cost: with a sketch, passes over four sequences.
+    """
+    squares: dict[str, float] = {}
+    if sketch is not None:
+
+        def note(_: int, piece: Piece) -> None:
+            value = (piece if root is None else piece.scaled(root.views[piece.name])).value
+            square = float(torch.linalg.vector_norm(value)) ** 2
+            squares[piece.name] = squares.get(piece.name, 0.0) + square
+
+        examples = [example for pair in pairs.pairs[:_SURVEY] for example in pair]
+        passes.gradients(examples[:_SURVEY], note)
+    parameters = access.named
+    layout = dense_layout(sketch, parameters, squares, access.looked_up)
+    return SetRows(DenseRows(layout, parameters, 2 * len(pairs)), root)
+
+
+def read_rows(
+    passes: Passes,
+    pairs: PairSet,
+    rows: Sequence[SetRows] = (),
+    *,
+    reader: Callable[[int, Response], None] | None = None,
+    at: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """One pass over the set: fills rows, and reads the responses.
+
+    Args:
+        passes: Passes over the set.
+        pairs: The set.
+        rows: What is filled; empty: only forward passes are made.
+        reader: Gets every response, numbered as in `PairSet.examples`.
+        at: θ by parameter, for ⟨∇θ log π, θ⟩, which weight decay needs.
+
+    Returns:
+        log π (2, N) float64 nats, and ⟨∇θ log π, θ⟩ (2N,) float64, or None.
+
+    Cost: a forward pass a sequence; with rows also a backward pass.
     """
     n = len(pairs)
-    log_probs, mean = torch.zeros(2, n, dtype=torch.float64), torch.zeros(access.size)
-    within = torch.zeros(2 * n, 2 * n, dtype=torch.float64)
-    rows = torch.empty(2 * n, access.size) if keep else None
-    facts: dict[str, list[float]] = {}
-    token_facts: dict[str, list[Tensor]] = {}
-    bar = tqdm(pairs, desc="pairs", disable=not progress, leave=False)
-    with evaluating(access.model), torch.enable_grad():
-        for i, pair in enumerate(bar):
-            gradients, of_pair, of_tokens, own = _read(access, pair)
-            log_probs[:, i] = own
-            mean += gradients[0] / n
-            for name, value in of_pair.items():
-                facts.setdefault(name, []).append(value)
-            for name, values in of_tokens.items():
-                token_facts.setdefault(name, []).append(values)
-            if rows is not None:
-                rows[i], rows[n + i] = gradients
-            else:
-                at = torch.tensor([i, n + i])
-                within[at[:, None], at] = sequence_gram(gradients)
-    kept = None if rows is None else GradientRows(rows)
-    tensors = {name: torch.tensor(x, dtype=torch.float64) for name, x in facts.items()}
-    readings = Readings(log_probs, tensors, token_facts)
-    return SetReading(readings, mean, within if kept is None else kept.gram(), kept)
+    log_probs = torch.zeros(2 * n, dtype=torch.float64)
+    along = None if at is None else torch.zeros(2 * n, dtype=torch.float64)
+    for kept in rows:
+        kept.dense.rows.zero_()
+    for start in range(0, n, _WINDOW):
+        some = range(start, min(n, start + _WINDOW))
+        numbers = [*some, *(n + i for i in some)]
+        examples = [pairs.examples[i] for i in numbers]
 
+        def see(i: int, response: Response, numbers: list[int] = numbers) -> None:
+            log_probs[numbers[i]] = response.log_probs.detach().double().sum()
+            if reader is not None:
+                reader(numbers[i], response)
 
-def _read(
-    access: Access, pair: Pair
-) -> tuple[list[Tensor], dict[str, float], dict[str, Tensor], Tensor]:
-    """Gradients of both responses, scores of the pair and of its tokens, and log π (2,)."""
-    gradients, seen = [], []
-    for example in pair:
-        response = own_response(access.model, example)
-        gradients.append(flat_gradient(response.log_probs.sum(), access.parameters))
-        seen.append(ResponseReading.of(response))
-    facts, token_facts = read_pair(*pair, *seen)
-    facts["lbk"] = float("nan")
-    if not access.unavailable:
-        trace, change = access.push(pair[0], [gradients[1]])
-        facts["lbk"] = lbk_of_pair(change[0], trace.logits, seen[1])
-    return gradients, facts, token_facts, torch.stack([x.log_probs.sum() for x in seen])
+        def take(i: int, piece: Piece, numbers: list[int] = numbers) -> None:
+            for kept in rows:
+                scaled = piece if kept.root is None else piece.scaled(kept.root.views[piece.name])
+                kept.dense.add(numbers[i], scaled)
+            if along is not None and at is not None:
+                along[numbers[i]] += piece.inner(at[piece.name])
 
-
-def sketched_gram(
-    access: Access, pairs: PairSet, sketch: Sketch, *, memory: int | str, progress: bool
-) -> Gram:
-    """The Gram estimated from sketched gradients, with standard errors.
-
-    Cost: a second backward pass per response.
-    """
-    estimate = features(
-        access.model, pairs.examples, sketch, by="sequence", memory=memory, progress=progress
-    ).gram()
-    return Gram(estimate.value.double().cpu(), estimate.stderr.double().cpu())
+        if rows:
+            passes.gradients(examples, take, see)
+        else:
+            passes.forward(examples, see)
+    return log_probs.view(2, n), along

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read", "write"]
 
-KIND, FORMAT = "lddyn.Diagnosis", 1
-_FORECAST = ("path", "coefficients", "change", "effects")
+KIND, FORMAT = "lddyn.Diagnosis", 2
 _EXAMPLE = ("prompt_ids", "response_ids", "response_mask", "name", "tokens", "prompt_tokens")
 
 
@@ -46,7 +45,9 @@ def write(
         "pairs": [[{k: getattr(e, k) for k in _EXAMPLE} for e in pair] for pair in pairs],
         "row_numbers": list(pairs.row_numbers),
         "faults": {str(k): v for k, v in pairs.faults.items()},
-        "close_ups": {str(i): list(c.others) for i, c in diagnosis.close_ups.items()},
+        "close_ups": {
+            str(i): {"others": list(c.others), "lbk": c.lbk} for i, c in diagnosis.close_ups.items()
+        },
         "validation": diagnosis.validation,
         "unavailable": diagnosis.unavailable,
         "reference_name": step.reference_name,
@@ -55,8 +56,8 @@ def write(
     if diagnosis.adam is not None:
         state["second_moment"] = diagnosis.adam.second_moment
     if diagnosis.forecast is not None:
-        run, curved = asdict(diagnosis.forecast.run), diagnosis.forecast.curved
-        state["forecast"] = {"run": run, "curved": curved}
+        run, segments = asdict(diagnosis.forecast.run), diagnosis.forecast.segments
+        state["forecast"] = {"run": run, "segments": segments}
     facts = {**diagnosis.to_dict(), **(measured or {}), "state": state}
     save_result(path, KIND, FORMAT, _tensors(diagnosis), facts)
 
@@ -75,7 +76,7 @@ def _tensors(diagnosis: Diagnosis) -> dict[str, Tensor]:
     if diagnosis.adam is not None:
         tensors["adam"] = diagnosis.adam.gram
     if diagnosis.forecast is not None:
-        tensors |= {f"forecast.{k}": getattr(diagnosis.forecast, k) for k in _FORECAST}
+        tensors |= {f"forecast.{k}": x for k, x in diagnosis.forecast.tensors().items()}
     for pair, close_up in diagnosis.close_ups.items():
         tensors[f"close_up.{pair}"] = close_up.own
         tensors |= {f"close_up.{pair}.{j}": x for j, x in close_up.others.items()}
@@ -125,12 +126,14 @@ def _assemble(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Diagnosis:
     adam = AdamMetric(tensors["adam"], meta["second_moment"]) if "adam" in tensors else None
     forecast = None
     if "forecast" in meta:
-        run, curved = Run(**meta["forecast"]["run"]), bool(meta["forecast"]["curved"])
-        forecast = Forecast(run=run, curved=curved, **under("forecast"))
+        run, segments = Run(**meta["forecast"]["run"]), int(meta["forecast"]["segments"])
+        forecast = Forecast(run=run, segments=segments, **under("forecast"))
     close_ups = {
         int(i): CloseUp(
-            tensors[f"close_up.{i}"], {int(j): tensors[f"close_up.{i}.{j}"] for j in others}
+            tensors[f"close_up.{i}"],
+            {int(j): tensors[f"close_up.{i}.{j}"] for j in seen["others"]},
+            float(seen["lbk"]),
         )
-        for i, others in meta["close_ups"].items()
+        for i, seen in meta["close_ups"].items()
     }
     return Diagnosis(step, adam, forecast, close_ups, meta["validation"], str(meta["unavailable"]))

@@ -86,6 +86,7 @@ def _take_steps(
     sizes = [p.numel() for p in own]
     pull = -step.weights
     with evaluating(moved), torch.enable_grad():
+        before = [own_response(moved, chosen).log_probs.detach() for chosen, _ in step.pairs]
         for row, at in enumerate(tqdm(batches, desc="steps", disable=not progress, leave=False)):
             direction = torch.zeros(sum(sizes))
             for j in at.tolist():
@@ -96,8 +97,8 @@ def _take_steps(
                 for p, part in zip(own, direction.split(sizes), strict=True):
                     p.add_(part.view(p.shape).to(p), alpha=lr)
                 for i, (chosen, _) in enumerate(step.pairs):
-                    after = own_response(moved, chosen).log_probs.double().sum()
-                    measured[row, i] = float(after) - step.readings.log_probs[0, i]
+                    after = own_response(moved, chosen).log_probs
+                    measured[row, i] = float((after.double() - before[i].double()).sum())
                 for new, old in parts:
                     new.copy_(old)
     return measured

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ from lddyn.sketches.sketch import Sketch, best_sizes
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["choose_layout"]
+__all__ = ["choose_layout", "dense_layout"]
 
 _EXAMPLES, _TOKENS = 4, 8  # whose gradient norms decide the allocation: examples, tokens of each
 
@@ -74,6 +74,42 @@ def choose_layout(
     survey = _Survey(Anatomy.of(model), sketch, by_sequence(by))
     survey.run(examples[:_EXAMPLES])
     return Layout(sketch, tuple(survey.allocate()))
+
+
+def dense_layout(
+    sketch: Sketch | None,
+    parameters: Mapping[str, Tensor],
+    squares: Mapping[str, float],
+    looked_up: Collection[str] = (),
+) -> Layout:
+    """A linear layout of rows that are made of `Piece`s.
+
+    Args:
+        sketch: How gradients are projected; None: rows hold the gradients themselves, one parameter
+            after the other.
+        parameters: Name → parameter.
+        squares: Name → Σ of the squared gradient norms, by which k is divided.
+        looked_up: Parameters whose gradients may be given by rows: embeddings, and the head.
+
+    Raises:
+        ValueError: If k is too small for the number of parameters.
+    """
+    requests = []
+    for name, parameter in parameters.items():
+        size = parameter.numel()
+        if parameter.dim() in (2, 3):
+            kind = "onehot" if name in looked_up else "sketch"
+            shape = int(parameter.shape[-2]), int(parameter.shape[-1])
+        else:
+            kind, shape = "vector", (size, 1)
+        # Three digits: another device's rounding should not change an allocation.
+        weight = float(f"{squares.get(name, 0.0):.3g}")
+        whole = size if sketch is None or parameter.dim() != 3 else None
+        requests.append(_Request(Part(name, kind, shape, (1, 1)), weight, whole=whole))
+    if sketch is not None:
+        return Layout(sketch, tuple(_divide(sketch, requests)))
+    exact = (replace(r.part, kind="exact", sizes=(r.whole or 0, 1)) for r in requests)
+    return Layout(Sketch(), tuple(exact))
 
 
 def use_of(name: str, terms: Sequence[Term]) -> str:

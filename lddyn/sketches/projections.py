@@ -197,6 +197,20 @@ def two_sided(
     return out
 
 
+def two_sided_matrix(stream: Stream, matrix: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """`two_sided` of one matrix (rows, columns) that is not given by factors: (1, R, ·, ·).
+
+    Cost: 2 R sizes[0] rows columns FLOPs.
+    """
+    left, right = (
+        haar(stream.seed, stream.name, side, stream.repeats, size, width).to(matrix)
+        for side, size, width in zip(("left", "right"), sizes, matrix.shape, strict=True)
+    )
+    projected = (left.flatten(0, 1) @ matrix).unflatten(0, left.shape[:2])
+    both: Tensor = projected @ right.mT
+    return both[None]
+
+
 def _onto(stream: Stream, side: str, x: Tensor, size: int, apart: bool = False) -> Tensor:
     """Projects rows (·, t, n) onto the frames of one side: (·, R, t, size)."""
     frames = haar(stream.seed, stream.name, side, stream.repeats, size, x.shape[-1])

@@ -22,6 +22,7 @@ from lddyn.sketches.projections import (
     tensor_sketch,
     tensor_sketch_moments,
     two_sided,
+    two_sided_matrix,
     variance,
 )
 
@@ -170,6 +171,27 @@ class Sketch:
         if self.kind == "sjlt":
             return sparse(stream, terms, shape, size)
         return dense(stream, terms, shape, size, self.kind == "gaussian")
+
+    def project_matrix(self, name: str, matrix: Tensor, sizes: tuple[int, int]) -> Tensor:
+        """`project` of one gradient (rows, columns) that is not given by factors, (1, R, ·).
+
+        Raises:
+            ValueError: If the sketch's kind needs factors.
+
+        Cost: two-sided 2 R sizes[0] rows columns FLOPs.
+        """
+        stream = Stream(self.seed, name, self.repeats)
+        if matrix.shape[1] > 1 and self.kind in ("twosided", "lowrank") and self.sides != "sign":
+            return two_sided_matrix(stream, matrix, sizes).flatten(2)
+        if matrix.shape[1] > 1 and self.kind not in ("sjlt", "rademacher", "gaussian"):
+            raise ValueError(
+                "preconditioned gradients are no sums of few outer products: the sketch must be "
+                f"'twosided' with orthogonal sides, 'sjlt', 'rademacher' or 'gaussian', got {self}"
+            )
+        identity = torch.eye(matrix.shape[1], device=matrix.device, dtype=matrix.dtype)
+        term = Term(matrix.T[None], identity[None])
+        shape = int(matrix.shape[0]), int(matrix.shape[1])
+        return self.project(name, [term], shape, sizes)
 
     def _signed(self, stream: Stream, terms: Sequence[Term], sizes: tuple[int, int]) -> Tensor:
         """Sketches by the op `sketch`: one call for all cotangents that share their inputs."""

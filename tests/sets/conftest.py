@@ -14,7 +14,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def found(model):
-    return lddyn.diagnose(model, some_pairs(), beta=0.3)
+    return lddyn.diagnose(model, some_pairs(), beta=0.3, lbk=True)
 
 
 @pytest.fixture(scope="session")

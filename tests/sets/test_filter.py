@@ -64,7 +64,7 @@ def test_pairs_are_named_by_their_rows(diagnosed):
 
 def test_a_model_may_be_opened_and_a_loss_an_object(model, found):
     loss = lddyn.Loss("dpo", beta=0.3)
-    other = lddyn.diagnose(lddyn.Anatomy(model), some_pairs(), loss, close_ups=0)
+    other = lddyn.diagnose(lddyn.Anatomy(model), some_pairs(), loss, close_ups=0, lbk=True)
     assert other.loss == found.loss == loss
     assert all(torch.equal(other.scores[k], found.scores[k]) for k in found.scores)
     assert repr(other) == repr(found) and str(other) != repr(other)

@@ -1,0 +1,45 @@
+"""One progress bar for all passes of a diagnosis."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+__all__ = ["Bar"]
+
+
+class Bar:
+    """A bar over the work of a whole diagnosis, in forward passes of one sequence.
+
+    Args:
+        total: Forward passes; a forward and a backward pass together count three.
+        shown: Whether it is shown.
+    """
+
+    def __init__(self, total: int = 0, shown: bool = False) -> None:
+        self._bar = tqdm(
+            total=total,
+            disable=not shown,
+            leave=False,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+        )
+
+    def say(self, phase: str) -> None:
+        """Names what is being done."""
+        self._bar.set_description_str(phase)
+
+    def advance(self, work: int) -> None:
+        """Counts work that is done."""
+        self._bar.update(work)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.close()

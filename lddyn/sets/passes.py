@@ -1,0 +1,172 @@
+"""Batched passes over the sequences of a set, on the model's device; nothing grows with the set.
+
+Sequences of nearly one length share a forward and a backward pass. A gradient is handed out one
+parameter at a time and dropped. Where a model has no Anatomy, sequences pass one by one through
+the model itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lddyn.data.example import Example
+from lddyn.engine.gradient import gradient_of
+from lddyn.engine.guard import evaluating
+from lddyn.engine.logits import Response, own_response
+from lddyn.engine.sequences import batches, pass_together, pull_sequences
+from lddyn.engine.trace import Batch
+from lddyn.sets.access import Access
+from lddyn.sets.bar import Bar
+from lddyn.sketches.gradients import CHUNK, Batching, Gradients, wide
+from lddyn.sketches.pieces import Piece, pieces_of, pieces_of_sum
+
+__all__ = ["BACKWARD", "FORWARD", "Passes"]
+
+FORWARD, BACKWARD = 1, 3  # costs of a sequence's pass: forward alone, forward and backward
+
+See = Callable[[int, Response], None]  # a sequence's number and the outputs of its forward pass
+Take = Callable[[int, Piece], None]  # a sequence's number and a piece of its gradient
+
+
+class Passes:
+    """Passes over sequences: forward alone, one gradient a sequence, or a weighted sum of them.
+
+    Args:
+        access: The model.
+        longest: The longest sequence; batches of it fit into memory.
+        memory: Workspace in bytes for a batch.
+        bar: Advanced by the cost of each sequence's pass.
+    """
+
+    def __init__(self, access: Access, longest: Example, memory: int, bar: Bar) -> None:
+        self.access, self.bar = access, bar
+        self._batching = Batching(1, keep_graphs=False, least=0)
+        if not access.unavailable:
+            trace = access.anatomy.trace(longest)
+            self._batching = Batching.of(trace, len(longest), CHUNK, memory)
+
+    def forward(self, examples: Sequence[Example], see: See) -> None:
+        """`see` gets the response of each sequence.
+
+        Cost: a forward pass a sequence.
+        """
+        if self.access.unavailable:
+            with evaluating(self.access.model), torch.no_grad():
+                for i, example in enumerate(examples):
+                    see(i, own_response(self.access.model, example))
+                    self.bar.advance(FORWARD)
+            return
+        for length, index in batches(self.access.anatomy, examples, CHUNK):
+            with self._pass(examples, index, length, keep=False) as batch:
+                self._responses(examples, index, batch, see)
+            self.bar.advance(FORWARD * len(index))
+
+    def gradients(self, examples: Sequence[Example], take: Take, see: See | None = None) -> None:
+        """∇θ log π of each sequence, piece by piece: `take(sequence, piece)`.
+
+        Args:
+            examples: The sequences.
+            take: Gets each piece; the gradient of a sequence is the sum of its pieces.
+            see: Gets every response, before its gradient.
+
+        Cost: a forward and a backward pass a sequence.
+        """
+        if self.access.unavailable:
+            self._own_gradients(examples, take, see)
+            return
+
+        def visit(index: Sequence[int], part: Sequence[int], gradients: Gradients) -> None:
+            for place, sequence in enumerate(part):
+                for piece in pieces_of(gradients, place):
+                    take(index[sequence], piece)
+
+        self._pull(examples, None, visit, see)
+
+    def add_gradient(
+        self, examples: Sequence[Example], weights: Tensor, into: Mapping[str, Tensor]
+    ) -> None:
+        """Adds Σ_i w_i ∇θ log π(y_i) to tensors of the parameters' shapes.
+
+        Args:
+            examples: The sequences; those of weight 0 are left out.
+            weights: w (n,).
+            into: Parameter → tensor.
+
+        Cost: a forward and a backward pass a sequence.
+        """
+        wanted = [i for i, w in enumerate(weights.tolist()) if w]
+        self.bar.advance(BACKWARD * (len(examples) - len(wanted)))
+        examples, factors = [examples[i] for i in wanted], [float(weights[i]) for i in wanted]
+        if self.access.unavailable:
+            self._own_gradients(
+                examples, lambda i, piece: piece.add_to(into[piece.name], factors[i])
+            )
+            return
+
+        def visit(index: Sequence[int], part: Sequence[int], gradients: Gradients) -> None:
+            for piece in pieces_of_sum(gradients):
+                piece.add_to(into[piece.name])
+
+        self._pull(examples, factors, visit)
+
+    # ----- one batch
+
+    @contextlib.contextmanager
+    def _pass(
+        self, examples: Sequence[Example], index: Sequence[int], length: int, keep: bool
+    ) -> Iterator[Batch]:
+        """The forward pass of some of the examples, within an analysis of the model."""
+        anatomy = self.access.anatomy
+        with anatomy.analysis():
+            yield pass_together(anatomy, [examples[i] for i in index], length, keep)
+
+    def _pull(
+        self,
+        examples: Sequence[Example],
+        weights: Sequence[float] | None,
+        visit: Callable[[Sequence[int], Sequence[int], Gradients], None],
+        see: See | None = None,
+    ) -> None:
+        """`visit(numbers of the batch, places of the sequences in it, gradients)`, by segments."""
+        anatomy, batching = self.access.anatomy, self._batching
+        for length, index in batches(anatomy, examples, batching.size):
+            with self._pass(examples, index, length, batching.keep_graphs) as batch:
+                self._responses(examples, index, batch, see)
+                some = [examples[i] for i in index]
+                given = [
+                    None if weights is None else batch.hidden.new_full((len(e),), weights[i])
+                    for i, e in zip(index, some, strict=True)
+                ]
+                for part, factors in pull_sequences(anatomy, some, given, batch):
+                    visit(index, part.tolist(), Gradients.of(factors, anatomy))
+            self.bar.advance(BACKWARD * len(index))
+
+    def _responses(
+        self, examples: Sequence[Example], index: Sequence[int], batch: Batch, see: See | None
+    ) -> None:
+        if see is None:
+            return
+        anatomy = self.access.anatomy
+        for place, i in enumerate(index):
+            positions = torch.tensor(examples[i].positions, device=batch.hidden.device)
+            hidden = batch.hidden[place, positions]
+            targets = torch.tensor(examples[i].targets, device=hidden.device)
+            see(i, Response(anatomy.head_logits(hidden)[0], hidden, targets))
+
+    def _own_gradients(
+        self, examples: Sequence[Example], take: Take, see: See | None = None
+    ) -> None:
+        """Gradients by plain backward passes of the model itself."""
+        with evaluating(self.access.model), torch.enable_grad():
+            for i, example in enumerate(examples):
+                response = own_response(self.access.model, example)
+                if see is not None:
+                    see(i, response)
+                gradient = gradient_of(response.log_probs.sum(), self.access.named)
+                for name, value in gradient.items():
+                    take(i, Piece(name, wide(value)))
+                self.bar.advance(BACKWARD)

@@ -1,0 +1,272 @@
+"""Predicting a run with the model, in segments with gradients of their own.
+
+A segment takes the gradients, Adam's diagonal P (averaged over the segments so far) and log π at
+its own start, runs on log-probs to its end (`Simulation`), and moves θ by
+
+    Δθ = P Σ_j c_j ∇θ log π(y_j) − s θ
+
+c and s are what the simulation returns. The change that is predicted is log π at the last θ minus
+log π at the first. So the curvature along each straight step is in it; what is left out is that
+gradients change within a segment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lddyn.engine.guard import Undo, lock_of
+from lddyn.sets.access import Access
+from lddyn.sets.forecast import AdamMetric, Forecast, Run, Simulation, chosen_effects
+from lddyn.sets.passes import Passes
+from lddyn.sets.rows import Flat, Gram, SetRows, new_rows, read_rows
+from lddyn.sets.step import SetStep
+from lddyn.sketches.sketch import Sketch
+
+__all__ = ["Moments", "Prediction", "measured_batches", "predict_run"]
+
+_COLUMNS = 1 << 18  # of gradients in one product
+
+_FEWEST = 8  # batches from which Adam's second moment is estimated; else half of them
+
+
+class Moments:
+    """Adam's second moment v, the mean over the steps of the segments so far.
+
+    Args:
+        parameters: Name → trainable parameter.
+        batch: Pairs in a batch.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], batch: int) -> None:
+        self._sum, self._steps, self._batch = Flat(parameters), 0, batch
+
+    def add_exact(self, rows: Tensor, pulls: Tensor, steps: int) -> None:
+        """Adds a segment whose gradients are known: v = E[g]² + Var[g]/|B| over pairs.
+
+        Args:
+            rows: Gradients of all sequences (2N, P).
+            pulls: −∂L/∂ log π, (2, N).
+            steps: Steps of the segment.
+        """
+        n = pulls.shape[1]
+        up, down = pulls.to(rows)[:, :, None]
+        for start in range(0, rows.shape[1], _COLUMNS):
+            at = slice(start, start + _COLUMNS)
+            pull = up * rows[:n, at] + down * rows[n:, at]
+            mean = pull.mean(0).square()
+            variance = (pull.square().mean(0) - mean).clamp(min=0)
+            self._sum.vector[at] += steps * (mean + variance / self._batch)
+        self._steps += steps
+
+    def add_measured(
+        self, passes: Passes, step: SetStep, pulls: Tensor, run: Run, steps: int, scratch: Flat
+    ) -> None:
+        """Adds a segment by the gradients of some of the run's batches: v = E ‖ḡ_B‖².
+
+        Cost: a forward and a backward pass for each response of half of the batches of an epoch, or
+        of 8 batches if that is more.
+        """
+        batches = measured_batches(run, len(step))
+        for batch in batches:
+            scratch.vector.zero_()
+            index = batch.tolist()
+            examples = [step.pairs[i][side] for side in (0, 1) for i in index]
+            passes.add_gradient(examples, pulls[:, batch].flatten() / len(index), scratch.views)
+            self._sum.vector.addcmul_(scratch.vector, scratch.vector, value=steps / len(batches))
+        self._steps += steps
+
+    @property
+    def total(self) -> float:
+        """Σ v."""
+        return float(self._sum.vector.sum(dtype=torch.float64)) / self._steps
+
+    def precondition(self, vector: Tensor) -> None:
+        """Vector ← P ∘ vector, in blocks."""
+        for start in range(0, len(vector), _COLUMNS):
+            at = slice(start, start + _COLUMNS)
+            vector[at] /= (self._sum.vector[at] / self._steps).sqrt_().add_(1e-8)
+
+    def diagonal(self, out: Tensor, power: float = 1.0) -> Tensor:
+        """P = 1/(√v + ε), or a power of it, written into `out` (P,)."""
+        torch.div(self._sum.vector, self._steps, out=out)
+        return out.sqrt_().add_(1e-8).pow_(-power)
+
+
+def measured_batches(run: Run, pairs: int) -> list[Tensor]:
+    """The batches whose gradients Adam's second moment is estimated from, without rows."""
+    batches = run.batches(range(pairs))[: -(-pairs // run.batch)]
+    return batches[: max(_FEWEST, -(-len(batches) // 2))]
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """What the steps of one segment need of gradients."""
+
+    gram: Gram
+    adam: AdamMetric | None
+    along: Tensor | None
+
+    @property
+    def matrix(self) -> Tensor:
+        """J P Jᵀ, (2N, 2N) float64."""
+        return self.gram.value if self.adam is None else self.adam.gram
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A predicted run.
+
+    Attributes:
+        forecast: What it does.
+        gram: J Jᵀ at the start.
+        adam: Adam's metric at the start; None for SGD.
+    """
+
+    forecast: Forecast
+    gram: Gram
+    adam: AdamMetric | None
+
+
+class _Segments:
+    """The parts of a predicted run that need the model; sketched rows are of √P ∘ gradients."""
+
+    def __init__(
+        self, access: Access, passes: Passes, step: SetStep, run: Run, sketch: Sketch | None
+    ) -> None:
+        self.access, self.passes, self.step, self.run = access, passes, step, run
+        self.sketch, self.parameters = sketch, access.named
+        self.scratch = Flat(self.parameters)
+        self.start = Flat(self.parameters)
+        for name, parameter in self.parameters.items():
+            self.start.views[name].copy_(parameter.detach())
+        self.moments = Moments(self.parameters, run.batch) if run.optimizer == "adamw" else None
+
+    def kernel(self, rows: SetRows, now: Tensor, steps: int) -> _Kernel:
+        """Gradients at the present weights, paired.
+
+        Args:
+            rows: Rows of plain gradients. Exact ones are those of the present weights, sketched
+                ones are filled here.
+            now: log π at the present weights.
+            steps: Steps of the segment.
+        """
+        pulls = -self.step.weights_at(now)
+        if rows.dense.exact:
+            return self._exact(rows, pulls, steps)
+        under: list[SetRows] = []
+        if self.moments is not None:
+            self.passes.bar.say("second moment")
+            self.moments.add_measured(self.passes, self.step, pulls, self.run, steps, self.scratch)
+            self.moments.diagonal(self.scratch.vector, 0.5)
+            under = [new_rows(self.access, self.passes, self.step.pairs, self.sketch, self.scratch)]
+        self.passes.bar.say("gradients")
+        _, along = read_rows(
+            self.passes,
+            self.step.pairs,
+            [rows, *under],
+            at=self.parameters if self.run.weight_decay else None,
+        )
+        adam = None
+        if self.moments is not None:
+            adam = AdamMetric(under[0].gram(self.step.pairs).value, self.moments.total)
+        return _Kernel(rows.gram(self.step.pairs), adam, along)
+
+    def _exact(self, rows: SetRows, pulls: Tensor, steps: int) -> _Kernel:
+        pairs, adam, along = self.step.pairs, None, None
+        if self.moments is not None:
+            self.moments.add_exact(rows.dense.rows, pulls, steps)
+            diagonal = self.moments.diagonal(self.scratch.vector)
+            adam = AdamMetric(rows.gram(pairs, diagonal).value, self.moments.total)
+        if self.run.weight_decay:
+            here = torch.cat([p.detach().flatten() for p in self.parameters.values()])
+            along = (rows.dense.rows @ here.to(rows.dense.rows)).double().cpu()
+        return _Kernel(rows.gram(pairs), adam, along)
+
+    def move(self, rows: SetRows, net: Tensor, shrunk: float) -> None:
+        """θ ← θ + P Σ_j c_j ∇θ log π(y_j) − s θ."""
+        total, weights = self.scratch.vector, net.flatten()
+        if rows.dense.exact:
+            torch.mv(rows.dense.rows.T, weights.to(total), out=total)
+        else:
+            self.passes.bar.say("net step")
+            total.zero_()
+            self.passes.add_gradient(self.step.pairs.examples, weights, self.scratch.views)
+        if self.moments is not None:
+            self.moments.precondition(total)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                moved = parameter.to(total) * (1 - shrunk) + self.scratch.views[name]
+                parameter.copy_(moved)
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """The weights may be moved within, and are as before afterwards, to the bit."""
+        with lock_of(self.access.model), Undo() as undo:
+            undo.add(functools.partial(self._put_back))
+            yield
+
+    def _put_back(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.start.views[name])
+
+
+def predict_run(
+    access: Access,
+    passes: Passes,
+    rows: SetRows,
+    step: SetStep,
+    run: Run,
+    *,
+    segments: int,
+    sketch: Sketch | None,
+) -> Prediction:
+    """Predicts a run in segments.
+
+    Args:
+        access: The model; its weights are moved and put back.
+        passes: Passes over the set.
+        rows: Exact rows of plain gradients at the start, or sketched ones to be filled. They are
+            overwritten.
+        step: One small step on the set; its Gram is not used.
+        run: Settings of the run.
+        segments: Number of segments.
+        sketch: How rows are sketched; None: they are exact.
+
+    Cost: exact rows: a forward and a backward pass a sequence for each segment after the first, and
+    a forward pass. Sketched ones: for each segment three such passes (the second moment, the rows,
+    the net step; the first of them over half of the set) and a forward pass.
+    """
+    model, n = _Segments(access, passes, step, run, sketch), len(step)
+    before = step.readings.log_probs
+    simulation = Simulation(before, step.weights_at, run, range(n), torch.ones(n).double())
+    count = min(segments, simulation.steps)
+    cuts = [round(simulation.steps * k / count) for k in range(count + 1)]
+    effects, total = torch.zeros(n, n).double(), torch.zeros_like(before)
+    kernels: list[_Kernel] = []
+    with model.moving():
+        for steps in (after - since for since, after in pairwise(cuts)):
+            kernel = model.kernel(rows, simulation.now, steps)
+            net, shrunk = simulation.advance(steps, kernel.gram.value, kernel.adam, kernel.along)
+            effects += chosen_effects(kernel.matrix, net)
+            total += net
+            kernels.append(kernel)
+            model.move(rows, net, shrunk)
+            again = len(kernels) < count and rows.dense.exact
+            passes.bar.say("gradients" if again else "log-probs after the run")
+            simulation.now, _ = read_rows(passes, step.pairs, [rows] if again else [])
+            simulation.path[-1] = simulation.now
+    change = simulation.now - before
+    left_over = change[0] - effects.sum(1)
+    parts = effects.abs() / effects.abs().sum(1, keepdim=True).clamp(min=1e-300)
+    effects += left_over[:, None] * parts
+    path = torch.stack(simulation.path)
+    forecast = Forecast(run, path, total, change, effects, count, left_over)
+    return Prediction(forecast, kernels[0].gram, kernels[0].adam)
