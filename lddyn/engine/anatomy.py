@@ -107,6 +107,20 @@ class Anatomy(Skeleton):
         """The module of a model, without the wrappers of trainers, for plain passes."""
         return model.model if isinstance(model, Anatomy) else unwrapped(model)
 
+    def inherit(self, original: Anatomy) -> None:
+        """Takes over what trials found out about a model of which this is a copy.
+
+        Only what depends on the model's code: its values may differ.
+        """
+        if self.attention == original.attention:
+            self._logits_checked = original._logits_checked
+            self.keeps_attention = original.keeps_attention
+        self._post_is_identity = original._post_is_identity
+        own = dict(self.base.named_modules())
+        pairs = ((m, own.get(name)) for name, m in original.base.named_modules())
+        copies = {old: new for old, new in pairs if new is not None and type(new) is type(old)}
+        self.recogniser.inherit(original.recogniser, copies)
+
     def check_limits(self, example: Example) -> None:
         """Raises an ExampleError if the model cannot read an example."""
         rows = self.base.get_input_embeddings().weight.shape[0]

@@ -82,6 +82,7 @@ def trust(copy: Anatomy, original: Anatomy) -> None:
     copy.checked |= original.checked
     if original.joined and not copy.joined:
         copy.join(original.joined)
+    copy.inherit(original)
 
 
 @undisturbed

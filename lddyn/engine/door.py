@@ -48,7 +48,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def inside_adapters(model: nn.Module) -> nn.Module:
     """The transformers model inside of wrappers and of peft's adapters."""
     inner: Any = unwrapped(model)
-    while hasattr(inner, "get_base_model"):
+    while hasattr(type(inner), "get_base_model"):
         inner = unwrapped(inner.get_base_model())
     return inner  # type: ignore[no-any-return]
 

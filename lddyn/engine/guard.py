@@ -14,7 +14,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -100,11 +100,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Threads that want the same model wait for each other.
     """
     with lock_of(model), Undo() as undo:
-        evaluate(model, undo)
-        implement(model, QUIET, undo)
+        modules = list(model.modules())
+        evaluate(modules, undo)
+        implement(modules, QUIET, undo)
         strip_forwards(model, undo)
         device = next(model.parameters()).device.type
-        with torch.autocast(device, enabled=False), eager_code(model):
+        with torch.autocast(device, enabled=False), eager_code(modules):
             yield
 
 
@@ -114,10 +115,10 @@ def strip_forwards(model: nn.Module, undo: Undo) -> None:
         undo.set(module, "forward", forward)
 
 
-def evaluate(model: nn.Module, undo: Undo) -> None:
-    """Puts every module of a model in evaluation mode; quantised layers keep their layout."""
-    keep_layout(model, undo)
-    for module in model.modules():
+def evaluate(modules: Sequence[nn.Module], undo: Undo) -> None:
+    """Puts all modules of a model in evaluation mode; quantised layers keep their layout."""
+    keep_layout(modules, undo)
+    for module in modules:
         if module.training:
             undo.add(functools.partial(setattr, module, "training", True))
             module.training = False
@@ -137,12 +138,11 @@ QUIET: dict[str, object] = {
 }
 
 
-def implement(model: nn.Module, names: Mapping[str, object], undo: Undo) -> None:
+def implement(modules: Sequence[nn.Module], names: Mapping[str, object], undo: Undo) -> None:
     """Sets keys of a model's configs, such as the name of its registered attention.
 
-    The modules get changed copies of their configs, because other models may share the configs.
+    Its modules get changed copies of their configs, because other models may share the configs.
     """
-    modules = list(model.modules())
     configs = {id(c): c for c in (m.__dict__.get("config") for m in modules) if c is not None}
     if not any(getattr(c, n, v) != v for c in configs.values() for n, v in names.items()):
         return
@@ -168,20 +168,23 @@ def implement(model: nn.Module, names: Mapping[str, object], undo: Undo) -> None
 def attending(model: nn.Module, implementation: str) -> Iterator[None]:
     """Another attention of transformers' AttentionInterface within, by its registered name."""
     with lock_of(model), Undo() as undo:
-        implement(model, {ATTENTION: implementation}, undo)
+        implement(list(model.modules()), {ATTENTION: implementation}, undo)
         yield
 
 
-def freeze(model: nn.Module, undo: Undo) -> None:
+def freeze(modules: Sequence[nn.Module], undo: Undo) -> None:
     """Switches the gradients of all parameters off, and the hooks that change gradients."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            undo.add(functools.partial(parameter.requires_grad_, True))
-            parameter.requires_grad_(False)
-        if parameter._backward_hooks:
-            hooks = parameter._backward_hooks
-            undo.add(functools.partial(setattr, parameter, "_backward_hooks", hooks))
-            parameter._backward_hooks = None
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is None:
+                continue
+            if parameter.requires_grad:
+                undo.add(functools.partial(parameter.requires_grad_, True))
+                parameter.requires_grad_(False)
+            if parameter._backward_hooks:
+                hooks = parameter._backward_hooks
+                undo.add(functools.partial(setattr, parameter, "_backward_hooks", hooks))
+                parameter._backward_hooks = None
 
 
 REACHED = "max_seq_len_cached"  # the length for which a dynamic rotary embedding was scaled
@@ -201,7 +204,7 @@ def reset_scaling(model: nn.Module) -> None:
                 module._buffers[f"{prefix}inv_freq"] = original
 
 
-def keep_buffers(model: nn.Module, undo: Undo, most: int = 1 << 16) -> None:
+def keep_buffers(modules: Sequence[nn.Module], undo: Undo, most: int = 1 << 16) -> None:
     """Remembers buffers of up to `most` elements: some rotary embeddings rewrite theirs."""
 
     def put_back(buffers: dict[str, Tensor | None], name: str, own: Tensor, values: Tensor) -> None:
@@ -209,7 +212,7 @@ def keep_buffers(model: nn.Module, undo: Undo, most: int = 1 << 16) -> None:
         if not torch.equal(own, values):
             own.copy_(values)
 
-    for module in model.modules():
+    for module in modules:
         for name, value in vars(module).items():
             if name.endswith(REACHED):
                 undo.add(functools.partial(setattr, module, name, value))
@@ -238,14 +241,14 @@ _stance = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
-def eager_code(model: nn.Module) -> Iterator[None]:
-    """Runs a model's compiled parts as plain Python, so that changes in the model take effect.
+def eager_code(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Runs compiled parts of a model as plain Python, so that changes in its modules take effect.
 
     torch.compile has one stance for all threads. It is therefore changed only for a model with
     compiled parts, and changed back when the last of several such models is done.
     """
     global _eager_users
-    if not _has_compiled_parts(model):
+    if not _has_compiled_parts(modules):
         yield
         return
     with _STANCES:
@@ -261,11 +264,11 @@ def eager_code(model: nn.Module) -> Iterator[None]:
                 _stance.close()
 
 
-def _has_compiled_parts(model: nn.Module) -> bool:
+def _has_compiled_parts(modules: Sequence[nn.Module]) -> bool:
     if "torch._dynamo" not in sys.modules:
         return False
     files = set()
-    for module in model.modules():
+    for module in modules:
         own = module.__dict__.get("forward")
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             return True

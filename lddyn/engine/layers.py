@@ -14,6 +14,7 @@ A second derivative with respect to the layer's own inputs raises an error: a ze
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -65,6 +66,12 @@ class Linear:
         return Linear(each(self.pull), each(self.push), self.backend)
 
 
+def _signed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its signature attached, which torch else reads anew at every call."""
+    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return function
+
+
 class _Apply(torch.autograd.Function):
     """Applies `linear.pull` to cotangents; its derivative applies `linear.push`.
 
@@ -74,6 +81,7 @@ class _Apply(torch.autograd.Function):
     """
 
     @staticmethod
+    @_signed
     def forward(linear: Linear, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(x[0] for x in linear(*(x[None] for x in tensors[:count])))
 
@@ -110,6 +118,7 @@ class _Guard(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_signed
     def forward(x: Tensor) -> Tensor:
         return x.view_as(x)
 
@@ -135,6 +144,7 @@ class _Layer(torch.autograd.Function):
     """
 
     @staticmethod
+    @_signed
     def forward(linear: Linear, value: tuple[Tensor], *inputs: Tensor) -> Tensor:
         return value[0].detach()
 
@@ -431,19 +441,28 @@ def recognise_norm(
     expected = pulled(original)  # differs from a norm's if the module holds its statistics fixed
 
     @torch.no_grad()
-    def error(norm: Norm) -> float:
-        gradient = pulled(lambda z: norm(z)[0])
-        apart = float((gradient - expected).abs().max() / expected.abs().max())
-        values = (float((norm(z)[0] - y).abs().max() / y.abs().max()) for z, y in pairs)
-        return max(apart / 4, *values)  # a gradient goes through more roundings than an output
+    def value_error(norm: Norm) -> float:
+        return max(float((norm(z)[0] - y).abs().max() / y.abs().max()) for z, y in pairs)
 
-    errors = [error(norm) for norm in forms]
-    best = min(range(len(forms)), key=errors.__getitem__)
+    @torch.no_grad()
+    def gradient_error(norm: Norm) -> float:
+        gradient = pulled(lambda z: norm(z)[0])
+        # A gradient goes through more roundings than an output.
+        return float((gradient - expected).abs().max() / expected.abs().max()) / 4
+
+    # A form's error is the larger of two. Most forms are already wrong by their values, and their
+    # gradients need not be known.
+    limit = max(2 * torch.finfo(x.dtype).eps, 1e-5)
+    values = [value_error(norm) for norm in forms]
+    near = [(e, f) for e, f in zip(values, forms, strict=True) if not e > 4 * limit]
+    errors = [(max(e, gradient_error(f)), f) for e, f in near]
+    if not errors:
+        return None
+    error, best = min(errors, key=lambda fit: fit[0])
     # The other normalisation (with or without centring) must fit worse: with a gain of zero, or
     # with inputs of mean zero, the two cannot be told apart.
-    rival = min(e for e, f in zip(errors, forms, strict=True) if f.centred != forms[best].centred)
-    fits = errors[best] <= max(2 * torch.finfo(x.dtype).eps, 1e-5)
-    return forms[best] if fits and rival > 4 * errors[best] else None
+    rivals = [e for e, f in errors if f.centred != best.centred]
+    return best if error <= limit and all(e > 4 * error for e in rivals) else None
 
 
 # --------------------------------------------------------------------------- activations

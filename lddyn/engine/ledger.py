@@ -197,14 +197,13 @@ class Watch(TorchFunctionMode):
                 "update changes through it is not in its gradient, so no derivative here would "
                 "predict a real step; merge or replace that adapter"
             )
-        if not any(id(a) in self.known for a in args) and not any(
-            id(a) in self.known for a in kwargs.values()
-        ):
-            if any(
-                isinstance(a, list | tuple) and any(id(b) in self.known for b in a) for a in args
-            ):
-                flat = [b for a in args if isinstance(a, list | tuple) for b in a]
-                self._direct(name, flat)
+        ids = {*map(id, args), *map(id, kwargs.values())}
+        if self.known.keys().isdisjoint(ids):
+            for a in args:
+                if isinstance(a, list | tuple) and any(id(b) in self.known for b in a):
+                    flat = [b for a in args if isinstance(a, list | tuple) for b in a]
+                    self._direct(name, flat)
+                    break
             result = self._run(func, name, args, kwargs)
         else:
             if name == "__get__":

@@ -85,5 +85,7 @@ def push(linear: Linearized, source: Source, state: Tensor | None) -> Tensor | N
     def jvp(*tangents: Tensor) -> Tensor:
         return torch.autograd.grad(outputs, linear.u, tangents, retain_graph=True)[0]
 
+    if all(len(tangent) == 1 for tangent in kept):  # vmap would cost more than a small product
+        return jvp(*(tangent[0] for tangent in kept))[None]
     out: Tensor = torch.func.vmap(jvp)(*kept)
     return out

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,43 @@ class AlongDirection(Source):
             bias = bias.to(hidden.dtype).expand(len(hidden), -1)
             out = bias if out is None else out + bias
         return None if out is None else out[None]
+
+
+class AlongDirections(Source):
+    """One tangent for each of several directions, which are pushed together."""
+
+    def __init__(self, directions: Sequence[Direction]):
+        self.each = [AlongDirection(direction) for direction in directions]
+        self.size = len(self.each)
+
+    def _together(self, change: Callable[[AlongDirection], Tensor | None]) -> Tensor | None:
+        parts = [change(source) for source in self.each]
+        like = next((part for part in parts if part is not None), None)
+        if like is None:
+            return None
+        return torch.cat([torch.zeros_like(like) if part is None else part for part in parts])
+
+    def tap(self, tap: Tap) -> Tensor | None:
+        """The products x ΔWᵀ + Δb, or rows of ΔW."""
+        return self._together(lambda source: source.tap(tap))
+
+    def direct(self, name: str) -> Tensor | None:
+        """Δ of the parameter itself."""
+        return self._together(lambda source: source.direct(name))
+
+    def head(self, hidden: Tensor, names: HeadNames) -> Tensor | None:
+        """The products h ΔWᵀ + Δb."""
+        return self._together(lambda source: source.head(hidden, names))
+
+
+_TOGETHER = 8  # directions that are pushed together
+
+_Item = TypeVar("_Item")
+
+
+def _in_parts(items: Sequence[_Item]) -> list[Sequence[_Item]]:
+    """Successive parts of `_TOGETHER` items."""
+    return [items[start : start + _TOGETHER] for start in range(0, len(items), _TOGETHER)]
 
 
 class AlongFactors(Source):
@@ -288,10 +326,10 @@ def log_prob_shift(trace: Trace, direction: Direction) -> Tensor:
 
 def log_prob_shifts(trace: Trace, directions: Sequence[Direction]) -> Tensor:
     """`log_prob_shift` for each of D directions, (D, M, V); the model is linearised once."""
-    push = Pushforward(trace, keep=len(directions) > 1)
+    push = Pushforward(trace, keep=len(directions) > _TOGETHER)
     with trace.anatomy.analysis():
-        moved = [push.logits(AlongDirection(direction))[0] for direction in directions]
-    return torch.stack([delta_log_probs(logits, trace.logits) for logits in moved])
+        moved = [push.logits(AlongDirections(part)) for part in _in_parts(directions)]
+    return torch.cat([delta_log_probs(logits, trace.logits) for logits in moved])
 
 
 def realised_shift(trace: Trace, direction: Direction) -> Tensor:
@@ -324,7 +362,7 @@ def batched_shifts(
     if not examples:
         return
     anatomy.trace(min(examples, key=lambda example: example.length))
-    sources = [AlongDirection(direction) for direction in directions]
+    sources = [AlongDirections(part) for part in _in_parts(directions)]
     for length, index in batches(anatomy, examples, size):
         shifts = _shift_together(anatomy, [examples[i] for i in index], length, sources)
         yield from zip(index, shifts, strict=True)
@@ -332,7 +370,7 @@ def batched_shifts(
 
 @undisturbed
 def _shift_together(
-    anatomy: Anatomy, examples: Sequence[Example], length: int, sources: Sequence[AlongDirection]
+    anatomy: Anatomy, examples: Sequence[Example], length: int, sources: Sequence[AlongDirections]
 ) -> list[Shift]:
     """The shifts of examples in one batch of sequences of this length."""
     states: list[Tensor | None] = [None] * len(sources)
@@ -349,13 +387,14 @@ def _shift_together(
             logits, slope = anatomy.head_logits(hidden)
             moved = []
             for source, state in zip(sources, states, strict=True):
-                moving = torch.zeros_like(hidden) if state is None else state[0, row, at]
-                change = _through_head(
-                    anatomy, source, moving[None].to(logits), hidden.to(logits), slope
-                )
-                moved.append(delta_log_probs(change[0], logits))
+                if state is None:
+                    moving = hidden.new_zeros(source.size, *hidden.shape)
+                else:
+                    moving = state[:, row, at]
+                change = _through_head(anatomy, source, moving.to(logits), hidden.to(logits), slope)
+                moved.append(delta_log_probs(change, logits))
             targets = torch.tensor(example.targets, device=anatomy.device)
-            shifts.append(Shift(logits, targets, torch.stack(moved)))
+            shifts.append(Shift(logits, targets, torch.cat(moved)))
     for shift, example in zip(shifts, examples, strict=True):
         if not bool(torch.isfinite(shift.logits).all()):
             anatomy.trace(example)  # raises, and says what is not finite

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _CHATTER = "bitsandbytes.autograd._functions"
 
 
-def keep_layout(model: nn.Module, undo: Undo) -> None:
+def keep_layout(modules: Iterable[nn.Module], undo: Undo) -> None:
     """Keeps bitsandbytes from packing 4-bit weights for inference, and unpacks packed ones.
 
     On a CPU with AVX512-BF16, a layer in evaluation mode packs its weight in its first pass without
@@ -31,7 +31,7 @@ def keep_layout(model: nn.Module, undo: Undo) -> None:
     afterwards. Unpacking is for good, as training needs it; the layer packs again by itself.
     """
     unpacked, seen = 0, False
-    for module in model.modules():
+    for module in modules:
         if getattr(module, "support_avx512bf16_for_cpu", False):
             undo.set(module, "support_avx512bf16_for_cpu", False)
         weight = module._parameters.get("weight")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +57,14 @@ class Recogniser:
         self.owner = _Owner()
         self.norms: dict[nn.Module, layers.Norm | None] = {}
         self._turned: dict[types.FunctionType, types.FunctionType | None] = {}
+
+    def inherit(self, other: Recogniser, copies: Mapping[nn.Module, nn.Module]) -> None:
+        """Takes over what another model's modules were recognised as, for copies of them."""
+        self.norms = {copies[m]: form for m, form in other.norms.items() if m in copies}
+        for trial in (ELEMENTWISE, ROTATES):
+            own = trial.verdicts(self.owner)
+            for key, verdict in trial.verdicts(other.owner).items():
+                own[copies.get(key, key) if isinstance(key, nn.Module) else key] = verdict
 
     def replace(
         self, modules: Iterable[nn.Module], head: nn.Module, watch: Watch, undo: Undo

@@ -171,8 +171,9 @@ class Skeleton:
         """
         with guard.lock_of(self.model), guard.Undo() as undo:
             guard.register_attention()
-            guard.freeze(self.model, undo)
-            guard.keep_buffers(self.model, undo)
+            modules = list(self.model.modules())
+            guard.freeze(modules, undo)
+            guard.keep_buffers(modules, undo)
             attention = self.attention
             if attention == "lddyn" and not getattr(
                 self.base, "_supports_attention_backend", False
@@ -184,14 +185,14 @@ class Skeleton:
                 names[guard.ATTENTION] = attention
             elif own != self.own_attention is not None:  # within another analysis
                 names[guard.ATTENTION] = self.own_attention
-            guard.implement(self.model, names, undo)
-            guard.evaluate(self.model, undo)
+            guard.implement(modules, names, undo)
+            guard.evaluate(modules, undo)
             guard.strip_forwards(self.model, undo)
             with (
                 torch.inference_mode(False),
                 torch.enable_grad(),
                 guard.no_autocast(self.device),
-                guard.eager_code(self.model),
+                guard.eager_code(modules),
             ):
                 yield
 

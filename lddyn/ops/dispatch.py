@@ -270,7 +270,21 @@ class Op:
         self.check(*args)
         operand: Tensor = args[self.leading]
         device, dtype = operand.device, operand.dtype
+        name = self._choose(device, dtype)
+        run = self.implementation(name)
+        assert run is not None
+        if not torch.is_autocast_enabled(device.type):
+            return run(*args)
+        with torch.autocast(device.type, enabled=False):
+            return run(*args)
+
+    def _choose(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Name of the backend for operands of a device and dtype."""
         override = overridden()
+        if override is None:  # the usual call: the first backend that can run it, and no list
+            for name in _PREFERRED.get(device.type, ()):
+                if name != "reference" and not self.refusal(name, device, dtype):
+                    return name
         names = [*BACKENDS]
         if override is not None and override not in BACKENDS and known(override):
             if self.implementation(override) is None:
@@ -282,10 +296,7 @@ class Op:
         if name == "reference" and device.type != "cpu" and override is None:
             reasons = "; ".join(filter(None, refusals.values()))
             _report_fallback(f"lddyn::{self.name} runs as plain torch on {device.type}: {reasons}")
-        with torch.autocast(device.type, enabled=False):
-            run = self.implementation(name)
-            assert run is not None
-            return run(*args)
+        return name
 
 
 @functools.cache

@@ -266,13 +266,13 @@ def test_accelerate_s_forward_is_turned_too():
 
 def test_compiled_code_is_run_plainly_for_a_compiled_model_alone():
     stance = torch._dynamo.eval_frame._stance
-    with guard.eager_code(zoo.build("llama")):
+    with guard.eager_code(list(zoo.build("llama").modules())):
         assert torch._dynamo.eval_frame._stance.stance == stance.stance == "default"
     compiled = torch.compile(zoo.build("llama"), backend="eager")
     inplace = zoo.build("llama")
     inplace.compile(backend="eager")
-    first = guard.eager_code(compiled)
-    with guard.eager_code(inplace):
+    first = guard.eager_code(list(compiled.modules()))
+    with guard.eager_code(list(inplace.modules())):
         first.__enter__()
         assert torch._dynamo.eval_frame._stance.stance == "force_eager"
     assert torch._dynamo.eval_frame._stance.stance == "force_eager"  # the first is not done
