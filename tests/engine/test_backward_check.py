@@ -89,7 +89,7 @@ def test_a_hidden_weight_is_named(ask):
 
 def test_a_diagnosis_leaves_out_what_a_hidden_weight_would_falsify():
     pair = Example([5, 9], [7, 8], name="y+"), Example([5, 9], [3, 4], name="y-")
-    diagnosis = lddyn.diagnose(fused(), [pair], close_ups=0)
+    diagnosis = lddyn.diagnose(fused(), [pair], close_ups=0, lbk=True)
     assert "down_proj.weight" in diagnosis.unavailable
     assert bool(diagnosis.scores["lbk"].isnan().all())
     plain = lddyn.diagnose(llama(), [pair], close_ups=0)

@@ -1,0 +1,170 @@
+"""A DPO run of a real LLM: predicted first, then made, and what both cost.
+
+    python benchmarks/real_llm.py MODEL PAIRS.jsonl --name lora-12 --out benchmarks/results/FILE
+
+The rows have `prompt` (turns "Human: …", "Assistant: …"), `chosen` and `rejected`; they go through
+the model's chat template. The training is a plain loop of AdamW with a linear schedule and clipping
+to norm 1; its log-probs of the start are the reference. Processor seconds of both are of one
+process; an epoch of training is counted with the forward passes of a reference model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from record import provenance, record
+from torch import Tensor, nn
+
+import lddyn
+from lddyn.stats import spearman
+
+BATCH, BETA = 4, 0.1
+
+Pair = tuple[lddyn.Example, lddyn.Example]
+
+
+def read(path: Path, tokenizer: Any, count: int, longest: int) -> list[Pair]:
+    """The first pairs whose prompts and responses are no longer than this, in tokens."""
+    pairs: list[Pair] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        prompt = tokenizer.apply_chat_template(
+            messages(row["prompt"]), add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        sides = [tokenizer(row[k].strip() + "<|im_end|>")["input_ids"] for k in SIDES]
+        if len(prompt) > longest or not all(5 < len(side) <= longest for side in sides):
+            continue
+        if sides[0] != sides[1]:
+            pairs.append(tuple(lddyn.Example(prompt, side) for side in sides))  # type: ignore[arg-type]
+        if len(pairs) == count:
+            break
+    return pairs
+
+
+SIDES = ("chosen", "rejected")
+
+
+def messages(prompt: str) -> list[dict[str, str]]:
+    """A dialogue of HH as messages; an empty turn of the assistant at its end is left out."""
+    turns: list[dict[str, str]] = []
+    for turn in prompt.strip().split("\n\n"):
+        speaker, _, text = turn.partition(":")
+        role = {"Human": "user", "Assistant": "assistant"}.get(speaker)
+        if role is None:
+            turns[-1]["content"] += "\n\n" + turn
+        elif text.strip():
+            turns.append({"role": role, "content": text.strip()})
+    return turns
+
+
+def log_prob(model: nn.Module, example: lddyn.Example) -> Tensor:
+    """Log π(y | x), nats."""
+    ids, n = torch.tensor([example.ids]), len(example.response_ids)
+    logits = model(input_ids=ids).logits[0].float().log_softmax(-1)[-n - 1 : -1]
+    return logits.gather(1, ids[0, -n:, None]).sum()
+
+
+def log_probs(model: nn.Module, pairs: list[Pair]) -> Tensor:
+    """Log π of all responses (2, N), nats."""
+    with torch.no_grad():
+        return torch.tensor(
+            [[float(log_prob(model, p[side])) for p in pairs] for side in (0, 1)]
+        ).double()
+
+
+def train(model: nn.Module, pairs: list[Pair], run: lddyn.Run, before: Tensor) -> None:
+    """The run."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=run.lr, weight_decay=run.weight_decay)
+    batches = run.batches(range(len(pairs)))
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = run.rate(step, len(batches))
+        optimizer.zero_grad()
+        for i in batch.tolist():
+            gains = [log_prob(model, pairs[i][s]) - float(before[s, i]) for s in (0, 1)]
+            loss = -torch.nn.functional.logsigmoid(BETA * (gains[0] - gains[1])) / len(batch)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm or 1e9)
+        optimizer.step()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("--name", required=True, help="section of the results file")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--longest", type=int, default=100, help="tokens of a prompt or response")
+    parser.add_argument("--full", action="store_true", help="all weights; default: LoRA, rank 8")
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--refresh", type=int, default=2)
+    parser.add_argument("--memory", default="4GiB")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    if not args.full:
+        config = peft.LoraConfig(
+            r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model = peft.get_peft_model(model, config)
+    model.eval()
+    pairs = read(args.pairs, tokenizer, args.count, args.longest)
+    run = lddyn.Run(
+        lr=args.lr, epochs=args.epochs, batch=BATCH, schedule="linear", max_grad_norm=1.0
+    )
+    held, start = peak(), time.process_time()
+    diagnosis = lddyn.diagnose(
+        model,
+        pairs,
+        beta=BETA,
+        run=run,
+        refresh=args.refresh,
+        memory=args.memory,
+        close_ups=0,
+        progress=True,
+    )
+    diagnosed, grown = time.process_time() - start, peak() - held
+    before, start = log_probs(model, pairs), time.process_time()
+    train(model, pairs, run, before)
+    # A reference's forward passes cost a third of the forward and backward passes that were made.
+    epoch = 4 / 3 * (time.process_time() - start) / args.epochs
+    told, measured = diagnosis.forecast.change, log_probs(model, pairs) - before
+    result = {
+        **provenance(),
+        "pairs": len(pairs),
+        "tokens": sum(e.length for pair in pairs for e in pair),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "run": repr(run),
+        "refresh": args.refresh,
+        "exact": diagnosis.stderr is None,
+        "rho": [spearman(a, b) for a, b in zip(told, measured, strict=True)],
+        "predicted": told.mean(1).tolist(),
+        "measured": measured.mean(1).tolist(),
+        "falls": [int((x[0] < 0).sum()) for x in (told, measured)],
+        "epochs_of_training": diagnosed / epoch,
+        "cpu_seconds": {"diagnose": diagnosed, "epoch": epoch},
+        "gib_beyond_the_model": grown,
+    }
+    record(args.out, args.name, result)
+    print(json.dumps(result, indent=1))
+
+
+def peak() -> float:
+    """The most resident memory so far, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    main()
