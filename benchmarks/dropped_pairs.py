@@ -32,7 +32,7 @@ COMPARED = ("dpo", "ipo", "simpo", "dpop", "dpo+nll", "extend")
 
 def one_step(model: Any, pairs: Pairs, beta: float, rate: float) -> dict[str, Any]:
     """A step of SGD on all pairs against what the diagnosis predicts of it."""
-    diagnosis = lddyn.diagnose(model, pairs, "dpo", beta=beta)
+    diagnosis = lddyn.diagnose(model, pairs, "dpo", beta=beta, lbk=True)
     moved, sides = copy.deepcopy(model), [[p[side] for p in pairs] for side in (0, 1)]
     optimizer = torch.optim.SGD(moved.parameters(), lr=rate)
     before = [measure(moved, x).log_prob for x in sides]
@@ -114,7 +114,9 @@ def main() -> None:
         record(args.out, "one step", one_step(model, pairs, args.beta, 1e-3))
     finetune(model, pairs, args.sft_epochs, 1e-3, 0)
     run = lddyn.Run(lr=args.lr, epochs=args.epochs, batch=BATCH)
-    diagnosis = lddyn.diagnose(model, pairs, "dpo", beta=args.beta, run=run, memory="6GiB")
+    diagnosis = lddyn.diagnose(
+        model, pairs, "dpo", beta=args.beta, run=run, memory="6GiB", lbk=True
+    )
     print(diagnosis.explain(), flush=True)
     sides = [[p[side] for p in pairs] for side in (0, 1)]
     before = torch.stack([measure(model, x).log_prob for x in sides])

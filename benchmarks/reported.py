@@ -127,7 +127,7 @@ def main() -> None:
     sides = [[pair[side] for pair in pairs] for side in (0, 1)]
     reference = torch.stack([measure(load(start)[0], x).log_prob for x in sides])
     model = load(run / f"checkpoint-{args.checkpoint}")[0]
-    diagnosis = lddyn.diagnose(model, pairs, "dpo", beta=args.beta, reference=reference)
+    diagnosis = lddyn.diagnose(model, pairs, "dpo", beta=args.beta, reference=reference, lbk=True)
     end = load(run / f"checkpoint-{args.steps}")[0]
     moved = [measure(end, x).log_prob - diagnosis.log_probs[k] for k, x in enumerate(sides)]
     page = diagnosis.report(

@@ -189,6 +189,9 @@ def entries(values: Any) -> list[Any]:
     return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
+_LARGEST = 2**31 - 1  # what every tokenizer can decode
+
+
 def token_ids(name: str, values: object) -> tuple[int, ...]:
     """Token ids as Python ints.
 
@@ -197,7 +200,8 @@ def token_ids(name: str, values: object) -> tuple[int, ...]:
         values: A sequence, array or tensor of one dimension.
 
     Raises:
-        ExampleError: If an entry is no integer or is negative; the error names its index.
+        ExampleError: If an entry is no integer, is negative or exceeds 2³¹ − 1; the error names
+            its index.
     """
     values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, str) or not isinstance(values, Iterable):
@@ -224,6 +228,13 @@ def token_ids(name: str, values: object) -> tuple[int, ...]:
             hint = " (labels hold it; pass the input ids)" if token == IGNORED_LABEL else ""
             raise ExampleError(
                 f"{name}[{index}] must be a token id >= 0, got {token}{hint}",
+                problem="bad_token_id",
+                field=name,
+            )
+        if token > _LARGEST:
+            shown = token if token < 10**20 else "a longer number"
+            raise ExampleError(
+                f"{name}[{index}] must be a token id of at most {_LARGEST}, got {shown}",
                 problem="bad_token_id",
                 field=name,
             )

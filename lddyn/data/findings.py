@@ -28,7 +28,7 @@ _ERRORS = {
     "no_chat_template": "messages, but the tokenizer has no chat template",
     "template_error": "the chat template cannot render the messages",
     "tool_calls_unknown": "tool calls that the chat template does not know",
-    "bad_token_id": "a token id that is negative or no integer",
+    "bad_token_id": "a token id that is negative, too large or no integer",
     "bad_mask": "labels or masks that do not fit the ids, or count nothing",
     "invalid": "cannot be encoded",
     "empty_prompt": "no prompt token to predict from",

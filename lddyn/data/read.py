@@ -288,14 +288,31 @@ def _load_json(path: Path, must: bool) -> Any:
 def _parse_line(text: bytes, where: str) -> RowDict | ExampleError:
     """The row of one line of a JSONL file, or why there is none."""
     try:
-        row = json.loads(text.decode("utf-8"))
+        row = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
+        if b"\\ud" in text.lower():  # an escaped surrogate, which must be half of a pair
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return _unreadable(where, "no text (half of a surrogate pair)")
     except UnicodeDecodeError as error:
         return _unreadable(where, f"not UTF-8 ({error.reason} at byte {error.start})")
     except json.JSONDecodeError as error:
         return _unreadable(where, f"not JSON ({error.msg} at column {error.colno})")
     except RecursionError:
         return _unreadable(where, "not JSON (nested too deep)")
+    except ValueError as error:  # Python reads no integers of more than 4,300 digits
+        long = "integer string conversion" in str(error)
+        return _unreadable(where, "a number has too many digits" if long else str(error))
     return _as_row(row, where)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values; a ValueError if a key appears twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} appears twice")
+    return made
 
 
 def _read_csv(path: Path, delimiter: str) -> Iterator[PlacedRow]:

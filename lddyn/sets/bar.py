@@ -31,7 +31,7 @@ class Bar:
 
     def advance(self, work: int) -> None:
         """Counts work that is done."""
-        self._bar.update(work)
+        self._bar.update(min(work, self._bar.total - self._bar.n))
 
     def __enter__(self) -> Bar:
         return self

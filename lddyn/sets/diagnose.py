@@ -146,7 +146,8 @@ def diagnose(
     check_reference(reference, len(set_))  # errors in it are raised before the work
     access = Access(model, set_.examples[0])
     budget = parse_memory(memory, access.device)
-    if sketch is None and 2 * len(set_) * access.size * 4 > budget:
+    number = torch.promote_types(access.parameters[0].dtype, torch.float32).itemsize
+    if sketch is None and 2 * len(set_) * access.size * number > budget:
         sketch = Sketch(k=NUMBERS)
     plan = SetPlan.of(set_, access, sketch, run, refresh, close_ups, lbk)
     if progress:

@@ -185,8 +185,9 @@ class _Segments:
             diagonal = self.moments.diagonal(self.scratch.vector)
             adam = AdamMetric(rows.gram(pairs, diagonal).value, self.moments.total)
         if self.run.weight_decay:
-            here = torch.cat([p.detach().flatten() for p in self.parameters.values()])
-            along = (rows.dense.rows @ here.to(rows.dense.rows)).double().cpu()
+            for name, parameter in self.parameters.items():
+                self.scratch.views[name].copy_(parameter.detach())
+            along = (rows.dense.rows @ self.scratch.vector).double().cpu()
         return _Kernel(rows.gram(pairs), adam, along)
 
     def move(self, rows: SetRows, net: Tensor, shrunk: float) -> None:

@@ -43,7 +43,9 @@ class Piece:
     def like(self, tensor: Tensor) -> Tensor:
         """The entries of a tensor of the parameter's shape that stand beside those of `value`."""
         part = self._part(tensor)
-        return part.reshape(self.value.shape) if self.ids is None else part[self.ids]
+        if self.ids is None:
+            return part.reshape(self.value.shape).to(self.value.device)
+        return part[self.ids.to(part.device)].to(self.value.device)
 
     def scaled(self, tensor: Tensor) -> Piece:
         """The piece times a diagonal, which has the parameter's shape."""
@@ -55,7 +57,7 @@ class Piece:
         if self.ids is None:
             part.add_(self.value.view(part.shape).to(part), alpha=weight)
         else:
-            part.index_add_(0, self.ids, self.value.to(part), alpha=weight)
+            part.index_add_(0, self.ids.to(part.device), self.value.to(part), alpha=weight)
 
     def inner(self, tensor: Tensor) -> float:
         """The inner product with a tensor of the parameter's shape, summed in float32 by rows."""

@@ -83,6 +83,7 @@ def test_content_id_is_stable():
         ([1.5], [1], "bad_token_id", r"prompt_ids\[0\] must be an integer token id, got 1.5"),
         ([1], [True], "bad_token_id", "got True"),
         ([1], [None], "bad_token_id", "got None"),
+        ([1], [10**23], "bad_token_id", "of at most 2147483647, got a longer number"),
         ("hello", [1], "bad_token_id", "tokenise text first"),
         (3, [1], "bad_token_id", "sequence of token ids, got int"),
         ([1], torch.ones(1, 2, dtype=torch.long), "bad_token_id", r"response_ids\[0\]"),
