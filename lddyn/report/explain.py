@@ -277,10 +277,9 @@ def explain_run(run: Mapping[str, Any]) -> str:
 def _run(summary: Summary) -> list[Sentence]:
     if summary["run"] is None:
         return []
-    text = explain_run(summary["run"]) + (
-        " Trust the order of pairs more than the level, which is too high where y− falls far."
-    )
-    sure = "from gradients at the start; less reliable for longer runs"
+    text = explain_run(summary["run"]) + " Trust the order of pairs more than the level."
+    points = count(summary["run"]["segments"], "point")
+    sure = f"gradients taken at {points} of the run; less reliable for longer runs"
     return [Sentence(about="the planned run", text=text, sure=sure, kind="estimate")]
 
 
