@@ -153,24 +153,29 @@ def append_text(path: Path, text: str) -> None:
         file.write(text)
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The JSON object of these pairs, as `object_pairs_hook` of the module json.
+
+    Raises:
+        ValueError: If a key occurs twice.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
+    return values
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text whose objects name every key once.
 
     Raises:
         ValueError: If it is no JSON, nested too deeply, or a key occurs twice in one object.
     """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"the key {twice!r} occurs twice in one object")
-        return values
-
     try:
         return json.loads(
-            text if isinstance(text, str) else text.decode("utf-8"), object_pairs_hook=once
+            text if isinstance(text, str) else text.decode("utf-8"), object_pairs_hook=unique_keys
         )
     except RecursionError:
         raise ValueError("too deeply nested") from None

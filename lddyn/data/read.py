@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 
 from lddyn.data.columns import Row
 from lddyn.errors import ExampleError, glimpse
+from lddyn.files import unique_keys
 
 __all__ = ["rows"]
 
@@ -288,7 +289,7 @@ def _load_json(path: Path, must: bool) -> Any:
 def _parse_line(text: bytes, where: str) -> RowDict | ExampleError:
     """The row of one line of a JSONL file, or why there is none."""
     try:
-        row = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
+        row = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
         if b"\\ud" in text.lower():  # an escaped surrogate, which must be half of a pair
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -303,16 +304,6 @@ def _parse_line(text: bytes, where: str) -> RowDict | ExampleError:
         long = "integer string conversion" in str(error)
         return _unreadable(where, "a number has too many digits" if long else str(error))
     return _as_row(row, where)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these keys and values; a ValueError if a key appears twice."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} appears twice")
-    return made
 
 
 def _read_csv(path: Path, delimiter: str) -> Iterator[PlacedRow]:

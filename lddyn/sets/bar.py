@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 __all__ = ["Bar"]
@@ -33,13 +31,6 @@ class Bar:
         """Counts work that is done."""
         self._bar.update(min(work, self._bar.total - self._bar.n))
 
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Takes the bar away."""
         self._bar.close()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -152,13 +153,13 @@ def diagnose(
     plan = SetPlan.of(set_, access, sketch, run, refresh, close_ups, lbk)
     if progress:
         tqdm.write(f"diagnosis: {plan.explain()}", file=sys.stderr)
-    with Bar(plan.work, progress) as bar:
+    with closing(Bar(plan.work, progress)) as bar:
         passes = Passes(access, max(set_.examples, key=len), budget, bar)
         reader, rows = PairReader(set_), new_rows(access, passes, set_, sketch)
         later = run is not None and sketch is not None  # rows are then made once P is known
         bar.say("log-probs" if later else "gradients")
-        read_rows(passes, set_, [] if later else [rows], reader=reader)
-        readings = reader.readings()
+        log_probs, _ = read_rows(passes, set_, [] if later else [rows], reader=reader)
+        readings = reader.readings(log_probs)
         if lbk:
             readings = readings.with_fact("lbk", lbk_of_pairs(access, set_, bar))
         known = _reference_log_probs(reference, set_, access, readings)
@@ -168,7 +169,7 @@ def diagnose(
             *_rounding(access, set_),
         )
         described = describe_reference(reference)
-        gram = Gram(torch.empty(0)) if later else rows.gram(set_)
+        gram = Gram(torch.empty(0)) if run is not None else rows.gram(set_)  # the run's, below
         step = SetStep(loss, set_, readings, gram, known, described, remarks)
         step = replace(step, remarks=(*step.remarks, *_data_remarks(module, set_, step)))
         mean = _mean_chosen(access, passes, set_, rows) if close_ups else torch.empty(0)

@@ -62,7 +62,11 @@ class Passes:
             return
         for length, index in batches(self.access.anatomy, examples, CHUNK):
             with self._pass(examples, index, length, keep=False) as batch:
-                self._responses(examples, index, batch, see)
+                for place, i in enumerate(index):
+                    positions = torch.tensor(examples[i].positions, device=batch.hidden.device)
+                    hidden = batch.hidden[place, positions]
+                    targets = torch.tensor(examples[i].targets, device=hidden.device)
+                    see(i, Response(self.access.anatomy.head_logits(hidden)[0], hidden, targets))
             self.bar.advance(FORWARD * len(index))
 
     def gradients(self, examples: Sequence[Example], take: Take, see: See | None = None) -> None:
@@ -135,27 +139,17 @@ class Passes:
         anatomy, batching = self.access.anatomy, self._batching
         for length, index in batches(anatomy, examples, batching.size):
             with self._pass(examples, index, length, batching.keep_graphs) as batch:
-                self._responses(examples, index, batch, see)
                 some = [examples[i] for i in index]
                 given = [
                     None if weights is None else batch.hidden.new_full((len(e),), weights[i])
                     for i, e in zip(index, some, strict=True)
                 ]
                 for part, factors in pull_sequences(anatomy, some, given, batch):
+                    head = factors.head  # of one sequence
+                    if see is not None and head is not None:
+                        see(index[int(part)], Response(head.logits, head.hidden, head.targets))
                     visit(index, part.tolist(), Gradients.of(factors, anatomy))
             self.bar.advance(BACKWARD * len(index))
-
-    def _responses(
-        self, examples: Sequence[Example], index: Sequence[int], batch: Batch, see: See | None
-    ) -> None:
-        if see is None:
-            return
-        anatomy = self.access.anatomy
-        for place, i in enumerate(index):
-            positions = torch.tensor(examples[i].positions, device=batch.hidden.device)
-            hidden = batch.hidden[place, positions]
-            targets = torch.tensor(examples[i].targets, device=hidden.device)
-            see(i, Response(anatomy.head_logits(hidden)[0], hidden, targets))
 
     def _own_gradients(
         self, examples: Sequence[Example], take: Take, see: See | None = None

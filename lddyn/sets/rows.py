@@ -58,6 +58,11 @@ class Flat:
         parts = zip(parameters.items(), self.vector.split(sizes), strict=True)
         self.views = {name: part.view(p.shape) for (name, p), part in parts}
 
+    def copy(self, values: Mapping[str, Tensor]) -> None:
+        """Takes the values of tensors of the parameters' shapes."""
+        for name, view in self.views.items():
+            view.copy_(values[name].detach())
+
 
 class PairReader:
     """Reads what forward passes say of each pair, as soon as both of its responses are seen."""
@@ -65,14 +70,12 @@ class PairReader:
     def __init__(self, pairs: PairSet) -> None:
         self._pairs = pairs
         self._waiting: dict[int, ResponseReading] = {}
-        self._log_probs = torch.zeros(2 * len(pairs), dtype=torch.float64)
         self._facts: dict[str, Tensor] = {}
         self._token_facts: dict[str, list[Tensor]] = {}
 
     def __call__(self, sequence: int, response: Response) -> None:
         """Reads a response; sequences are numbered as in `PairSet.examples`."""
         reading, n = ResponseReading.of(response), len(self._pairs)
-        self._log_probs[sequence] = reading.log_probs.sum()
         mate = sequence + n if sequence < n else sequence - n
         other = self._waiting.pop(mate, None)
         if other is None:
@@ -87,9 +90,9 @@ class PairReader:
         for name, values in token_facts.items():
             self._token_facts.setdefault(name, [torch.empty(0)] * n)[pair] = values
 
-    def readings(self) -> Readings:
-        """All readings, after every response was seen."""
-        return Readings(self._log_probs.view(2, -1), self._facts, self._token_facts)
+    def readings(self, log_probs: Tensor) -> Readings:
+        """All readings, after every response was seen; `log_probs` is what `read_rows` returned."""
+        return Readings(log_probs, self._facts, self._token_facts)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ gradients change within a segment.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -87,16 +86,11 @@ class Moments:
         """Σ v."""
         return float(self._sum.vector.sum(dtype=torch.float64)) / self._steps
 
-    def precondition(self, vector: Tensor) -> None:
-        """Vector ← P ∘ vector, in blocks."""
+    def precondition(self, vector: Tensor, power: float = 1.0) -> None:
+        """Multiplies a vector (P,) by P = 1/(√v + ε), or a power of it, in blocks."""
         for start in range(0, len(vector), _COLUMNS):
             at = slice(start, start + _COLUMNS)
-            vector[at] /= (self._sum.vector[at] / self._steps).sqrt_().add_(1e-8)
-
-    def diagonal(self, out: Tensor, power: float = 1.0) -> Tensor:
-        """P = 1/(√v + ε), or a power of it, written into `out` (P,)."""
-        torch.div(self._sum.vector, self._steps, out=out)
-        return out.sqrt_().add_(1e-8).pow_(-power)
+            vector[at] *= (self._sum.vector[at] / self._steps).sqrt_().add_(1e-8).pow_(-power)
 
 
 def measured_batches(run: Run, pairs: int) -> list[Tensor]:
@@ -144,8 +138,7 @@ class _Segments:
         self.sketch, self.parameters = sketch, access.named
         self.scratch = Flat(self.parameters)
         self.start = Flat(self.parameters)
-        for name, parameter in self.parameters.items():
-            self.start.views[name].copy_(parameter.detach())
+        self.start.copy(self.parameters)
         self.moments = Moments(self.parameters, run.batch) if run.optimizer == "adamw" else None
 
     def kernel(self, rows: SetRows, now: Tensor, steps: int) -> _Kernel:
@@ -164,7 +157,7 @@ class _Segments:
         if self.moments is not None:
             self.passes.bar.say("second moment")
             self.moments.add_measured(self.passes, self.step, pulls, self.run, steps, self.scratch)
-            self.moments.diagonal(self.scratch.vector, 0.5)
+            self.moments.precondition(self.scratch.vector.fill_(1.0), 0.5)
             under = [new_rows(self.access, self.passes, self.step.pairs, self.sketch, self.scratch)]
         self.passes.bar.say("gradients")
         _, along = read_rows(
@@ -182,11 +175,10 @@ class _Segments:
         pairs, adam, along = self.step.pairs, None, None
         if self.moments is not None:
             self.moments.add_exact(rows.dense.rows, pulls, steps)
-            diagonal = self.moments.diagonal(self.scratch.vector)
-            adam = AdamMetric(rows.gram(pairs, diagonal).value, self.moments.total)
+            self.moments.precondition(self.scratch.vector.fill_(1.0))
+            adam = AdamMetric(rows.gram(pairs, self.scratch.vector).value, self.moments.total)
         if self.run.weight_decay:
-            for name, parameter in self.parameters.items():
-                self.scratch.views[name].copy_(parameter.detach())
+            self.scratch.copy(self.parameters)
             along = (rows.dense.rows @ self.scratch.vector).double().cpu()
         return _Kernel(rows.gram(pairs), adam, along)
 
@@ -210,7 +202,7 @@ class _Segments:
     def moving(self) -> Iterator[None]:
         """The weights may be moved within, and are as before afterwards, to the bit."""
         with lock_of(self.access.model), Undo() as undo:
-            undo.add(functools.partial(self._put_back))
+            undo.add(self._put_back)
             yield
 
     def _put_back(self) -> None:

@@ -43,7 +43,7 @@ def test_rows_iterables():
         (b"[" * 100_000, "bad.jsonl: not a JSON list"),
         (b'{"a":' * 100_000, "bad.jsonl, line 1: not JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}", "bad.jsonl, line 1: a number has too many digits"),
-        (b'{"a": 1, "a": 2}', "bad.jsonl, line 1: the key 'a' appears twice"),
+        (b'{"a": 1, "a": 2}', "bad.jsonl, line 1: the key 'a' occurs twice in one object"),
         (b'{"a": "\\ud800"}', r"bad.jsonl, line 1: no text \(half of a surrogate pair\)"),
         (b'[{"a": 1}, 2]', "bad.jsonl, entry 1: a row must be a mapping"),
     ],
