@@ -36,7 +36,6 @@ __all__ = [
     "chosen_effects",
     "projected",
     "simulate",
-    "tilted",
 ]
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -183,7 +182,7 @@ class Forecast(Result):
             and `change` is evaluated at the weights after the last one. 0: `simulate`, linear in
             log π from the start of the run to its end.
         left_over: (N,) nats: the part of `change[0]` that the first order of the segments does not
-            explain; `effects` has it by `tilted`.
+            explain; `effects` has it in proportion to the size of its entries.
     """
 
     run: Run
@@ -381,27 +380,6 @@ def chosen_effects(kernel: Tensor, net: Tensor) -> Tensor:
     """(N, N): the part of Δ log π(y_i+) that pair j causes, Σ± K(i+, j±) c_j±."""
     n = net.shape[1]
     return kernel[:n, :n] * net[0] + kernel[:n, n:] * net[1]
-
-
-def tilted(effects: Tensor, change: Tensor) -> Tensor:
-    """Effects (N, N) of the same signs whose rows sum to `change` (N,).
-
-    In a row that sums to a − b, with a the sum of its positive entries and −b that of its negative
-    ones, positive entries are divided by u and negative ones multiplied by it:
-
-        a / u − b u = change,      u = (√(change² + 4 a b) − change) / 2b
-
-    No pair that raises a response is thus said to lower it. Where all entries have one sign, what
-    is missing is added in proportion to their size.
-    """
-    up, down = effects.clamp(min=0), (-effects).clamp(min=0)
-    a, b = up.sum(1, keepdim=True), down.sum(1, keepdim=True)
-    goal = change[:, None]
-    root = (goal**2 + 4 * a * b).sqrt()
-    # Two forms of one number: neither subtracts numbers that are nearly equal.
-    factor = torch.where(goal > 0, 2 * a / (root + goal), (root - goal) / (2 * b))
-    added = effects + (goal - a + b) * effects.abs() / (a + b).clamp(min=1e-300)
-    return torch.where(a * b > 0, up / factor - down * factor, added)
 
 
 def projected(effects: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lddyn.engine.guard import Undo, lock_of
 from lddyn.sets.access import Access
-from lddyn.sets.forecast import AdamMetric, Forecast, Run, Simulation, chosen_effects, tilted
+from lddyn.sets.forecast import AdamMetric, Forecast, Run, Simulation, chosen_effects
 from lddyn.sets.passes import Passes
 from lddyn.sets.rows import Flat, Gram, SetRows, new_rows, read_rows
 from lddyn.sets.step import SetStep
@@ -258,6 +258,8 @@ def predict_run(
             simulation.path[-1] = simulation.now
     change = simulation.now - before
     left_over = change[0] - effects.sum(1)
-    path, closed = torch.stack(simulation.path), tilted(effects, change[0])
-    forecast = Forecast(run, path, total, change, closed, count, left_over)
+    parts = effects.abs() / effects.abs().sum(1, keepdim=True).clamp(min=1e-300)
+    effects += left_over[:, None] * parts
+    path = torch.stack(simulation.path)
+    forecast = Forecast(run, path, total, change, effects, count, left_over)
     return Prediction(forecast, kernels[0].gram, kernels[0].adam)

@@ -10,7 +10,7 @@ import zoo
 from preference_pairs import log_probs, some_pairs, with_gram
 
 import lddyn
-from lddyn.sets.forecast import AdamMetric, projected, tilted
+from lddyn.sets.forecast import AdamMetric, projected
 
 
 def test_simulation_is_training_of_a_linear_model(found):
@@ -111,18 +111,6 @@ def test_a_run_is_predicted_in_segments(model, optimizer, sketched):
     # What is left under Adam is its second moment: 12 steps are few for a mean.
     assert max(errors) < 0.2 if optimizer == "adamw" else errors[1] < 0.5 * errors[0] < 0.5
     assert all(map(torch.equal, weights, model.parameters()))
-
-
-def test_tilted_effects_keep_their_signs():
-    generator = torch.Generator().manual_seed(0)
-    effects = torch.randn(6, 5, generator=generator).double()
-    effects[4], effects[5] = effects[4].abs(), 0.0
-    change = torch.tensor([-40.0, 40.0, 0.0, 1e-9, -3.0, 0.0]).double()
-    closed = tilted(effects, change)
-    assert torch.allclose(closed.sum(1), change, atol=1e-12)
-    assert torch.equal(closed[:4].sign(), effects[:4].sign())
-    own = effects.sum(1)
-    assert torch.allclose(tilted(effects, own), effects)
 
 
 def test_adam_has_the_diagonal_of_its_batches(model):
