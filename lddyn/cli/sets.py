@@ -302,7 +302,7 @@ def diagnose(
     tokenizer, lm = model.load_tokenizer(), model.load()
     given = encode_pairs(tokenizer, lm.config, content, rows.encoding)
     _warn_of_skipped(given, rows.data, content)
-    sketch = _sketch(lm, len(given.pairs), memory, sketch_size, seed)
+    sketch = _sketch(lm, len(given.pairs), planned is not None, memory, sketch_size, seed)
     moved = _log_probs_after(page.after, model, given.pairs)
     diagnosis = lddyn.diagnose(
         lm,
@@ -418,15 +418,19 @@ def _warn_of_skipped(given: PairSet, data: Path, content: Sequence[PlacedRow]) -
         warn(f"{len(given.skipped)} rows in all are not diagnosed")
 
 
-def _sketch(model: nn.Module, pairs: int, memory: str, k: int | None, seed: int) -> Sketch | None:
+def _sketch(
+    model: nn.Module, pairs: int, run: bool, memory: str, k: int | None, seed: int
+) -> Sketch | None:
     """The sketch from which inner products are estimated. None: all gradients fit."""
     from lddyn.memory import in_gib, parse_memory
     from lddyn.sets.diagnose import NUMBERS
+    from lddyn.sets.rows import exact_bytes
     from lddyn.sketches.sketch import Sketch
 
     if k is not None:
         return Sketch(k=k, seed=seed)
-    size = 8 * pairs * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = exact_bytes(pairs, trainable, 4, run)
     if size <= parse_memory(memory):
         return None
     warn(

@@ -347,17 +347,21 @@ def factored_gram(
 
 
 def sequence_gram(
-    gradients: Tensor | Sequence[Tensor], precondition: Tensor | None = None
+    gradients: Tensor | Sequence[Tensor],
+    precondition: Tensor | None = None,
+    others: Tensor | None = None,
 ) -> Tensor:
     """⟨g_i, P ∘ g_j⟩ of flat gradients g (N vectors of P numbers), (N, N) in float64 on the CPU.
 
     Args:
         gradients: A tensor (N, P), or N tensors (P,), as `flat_gradient` returns them.
         precondition: The diagonal P (P,); None: ones.
+        others: Gradients (N', P) in the place of g_j; the result is then (N, N').
 
     Cost: 2 N² P FLOPs; products are summed over blocks of 2^18 columns in float64.
     """
-    total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
+    count = len(gradients if others is None else others)
+    total = torch.zeros(len(gradients), count, dtype=torch.float64)
     for start in range(0, len(gradients[0]), _COLUMNS):
         columns = slice(start, start + _COLUMNS)
         if isinstance(gradients, Tensor):
@@ -365,7 +369,8 @@ def sequence_gram(
         else:
             part = torch.stack([gradient[columns] for gradient in gradients])
         weighted = part if precondition is None else part * precondition[columns]
-        total += (weighted @ part.T).double().cpu()
+        other = part if others is None else others[:, columns]
+        total += (weighted @ other.T).double().cpu()
     return total
 
 

@@ -46,7 +46,15 @@ from lddyn.sets.pairs import Pair, PairSet
 from lddyn.sets.passes import Passes
 from lddyn.sets.plan import SetPlan
 from lddyn.sets.readings import Readings
-from lddyn.sets.rows import Flat, Gram, PairReader, SetRows, new_rows, read_rows
+from lddyn.sets.rows import (
+    Flat,
+    Gram,
+    PairReader,
+    SetRows,
+    exact_bytes,
+    new_rows,
+    read_rows,
+)
 from lddyn.sets.segments import predict_run
 from lddyn.sets.step import SetStep
 from lddyn.sets.validate import validate as compare_with_steps
@@ -148,7 +156,8 @@ def diagnose(
     access = Access(model, set_.examples[0])
     budget = parse_memory(memory, access.device)
     number = torch.promote_types(access.parameters[0].dtype, torch.float32).itemsize
-    if sketch is None and 2 * len(set_) * access.size * number > budget:
+    needed = exact_bytes(len(set_), access.size, number, run is not None)
+    if sketch is None and needed > budget:
         sketch = Sketch(k=NUMBERS)
     plan = SetPlan.of(set_, access, sketch, run, refresh, close_ups, lbk)
     if progress:

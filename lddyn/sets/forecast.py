@@ -177,12 +177,13 @@ class Forecast(Result):
         coefficients: (2, N): Δθ of a segment is P Σ_j coefficients_j ∇ log π(y_j); summed over the
             segments.
         change: Δ log π of y+ and y− by the run, (2, N) nats.
-        effects: (N, N) nats: the part of Δ log π(y_i+) that pair j causes; rows sum to `change[0]`.
+        effects: (N, N) nats: the part of Δ log π(y_i+) that pair j causes; rows and `left_over` sum
+            to `change[0]`.
         segments: Segments of the run: at the start of each, gradients are those of its own weights,
             and `change` is evaluated at the weights after the last one. 0: `simulate`, linear in
             log π from the start of the run to its end.
-        left_over: (N,) nats: the part of `change[0]` that the first order of the segments does not
-            explain; `effects` has it in proportion to the size of its entries.
+        left_over: (N,) nats: the part of `change[0]` that belongs to no pair: what gradients at the
+            ends of the segments do not explain. None: nothing.
     """
 
     run: Run
@@ -201,9 +202,14 @@ class Forecast(Result):
     def weighted(self, pair_weights: Tensor) -> Tensor:
         """Predicted Δ log π(y+) (N,) in nats with these pair weights (N,); 0 leaves a pair out.
 
-        Linear in the pair weights, but capped so that no log π ends above 0.
+        Linear in the pair weights, but capped so that no log π ends above 0. What is left over goes
+        with the mean weight.
         """
-        return (self.effects @ pair_weights.to(self.effects)).minimum(-self.path[0, 0])
+        weights = pair_weights.to(self.effects)
+        change = self.effects @ weights
+        if self.left_over is not None:
+            change = change + weights.mean() * self.left_over
+        return change.minimum(-self.path[0, 0])
 
     def summary(self) -> dict[str, Any]:
         """The run's settings, mean Δ log π of y+ and y− in nats, and how many y+ fall."""

@@ -49,46 +49,58 @@ class Passes:
             trace = access.anatomy.trace(longest)
             self._batching = Batching.of(trace, len(longest), CHUNK, memory)
 
-    def forward(self, examples: Sequence[Example], see: See) -> None:
-        """`see` gets the response of each sequence.
+    def forward(self, examples: Sequence[Example], numbers: Sequence[int], see: See) -> None:
+        """`see(number, response)` for the examples of these numbers.
 
         Cost: a forward pass a sequence.
         """
         if self.access.unavailable:
             with evaluating(self.access.model), torch.no_grad():
-                for i, example in enumerate(examples):
-                    see(i, own_response(self.access.model, example))
+                for i in numbers:
+                    see(i, own_response(self.access.model, examples[i]))
                     self.bar.advance(FORWARD)
             return
-        for length, index in batches(self.access.anatomy, examples, CHUNK):
-            with self._pass(examples, index, length, keep=False) as batch:
+        some = [examples[i] for i in numbers]
+        for length, index in batches(self.access.anatomy, some, CHUNK):
+            with self._pass(some, index, length, keep=False) as batch:
                 for place, i in enumerate(index):
-                    positions = torch.tensor(examples[i].positions, device=batch.hidden.device)
+                    positions = torch.tensor(some[i].positions, device=batch.hidden.device)
                     hidden = batch.hidden[place, positions]
-                    targets = torch.tensor(examples[i].targets, device=hidden.device)
-                    see(i, Response(self.access.anatomy.head_logits(hidden)[0], hidden, targets))
+                    targets = torch.tensor(some[i].targets, device=hidden.device)
+                    see(
+                        numbers[i],
+                        Response(self.access.anatomy.head_logits(hidden)[0], hidden, targets),
+                    )
             self.bar.advance(FORWARD * len(index))
 
-    def gradients(self, examples: Sequence[Example], take: Take, see: See | None = None) -> None:
-        """∇θ log π of each sequence, piece by piece: `take(sequence, piece)`.
+    def gradients(
+        self,
+        examples: Sequence[Example],
+        numbers: Sequence[int],
+        take: Take,
+        see: See | None = None,
+    ) -> None:
+        """∇θ log π of the examples of these numbers, piece by piece: `take(number, piece)`.
 
         Args:
-            examples: The sequences.
+            examples: All sequences.
+            numbers: Those whose gradients are taken.
             take: Gets each piece; the gradient of a sequence is the sum of its pieces.
             see: Gets every response, before its gradient.
 
         Cost: a forward and a backward pass a sequence.
         """
         if self.access.unavailable:
-            self._own_gradients(examples, take, see)
+            self._own_gradients(examples, numbers, take, see)
             return
 
         def visit(index: Sequence[int], part: Sequence[int], gradients: Gradients) -> None:
             for place, sequence in enumerate(part):
                 for piece in pieces_of(gradients, place):
-                    take(index[sequence], piece)
+                    take(numbers[index[sequence]], piece)
 
-        self._pull(examples, None, visit, see)
+        some = [examples[i] for i in numbers]
+        self._pull(some, None, visit, see and (lambda i, response: see(numbers[i], response)))
 
     def add_gradient(
         self, examples: Sequence[Example], weights: Tensor, into: Mapping[str, Tensor]
@@ -106,8 +118,9 @@ class Passes:
         self.bar.advance(BACKWARD * (len(examples) - len(wanted)))
         examples, factors = [examples[i] for i in wanted], [float(weights[i]) for i in wanted]
         if self.access.unavailable:
+            numbers = range(len(examples))
             self._own_gradients(
-                examples, lambda i, piece: piece.add_to(into[piece.name], factors[i])
+                examples, numbers, lambda i, piece: piece.add_to(into[piece.name], factors[i])
             )
             return
 
@@ -152,12 +165,16 @@ class Passes:
             self.bar.advance(BACKWARD * len(index))
 
     def _own_gradients(
-        self, examples: Sequence[Example], take: Take, see: See | None = None
+        self,
+        examples: Sequence[Example],
+        numbers: Sequence[int],
+        take: Take,
+        see: See | None = None,
     ) -> None:
         """Gradients by plain backward passes of the model itself."""
         with evaluating(self.access.model), torch.enable_grad():
-            for i, example in enumerate(examples):
-                response = own_response(self.access.model, example)
+            for i in numbers:
+                response = own_response(self.access.model, examples[i])
                 if see is not None:
                     see(i, response)
                 gradient = gradient_of(response.log_probs.sum(), self.access.named)

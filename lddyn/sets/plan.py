@@ -11,6 +11,7 @@ from lddyn.sets.close_ups import CLOSE_UP, LBK
 from lddyn.sets.forecast import Run
 from lddyn.sets.pairs import PairSet
 from lddyn.sets.passes import BACKWARD, FORWARD
+from lddyn.sets.rows import exact_bytes
 from lddyn.sets.segments import measured_batches
 from lddyn.sketches.sketch import Sketch
 
@@ -51,32 +52,37 @@ class SetPlan:
     ) -> SetPlan:
         """The plan of a diagnosis; arguments as of `diagnose`."""
         n, size = len(pairs), access.size
-        sequences, numbers = 2 * n, size if sketch is None else sketch.k
+        sequences = 2 * n
         parts = {"gradients": BACKWARD * sequences}
         if run is not None:
             segments = min(refresh, len(run.batches(range(n))))
+            end = (BACKWARD + FORWARD) * n  # of chosen and rejected responses
+            parts["gradients"] *= segments
             if sketch is None:
-                parts["gradients"] *= segments
-                parts["log-probs after the run"] = FORWARD * sequences
+                parts["gradients after the run"] = end
             else:
-                parts["log-probs"] = FORWARD * sequences * (1 + segments)
+                parts["log-probs"] = FORWARD * sequences
+                parts["gradients after each segment"] = end * segments
                 moments = 2 * run.batch * len(measured_batches(run, n))
                 if run.optimizer == "adamw":
                     parts["second moment"] = BACKWARD * segments * min(moments, sequences)
                 parts["net step"] = BACKWARD * segments * sequences
-                parts["gradients"] *= segments
         if lbk:
             parts["LBK"] = LBK * n
         if close_ups:
             if sketch is not None:
                 parts["mean gradient"] = BACKWARD * n
             parts["tokens"] = CLOSE_UP * min(n, 2 * close_ups)
-        kept = 1 + (run is not None and run.optimizer == "adamw" and sketch is not None)
+        if sketch is None:
+            rows = exact_bytes(n, size, 4, run is not None)
+        else:  # plain rows, those under P, and those of the chosen after a segment
+            kept = 2 * (2 if run is not None and run.optimizer == "adamw" else 1)
+            rows = 4 * sketch.k * n * (kept + (run is not None))
         vectors = (0 if run is None else 3) + bool(close_ups)
         return cls(
             parts,
             (BACKWARD + FORWARD) * sequences,
-            4 * sequences * numbers * kept,
+            rows,
             4 * vectors * size,
             sketch is None,
             0.0 if sketch is None else 1 / math.sqrt(sketch.k),

@@ -23,7 +23,7 @@ from lddyn.sketches.dense_rows import DenseRows
 from lddyn.sketches.pieces import Piece
 from lddyn.sketches.sketch import Sketch
 
-__all__ = ["Flat", "Gram", "PairReader", "SetRows", "new_rows", "read_rows"]
+__all__ = ["Flat", "Gram", "PairReader", "SetRows", "exact_bytes", "new_rows", "read_rows"]
 
 _WINDOW = 8  # pairs that are read together: logits of their responses are kept until both are seen
 _SURVEY = 4  # sequences whose gradient norms divide a sketch's numbers among the parameters
@@ -107,6 +107,10 @@ class SetRows:
     dense: DenseRows
     root: Flat | None = None
 
+    def empty(self, count: int) -> SetRows:
+        """As many empty rows under the same metric."""
+        return SetRows(self.dense.empty(count), self.root)
+
     def gram(self, pairs: PairSet, diagonal: Tensor | None = None) -> Gram:
         """J P Jᵀ.
 
@@ -120,6 +124,18 @@ class SetRows:
         estimate = self.dense.gram()
         value, stderr = (x.double().cpu()[same][:, same] for x in (estimate.value, estimate.stderr))
         return Gram(value, stderr)
+
+
+def exact_bytes(pairs: int, size: int, number: int, run: bool) -> int:
+    """Bytes of exact rows.
+
+    Args:
+        pairs: Number of pairs.
+        size: Number of trainable values.
+        number: Bytes of one.
+        run: Whether a run is predicted, which pairs rows of two points of the run.
+    """
+    return (2 if run else 1) * 2 * pairs * size * number
 
 
 def new_rows(
@@ -144,8 +160,8 @@ def new_rows(
             square = float(torch.linalg.vector_norm(value)) ** 2
             squares[piece.name] = squares.get(piece.name, 0.0) + square
 
-        examples = [example for pair in pairs.pairs[:_SURVEY] for example in pair]
-        passes.gradients(examples[:_SURVEY], note)
+        numbers = [i + side for i in range(len(pairs)) for side in (0, len(pairs))]
+        passes.gradients(pairs.examples, numbers[:_SURVEY], note)
     parameters = access.named
     layout = dense_layout(sketch, parameters, squares, access.looked_up)
     return SetRows(DenseRows(layout, parameters, 2 * len(pairs)), root)
@@ -158,6 +174,7 @@ def read_rows(
     *,
     reader: Callable[[int, Response], None] | None = None,
     at: Mapping[str, Tensor] | None = None,
+    chosen_only: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One pass over the set: fills rows, and reads the responses.
 
@@ -167,6 +184,7 @@ def read_rows(
         rows: What is filled; empty: only forward passes are made.
         reader: Gets every response, numbered as in `PairSet.examples`.
         at: θ by parameter, for ⟨∇θ log π, θ⟩, which weight decay needs.
+        chosen_only: Fill rows of the chosen responses alone; the rejected ones are only read.
 
     Returns:
         log π (2, N) float64 nats, and ⟨∇θ log π, θ⟩ (2N,) float64, or None.
@@ -178,25 +196,27 @@ def read_rows(
     along = None if at is None else torch.zeros(2 * n, dtype=torch.float64)
     for kept in rows:
         kept.dense.rows.zero_()
+
+    def see(number: int, response: Response) -> None:
+        log_probs[number] = response.log_probs.detach().double().sum()
+        if reader is not None:
+            reader(number, response)
+
+    def take(number: int, piece: Piece) -> None:
+        for kept in rows:
+            scaled = piece if kept.root is None else piece.scaled(kept.root.views[piece.name])
+            kept.dense.add(number, scaled)
+        if along is not None and at is not None:
+            along[number] += piece.inner(at[piece.name])
+
     for start in range(0, n, _WINDOW):
-        some = range(start, min(n, start + _WINDOW))
-        numbers = [*some, *(n + i for i in some)]
-        examples = [pairs.examples[i] for i in numbers]
-
-        def see(i: int, response: Response, numbers: list[int] = numbers) -> None:
-            log_probs[numbers[i]] = response.log_probs.detach().double().sum()
-            if reader is not None:
-                reader(numbers[i], response)
-
-        def take(i: int, piece: Piece, numbers: list[int] = numbers) -> None:
-            for kept in rows:
-                scaled = piece if kept.root is None else piece.scaled(kept.root.views[piece.name])
-                kept.dense.add(numbers[i], scaled)
-            if along is not None and at is not None:
-                along[numbers[i]] += piece.inner(at[piece.name])
-
-        if rows:
-            passes.gradients(examples, take, see)
+        chosen = list(range(start, min(n, start + _WINDOW)))
+        rejected = [n + i for i in chosen]
+        if not rows:
+            passes.forward(pairs.examples, [*chosen, *rejected], see)
+        elif chosen_only:
+            passes.gradients(pairs.examples, chosen, take, see)
+            passes.forward(pairs.examples, rejected, see)
         else:
-            passes.forward(examples, see)
+            passes.gradients(pairs.examples, [*chosen, *rejected], take, see)
     return log_probs.view(2, n), along

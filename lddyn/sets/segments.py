@@ -8,6 +8,9 @@ its own start, runs on log-probs to its end (`Simulation`), and moves θ by
 c and s are what the simulation returns. The change that is predicted is log π at the last θ minus
 log π at the first. So the curvature along each straight step is in it; what is left out is that
 gradients change within a segment.
+
+What pair j does to y_i+ in a segment is ⟨ḡ_i, P c_j ∇θ log π(y_j)⟩, with ḡ_i the mean of the
+gradients of log π(y_i+) at both ends of the segment (the trapezoidal rule).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lddyn.engine.gram import sequence_gram
 from lddyn.engine.guard import Undo, lock_of
 from lddyn.sets.access import Access
 from lddyn.sets.forecast import AdamMetric, Forecast, Run, Simulation, chosen_effects
@@ -103,6 +107,7 @@ def measured_batches(run: Run, pairs: int) -> list[Tensor]:
 class _Kernel:
     """What the steps of one segment need of gradients."""
 
+    rows: SetRows  # under P where they are sketched
     gram: Gram
     adam: AdamMetric | None
     along: Tensor | None
@@ -169,7 +174,7 @@ class _Segments:
         adam = None
         if self.moments is not None:
             adam = AdamMetric(under[0].gram(self.step.pairs).value, self.moments.total)
-        return _Kernel(rows.gram(self.step.pairs), adam, along)
+        return _Kernel([rows, *under][-1], rows.gram(self.step.pairs), adam, along)
 
     def _exact(self, rows: SetRows, pulls: Tensor, steps: int) -> _Kernel:
         pairs, adam, along = self.step.pairs, None, None
@@ -180,7 +185,7 @@ class _Segments:
         if self.run.weight_decay:
             self.scratch.copy(self.parameters)
             along = (rows.dense.rows @ self.scratch.vector).double().cpu()
-        return _Kernel(rows.gram(pairs), adam, along)
+        return _Kernel(rows, rows.gram(pairs), adam, along)
 
     def move(self, rows: SetRows, net: Tensor, shrunk: float) -> None:
         """θ ← θ + P Σ_j c_j ∇θ log π(y_j) − s θ."""
@@ -197,6 +202,31 @@ class _Segments:
             for name, parameter in self.parameters.items():
                 moved = parameter.to(total) * (1 - shrunk) + self.scratch.views[name]
                 parameter.copy_(moved)
+
+    def arrive(self, kernel: _Kernel, ends: SetRows, *, last: bool) -> tuple[Tensor, Tensor]:
+        """Reads the set where a segment ends.
+
+        Args:
+            kernel: That of the segment.
+            ends: Rows to be filled: exact ones of all sequences, sketched ones of the chosen.
+            last: Whether no segment follows, which would need exact rows of the rejected, too.
+
+        Returns:
+            log π (2, N), and ⟨g_i, P g_j⟩ (N, 2N) float64 with the gradients g_i of the chosen
+            responses here and g_j of all responses where the segment began.
+        """
+        pairs, scratch = self.step.pairs, self.scratch.vector
+        exact, metric = ends.dense.exact, self.moments is not None
+        if self.moments is not None:
+            self.moments.precondition(scratch.fill_(1.0), 1.0 if exact else 0.5)
+        self.passes.bar.say("gradients after a segment")
+        log_probs, _ = read_rows(self.passes, pairs, [ends], chosen_only=last or not exact)
+        here, there = ends.dense.rows[: len(pairs)], kernel.rows.dense.rows
+        if exact:
+            inner = sequence_gram(here, scratch if metric else None, there)
+        else:
+            inner = ends.dense.layout.value(here, there).double().cpu()
+        return log_probs, inner[:, pairs.representatives]
 
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
@@ -227,15 +257,16 @@ def predict_run(
         access: The model; its weights are moved and put back.
         passes: Passes over the set.
         rows: Exact rows of plain gradients at the start, or sketched ones to be filled. They are
-            overwritten.
+            overwritten; exact rows of the same size are made beside them.
         step: One small step on the set; its Gram is not used.
         run: Settings of the run.
         segments: Number of segments.
         sketch: How rows are sketched; None: they are exact.
 
-    Cost: exact rows: a forward and a backward pass a sequence for each segment after the first, and
-    a forward pass. Sketched ones: for each segment three such passes (the second moment, the rows,
-    the net step; the first of them over half of the set) and a forward pass.
+    Cost: exact rows: a forward and a backward pass a sequence for each segment but the last; at the
+    end such a pass for the chosen responses, and a forward pass for the rejected. Sketched ones:
+    for each segment three such passes (the second moment, the rows, the net step; the first of them
+    over half of the set) and what exact rows need at the end.
     """
     model, n = _Segments(access, passes, step, run, sketch), len(step)
     before = step.readings.log_probs
@@ -243,23 +274,24 @@ def predict_run(
     count = min(segments, simulation.steps)
     cuts = [round(simulation.steps * k / count) for k in range(count + 1)]
     effects, total = torch.zeros(n, n).double(), torch.zeros_like(before)
-    kernels: list[_Kernel] = []
+    first: tuple[Gram, AdamMetric | None] | None = None
+    spare = rows.empty(2 * n) if rows.dense.exact else None
     with model.moving():
-        for steps in (after - since for since, after in pairwise(cuts)):
+        for since, after in pairwise(cuts):
+            steps = after - since
             kernel = model.kernel(rows, simulation.now, steps)
             net, shrunk = simulation.advance(steps, kernel.gram.value, kernel.adam, kernel.along)
-            effects += chosen_effects(kernel.matrix, net)
-            total += net
-            kernels.append(kernel)
+            total, first = total + net, first or (kernel.gram, kernel.adam)
             model.move(rows, net, shrunk)
-            again = len(kernels) < count and rows.dense.exact
-            passes.bar.say("gradients" if again else "log-probs after the run")
-            simulation.now, _ = read_rows(passes, step.pairs, [rows] if again else [])
+            ends = spare or kernel.rows.empty(n)
+            simulation.now, inner = model.arrive(kernel, ends, last=after == simulation.steps)
             simulation.path[-1] = simulation.now
+            effects += chosen_effects((kernel.matrix[:n] + inner) / 2, net)
+            if spare is not None:
+                rows, spare = spare, rows
+    assert first is not None
     change = simulation.now - before
     left_over = change[0] - effects.sum(1)
-    parts = effects.abs() / effects.abs().sum(1, keepdim=True).clamp(min=1e-300)
-    effects += left_over[:, None] * parts
     path = torch.stack(simulation.path)
     forecast = Forecast(run, path, total, change, effects, count, left_over)
-    return Prediction(forecast, kernels[0].gram, kernels[0].adam)
+    return Prediction(forecast, *first)

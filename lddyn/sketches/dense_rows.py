@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -35,6 +36,12 @@ class DenseRows:
         first = next(iter(parameters.values()))
         dtype = torch.promote_types(first.dtype, torch.float32)
         self.rows = torch.zeros(count, layout.width, device=first.device, dtype=dtype)
+
+    def empty(self, count: int) -> DenseRows:
+        """As many rows of zeros of the same layout."""
+        made = copy.copy(self)
+        made.rows = self.rows.new_zeros(count, self.layout.width)
+        return made
 
     @property
     def exact(self) -> bool:
