@@ -86,7 +86,7 @@ def dropped_pairs(section: dict) -> str:
         table(header, rows),
         f"Runs of {count} in which the chosen responses end higher than with the same done to "
         f"random pairs: {'; '.join(wins)}. Predicted for all pairs: {r['predicted'][0]:+.2f} nats "
-        f"through the softmax and {r['linear'][0]:+.2f} in a linear model; measured "
+        f"by the forecast and {r['linear'][0]:+.2f} in a linear model; measured "
         f"{everything:+.2f}.",
         "Spearman's correlation with the measured change of log π(y+), mean over the orders; "
         "scores taken before DPO, 95 % intervals by bootstrap over pairs:",
