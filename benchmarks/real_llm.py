@@ -6,6 +6,9 @@ The rows have `prompt` (turns "Human: …", "Assistant: …"), `chosen` and `rej
 the model's chat template. The training is a plain loop of AdamW with a linear schedule and clipping
 to norm 1; its log-probs of the start are the reference. Processor seconds of both are of one
 process; an epoch of training is counted with the forward passes of a reference model.
+
+`--sft-epochs` first finetunes on the chosen responses: DPO then starts where they are likely, and
+makes them fall.
 """
 
 from __future__ import annotations
@@ -26,15 +29,16 @@ from torch import Tensor, nn
 import lddyn
 from lddyn.stats import spearman
 
-BATCH, BETA = 4, 0.1
+BETA = 0.1
+SFT_RATE, SFT_BATCH = 1e-3, 6
 
 Pair = tuple[lddyn.Example, lddyn.Example]
 
 
-def read(path: Path, tokenizer: Any, count: int, longest: int) -> list[Pair]:
-    """The first pairs whose prompts and responses are no longer than this, in tokens."""
+def read(path: Path, tokenizer: Any, count: int, longest: int, skip: int) -> list[Pair]:
+    """The first pairs after some rows whose parts are no longer than this, in tokens."""
     pairs: list[Pair] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines()[skip:]:
         row = json.loads(line)
         prompt = tokenizer.apply_chat_template(
             messages(row["prompt"]), add_generation_prompt=True, return_dict=True
@@ -80,6 +84,20 @@ def log_probs(model: nn.Module, pairs: list[Pair]) -> Tensor:
         ).double()
 
 
+def finetune(model: nn.Module, pairs: list[Pair], epochs: int, seed: int) -> None:
+    """SFT on the chosen responses: the mean over a batch of each response's mean over tokens."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=SFT_RATE, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(pairs), generator=generator).split(SFT_BATCH):
+            optimizer.zero_grad()
+            for i in batch.tolist():
+                chosen = pairs[i][0]
+                (-log_prob(model, chosen) / len(chosen.response_ids) / len(batch)).backward()
+            optimizer.step()
+
+
 def train(model: nn.Module, pairs: list[Pair], run: lddyn.Run, before: Tensor) -> None:
     """The run."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -106,12 +124,16 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=12)
     parser.add_argument("--longest", type=int, default=100, help="tokens of a prompt or response")
     parser.add_argument("--full", action="store_true", help="all weights; default: LoRA, rank 8")
+    parser.add_argument("--skip", type=int, default=0, help="rows of the file to leave out first")
+    parser.add_argument("--seed", type=int, default=0, help="of adapters and of orders of pairs")
+    parser.add_argument("--batch", type=int, default=4, help="pairs in a batch")
+    parser.add_argument("--sft-epochs", type=int, default=0, help="on the chosen responses, before")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--refresh", type=int, default=2)
     parser.add_argument("--memory", default="4GiB")
     args = parser.parse_args()
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     if not args.full:
@@ -120,10 +142,16 @@ def main() -> None:
         )
         model = peft.get_peft_model(model, config)
     model.eval()
-    pairs = read(args.pairs, tokenizer, args.count, args.longest)
+    pairs = read(args.pairs, tokenizer, args.count, args.longest, args.skip)
     run = lddyn.Run(
-        lr=args.lr, epochs=args.epochs, batch=BATCH, schedule="linear", max_grad_norm=1.0
+        lr=args.lr,
+        epochs=args.epochs,
+        batch=args.batch,
+        schedule="linear",
+        max_grad_norm=1.0,
+        seed=args.seed,
     )
+    finetune(model, pairs, args.sft_epochs, args.seed)
     held, start = peak(), time.process_time()
     diagnosis = lddyn.diagnose(
         model,
@@ -147,6 +175,7 @@ def main() -> None:
         "tokens": sum(e.length for pair in pairs for e in pair),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "run": repr(run),
+        "sft_epochs": args.sft_epochs,
         "refresh": args.refresh,
         "exact": diagnosis.stderr is None,
         "rho": [spearman(a, b) for a, b in zip(told, measured, strict=True)],
