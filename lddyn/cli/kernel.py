@@ -197,7 +197,7 @@ def _encode_response(
 ) -> Example:
     """One response of one row."""
     row = read_row(rows)
-    columns = choose_columns(row, rows.row, field, None, 1)
+    columns = choose_columns(row, rows.row, field, None, 1, "the kernel")
     examples, (name,), _ = encode_columns(tokenizer, row, rows, columns)
     return examples[name]
 

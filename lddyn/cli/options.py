@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lddyn.cli.command import OUTPUT
+from lddyn.data.columns import feedback_label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -450,7 +451,7 @@ class StepOptions:
     def responses(self, row: Mapping[str, Any], settings: TrainerSettings | None) -> int:
         """How many responses of a row the objective learns from."""
         name = self.name(settings)
-        unpaired = name in ("kto", "apo_zero_unpaired") and "label" in row
+        unpaired = name in ("kto", "apo_zero_unpaired") and feedback_label(row) is not None
         return 1 if name == "sft" or unpaired else 2
 
     def make(
@@ -470,7 +471,7 @@ class StepOptions:
         from lddyn.objectives.paired import preference
         from lddyn.objectives.unpaired import KTO
 
-        name, desirable = self.name(settings), row.get("label")
+        name, desirable = self.name(settings), feedback_label(row)
         if name == "sft" and desirable is False:
             raise ValueError(
                 "the row's label is false: its completion is not wanted, and an SFT step would "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lddyn.cli.options import OneRowOptions, split
+from lddyn.data.columns import group_advice
 from lddyn.data.context import position_limit, text_config
 from lddyn.files import JsonObject
 
@@ -54,7 +55,12 @@ class Columns:
 
 
 def choose_columns(
-    row: Mapping[str, Any], number: int, update: str | None, observe: str | None, count: int
+    row: Mapping[str, Any],
+    number: int,
+    update: str | None,
+    observe: str | None,
+    count: int,
+    reader: str,
 ) -> Columns:
     """The columns that --update and --observe name, or those of the data format.
 
@@ -63,7 +69,8 @@ def choose_columns(
         number: Its number, for messages.
         update: The option --update.
         observe: The option --observe.
-        count: How many responses the objective learns from, 1 or 2.
+        count: How many responses are read, 1 or 2.
+        reader: What reads the responses, for messages, such as "--objective sft".
 
     Raises:
         ValueError: If --update has another number of columns, or the row lacks one.
@@ -71,8 +78,8 @@ def choose_columns(
     learned, watched = split(update), split(observe)
     if learned and len(learned) != count:
         raise ValueError(
-            f"--update must name {count} field{'s' if count > 1 else ''} for this objective, got "
-            f"{', '.join(learned)}"
+            f"--update must name {count} field{'s' if count > 1 else ''} for "
+            f"{reader}, got {', '.join(learned)}"
         )
     if not learned and count == 2:
         learned = ["chosen", "rejected"]
@@ -80,8 +87,8 @@ def choose_columns(
         there = ", ".join(name for name in row if name != "prompt")
         if not any(name.endswith("_ids") for name in row) and "messages" not in row:
             raise ValueError(
-                f"row {number} has no completion or chosen: name the response to learn from with "
-                f"--update; there are: {there}"
+                f"row {number} has no completion or chosen, which {reader} reads: name the "
+                f"response with --update; there are: {there}{group_advice(row)}"
             )
     tokenized = any(name.endswith("_ids") for name in row)
     after_prompt = {"prompt", "instruction", "chosen", "rejected"} & set(row) and not tokenized

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -105,9 +104,7 @@ class Prepared:
 def prepare(
     model: ModelOptions,
     rows: OneRowOptions,
-    update: str | None,
-    observe: str | None,
-    count: Callable[[Mapping[str, Any]], int],
+    step: StepOptions,
     stream: str | None = None,
 ) -> Prepared:
     """Reads one row, loads the model and encodes the responses; the cheap checks come first.
@@ -115,14 +112,14 @@ def prepare(
     Args:
         model: The model.
         rows: The row.
-        update: The option --update.
-        observe: The option --observe.
-        count: Maps the row to the number of responses that the objective learns from, 1 or 2.
+        step: The step, whose objective says how many responses of the row it learns from.
         stream: Memory for the weights, read block by block. None: all weights are loaded.
     """
     began = time.perf_counter()
     row = read_row(rows)
-    columns = choose_columns(row, rows.row, update, observe, count(row))
+    settings = step.adjusted(rows.settings)
+    count, reader = step.responses(row, settings), f"--objective {step.name(settings)}"
+    columns = choose_columns(row, rows.row, step.update, step.observe, count, reader)
     tokenizer = model.load_tokenizer()
     examples, learned, watched = encode_columns(tokenizer, row, rows, columns)
     lm = model.load() if stream is None else _open_stream(model, stream)
@@ -200,8 +197,7 @@ def decompose(
 
     torch.manual_seed(seed)
     settings = step.adjusted(rows.settings)
-    count = partial(step.responses, settings=settings)
-    given = prepare(model, rows, step.update, step.observe, count, stream)
+    given = prepare(model, rows, step, stream)
     seconds = {"load": given.seconds}
     with _timed(seconds, "decompose"), _true_float64(model.dtype):
         dec = lddyn.decompose(
@@ -359,8 +355,7 @@ def massflow(
     from lddyn.files import json_safe, replace_file
 
     settings = step.adjusted(rows.settings)
-    count = partial(step.responses, settings=settings)
-    given = prepare(model, rows, step.update, step.observe, count)
+    given = prepare(model, rows, step)
     seconds = {"load": given.seconds}
     update = step.make(given.learned, model, given.row, settings)
     flows: dict[str, MassFlow] = {}

@@ -97,7 +97,9 @@ COLUMNS: dict[str, Column] = {
     **_columns("margin", "the margin that a reward model must keep", "the margin"),
     **_columns("weight loss_weight sample_weight", "the weight of the row's loss", "the weight"),
     **_columns(
-        "KL_completion_input_ids KL_completion_labels", "KTO's mismatched response", "KTO's KL"
+        "KL_completion_ids KL_completion_input_ids KL_completion_labels",
+        "KTO's mismatched response",
+        "KTO's KL",
     ),
     # What no trainer reads
     **_columns("token_type_ids length num_tokens n_tokens num_items_in_batch", "bookkeeping"),
@@ -156,6 +158,9 @@ _SYNONYMS = {
     "dialog": "messages",
     "conversation": "messages",
 }
+
+# What rows of several responses to one prompt call these (GRPO, best of n, reward models).
+_GROUPS = ("completions", "responses", "outputs", "answers", "candidates", "generations", "samples")
 
 # The formats as an error lists them; `lddyn.encode_row` documents them.
 _FORMATS = (
@@ -254,11 +259,28 @@ def missing_column(column: str, row: Row) -> ExampleError:
     there = ", ".join(map(repr, map(str, row))) or "no columns"
     renamed = [f"{name!r} to {_SYNONYMS[name]!r}" for name in map(str, row) if name in _SYNONYMS]
     advice = f"; rename {', '.join(renamed)}" if renamed else ""
+    advice += group_advice(row)
     return ExampleError(
         f"row must have a column {column!r}, got {there}{advice}; formats: {' | '.join(_FORMATS)}",
         problem="missing_column",
         field=column,
     )
+
+
+def group_advice(row: Row) -> str:
+    """What to do with a row that holds several responses to one prompt; "" for any other row."""
+    several = [name for name in _GROUPS if _is_texts(row.get(name))]
+    if not several:
+        return ""
+    return (
+        f"; {several[0]!r} holds a group of responses: give each of them a row "
+        "{prompt, completion}, and for a loss of the group's rewards write an lddyn.Objective "
+        "(docs/losses.md, losses of groups)"
+    )
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 1 and not isinstance(value[0], int)
 
 
 def _is_empty(value: object) -> bool:

@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -54,6 +54,7 @@ class _Run:
         budget: Time for passes, counted from here.
         before: Weights, and log-probs of `few`, before the step that is being explained.
         over: No further pass is made.
+        left_out: Steps of `every` whose passes the budget left out.
     """
 
     probes: Encoded
@@ -64,6 +65,7 @@ class _Run:
     budget: Budget
     before: tuple[Direction, Tensor] | None = None
     over: bool = False
+    left_out: set[int] = field(default_factory=set)
 
 
 class Watcher:
@@ -166,6 +168,7 @@ class Watcher:
         if self._agreed(run, not done and run.budget.affords(1)):
             self._pass(run, "end", unwrapped(model), step, log)
         if run.file is not None and self.rows and not self._failed:
+            self._tell_left_out(run)
             with self._safely("page"):
                 write_dynamics(self.rows, run.file.path.with_name("index.html"), labels=LABELS)
 
@@ -179,7 +182,10 @@ class Watcher:
     def _due(self, run: _Run, step: int) -> bool:
         if self.every is not None and step % self.every:
             return False
-        return self._agreed(run, run.budget.affords(2))  # with room for the last pass
+        affordable = run.budget.affords(2)  # with room for the last pass
+        if not affordable and self.every is not None:
+            run.left_out.add(step)
+        return self._agreed(run, affordable)
 
     def _agreed(self, run: _Run, wish: bool) -> bool:
         """Whether the first process wishes a pass; once a process has failed, there is none."""
@@ -187,6 +193,16 @@ class Watcher:
             return False
         wish, run.over = run.processes.vote(wish, self._failed)
         return wish and not run.over
+
+    def _tell_left_out(self, run: _Run) -> None:
+        """Warn of passes that were asked for and that the budget left out."""
+        if run.left_out:
+            warnings.warn(
+                f"lddyn left out {len(run.left_out)} of the passes that every={self.every} asks "
+                f"for: a pass takes {run.budget.cost:.2g} s, and budget={self.budget:g} is the "
+                "share of training's time that passes may take; raise budget, or give fewer probes",
+                stacklevel=4,
+            )
 
     # ----- what a pass does
 

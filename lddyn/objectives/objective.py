@@ -142,6 +142,10 @@ class Objective:
         """
         return {}
 
+    def remarks(self) -> list[str]:
+        """Sentences on what the examples have that such a loss does not expect."""
+        return []
+
 
 class SFT(Objective):
     """Supervised finetuning: the negative log-likelihood of one or several responses.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -45,6 +46,7 @@ class Preference(Objective):
                 f"chosen and rejected must be as many, got {len(good)} and {len(bad)}: one "
                 "rejected response per chosen one"
             )
+        self._remarks = _remarks(good, bad)
         self.pair_loss = loss
         self.name = loss.name
         self.reference = reference
@@ -56,6 +58,12 @@ class Preference(Objective):
         if loss.reads_prompt:
             good = [_whole(e) for e in good]
         self._take([*good, *bad], names)
+        for remark in self._remarks:
+            warnings.warn(remark, stacklevel=3)
+
+    def remarks(self) -> list[str]:
+        """A sentence where the two responses of a pair answer different prompts."""
+        return self._remarks
 
     def prepare(self, anatomy: Anatomy) -> Self:
         """A copy whose reference log-probs are those of this moment."""
@@ -124,6 +132,26 @@ class Preference(Objective):
             "margin_at_start": float((gains[0] - gains[1]).mean()),
             "reference_distance": float(gains.abs().max()),
         }
+
+
+def _remarks(chosen: Sequence[Example], rejected: Sequence[Example]) -> list[str]:
+    """A sentence on pairs whose prompts differ, where no cut has made them differ."""
+    apart = []
+    for index, pair in enumerate(zip(chosen, rejected, strict=True)):
+        cut = any("truncated_prompt" in dict(example.notes) for example in pair)
+        if not cut and pair[0].prompt_ids != pair[1].prompt_ids:
+            apart.append(index)
+    if not apart:
+        return []
+    which = "Chosen and rejected"
+    if len(chosen) > 1:
+        which = (
+            f"In {len(apart)} of {len(chosen)} pairs, first in pair {apart[0]}, chosen and rejected"
+        )
+    return [
+        f"{which} have different prompts: the loss compares two responses to one prompt, and "
+        "effects through the prompts no longer cancel."
+    ]
 
 
 def _whole(example: Example) -> Example:

@@ -140,6 +140,11 @@ def explain_step(step: StepData, check: CheckData | None = None) -> list[str]:
             "A learning rate of 0 moves nothing, as in the first step of a warm-up: every change "
             "is 0."
         )
+    elif not any(token["weight"] for token in step["update_tokens"]):
+        sentences.append(
+            "Every token of the update has weight 0, as in a group of equal rewards or a pair past "
+            "its margin: the loss moves nothing."
+        )
     sentences += explain_settings(settings)
     roles: dict[str, ResponseData] = {}
     for response in step["observed"]:

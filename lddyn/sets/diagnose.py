@@ -60,7 +60,7 @@ from lddyn.sets.step import SetStep
 from lddyn.sets.validate import validate as compare_with_steps
 from lddyn.settings import Like, TrainerSettings, router_remark
 from lddyn.sketches.sketch import Sketch
-from lddyn.steps.precision import coarse, rounding_error
+from lddyn.steps.precision import coarse, has_dropout, rounding_error
 
 __all__ = ["NUMBERS", "diagnose"]
 
@@ -229,6 +229,8 @@ def _remarks(model: nn.Module, loss: Loss, settings: TrainerSettings | None) -> 
         remarks.append(
             "ld_alpha weighs single tokens of a response; here whole responses have one weight."
         )
+    if has_dropout(model):
+        remarks.append("Dropout is off: every number is that of the model in evaluation mode.")
     routers = router_remark(model.config, settings)
     return (*remarks, *([routers] if routers else []))
 

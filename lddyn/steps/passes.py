@@ -274,12 +274,13 @@ class _Passes:
             "dtype": str(next(iter(trainable.values())).dtype),
             "attention": setup.anatomy.attention,
             "dropout_off": has_dropout(setup.anatomy.model),
-            "remarks": list(setup.remarks),
+            "remarks": [
+                *setup.remarks,
+                *setup.update.remarks(),
+                *expert_remarks(setup.anatomy.model, trainable),
+            ],
             "verified": "row sums against one backward and one push of the whole step",
         }
-        remarks = expert_remarks(setup.anatomy.model, trainable)
-        if remarks:
-            settings["remarks"] = [*settings.get("remarks", []), *remarks]
         return Decomposition(observed, tokens, state.loss, setup.lr, setup.rule, settings, session)
 
 

@@ -338,3 +338,27 @@ def test_a_step_like_a_file_of_arguments(model, data, tmp_path):
     other = decomposed(model, data, "--like", file, "--beta", 0.25, "--lr", 1e-3, "--no-verify")
     assert other["beta"] == 0.25 and other["lr"] == 1e-3
     assert other["objective"] == "ipo" and other["optimizer"] == "SGD"
+
+
+@pytest.mark.case("a group of responses with rewards")
+def test_a_row_without_a_response_names_the_objective_and_the_group(model, tmp_path):
+    file = tmp_path / "group.jsonl"
+    file.write_text(json.dumps({"prompt": "a ?", "completions": [" b", " c"], "rewards": [1, 0]}))
+    result = call("decompose", "--model", model, "--data", file)
+    assert result.exit_code == 2
+    assert "no completion or chosen, which --objective sft reads" in result.stderr
+    assert "lddyn.Objective" in " ".join(result.stderr.split())
+
+
+@pytest.mark.case("KTO labels as words or numbers")
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_a_label_in_words_is_read_as_it_means(model, tmp_path, column):
+    """ "false" is no true value: the step lowers such a completion."""
+    file = tmp_path / "labelled.jsonl"
+    rows = [{"prompt": "a b ?", "completion": " c d", column: x} for x in ("false", 0, "True")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number, sign in ((0, -1), (1, -1), (2, 1)):
+        told = decomposed(model, file, "--objective", "kto", "--row", number, "--no-verify")
+        assert told["observed"][0]["delta_logp"] * sign > 0
+    refused = call("decompose", "--model", model, "--data", file, "--row", 0)
+    assert refused.exit_code == 2 and "label is false" in " ".join(refused.stderr.split())

@@ -486,3 +486,14 @@ def test_options_like_those_of_a_trainer():
     )
     want = RowOptions(max_length=7, truncation_mode="keep_end", assistant_only=False)
     assert RowOptions.like(config) == want
+
+
+@pytest.mark.case("a group of responses with rewards")
+def test_a_group_of_responses_is_named(tokenizer):
+    """There is no ready loss of groups; the error says what to write instead."""
+    row = {"prompt": "2+2=", "completions": [" 4", " 5"], "rewards": [1, 0]}
+    (finding,) = audit(tokenizer, [row]).of("missing_column")
+    assert "'completions' holds a group of responses" in finding.detail
+    assert "lddyn.Objective" in finding.detail
+    plain = audit(tokenizer, [{"prompt": "2+2=", "answers": " 4"}])
+    assert "group" not in plain.of("missing_column")[0].detail

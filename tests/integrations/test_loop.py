@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,13 @@ def test_two_processes_are_watched(tmp_path):
     assert first["failed"]["equal"] and second["failed"]["equal"]
     assert first["failed"]["rows"] == second["failed"]["rows"] == []
     assert "no/such/file.jsonl" in second["failed"]["said"][0]
+
+
+@pytest.mark.case("passes that the budget leaves out are said")
+def test_passes_that_the_budget_leaves_out_are_said(tmp_path):
+    with pytest.warns(UserWarning, match=r"left out 4 of the passes that every=1 asks for.*budget"):
+        looped(tmp_path, every=1, budget=1e-9, predict=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        looped(tmp_path / "b", every=2)
+        looped(tmp_path / "c", budget=1e-9)  # as many passes as the budget has room for

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import pickle
 import re
+import warnings
 
 import pytest
 import torch
@@ -502,3 +503,21 @@ def test_an_adapter_by_name_is_the_reference():
         reference_of(model, "adapter:after")
     with pytest.raises(ValueError, match="'adapter:before' needs a peft model"):
         reference_of(zoo.build("llama"), "adapter:before")
+
+
+@pytest.mark.case("chosen and rejected answer different prompts")
+@pytest.mark.parametrize("loss", ["dpo", "orpo"])
+def test_a_pair_of_two_prompts_is_remarked(loss):
+    """Also where the loss learns the prompt; not where a cut has made the prompts differ."""
+    one, other = lddyn.Example([1, 5], [7, 2]), lddyn.Example([1, 6], [8, 2])
+    with pytest.warns(UserWarning, match="Chosen and rejected have different prompts"):
+        pair = lddyn.preference(loss, one, other)
+    with pytest.warns(UserWarning, match="In 1 of 2 pairs, first in pair 1, chosen"):
+        lddyn.DPO([one, one], [lddyn.Example([1, 5], [9]), other])
+    dec = lddyn.decompose(zoo.build("llama"), one, pair, lr=1e-3)
+    assert "have different prompts" in dec.explain()
+    cut = lddyn.Example([6], [8, 2], notes=[("truncated_prompt", "2 -> 1 tokens, end kept")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not lddyn.preference(loss, one, lddyn.Example([1, 5], [9, 2])).remarks()
+        assert not lddyn.preference(loss, one, cut).remarks()

@@ -434,3 +434,12 @@ def test_remarks_on_the_data_of_a_diagnosis():
     said = " ".join(lddyn.diagnose(model, [pair], close_ups=0).step.remarks)
     assert "1 of 1 pairs chosen and rejected have different prompts" in said
     assert "responses are less likely than random tokens; the first is" in said
+
+
+@pytest.mark.case("dropout that training has and the analysis has not")
+def test_a_diagnosis_says_that_dropout_is_off():
+    pair = lddyn.Example([5, 9], [7, 2], name="chosen"), lddyn.Example([5, 9], [8, 2])
+    model = zoo.lora("llama", lora_dropout=0.5)
+    for training in (True, False):
+        diagnosis = lddyn.diagnose(model.train(training), [pair], close_ups=0)
+        assert ("Dropout is off" in diagnosis.explain()) == training

@@ -57,6 +57,7 @@ def test_a_step_on_16_bit_weights_says_what_rounding_leaves(pair, lr):
 @pytest.mark.case("a reference that is not the start")
 def test_the_reference_and_the_margin_at_the_start_are_said(pair):
     model = zoo.lora("llama")
+    pair = pair[0], lddyn.Example(pair[0].prompt_ids, pair[1].response_ids)
     off = sums(zoo.build("llama"), pair)
     own = sums(model, pair)
     with warnings.catch_warnings():
@@ -114,3 +115,13 @@ def test_clipping_and_dropout_are_said(pair):
     plain = lddyn.decompose(zoo.build("llama"), pair[0], lddyn.SFT(pair[0]), lr=1e-3)
     assert "clipped" not in plain.explain() and "Dropout" not in plain.explain()
     assert math.isclose(plain.settings["clip_factor"], 1.0)
+
+
+@pytest.mark.case("a group of equal rewards")
+def test_an_update_of_weights_zero_is_said(pair):
+    group = lddyn.Objective(lambda lp: 0.0 * sum(x.mean() for x in lp), list(pair))
+    dec = lddyn.decompose(zoo.build("llama"), pair[0], group, lr=1e-3)
+    assert not bool(dec[0].delta_logp.any())
+    assert "Every token of the update has weight 0" in dec.explain()
+    plain = lddyn.decompose(zoo.build("llama"), pair[0], lddyn.SFT(pair[0]), lr=1e-3)
+    assert "has weight 0" not in plain.explain()
