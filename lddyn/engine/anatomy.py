@@ -42,6 +42,7 @@ from lddyn.engine.skeleton import Skeleton, beside, first_stream
 from lddyn.engine.streamed import present
 from lddyn.engine.trace import Batch, Replay, Trace
 from lddyn.engine.trial import OWN_ATTENTION, Trial, fallbacks
+from lddyn.engine.turns import turn
 from lddyn.errors import NonFiniteError, UnsupportedModelError
 
 _EXTENDS = Trial("a prefix sees the angles and masks of the whole sequence")
@@ -81,7 +82,8 @@ class Anatomy(Skeleton):
     def __init__(self, model: nn.Module, attention: str = "lddyn", allow_frozen: bool = False):
         if attention not in ("lddyn", "eager"):
             raise ValueError(f"attention must be 'lddyn' or 'eager', got {attention!r}")
-        super().__init__(model, attention, allow_frozen)
+        with turn(model):
+            super().__init__(model, attention, allow_frozen)
         self._logits_checked = False
         self.checked: set[str] = set()  # what `backward_check` has found right
         self._post_is_identity: bool | None = None  # None: not known to be elementwise yet

@@ -2,7 +2,7 @@
 
 Every change goes through an `Undo`, which records how to reverse it before it is made. Only the
 model itself is changed (attributes of its own modules), never a class or a Python module, so that
-other models run undisturbed in other threads. Two analyses of one model take turns: `lock_of`.
+other models run undisturbed in other threads. `turns` keeps other threads from a changed model.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import functools
 import sys
 import threading
 import types
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -22,84 +21,27 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lddyn.engine import layers
-from lddyn.engine.door import inside_adapters, replaced_forwards
+from lddyn.engine.door import replaced_forwards
 from lddyn.engine.quantised import keep_layout
+from lddyn.engine.turns import Gate, switching, turn
+from lddyn.engine.undo import Undo, shielded
 
 _P = ParamSpec("_P")
 
 _R = TypeVar("_R")
 
 
-# --------------------------------------------------------------------------- undoing
-
-
-class Undo:
-    """Changes, and how to reverse them: the last one first, each of them once.
-
-    An action is recorded before its change is made, and forgotten after it has run. Actions set
-    fixed values, so that running one twice, or without its change, does no harm: after an
-    interruption, `restore()` can be called again and continues where it was.
-    """
-
-    def __init__(self) -> None:
-        self._actions: list[Callable[[], object]] = []
-
-    def add(self, action: Callable[[], object]) -> None:
-        """Records how to reverse a change that is about to be made."""
-        self._actions.append(action)
-
-    def set(self, owner: object, name: str, value: object) -> None:
-        """Sets an attribute of one object, in its own `__dict__`, until `restore()`."""
-        attributes = owner.__dict__
-        if name in attributes:
-            self.add(functools.partial(attributes.__setitem__, name, attributes[name]))
-        else:
-            self.add(functools.partial(attributes.pop, name, None))
-        attributes[name] = value
-
-    def restore(self) -> None:
-        """Reverses all changes; raises the first error of an action after all have run."""
-        failed: Exception | None = None
-        while self._actions:
-            try:
-                self._actions[-1]()
-            except Exception as error:
-                failed = failed or error
-            self._actions.pop()
-        if failed is not None:
-            raise failed
-
-    def __enter__(self) -> Undo:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.restore()
-
-
-# --------------------------------------------------------------------------- locks
-
-
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-
-_REGISTRY = threading.Lock()  # held while `_LOCKS` is read or written
-
-
-def lock_of(model: nn.Module) -> threading.RLock:
-    """The lock of a model: one for a model, its adapters and its wrappers."""
-    with _REGISTRY:
-        return _LOCKS.setdefault(inside_adapters(model), threading.RLock())
-
-
 # --------------------------------------------------------------------------- modes of a model
 
 
 @contextlib.contextmanager
+@shielded
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within, and the model's plain, uncompiled forward; as before afterwards.
 
-    Threads that want the same model wait for each other.
+    Other threads that want the same model wait.
     """
-    with lock_of(model), Undo() as undo:
+    with switching(model) as undo:
         modules = list(model.modules())
         evaluate(modules, undo)
         implement(modules, QUIET, undo)
@@ -165,11 +107,19 @@ def implement(modules: Sequence[nn.Module], names: Mapping[str, object], undo: U
 
 
 @contextlib.contextmanager
+@shielded
 def attending(model: nn.Module, implementation: str) -> Iterator[None]:
     """Another attention of transformers' AttentionInterface within, by its registered name."""
-    with lock_of(model), Undo() as undo:
+    with switching(model) as undo:
         implement(list(model.modules()), {ATTENTION: implementation}, undo)
         yield
+
+
+def require(parameters: Iterable[Tensor], undo: Undo) -> None:
+    """Switches the gradients of frozen parameters on; off again whatever they were."""
+    for parameter in parameters:
+        undo.add(functools.partial(parameter.requires_grad_, False))
+        parameter.requires_grad_(True)
 
 
 def freeze(modules: Sequence[nn.Module], undo: Undo) -> None:
@@ -241,6 +191,7 @@ _stance = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
+@shielded
 def eager_code(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Runs compiled parts of a model as plain Python, so that changes in its modules take effect.
 
@@ -270,7 +221,8 @@ def _has_compiled_parts(modules: Sequence[nn.Module]) -> bool:
     files = set()
     for module in modules:
         own = module.__dict__.get("forward")
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        call = getattr(module, "_compiled_call_impl", None)
+        if hasattr(module, "_orig_mod") or (call.compiled if isinstance(call, Gate) else call):
             return True
         if hasattr(own, "_torchdynamo_orig_callable"):
             return True
@@ -288,17 +240,31 @@ def _compiles(file: types.ModuleType) -> bool:
 
 
 def undisturbed(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Runs a function outside of the caller's inference mode and autocast."""
+    """Runs a function outside of the caller's inference mode and autocast, in this thread's turn.
+
+    The function's first argument holds the model whose turn it is: a module, an Anatomy, a trace,
+    or an operator over traces.
+    """
 
     @functools.wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with torch.inference_mode(False), contextlib.ExitStack() as stack:
+        model = _module_in(args[0] if args else kwargs.get("model"))
+        own = contextlib.nullcontext() if model is None else turn(model)
+        with own, torch.inference_mode(False), contextlib.ExitStack() as stack:
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
             return function(*args, **kwargs)
 
     return run
+
+
+def _module_in(value: object) -> nn.Module | None:
+    """The module of a model, an Anatomy, a trace, or an operator over traces; None without one."""
+    for name in ("observed", "anatomy", "model"):
+        if not isinstance(value, nn.Module):
+            value = getattr(value, name, value)
+    return value if isinstance(value, nn.Module) else None
 
 
 def no_autocast(device: torch.device) -> torch.autocast:

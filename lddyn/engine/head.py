@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lddyn import ops
 from lddyn.engine.quantised import is_quantised
+from lddyn.engine.turns import switching
 from lddyn.errors import UnsupportedModelError
 
 
@@ -84,15 +85,14 @@ def _only_linear(head: nn.Module) -> nn.Linear | None:
     if not layers:
         return None
     ran: list[tuple[nn.Linear, Tensor]] = []
-    hooks = [m.register_forward_hook(lambda m, _, out: ran.append((m, out))) for m in layers]
     weight = layers[0].weight
     try:
-        with torch.no_grad():
+        with switching(head) as undo, torch.no_grad():
+            for layer in layers:
+                hook = layer.register_forward_hook(lambda m, _, out: ran.append((m, out)))
+                undo.add(hook.remove)
             probe = torch.linspace(-1, 1, layers[0].in_features, device=weight.device)
             out = head(probe.to(weight.dtype)[None])
     except (RuntimeError, TypeError, ValueError):
         return None
-    finally:
-        for hook in hooks:
-            hook.remove()
     return ran[0][0] if len(ran) == 1 and torch.equal(ran[0][1], out) else None

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lddyn import ops, reference
+from lddyn.engine.undo import shielded
 
 Batched = Callable[..., tuple[Tensor, ...]]
 
@@ -208,6 +209,7 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
+@shielded
 def intercepted(function: Callable[..., Tensor]) -> Iterator[None]:
     """Within the block `attention` calls this function instead of its own computation.
 

@@ -36,6 +36,7 @@ from lddyn.engine.packed import packable, packed_logits
 from lddyn.engine.realised import realised_log_probs
 from lddyn.engine.skeleton import first_stream
 from lddyn.engine.trial import PACKED, SEPARATE, Trial, UnfitError, close
+from lddyn.engine.turns import switching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,11 +124,9 @@ def own_response(model: nn.Module | Anatomy, example: Example) -> Response:
     captured: list[Tensor] = []
     # Not output_hidden_states=True, for which transformers leaves hooks on the blocks.
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    hook = head.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
-    try:
+    with switching(model) as undo:
+        undo.add(head.register_forward_pre_hook(lambda _, args: captured.append(args[0])).remove)
         out = model(input_ids=torch.tensor([example.ids], device=device), use_cache=False)
-    finally:
-        hook.remove()
     at = list(example.positions)
     logits = out.logits[0, at]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

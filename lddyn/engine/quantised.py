@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from lddyn.engine.guard import Undo
+    from lddyn.engine.undo import Undo
 
 # What bitsandbytes logs at every product with 8-bit weights.
 _CHATTER = "bitsandbytes.autograd._functions"

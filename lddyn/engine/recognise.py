@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from lddyn.engine import layers
-from lddyn.engine.guard import Undo
 from lddyn.engine.ledger import Gain, Watch
 from lddyn.engine.trial import ROTARY, Trial, UnfitError
+from lddyn.engine.undo import Undo
 
 _ROTATION = "apply_rotary_pos_emb"  # what transformers' files call their rotary embedding
 

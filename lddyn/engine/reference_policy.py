@@ -17,6 +17,7 @@ else the policy with its adapters disabled (`trainer_reference`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from lddyn.data.columns import REFERENCE
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.logits import token_log_probs
+from lddyn.engine.turns import switching
+from lddyn.engine.undo import shielded
 
 __all__ = [
     "Reference",
@@ -143,6 +146,7 @@ def reference_log_probs(
 
 
 @contextlib.contextmanager
+@shielded
 def policy_of(reference: Reference, anatomy: Anatomy) -> Iterator[Anatomy]:
     """The opened model to run for π_ref, with the policy's adapters switched while the block runs.
 
@@ -172,16 +176,15 @@ def policy_of(reference: Reference, anatomy: Anatomy) -> Iterator[Anatomy]:
                 f"{type(policy).__name__}: wrap it with peft, or pass the reference model"
             )
         warn_of_adapter(reference, policy)
-        flags = [(p, p.requires_grad) for p in policy.parameters()]
-        try:
+        with switching(policy) as undo:
+            for parameter in policy.parameters():  # peft trains what it switches
+                undo.add(functools.partial(parameter.requires_grad_, parameter.requires_grad))
             with _adapters(policy, reference):
                 yield Anatomy(policy, anatomy.attention, allow_frozen=True)
-        finally:  # peft makes adapter weights trainable whenever it switches them
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
 
 
 @contextlib.contextmanager
+@shielded
 def _adapters(policy: Any, reference: str) -> Iterator[None]:
     """Switches the adapters of a peft model, and back."""
     if reference == "adapter-off":

@@ -16,10 +16,11 @@ from torch.autograd.graph import get_gradient_edge
 
 from lddyn.engine import layers
 from lddyn.engine.blocks import Call, at_rows, check_side_inputs, join_hidden, split_hidden
-from lddyn.engine.guard import Undo
+from lddyn.engine.guard import require
 from lddyn.engine.ledger import TAIL, WHOLE, Watch
 from lddyn.engine.skeleton import Skeleton, first_stream
 from lddyn.engine.trace import Batch, Direct, Replay, Trace
+from lddyn.engine.undo import Undo, shielded
 
 
 def calls(skeleton: Skeleton, trace: Trace | Batch, length: int) -> list[Call]:
@@ -44,18 +45,16 @@ def arguments(skeleton: Skeleton, ids: Tensor) -> list[Call]:
 
 
 @contextlib.contextmanager
+@shielded
 def _requiring(parameters: Mapping[str, Tensor]) -> Iterator[list[Direct]]:
     """Parameters that require their gradients within, with the edges at which they get them."""
-    try:
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+    with Undo() as undo:
+        require(parameters.values(), undo)
         yield [Direct(name, get_gradient_edge(p), p.shape) for name, p in parameters.items()]
-    finally:
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
 
 
 @contextlib.contextmanager
+@shielded
 def _recognised(skeleton: Skeleton, watch: Watch, modules: Iterable[nn.Module]) -> Iterator[None]:
     """Norms, activations and rotary embeddings of these modules in closed form within."""
     with Undo() as undo:

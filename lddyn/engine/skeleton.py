@@ -22,6 +22,8 @@ from lddyn.engine.head import linear_head
 from lddyn.engine.ledger import FRONT, HEAD, TAIL, WHOLE, LedgerEntry
 from lddyn.engine.recognise import Recogniser
 from lddyn.engine.streamed import is_streamed
+from lddyn.engine.turns import switching
+from lddyn.engine.undo import Undo, shielded
 from lddyn.errors import UnsupportedModelError
 
 
@@ -71,8 +73,7 @@ class Skeleton:
         self.scales_with_length = "dynamic" in rope_types(base.config)
         self.own_attention = getattr(base.config, "_attn_implementation", None)
         self.keeps_attention = False
-        with guard.lock_of(model):  # another thread's analysis may have switched gradients off
-            self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable and not allow_frozen:
             raise UnsupportedModelError(
                 "no parameter has requires_grad=True: nothing can be updated, K is zero"
@@ -161,6 +162,7 @@ class Skeleton:
     # ----- changing the model, and changing it back
 
     @contextlib.contextmanager
+    @shielded
     def analysis(self, own_attention: bool = True) -> Iterator[None]:
         """Evaluation mode, lddyn's attention, no weight gradients; everything restored on exit.
 
@@ -169,7 +171,7 @@ class Skeleton:
         Args:
             own_attention: Use `self.attention`; False: the one that the model's config names.
         """
-        with guard.lock_of(self.model), guard.Undo() as undo:
+        with switching(self.model) as undo:
             guard.register_attention()
             modules = list(self.model.modules())
             guard.freeze(modules, undo)
@@ -197,23 +199,20 @@ class Skeleton:
                 yield
 
     @contextlib.contextmanager
+    @shielded
     def differentiating(self) -> Iterator[None]:
         """Within an analysis: every trainable parameter requires its gradient."""
-        parameters = list(self.trainable.values())
-        try:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
+        with Undo() as undo:
+            guard.require(self.trainable.values(), undo)
             yield
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
 
     # ----- forward passes with replaced parts
 
     @contextlib.contextmanager
+    @shielded
     def patched(self, block: RunBlock, head: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Replaces every block's forward by block(i, original, args, kwargs), and the head's."""
-        with guard.Undo() as undo:
+        with Undo() as undo:
             for i, module in enumerate(self.blocks):
                 undo.set(module, "forward", bind_block(block, i, module.forward))
             undo.set(self.head, "forward", head)

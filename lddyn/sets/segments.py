@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lddyn.engine.gram import sequence_gram
-from lddyn.engine.guard import Undo, lock_of
+from lddyn.engine.turns import switching
 from lddyn.sets.access import Access
 from lddyn.sets.forecast import AdamMetric, Forecast, Run, Simulation, chosen_effects
 from lddyn.sets.passes import Passes
@@ -231,7 +231,7 @@ class _Segments:
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
         """The weights may be moved within, and are as before afterwards, to the bit."""
-        with lock_of(self.access.model), Undo() as undo:
+        with switching(self.access.model) as undo:
             undo.add(self._put_back)
             yield
 

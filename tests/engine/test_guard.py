@@ -15,8 +15,9 @@ import zoo
 import lddyn
 from lddyn.engine import guard
 from lddyn.engine.anatomy import Anatomy
-from lddyn.engine.guard import Undo, lock_of
 from lddyn.engine.recognise import with_global
+from lddyn.engine.turns import turn_of
+from lddyn.engine.undo import Undo
 from lddyn.probes.measure import measure
 
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6]])
@@ -83,12 +84,12 @@ def test_an_error_of_one_action_does_not_keep_the_others():
 
 def test_one_lock_a_model_whatever_it_is_wrapped_in():
     model, other = zoo.build("llama"), zoo.build("llama")
-    assert lock_of(model) is lock_of(model)
-    assert lock_of(model) is not lock_of(other)
+    assert turn_of(model) is turn_of(model)
+    assert turn_of(model) is not turn_of(other)
     adapted = zoo.lora("llama")
-    assert lock_of(adapted) is lock_of(adapted.get_base_model())
+    assert turn_of(adapted) is turn_of(adapted.get_base_model())
     compiled = torch.compile(model, backend="eager")
-    assert lock_of(compiled) is lock_of(model)
+    assert turn_of(compiled) is turn_of(model)
 
 
 def test_a_lock_does_not_keep_its_model():
