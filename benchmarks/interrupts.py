@@ -28,7 +28,8 @@ def state(model: nn.Module) -> dict[Hashable, Any]:
         config = vars(module).get("config")
         everything[name] = own, hooks, None if config is None else repr(config)
     for name, parameter in model.named_parameters():
-        everything["parameter", name] = parameter.requires_grad, id(parameter._backward_hooks)
+        hooks = [id(hook) for hook in (parameter._backward_hooks or {}).values()]
+        everything["parameter", name] = parameter.requires_grad, hooks
     everything["thread"] = (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -189,7 +190,10 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
                 shared[id(value)] = value.detach()
     moved = copy.deepcopy(model, shared)
     for parameter, own in zip(model.parameters(), moved.parameters(), strict=True):
-        own._backward_hooks = parameter._backward_hooks  # not copied with a parameter
+        hooks = parameter._backward_hooks or {}  # not copied with a parameter
+        # Without that of `turns`, which torch.save leaves out, too.
+        kept = [i for i in hooks.items() if not hasattr(i[1], "__torch_unserializable__")]
+        own._backward_hooks = OrderedDict(kept) if kept else None
     for (name, old), new in zip(model.named_modules(), moved.modules(), strict=True):
         if old in set_aside:
             own = new.__dict__.pop("_original_forward", None)

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from lddyn.engine import layers
 from lddyn.engine.door import replaced_forwards
 from lddyn.engine.quantised import keep_layout
-from lddyn.engine.turns import Gate, switching, turn
+from lddyn.engine.turns import Gate, Hold, switching, turn
 from lddyn.engine.undo import Undo, shielded
 
 _P = ParamSpec("_P")
@@ -131,10 +131,22 @@ def freeze(modules: Sequence[nn.Module], undo: Undo) -> None:
             if parameter.requires_grad:
                 undo.add(functools.partial(parameter.requires_grad_, True))
                 parameter.requires_grad_(False)
-            if parameter._backward_hooks:
-                hooks = parameter._backward_hooks
-                undo.add(functools.partial(setattr, parameter, "_backward_hooks", hooks))
-                parameter._backward_hooks = None
+            _set_hooks_aside(parameter, undo)
+
+
+def _set_hooks_aside(parameter: Tensor, undo: Undo) -> None:
+    """Removes the hooks of a weight but that of its turn, in place: a pass may be waiting in it."""
+    hooks = parameter._backward_hooks or {}
+    others = {key: hook for key, hook in hooks.items() if not isinstance(hook, Hold)}
+    if not others:
+        return
+    undo.add(functools.partial(hooks.update, others))
+    for hook in hooks.values():
+        if isinstance(hook, Hold):
+            undo.add(functools.partial(setattr, hook, "removed", ()))
+            hook.removed = tuple(others.values())
+    for key in others:
+        del hooks[key]
 
 
 REACHED = "max_seq_len_cached"  # the length for which a dynamic rotary embedding was scaled

@@ -9,6 +9,10 @@ No hook stays on a model. A module's `__call__` first asks for the instance's `_
 which torch leaves out of copies and pickles; a gate stands there for as long as the model is
 switched. A forward pass that began before it is seen on its thread's stack, and is let finish the
 module that it is in.
+
+A backward pass of another thread would lose the gradients of weights that an analysis has frozen.
+It waits, too: at the first weight that it reaches, in a hook (`Hold`) for as long as the model is
+switched. An optimizer of another thread cannot be stopped; the analysis then raises an error.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lddyn.engine.door import inside_adapters
 from lddyn.engine.undo import SHIELDED, Undo, shielded
@@ -92,6 +97,7 @@ class _Turn:
         self.owner: int | None = None
         self.depth = 0
         self.switched = 0
+        self.moved = False
 
     @property
     def mine(self) -> bool:
@@ -131,20 +137,36 @@ def turn(model: nn.Module) -> Iterator[None]:
         state = turn_of(model)
         if not state.mine:
             _wait(state, state.take)
+        first = not state.depth
         state.depth += 1
         try:
+            before = _versions(model) if first else {}
             yield
+            if first and not state.moved and _versions(model) != before:
+                raise RuntimeError(
+                    "the model's weights were changed while it was analysed, by another thread: "
+                    "do not take optimizer steps on a model beside an analysis of it"
+                )
         finally:
             state.depth -= 1
             if not state.depth:
-                state.owner = None
+                state.owner, state.moved = None, False
                 state.lock.release()
+
+
+def _versions(model: nn.Module) -> dict[int, int]:
+    """How often each weight has been changed in place."""
+    return {id(p): p._version for p in model.parameters() if not p.is_inference()}
 
 
 @contextlib.contextmanager
 @shielded
-def switching(model: nn.Module) -> Iterator[Undo]:
-    """This thread's turn; forward passes of others wait, so that the model may be changed.
+def switching(model: nn.Module, *, moves: bool = False) -> Iterator[Undo]:
+    """This thread's turn; passes of others wait, so that the model may be changed.
+
+    Args:
+        model: The model.
+        moves: Whether the weights are changed, too.
 
     Yields:
         An Undo, whose changes are reversed on exit.
@@ -153,12 +175,16 @@ def switching(model: nn.Module) -> Iterator[Undo]:
         state = turn_of(model)
         undo.add(functools.partial(setattr, state, "switched", state.switched))
         state.switched += 1
+        state.moved |= moves
         if state.switched == 1:
             modules = {id(module): module for module in (model, *inside_adapters(model).modules())}
             modules |= {id(module): module for module in model.modules()}
             for module in modules.values():
                 own = module.__dict__.get("_compiled_call_impl")
                 undo.set(module, "_compiled_call_impl", Gate(state, module, own))
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    undo.add(parameter.register_hook(Hold(state, parameter)).remove)
             _wait(state, lambda: not _others_inside(modules))
         yield undo
 
@@ -177,6 +203,34 @@ class Gate:
             _wait(state, lambda: not state.switched)
         module: Any = self.module()
         return (self.compiled or module._call_impl)(*args, **kwargs)
+
+
+class Hold:
+    """A weight's hook while its model is switched: backward passes of other threads wait here.
+
+    Attributes:
+        removed: Hooks of the weight that the analysis has set aside; such a pass needs them.
+    """
+
+    __torch_unserializable__ = True  # torch.save of a weight leaves it out without a warning
+
+    def __init__(self, state: _Turn, parameter: Tensor):
+        self.state, self.parameter = state, weakref.ref(parameter)
+        self.removed: tuple[Callable[[Tensor], Tensor | None], ...] = ()
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """Waits, unless the pass is that of the turn's owner; returns the gradient to add."""
+        state, parameter = self.state, self.parameter()
+        # A GPU's backward runs in threads of its own; the owner's reaches no frozen weight.
+        on_cpu = gradient.device.type == "cpu"
+        if parameter is None or state.mine or (not on_cpu and parameter.requires_grad):
+            return gradient
+        removed = self.removed
+        _wait(state, lambda: not state.switched or (not on_cpu and parameter.requires_grad))
+        for hook in removed:
+            changed = hook(gradient)
+            gradient = gradient if changed is None else changed
+        return gradient
 
 
 # --------------------------------------------------------------------------- waiting
@@ -219,7 +273,11 @@ _CALLS = {nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__}
 
 
 def _others_inside(modules: dict[int, nn.Module]) -> bool:
-    """Whether a forward pass of one of these modules is under way in another thread."""
+    """Whether another thread is in a forward pass of one of these modules, or in a backward pass.
+
+    Which weights a backward pass reaches is not known; analyses themselves run none that adds up
+    gradients (`torch.autograd.grad` is another function).
+    """
     me = threading.get_ident()
     return any(
         _is_inside(frame, modules)
@@ -235,5 +293,6 @@ def _is_inside(frame: FrameType | None, modules: dict[int, nn.Module]) -> bool:
             return False  # it asks again before it goes on
         if frame.f_code in _CALLS:
             inside |= id(frame.f_locals.get("self")) in modules
+        inside |= frame.f_code is torch.autograd.backward.__code__
         frame = frame.f_back
     return inside

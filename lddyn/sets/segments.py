@@ -231,7 +231,7 @@ class _Segments:
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
         """The weights may be moved within, and are as before afterwards, to the bit."""
-        with switching(self.access.model) as undo:
+        with switching(self.access.model, moves=True) as undo:
             undo.add(self._put_back)
             yield
 

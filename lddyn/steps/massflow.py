@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.guard import undisturbed
 from lddyn.files import json_safe
 from lddyn.memory import DEFAULT_MEMORY
 from lddyn.objectives.like import Update
@@ -250,6 +251,7 @@ def _mean(values: Tensor) -> float:
     return float(values.double().mean())
 
 
+@undisturbed
 def massflow(
     model: nn.Module | Anatomy,
     example: Example,

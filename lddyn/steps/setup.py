@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -19,6 +20,7 @@ from lddyn.engine.gradient import gradient
 from lddyn.engine.quantised import shared_state
 from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Trace
+from lddyn.engine.undo import Undo, shielded
 from lddyn.errors import UnsupportedModelError
 from lddyn.objectives.like import Update, objective_like
 from lddyn.objectives.objective import Objective
@@ -280,6 +282,7 @@ class UpdateState:
         raise IndexError(f"there are only {sum(map(len, self.weights))} update tokens")
 
 
+@shielded
 def shifted_copy(model: nn.Module, shift: Direction | None, scale: float = 1.0) -> nn.Module:
     """A copy of the model at θ + scale · Δθ that shares frozen parameters and buffers.
 
@@ -294,14 +297,11 @@ def shifted_copy(model: nn.Module, shift: Direction | None, scale: float = 1.0) 
     """
     memo = {id(p): p for p in model.parameters() if not p.requires_grad}
     memo |= {id(b): b for b in [*model.buffers(), *shared_state(model)]}  # type: ignore[misc]
-    gradients = [(p, p.grad) for p in model.parameters()]
-    try:
-        for parameter, _ in gradients:
+    with Undo() as undo:
+        for parameter in model.parameters():  # gradients are not copied
+            undo.add(functools.partial(setattr, parameter, "grad", parameter.grad))
             parameter.grad = None
         moved = copied(model, memo)
-    finally:
-        for parameter, grad in gradients:
-            parameter.grad = grad
     if shift:
         with torch.no_grad():
             for name, parameter in moved.named_parameters():

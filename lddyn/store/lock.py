@@ -1,11 +1,15 @@
-"""One writer per store: a file lock that ends with its process."""
+"""One writer per store, by a file lock that ends with its process; one thread per Store object."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from lddyn.errors import StoreError, StoreLockedError
 from lddyn.files import open_regular, write_all
@@ -68,12 +72,52 @@ class Lock:
         self.let_go()  # a writer that was dropped must not keep others out
 
 
+class Mutex:
+    """Lets one thread at a time use a Store object; the same thread may enter again.
+
+    A copy, a pickle and a forked child have one of their own, which no thread is in.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        _MUTEXES.add(self)
+
+    def __reduce__(self) -> tuple[type[Mutex], tuple[()]]:
+        return Mutex, ()
+
+
+class _Shared(Protocol):
+    _mutex: Mutex
+
+
+_S = TypeVar("_S", bound=_Shared)
+
+_P = ParamSpec("_P")
+
+_R = TypeVar("_R")
+
+
+def exclusive(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate[_S, _P], _R]:
+    """A method during which other threads' calls of exclusive methods of its object wait."""
+
+    @functools.wraps(method)
+    def run(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with self._mutex.lock:
+            return method(self, *args, **kwargs)
+
+    return run
+
+
 _LOCKS: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+_MUTEXES: weakref.WeakSet[Mutex] = weakref.WeakSet()
 
 
 def _let_go_in_child() -> None:
     for lock in list(_LOCKS):
         lock.let_go()
+    for mutex in list(_MUTEXES):  # another thread of the parent may have been in it
+        mutex.lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

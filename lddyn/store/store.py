@@ -31,7 +31,7 @@ from lddyn.memory import parse_memory
 from lddyn.store.contents import Contents
 from lddyn.store.export import faiss_index
 from lddyn.store.journal import Journal
-from lddyn.store.lock import Lock
+from lddyn.store.lock import Lock, Mutex, exclusive
 from lddyn.store.manifest import (
     DTYPES,
     FORMAT,
@@ -64,6 +64,9 @@ class Store:
     and once, under its `Example.content_id`; rows keep the order in which examples were appended.
     A killed writer loses only examples that were not flushed: open the store again and append the
     examples that it does not have (`has`).
+
+    Threads may share one Store: its methods run one at a time, so that `append` and `flush` wait
+    for a `query` of another thread.
 
     A `with` block that ends by an exception does not flush, as if it had been killed: a run that is
     resumed then writes the same files, bit for bit, as one that was not interrupted.
@@ -99,7 +102,7 @@ class Store:
         lock: Lock | None,
     ) -> None:
         """Use `create` or `open`."""
-        self.path = path
+        self.path, self._mutex = path, Mutex()
         self._manifest = manifest
         self.width = manifest["width"]
         self.dtype = DTYPES[manifest["dtype"]]
@@ -250,6 +253,7 @@ class Store:
                 lock.release()
             raise
 
+    @exclusive
     def refresh(self) -> int:
         """Reads what a writer has added since the store was opened; returns the number of new rows.
 
@@ -261,6 +265,7 @@ class Store:
             self._contents.update()
         return len(self) - before
 
+    @exclusive
     def verify(self) -> list[str]:
         """Reads every byte of every shard again and returns one line for each damaged shard.
 
@@ -270,6 +275,7 @@ class Store:
 
     # ------------------------------------------------------------------ writing
 
+    @exclusive
     def append(
         self,
         example: Example | str,
@@ -297,6 +303,7 @@ class Store:
         """
         self._check_writer().append(example, rows, tokens, index)
 
+    @exclusive
     def flush(self) -> None:
         """Writes what was appended; when this returns it survives a crash of the machine.
 
@@ -315,6 +322,7 @@ class Store:
             )
         return self._writer
 
+    @exclusive
     def close(self) -> None:
         """Flushes, releases the lock and unmaps the shards; further use needs another `open`.
 
@@ -329,6 +337,7 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
+    @exclusive
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -364,6 +373,7 @@ class Store:
         return self._contents.example_ids
 
     @property
+    @exclusive
     def nbytes(self) -> int:
         """Bytes of the shards."""
         return sum(record.size for record in self._contents.records)
@@ -373,16 +383,19 @@ class Store:
         """Number of shards."""
         return len(self._contents.records)
 
+    @exclusive
     def has(self, example: Example | str) -> bool:
         """Whether an example is in the store, or waits to be flushed."""
         name = example if isinstance(example, str) else example.content_id
         waiting = self._writer is not None and name in self._writer.examples
         return waiting or name in self._contents.places
 
+    @exclusive
     def example_at(self, index: int) -> str | None:
         """Content id of the example with this index in the data set; None: not on disk."""
         return self._contents.at(index)
 
+    @exclusive
     def span(self, example: Example | str) -> slice:
         """The rows of an example.
 
@@ -395,6 +408,7 @@ class Store:
         place = self._contents.places[name]
         return slice(place.start, place.start + place.count)
 
+    @exclusive
     def summary(self) -> JsonObject:
         """Path, numbers of rows (`tokens`), examples and shards, bytes, width, dtype; JSON-safe."""
         return {
@@ -407,6 +421,7 @@ class Store:
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
+    @exclusive
     def explain(self) -> str:
         """The summary in one line, for people."""
         what = "sequences" if self._whole else "tokens"
@@ -429,8 +444,11 @@ class Store:
             StoreCorruptError: If a shard is damaged.
         """
         for number in range(self.n_shards):
-            yield self._contents.shard(number)
+            with self._mutex.lock:
+                shard = self._contents.shard(number)
+            yield shard
 
+    @exclusive
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Features start:stop, (n, width) in the store's dtype.
 
@@ -443,6 +461,7 @@ class Store:
         """
         return self._contents.rows(start, stop)
 
+    @exclusive
     def tokens(self, start: int = 0, stop: int | None = None) -> TokenTable:
         """Which token each of the rows start:stop is.
 
@@ -452,6 +471,7 @@ class Store:
         """
         return self._contents.tokens(start, stop)
 
+    @exclusive
     def to_arrow(self, features: bool = True) -> pyarrow.Table:
         """Token table and features as an Arrow table, one chunk per shard, for other tools.
 
@@ -466,6 +486,7 @@ class Store:
         pieces = ((shard.tokens, shard.rows) for shard in self.shards())
         return arrow_table(pieces, self.width, self.dtype if features else None)
 
+    @exclusive
     def to_faiss(self, factory: str = "Flat") -> Any:
         """A faiss index of all rows by inner product, for searches that may be approximate.
 
@@ -489,6 +510,7 @@ class Store:
             )
         return faiss_index(self._contents, factory)
 
+    @exclusive
     def query(
         self,
         rows: Tensor,

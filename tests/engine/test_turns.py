@@ -168,6 +168,44 @@ def test_a_turn_ends_with_its_error(threads):
     threads.start(lambda: lddyn.ntk(model, *zoo.examples()).gram())
 
 
+@pytest.mark.case("threads: training beside an analysis")
+def test_a_backward_pass_waits_and_keeps_its_gradients(threads):
+    """Its forward pass was before the analysis; without waiting, frozen weights got no gradient."""
+    model = zoo.build("llama").eval()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    handle = weight.register_hook(lambda gradient: 2 * gradient)
+    model(IDS).logits.sum().backward()
+    alone = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    loss, began, done = model(IDS).logits.sum(), threading.Event(), []
+
+    def backward():
+        began.set()
+        loss.backward()
+        done.append(1)
+
+    with Anatomy(model).analysis():
+        threads.start(backward)
+        assert began.wait(LIMIT)
+        time.sleep(0.05)
+        assert not done
+    threads.join()
+    assert all(torch.equal(p.grad, alone[n]) for n, p in model.named_parameters())
+    handle.remove()
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_an_optimizer_step_during_an_analysis_is_an_error():
+    model = zoo.build("llama").eval()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(RuntimeError, match="changed while it was analysed"), turn(model):
+        torch.optim.SGD([weight], 0.1).step()  # without a gradient: nothing moves
+        with torch.no_grad():
+            weight.mul_(1.1)
+    with turn(model):
+        pass
+
+
 # --------------------------------------------------------------------------- interrupts
 
 

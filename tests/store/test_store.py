@@ -1,8 +1,10 @@
 """The store: what is written is read back, and belongs to what made it."""
 
+import copy
 import json
 import os
 import sys
+import threading
 import time
 
 import numpy as np
@@ -328,3 +330,69 @@ def test_a_store_says_what_it_is(filled):
     assert written["manifest"]["identity"] == store_torture.IDENTITY
     assert json.loads(json.dumps(store.to_dict()))["identity"] == store_torture.IDENTITY
     assert store.summary()["tokens"] == len(store) and store.explain().startswith(str(store.path))
+
+
+# --------------------------------------------------------------------------- threads
+
+
+@pytest.mark.case("threads: one Store object")
+def test_threads_share_one_store_object(tmp_path):
+    """Two threads append and a third one reads: everything that was appended is there, whole."""
+    store = Store.create(tmp_path / "s", IDENTITY, 6, shard=200)
+    examples, errors, reading = data_set(80), [], threading.Event()
+
+    def append(part):
+        try:
+            for i in range(part, len(examples), 2):
+                store.append(examples[i], features(i, len(examples[i]), 6), index=i)
+        except Exception as error:
+            errors.append(error)
+
+    def read():
+        try:
+            while not reading.is_set():
+                known = len(store)
+                assert len(store.rows(0, known)) == len(store.tokens(0, known)) == known
+                if known:
+                    assert store.query(torch.ones(1, 6), k=3).estimate.value.isfinite().all()
+        except Exception as error:
+            errors.append(error)
+
+    writers = [threading.Thread(target=append, args=(part,)) for part in range(2)]
+    reader = threading.Thread(target=read)
+    for thread in (reader, *writers):
+        thread.start()
+    for thread in writers:
+        thread.join()
+    reading.set()
+    reader.join()
+    store.close()
+    assert not errors
+    opened = Store.open(tmp_path / "s", IDENTITY)
+    assert opened.verify() == [] and len(opened.example_ids) == len(examples)
+    for i, example in enumerate(examples):
+        rows = opened.rows(opened.span(example).start, opened.span(example).stop)
+        assert torch.equal(rows, features(i, len(example), 6))
+        assert opened.example_at(i) == example.content_id
+
+
+def test_a_copied_and_a_forked_store_wait_for_nobody(filled):
+    store, _ = filled
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with store._mutex.lock:
+            inside.set()
+            leave.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert inside.wait(30)
+    twin = copy.copy(store._mutex)
+    assert twin.lock.acquire(blocking=False)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if store._mutex.lock.acquire(timeout=1) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    leave.set()
+    thread.join()
