@@ -122,6 +122,9 @@ def build(
     return Answer(document, [built.store.explain(), f"({seconds:.1f} s)"])
 
 
+_NAMED = 20  # rows that are named before the rest is counted
+
+
 def _open(
     model: ModelOptions, rows: ResponseOptions, quiet: bool = False
 ) -> tuple[PreTrainedTokenizerBase, Anatomy, dict[int, Example], list[str]]:
@@ -143,7 +146,10 @@ def _open(
         why = f"; the first: {left_out[0]}" if left_out else ""
         raise ValueError(f"{rows.data} has no response that can be used{why}")
     if left_out and not quiet:
-        warn(f"{len(left_out)} left out; the first: {left_out[0]}")
+        for line in left_out[:_NAMED]:
+            warn(f"left out: {line}")
+        if len(left_out) > _NAMED:
+            warn(f"{len(left_out)} left out in all: --json lists them")
     return tokenizer, anatomy, examples, left_out
 
 

@@ -14,6 +14,7 @@ from lddyn.data.messages import (
     message_weight,
     without_weights,
 )
+from lddyn.data.template_limits import check_work
 from lddyn.data.tokenizer import Tokenizer
 from lddyn.errors import ExampleError
 
@@ -174,15 +175,19 @@ class ChatTemplate:
                 problem="no_chat_template",
                 field="prompt",
             )
+        plain = without_weights(messages)
         try:
+            self._check_work(plain, how)
             return self.tokenizer.apply_chat_template(
-                without_weights(messages),
+                plain,
                 tools=list(self.tools) if self.tools else None,
                 tokenize=True,
                 return_dict=True,
                 **how,
                 **dict(self.kwargs or {}),
             )
+        except ExampleError:
+            raise
         except Exception as error:
             roles = ", ".join(str(message["role"]) for message in messages)
             raise ExampleError(
@@ -190,6 +195,27 @@ class ChatTemplate:
                 f"{type(error).__name__}: {error}",
                 problem="template_error",
             ) from error
+
+    def _check_work(self, messages: Sequence[Message], how: Mapping[str, bool]) -> None:
+        """Refuses a template that prints or computes too much, before the tokenizer runs it."""
+        given, choose = dict(self.kwargs or {}), getattr(self.tokenizer, "get_chat_template", None)
+        tools = list(self.tools) if self.tools else None
+        source = given.pop("chat_template", None)
+        if choose is not None:
+            source = choose(source, tools)
+        if isinstance(source, str):
+            special = getattr(self.tokenizer, "special_tokens_map", {})
+            check_work(
+                source,
+                {
+                    **special,
+                    "messages": messages,
+                    "tools": tools,
+                    "documents": None,
+                    **how,
+                    **given,
+                },
+            )
 
 
 def as_plain_text(messages: Messages, tools: Sequence[Any] | None) -> Messages:

@@ -385,6 +385,23 @@ def _read_arrow(path: Path) -> Iterator[PlacedRow]:
 
 def _number(path: Path, batches: Iterable[Any]) -> Iterator[PlacedRow]:
     """Yield the rows of Arrow batches with their places."""
-    lists = (batch.to_pylist() for batch in batches)
-    for index, row in enumerate(itertools.chain.from_iterable(lists)):
-        yield PlacedRow(f"{path}, row {index}", row)
+    index = itertools.count()
+    for batch in batches:
+        try:
+            read: list[Any] = batch.to_pylist()
+        except (ValueError, OverflowError):  # a time before year 1 or after year 9999, for instance
+            read = [_arrow_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
+        for row in read:
+            where = f"{path}, row {next(index)}"
+            yield PlacedRow(where, _unreadable(where, row) if isinstance(row, str) else row)
+
+
+def _arrow_row(row: Any) -> RowDict | str:
+    """The one row of an Arrow batch, or the reason why it cannot be read."""
+    values: RowDict = {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            values[name] = column.to_pylist()[0]
+        except (ValueError, OverflowError) as error:
+            return f"the value of {name} ({column.type}) cannot be read ({error})"
+    return values

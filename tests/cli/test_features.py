@@ -124,8 +124,10 @@ def test_features_build_leaves_out_what_does_not_fit(model, data, tmp_path):
     assert "row 2, chosen: length must be <= 64" in errors(
         "features", "build", *arguments, "--strict"
     )
+    named = call("features", "build", *arguments).stderr
     document = built(model, fits, tmp_path / "s")
     assert document["examples"] == 3 and len(document["left_out"]) == 3  # one is there twice
+    assert all(f"left out: {line}" in named for line in document["left_out"])
 
 
 def test_plan_by_sequence(model, pairs):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lddyn.data.read import rows
+from lddyn.data.read import placed_rows, rows
 from lddyn.errors import ExampleError
 
 TABLE = [{"prompt": "a", "completion": "b"}, {"prompt": "χ", "completion": "d"}]
@@ -68,6 +68,19 @@ def test_rows_refuses_what_is_no_table(tmp_path):
         rows(["prompt"])
     with pytest.raises(TypeError, match="path or an iterable"):
         rows(3)
+
+
+@pytest.mark.case("timestamps that Python cannot hold")
+def test_a_timestamp_out_of_range_is_a_finding_of_its_row(tmp_path):
+    pyarrow, path = pytest.importorskip("pyarrow"), tmp_path / "data.parquet"
+    from pyarrow import parquet
+
+    when = pyarrow.array([0, 1 << 50, 5]).view(pyarrow.timestamp("s"))
+    parquet.write_table(pyarrow.table({"text": ["a", "b", "c"], "when": when}), path)
+    first, second, third = placed_rows(path)
+    assert first.row["text"] == "a" and third.row["text"] == "c"
+    assert isinstance(second.row, ExampleError)
+    assert "data.parquet, row 1: the value of when" in str(second.row)
 
 
 def test_rows_parquet(tmp_path):
