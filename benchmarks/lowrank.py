@@ -52,7 +52,7 @@ class Dense:
 
     def predict(self, body: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         """A K G (M, V) with another F."""
-        weight = self.kernel.updated.anatomy.head.weight.detach().double()
+        weight = self.kernel.updated.anatomy.head.matrix.double()
         span = (weight - weight.mean(0)) @ (self.basis.vectors / self.basis.values.sqrt())
         moved = torch.einsum("mlij,lj->mi", body, g @ span) @ span.T + self.head @ g
         return delta_log_probs(moved, self.kernel.observed.logits.double())

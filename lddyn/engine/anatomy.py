@@ -35,7 +35,6 @@ from lddyn.engine import replay
 from lddyn.engine.blocks import Call, SeamError, is_slice, join_hidden, split_hidden
 from lddyn.engine.door import check_repeatable, foreign_forward, unwrapped
 from lddyn.engine.guard import undisturbed
-from lddyn.engine.head import project
 from lddyn.engine.ledger import HEAD, POST, TAIL, WHOLE, Watch
 from lddyn.engine.realised import realised_log_probs
 from lddyn.engine.skeleton import Skeleton, beside, first_stream
@@ -179,9 +178,9 @@ class Anatomy(Skeleton):
             return result
 
         def head(h: Tensor) -> Tensor:
+            own = self.head.widen(first_stream(h.detach()))
             watch.segment = POST
             with watch.paused():
-                own = first_stream(h.detach())
                 captured.append(own.reshape(-1, own.shape[-1])[positions])
             return self.no_logits(h)
 
@@ -292,7 +291,7 @@ class Anatomy(Skeleton):
     def head_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits (M, V) in at least float32 and the elementwise slope of what follows the head."""
         precise = torch.promote_types(hidden.dtype, torch.float32)
-        raw = project(hidden.to(precise), self.head.weight)
+        raw = self.head.project(hidden.to(precise))
         if self.head.bias is not None:
             raw = raw + self.head.bias.to(precise)
         if self._post_is_identity:
@@ -338,7 +337,7 @@ class Anatomy(Skeleton):
         positions = torch.tensor(list(example.positions), device=self.device)
 
         def head(h: Tensor) -> Tensor:
-            own = first_stream(h)
+            own = self.head.widen(first_stream(h))
             captured.append(own.reshape(-1, own.shape[-1])[positions])
             return self.no_logits(h)
 
@@ -355,7 +354,7 @@ class Anatomy(Skeleton):
         self, ids: Tensor, positions: Tensor, model: nn.Module | None = None
     ) -> Tensor:
         """Logits of some positions by the model's own forward; `model`: with its adapters'."""
-        original = self.head.forward
+        original = self.head.module.forward
 
         def head(h: Tensor) -> Any:
             own = first_stream(h)

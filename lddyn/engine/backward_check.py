@@ -30,7 +30,6 @@ from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.factors import Factors, HeadFactor, pull
 from lddyn.engine.guard import undisturbed
-from lddyn.engine.head import back_project
 from lddyn.engine.ledger import Tap
 from lddyn.engine.linearized import Source, linearize, push
 from lddyn.engine.quantised import computing_dtypes
@@ -199,13 +198,14 @@ def _head(trace: Trace, cotangents: Tensor) -> Factors:
     anatomy = trace.anatomy
     rows = cotangents if trace.slope is None else cotangents * trace.slope
     names = anatomy.head_weight, anatomy.head_bias
-    return Factors(head=HeadFactor(*names, trace.hidden, rows, trace.logits, trace.targets))
+    hidden = anatomy.head.own(trace.hidden)
+    return Factors(head=HeadFactor(*names, hidden, rows, trace.logits, trace.targets))
 
 
 def _entering(trace: Trace, head: Factors) -> Tensor:
     """The sum of all cotangents at the head's input, (1, 1, T, d)."""
     assert head.head is not None
-    rows = back_project(head.head.rows, trace.anatomy.head.weight).to(trace.hidden.dtype)
+    rows = trace.anatomy.head.back_project(head.head.rows).to(trace.hidden.dtype)
     state = rows.new_zeros(1, 1, trace.length, rows.shape[1])
     state[0, 0].index_add_(0, trace.positions, rows)
     return state

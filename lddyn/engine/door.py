@@ -7,6 +7,7 @@ Everything that lddyn computes begins here:
     unwrapped         the module inside wrappers that add no computation of their own
     shells            the module, its adapters, and the transformers model inside
     check_whole       refuses weights that are not in this process's memory
+    check_separate    refuses trainable parameters that are views of the same memory
     replaced_forwards instance forwards to set aside while the model is analysed
     copied            a copy of a model that runs its own weights
 """
@@ -14,6 +15,7 @@ Everything that lddyn computes begins here:
 from __future__ import annotations
 
 import copy
+import itertools
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -95,6 +97,30 @@ def check_whole(model: nn.Module, *, allow_fsdp2: bool = False) -> None:
                 f"parameter {name} is on the meta device, as accelerate leaves the weights that it "
                 "offloads to CPU or disk: lddyn.stream(folder) reads the weights of a model that "
                 "does not fit into memory"
+            )
+
+
+def check_separate(model: nn.Module) -> None:
+    """Refuses trainable parameters that overlap in memory: a step moves that memory for each.
+
+    Raises:
+        UnsupportedModelError: The message names two of them.
+    """
+    extents = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and is_plain(parameter) and parameter.numel():
+            steps = zip(parameter.shape, parameter.stride(), strict=True)
+            last = sum((size - 1) * stride for size, stride in steps)
+            start = parameter.data_ptr()
+            extents.append((start, start + (last + 1) * parameter.element_size(), name))
+    extents.sort()
+    for (start, stop, name), (begin, _, other) in itertools.pairwise(extents):
+        if start and begin < stop:
+            raise UnsupportedModelError(
+                f"the trainable parameters {name} and {other} are views of the same memory (peft "
+                "ties LoRA on embedding and head so, with ensure_weight_tying=True), which an "
+                "optimizer moves once for each of them, and lddyn takes them for two: leave "
+                "lm_head and embed_tokens out of target_modules, or ensure_weight_tying out"
             )
 
 

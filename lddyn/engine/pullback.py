@@ -22,7 +22,6 @@ from lddyn import ops
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.backward_check import check_pull
 from lddyn.engine.factors import BodyRows, Factors, HeadFactor, pull
-from lddyn.engine.head import back_project
 from lddyn.engine.rowwise import pull_rows
 from lddyn.engine.trace import Trace
 from lddyn.memory import is_out_of_memory
@@ -84,7 +83,7 @@ class Pullback:
             g = rows.hidden[order].to(trace.hidden.dtype)
         else:
             self.head = self._logits_head(rows)
-            g = back_project(self.head.rows, self.anatomy.head.weight).to(trace.hidden.dtype)
+            g = self.anatomy.head.back_project(self.head.rows).to(trace.hidden.dtype)
         self.chunks: list[Chunk] = []
         for part, state in zip(order.split(chunk), g.split(chunk), strict=True):
             length = self.anatomy.prefix(
@@ -108,12 +107,13 @@ class Pullback:
             rows = rows[order].to(logits.dtype)
             rows = rows if trace.slope is None else rows * trace.slope[order]
         weight, bias = self.anatomy.head_weight, self.anatomy.head_bias
-        return HeadFactor(weight, bias, trace.hidden[order], rows, logits, targets)
+        hidden = self.anatomy.head.own(trace.hidden[order])
+        return HeadFactor(weight, bias, hidden, rows, logits, targets)
 
     def _body_head(self, rows: BodyRows) -> HeadFactor:
         trace, order = self.trace, self.selected
         weight = self.anatomy.head_weight if self.anatomy.tied else None
-        hidden, targets = trace.hidden[order], trace.targets[order]
+        hidden, targets = self.anatomy.head.own(trace.hidden[order]), trace.targets[order]
         return HeadFactor(weight, None, hidden, rows.picked, trace.logits, targets, rows.ids)
 
     def head_factors(self) -> Factors:

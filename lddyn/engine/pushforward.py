@@ -299,8 +299,8 @@ def _through_head(
     anatomy: Anatomy, source: Source, moved: Tensor, hidden: Tensor, slope: Tensor | None
 ) -> Tensor:
     """Tangent (c, M, V) of the logits, from those of the head's input (c, M, d)."""
-    raw = project(moved.flatten(0, 1), anatomy.head.weight).view(*moved.shape[:2], -1)
-    own = source.head(hidden, (anatomy.head_weight, anatomy.head_bias))
+    raw = anatomy.head.project(moved.flatten(0, 1)).view(*moved.shape[:2], -1)
+    own = source.head(anatomy.head.own(hidden), (anatomy.head_weight, anatomy.head_bias))
     if own is not None:
         raw = raw + own
     return raw if slope is None else raw * slope

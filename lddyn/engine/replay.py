@@ -58,7 +58,7 @@ def _requiring(parameters: Mapping[str, Tensor]) -> Iterator[list[Direct]]:
 def _recognised(skeleton: Skeleton, watch: Watch, modules: Iterable[nn.Module]) -> Iterator[None]:
     """Norms, activations and rotary embeddings of these modules in closed form within."""
     with Undo() as undo:
-        skeleton.recogniser.replace(modules, skeleton.head, watch, undo)
+        skeleton.recogniser.replace(modules, skeleton.head.module, watch, undo)
         yield
 
 
@@ -98,7 +98,7 @@ def forward_batch(skeleton: Skeleton, ids: Tensor, apart: bool, keep: bool) -> B
         return skeleton.output(i, cut(result[0] if skeleton.tuples[i] else result))
 
     def head(h: Tensor) -> Tensor:
-        cut(h)
+        cut(skeleton.head.widen(h))
         watch.active = False
         return skeleton.no_logits(h)
 
@@ -159,8 +159,8 @@ def _replay_whole(skeleton: Skeleton, ids: Tensor) -> Replay:
     watch.segment = WHOLE
 
     def head(h: Tensor) -> Tensor:
+        captured.append(skeleton.head.widen(first_stream(h)))
         watch.active = False
-        captured.append(first_stream(h))
         return skeleton.no_logits(h)
 
     with (
@@ -201,7 +201,7 @@ def _run_outside(skeleton: Skeleton, watch: Watch, x: Tensor | None, ids: Tensor
 
     def head(h: Tensor) -> Tensor:
         if x is not None:
-            captured.append(h)
+            captured.append(skeleton.head.widen(h))
         watch.active = False
         return skeleton.no_logits(h)
 

@@ -27,7 +27,6 @@ from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.backward_check import check_pull
 from lddyn.engine.factors import Factors, HeadFactor
 from lddyn.engine.guard import undisturbed
-from lddyn.engine.head import back_project
 from lddyn.engine.pullback import segments_down
 from lddyn.engine.trace import Batch, Replay
 from lddyn.engine.trial import REPLAYED, Trial, UnfitError, close
@@ -199,7 +198,7 @@ def pull_sequences(
     for i, (example, weight) in enumerate(zip(examples, weights, strict=True)):
         positions = torch.tensor(example.positions, device=state.device)
         head = _head(anatomy, batch.hidden[i, positions], example, weight)
-        g = back_project(head.rows, anatomy.head.weight)
+        g = anatomy.head.back_project(head.rows)
         state[i].index_add_(0, positions, g.to(state.dtype))
         yield everyone[i : i + 1], Factors(head=head)
         del head, g
@@ -223,7 +222,8 @@ def _head(anatomy: Anatomy, hidden: Tensor, example: Example, weight: Tensor | N
         rows = rows * weight[:, None]
     if slope is not None:
         rows = rows * slope
-    return HeadFactor(anatomy.head_weight, anatomy.head_bias, hidden, rows, logits, targets)
+    names = anatomy.head_weight, anatomy.head_bias
+    return HeadFactor(*names, anatomy.head.own(hidden), rows, logits, targets)
 
 
 def _pull_apart(replay: Replay, state: Tensor, apart: bool) -> tuple[Tensor, Factors]:

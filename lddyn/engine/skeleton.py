@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lddyn.data.context import position_limit, rope_types
 from lddyn.engine import door, guard
 from lddyn.engine.blocks import RunBlock, bind_block, find_blocks
-from lddyn.engine.head import linear_head
+from lddyn.engine.head import find_head
 from lddyn.engine.ledger import FRONT, HEAD, TAIL, WHOLE, LedgerEntry
 from lddyn.engine.recognise import Recogniser
 from lddyn.engine.streamed import is_streamed
@@ -33,7 +33,7 @@ class Skeleton:
     Attributes:
         model: The model as it was given, without torch.compile's and trainers' wrappers.
         base: The transformers model inside of adapters.
-        head: Its output layer.
+        head: Its output layer, and what adapters add to it.
         blocks: Its decoder layers; none where the model is one segment.
         own_attention: The attention that its config names.
         keeps_attention: Whether it attends by that (SDPA), from which its eager code differs.
@@ -68,7 +68,8 @@ class Skeleton:
                 "cannot be run again by itself; an ordinary LoRA can be analysed"
             )
         door.check_whole(model)
-        self.base, self.head = base, linear_head(base)
+        door.check_separate(model)
+        self.base, self.head = base, find_head(base)
         self.blocks, self.joined = find_blocks(base), ""
         self.scales_with_length = "dynamic" in rope_types(base.config)
         self.own_attention = getattr(base.config, "_attn_implementation", None)
@@ -130,12 +131,12 @@ class Skeleton:
     @property
     def device(self) -> torch.device:
         """The head's device, which is that of ids and cotangents too."""
-        return self.head.weight.device
+        return self.head.device
 
     @property
     def vocabulary(self) -> int:
         """V, rows of the head."""
-        return int(self.head.weight.shape[0])
+        return self.head.vocabulary
 
     @property
     def tied(self) -> bool:
@@ -215,7 +216,7 @@ class Skeleton:
         with Undo() as undo:
             for i, module in enumerate(self.blocks):
                 undo.set(module, "forward", bind_block(block, i, module.forward))
-            undo.set(self.head, "forward", head)
+            undo.set(self.head.module, "forward", head)
             yield
 
     def run(self, ids: Tensor, model: nn.Module | None = None) -> Any:

@@ -222,7 +222,7 @@ class LowRank(Result):
             ValueError: If a file is missing, damaged or of another format, or the model's head is
                 not the one that the factors belong to.
         """
-        weight: Tensor = Anatomy.of(model, allow_frozen=True).head.weight.detach()
+        weight = Anatomy.of(model, allow_frozen=True).head.matrix
         held, facts = load_result(path, KIND, FORMAT, device=str(weight.device))
         own = _fingerprint(weight)
         if own != facts["weight"]:

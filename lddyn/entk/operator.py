@@ -436,7 +436,7 @@ class NTK:
         elif precondition is not None or self.products.bent or self.products.blocked:
             square = pushed_squares(
                 lambda v: self.products.image_squares(v, centred, precondition),
-                anatomy.head.weight,
+                anatomy.head.matrix,
                 self.products.basis(centred),
                 centred,
                 sampling,

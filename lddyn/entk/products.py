@@ -71,7 +71,7 @@ class KernelProducts:
             The rows, and None or a matrix (n, rows) that mixes them.
         """
         precise, tied = self.updated.logits.dtype, self.tied_ids()
-        own = self.updated.anatomy.head.weight.detach()[ids].to(precise)
+        own = self.updated.anatomy.head.matrix[ids].to(precise)
         own = torch.cat([own, (ids[:, None] == tied[None]).to(precise)], 1)
         width = own.shape[1] - len(tied)
         if len(ids) <= own.shape[1]:
@@ -93,7 +93,7 @@ class KernelProducts:
     def basis(self, centred: bool) -> Basis:
         """Directions of the logits; their eigendecomposition is computed once."""
         if centred not in self._bases:
-            weight: Tensor = self.updated.anatomy.head.weight
+            weight = self.updated.anatomy.head.matrix
             self._bases[centred] = span_basis(weight, self.tied_ids(), centred)
         return self._bases[centred]
 
@@ -108,7 +108,8 @@ class KernelProducts:
         precise = self.updated.logits.dtype
         out: Tensor = self.observed.logits.new_zeros(self.shape[0], self.shape[2])
         if anatomy.head_weight is not None:
-            out = out + self.observed.hidden.to(precise) @ self.updated.hidden.to(precise).T
+            h, h_u = (anatomy.head.own(x.hidden).to(precise) for x in (self.observed, self.updated))
+            out = out + h @ h_u.T
         return out + 1 if anatomy.head_bias is not None else out
 
     def blocks(self, rows_o: BodyRows, rows_u: BodyRows) -> Iterator[tuple[slice, Tensor]]:

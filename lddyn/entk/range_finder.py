@@ -158,7 +158,7 @@ def find_low_rank(
     basis, head, product = kernel.basis(centred), kernel.head_multiples(), kernel.product()
     observed, updated = push.trace, back.trace
     ends = Ends.of(observed), Ends.of(updated)
-    weight = updated.anatomy.head.weight.detach()
+    weight = updated.anatomy.head.matrix
     images = _Range(push, back, basis, [], [], [])
     rows = _Rows(span, most, basis, ends[1], weight, generator)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
-from lddyn.engine.door import check_repeatable
+from lddyn.engine.door import check_repeatable, check_separate
 from lddyn.engine.gradient import flat_gradient, unflatten
 from lddyn.engine.guard import evaluating
 from lddyn.engine.logits import own_response
@@ -35,7 +35,7 @@ class Access:
             and runs are unavailable; empty if it can.
 
     Raises:
-        ValueError: If no parameter is trainable.
+        ValueError: If no parameter is trainable, or two of them share memory.
         UnrepeatableModelError: If the model's logits change from one pass to the next.
     """
 
@@ -44,6 +44,7 @@ class Access:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter of the model has requires_grad=True: no step moves it")
+        check_separate(self.model)
         self.unavailable = ""
         self._anatomy: Anatomy | None = None
         try:

@@ -67,9 +67,10 @@ class Passes:
                     positions = torch.tensor(some[i].positions, device=batch.hidden.device)
                     hidden = batch.hidden[place, positions]
                     targets = torch.tensor(some[i].targets, device=hidden.device)
+                    logits, _ = self.access.anatomy.head_logits(hidden)
                     see(
                         numbers[i],
-                        Response(self.access.anatomy.head_logits(hidden)[0], hidden, targets),
+                        Response(logits, self.access.anatomy.head.plain(hidden), targets),
                     )
             self.bar.advance(FORWARD * len(index))
 
@@ -160,7 +161,10 @@ class Passes:
                 for part, factors in pull_sequences(anatomy, some, given, batch):
                     head = factors.head  # of one sequence
                     if see is not None and head is not None:
-                        see(index[int(part)], Response(head.logits, head.hidden, head.targets))
+                        i = int(part)
+                        at = torch.tensor(some[i].positions, device=batch.hidden.device)
+                        hidden = anatomy.head.plain(batch.hidden[i, at])
+                        see(index[i], Response(head.logits, hidden, head.targets))
                     visit(index, part.tolist(), Gradients.of(factors, anatomy))
             self.bar.advance(BACKWARD * len(index))
 

@@ -274,11 +274,13 @@ class _Survey:
                 rank = min(self.sketch.rank, *request.part.shape)
                 beside.append(Part(name, "outer", request.part.shape, (rank, 1)))
         if self.together and head[0] and not anatomy.tied:
-            shape = anatomy.vocabulary, int(anatomy.head.weight.shape[1])
+            shape = anatomy.vocabulary, int(anatomy.trainable[head[0]].shape[1])
             part = Part(head[0], "summed", shape, (1, 1))
             requests.append(_Request(part, self.squares["head"], whole=shape[0] * shape[1]))
         elif head != (None, None) and not self.together:
-            width = (int(anatomy.head.weight.shape[1]) if head[0] else 0) + (1 if head[1] else 0)
+            width = (int(anatomy.trainable[head[0]].shape[1]) if head[0] else 0) + (
+                1 if head[1] else 0
+            )
             name = head[0] or head[1] or ""
             part = Part(name, "head", (anatomy.vocabulary, width), (1, 1))
             requests.append(_Request(part, self.squares["head"], 1, anatomy.vocabulary, "outer"))

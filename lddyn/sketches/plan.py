@@ -282,7 +282,7 @@ def choose(candidates: Sequence[Candidate], rtol: float | None) -> Candidate | N
 
 def _rate(anatomy: Anatomy, rates: Rates) -> float:
     """FLOP/s of one product with the model's hidden width, measured here and now."""
-    like = anatomy.head.weight
+    like = anatomy.head.layer.weight
     a = like.new_full((2048, rates.hidden), 0.5)  # draws none of the caller's random numbers
     b = like.new_full((rates.hidden, 4 * rates.hidden), 0.5)
     best = math.inf

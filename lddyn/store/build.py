@@ -157,7 +157,7 @@ def build_store(
     with contextlib.ExitStack() as stack:
         ranks = ranks or stack.enter_context(Ranks.of_torchrun())
         anatomy = Anatomy.of(model)
-        model_dtype = str(anatomy.head.weight.dtype).removeprefix("torch.")
+        model_dtype = str(anatomy.head.dtype).removeprefix("torch.")
         identity = identify(anatomy.model, tokenizer, dtype=model_dtype, rows=by)
         parts = [path]
         if ranks.world > 1:

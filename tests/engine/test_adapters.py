@@ -24,11 +24,22 @@ EXACT = {
     "a copy of a tied head": (True, {"target_modules": ALL, "modules_to_save": ["lm_head"]}),
     "rows of the embedding": (False, {"target_modules": ALL, "trainable_token_indices": [7, 12]}),
 }
+ON_THE_HEAD = {
+    "LoRA on the head": (False, {"target_modules": ["q_proj", "lm_head"]}),
+    "LoRA on embedding and tied head": (True, {"target_modules": ["q_proj", *BOTH]}),
+    "rows of a tied embedding": (
+        True,
+        {"target_modules": ["q_proj"], "trainable_token_indices": [7, 41, 50]},
+    ),
+}
 REFUSED = {
-    "on the head": ({"target_modules": ["q_proj", "lm_head"]}, "carries an adapter"),
-    "on tied tokens": (
-        {"target_modules": ["q_proj"], "trainable_token_indices": [7, 8]},
-        "trainable_token_indices",
+    "on the head, with DoRA": (
+        {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+        "the head lm_head carries an adapter",
+    ),
+    "on embedding and head, tied": (
+        {"target_modules": BOTH, "ensure_weight_tying": True},
+        "views of the same memory",
     ),
     "activated": (
         {"target_modules": ["q_proj"], "alora_invocation_tokens": [33]},
@@ -62,6 +73,34 @@ def test_modules_to_save(name):
 
 
 @pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.case(f"peft trains {n}")) for n in ON_THE_HEAD]
+)
+def test_adapters_on_the_head(name):
+    """Every entry, in float64, in units of the norms of the gradients."""
+    model = zoo.double(adapted(*ON_THE_HEAD[name]))
+    with lddyn.true_float64():
+        rows = [zoo.oracle_jacobian(model, example) for example in (CHOSEN, REJECTED)]
+        chosen, rejected = rows
+        update = lddyn.SFT([CHOSEN], reduction="sum")
+        anatomy = lddyn.Anatomy(model)
+        table = lddyn.decompose(anatomy, REJECTED, update, lr=1.0)[0].influence
+        features = lddyn.features(anatomy, [CHOSEN, REJECTED]).gram().value
+        diagnosis = lddyn.diagnose(anatomy, [(CHOSEN, REJECTED)], close_ups=0)
+        kernel = lddyn.ntk(anatomy, REJECTED, CHOSEN)
+        low_rank = kernel.lowrank(rank=8, span="data").gram()
+    together, sums = torch.cat(rows), torch.stack([g.sum(0) for g in rows])
+    for value, one, other in (
+        (kernel.gram(), rejected, chosen),
+        (low_rank, rejected, chosen),
+        (table, rejected, chosen),
+        (features, together, together),
+        (diagnosis.gram, sums, sums),
+    ):
+        scale = one.norm(dim=1)[:, None] * other.norm(dim=1)[None]
+        assert zoo.normalised_error(value, one @ other.T, scale) < 1e-9
+
+
+@pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.case(f"LoRA {n}, refused")) for n in REFUSED]
 )
 def test_what_is_refused_says_what_to_do(name):
@@ -70,6 +109,7 @@ def test_what_is_refused_says_what_to_do(name):
     for entry in (
         lambda: lddyn.decompose(model, CHOSEN, lddyn.SFT([CHOSEN]), RATE),
         lambda: lddyn.ntk(model, CHOSEN, REJECTED),
+        *[lambda: lddyn.diagnose(model, [(CHOSEN, REJECTED)], close_ups=0)] * ("tied" in name),
     ):
         with pytest.raises(UnsupportedModelError, match=words):
             entry()

@@ -626,11 +626,6 @@ def test_prompt_learning_adapter_is_refused():
             run(model)
 
 
-def test_adapter_on_the_head_is_refused():
-    with pytest.raises(UnsupportedModelError, match="the head carries an adapter"):
-        run(zoo.lora("llama", target_modules=["q_proj", "lm_head"]))
-
-
 def test_unknown_attention():
     with pytest.raises(ValueError, match="attention must be 'lddyn' or 'eager', got 'flash'"):
         Anatomy(zoo.build("llama"), "flash")
