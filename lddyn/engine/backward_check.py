@@ -343,7 +343,7 @@ def _compare_gradients(
                 f"the gradient of {name} by lddyn's factors differs from that of a plain backward "
                 f"pass of the whole model by {error:.3g}, of a norm of {size:.3g}: this parameter "
                 "is used where lddyn cannot follow it (a torch.autograd.Function, TorchScript, "
-                "compiled code, a state that blocks share beside the hidden state), or where a layer "
+                "compiled code, a state that blocks share beside the hidden state), or a layer "
                 "rounds its inputs (dynamic quantisation of activations)"
             )
 
