@@ -103,8 +103,9 @@ def train(model: nn.Module, pairs: list[Pair], run: lddyn.Run, before: Tensor) -
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=run.lr, weight_decay=run.weight_decay)
     batches = run.batches(range(len(pairs)))
-    for step, batch in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = run.rate(step, len(batches))
+    rates = run.rates(len(batches))
+    for rate, (batch, _) in zip(rates, batches, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         for i in batch.tolist():
             gains = [log_prob(model, pairs[i][s]) - float(before[s, i]) for s in (0, 1)]

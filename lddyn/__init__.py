@@ -45,7 +45,7 @@ _PUBLIC = {
     "Observed": "steps.decomposition",
     "Plan": "sketches.plan",
     "RowOptions": "data.options",
-    "Run": "sets.forecast",
+    "Run": "sets.run",
     "SFT": "objectives.objective",
     "Sketch": "sketches.sketch",
     "Store": "store.store",

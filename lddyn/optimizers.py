@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lddyn.errors import UnsupportedModelError
 
@@ -90,6 +90,14 @@ def make_optimizer(kind: str, parameters: Iterable[Tensor], lr: float) -> torch.
         )
     optimizer: torch.optim.Optimizer = classes[name](parameters, lr=lr)
     return optimizer
+
+
+def trainer_decays(model: nn.Module) -> set[str]:
+    """Names of the parameters that transformers' Trainer decays: neither biases nor norms."""
+    from transformers import Trainer
+
+    chooser: Callable[[object, nn.Module], list[str]] = Trainer.get_decay_parameter_names
+    return set(chooser(None, model))  # it reads nothing of the trainer itself
 
 
 def unwrapped_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

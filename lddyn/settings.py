@@ -9,7 +9,7 @@ in `remarks`. Neither torch nor transformers is imported here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -92,13 +92,21 @@ class TrainerSettings:
         weight_decay, betas, epsilon: Of the optimizer.
         max_grad_norm: Norm to which gradients are clipped; None: not clipped.
         batch: Rows of one optimizer step on one device, accumulation included.
+        accumulation: Parts of equal size into which a step's rows are divided.
         epochs: Passes over the data.
+        max_steps: Optimizer steps in all, instead of `epochs`; None: not given.
+        drop_last: Whether a last part of an epoch that is too small is left out.
+        shuffle: Whether rows are shuffled in each epoch.
+        seed: Seed of the order of rows.
         schedule: transformers' name of the learning rate's schedule.
+        schedule_options: Its further arguments, `lr_scheduler_kwargs`.
         warmup_steps, warmup_ratio: Steps, or part of all steps, over which the rate rises from 0.
         reference: "trainer": what TRL's trainers take (`trainer_reference`); "adapter:NAME";
             "free": log π_ref = 0; or the trainer's reference model.
         router_aux_loss_coef: Weight of a router's auxiliary loss; None: the model config's own.
         remarks: Settings that lddyn does not follow, one sentence each.
+        step_remarks: The same of a single step at the start of the run; a predicted run follows
+            them.
 
     Example:
         >>> import lddyn
@@ -126,13 +134,20 @@ class TrainerSettings:
     epsilon: float = 1e-8
     max_grad_norm: float | None = 1.0
     batch: int = 8
+    accumulation: int = 1
     epochs: float = 3.0
+    max_steps: int | None = None
+    drop_last: bool = False
+    shuffle: bool = True
+    seed: int = 42
     schedule: str = "linear"
+    schedule_options: Mapping[str, Any] = field(default_factory=dict)
     warmup_steps: int = 0
     warmup_ratio: float = 0.0
     reference: object = "trainer"
     router_aux_loss_coef: float | None = None
     remarks: tuple[str, ...] = ()
+    step_remarks: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, source: Like) -> TrainerSettings:
@@ -283,6 +298,8 @@ class _Reading:
         losses, weights, parameters = getattr(self, f"_{self.kind}", self._other)()
         self._left_out()
         clip = float(self.get("max_grad_norm", 0.0))
+        accumulation = int(self.get("gradient_accumulation_steps", 1))
+        max_steps = int(self.get("max_steps", -1))
         return TrainerSettings(
             trainer=self.kind,
             trl_version=self.trl,
@@ -302,15 +319,21 @@ class _Reading:
             betas=(float(self.get("adam_beta1", 0.9)), float(self.get("adam_beta2", 0.999))),
             epsilon=float(self.get("adam_epsilon", 1e-8)),
             max_grad_norm=clip if clip > 0 else None,
-            batch=int(self.get("per_device_train_batch_size", 8))
-            * int(self.get("gradient_accumulation_steps", 1)),
+            batch=int(self.get("per_device_train_batch_size", 8)) * accumulation,
+            accumulation=accumulation,
             epochs=float(self.get("num_train_epochs", 3.0)),
+            max_steps=max_steps if max_steps > 0 else None,
+            drop_last=bool(self.get("dataloader_drop_last", False)),
+            shuffle=self.get("train_sampling_strategy", "random") != "sequential",
+            seed=int(self.get("data_seed", self.get("seed", 42))),
             schedule=str(self.get("lr_scheduler_type", "linear")),
+            schedule_options=self._schedule_options(),
             warmup_steps=int(self.get("warmup_steps", 0)),
             warmup_ratio=float(self.get("warmup_ratio", 0.0)) or self._fraction("warmup_steps"),
             reference=self._reference(),
             router_aux_loss_coef=self.get("router_aux_loss_coef"),
             remarks=tuple(self.remarks),
+            step_remarks=tuple(self._unlike(_NOT_FOLLOWED_BY_A_STEP)),
         )
 
     # ----- losses
@@ -406,6 +429,11 @@ class _Reading:
             return f"adapter:{name}"
         return "free" if self.get("reference_free", False) else "trainer"
 
+    def _schedule_options(self) -> Mapping[str, Any]:
+        """`lr_scheduler_kwargs`, which transformers also takes as JSON."""
+        given = self.get("lr_scheduler_kwargs", {})
+        return json.loads(given) if isinstance(given, str) else dict(given)
+
     def _fraction(self, name: str) -> float:
         """An argument that is a part of all steps where it is below 1, else 0."""
         value = float(self.get(name, 0.0))
@@ -415,13 +443,19 @@ class _Reading:
 
     def _left_out(self) -> None:
         """A sentence for every setting that changes the training and is not followed."""
-        for name, test, text in _NOT_FOLLOWED:
+        self.remarks += self._unlike(_NOT_FOLLOWED)
+        if self.get("disable_dropout", True) is False:
+            self.remarks.append("disable_dropout=False: dropout stays on in training, not here.")
+
+    def _unlike(self, table: Iterable[_Unlike]) -> list[str]:
+        """A sentence for each of a table's settings that matters here."""
+        sentences = []
+        for name, test, text in table:
             value = self.get(name)
             if value is not None and test(value):
                 shown = f"{value:g}" if isinstance(value, float) else value
-                self.remarks.append(f"{name}={shown}: {text}")
-        if self.get("disable_dropout", True) is False:
-            self.remarks.append("disable_dropout=False: dropout stays on in training, not here.")
+                sentences.append(f"{name}={shown}: {text}")
+        return sentences
 
 
 _CPO = {
@@ -437,7 +471,9 @@ def _yes(value: Any) -> bool:
 
 
 # (argument, when it matters, what of it is not followed)
-_NOT_FOLLOWED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+_Unlike: TypeAlias = tuple[str, Callable[[Any], bool], str]
+
+_NOT_FOLLOWED: tuple[_Unlike, ...] = (
     (
         "label_smoothing_factor",
         _yes,
@@ -451,21 +487,28 @@ _NOT_FOLLOWED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _yes,
         "the reference follows the policy in training; here it stays as it is at this moment.",
     ),
+    (
+        "train_sampling_strategy",
+        lambda name: name in ("group_by_length", "batch_rebalance"),
+        "rows of like lengths share a batch in training; a predicted run shuffles them.",
+    ),
+    (
+        "group_by_length",
+        _yes,
+        "rows of like lengths share a batch in training; a predicted run shuffles them.",
+    ),
     ("optim_args", _yes, "further arguments of the optimizer are not followed."),
     ("optim_target_modules", _yes, "the optimizer's choice of modules is not followed."),
     ("chat_template_path", _yes, "give a tokenizer with this chat template."),
     ("bf16", _yes, "training computes in bfloat16; here in the weights' own number type."),
     ("fp16", _yes, "training computes in float16; here in the weights' own number type."),
-    (
-        "warmup_steps",
-        lambda n: n > 0,
-        "the learning rate rises from 0 at the first step; here it is the highest one.",
-    ),
-    (
-        "warmup_ratio",
-        lambda part: part > 0,
-        "the learning rate rises from 0 at the first step; here it is the highest one.",
-    ),
+)
+
+_RISES = "the learning rate rises from 0 at the first step; here it is the highest one."
+
+_NOT_FOLLOWED_BY_A_STEP: tuple[_Unlike, ...] = (
+    ("warmup_steps", lambda steps: steps > 0, _RISES),
+    ("warmup_ratio", lambda part: part > 0, _RISES),
 )
 
 

@@ -100,8 +100,11 @@ def test_every_trainers_config_is_read(tmp_path, kind, options, losses, loss):
 )
 def test_what_is_not_followed_is_a_remark(tmp_path, kind, options, word):
     settings = TrainerSettings.of(config(kind, tmp_path, **options))
-    assert any(word in remark for remark in settings.remarks), settings.remarks
-    assert not TrainerSettings.of(config(kind, tmp_path)).remarks
+    remarks = (*settings.remarks, *settings.step_remarks)
+    assert any(word in remark for remark in remarks), remarks
+    assert (word == "rises from 0") == bool(settings.step_remarks)
+    plain = TrainerSettings.of(config(kind, tmp_path))
+    assert not plain.remarks and not plain.step_remarks
 
 
 def test_what_is_no_configuration_is_refused(tmp_path):
@@ -206,17 +209,6 @@ def test_a_run_like_a_config_has_its_schedule(tmp_path):
     options = {"learning_rate": 1e-3, "num_train_epochs": 2, "lr_scheduler_type": "cosine"}
     run = lddyn.Run.like(config("Training", tmp_path, warmup_steps=2, **options))
     assert (run.epochs, run.schedule, run.warmup) == (2, "cosine", 2.0)
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=1e-3)
-    for name in ("linear", "cosine", "constant_with_warmup"):
-        schedule = transformers.get_scheduler(name, optimizer, 2, 10)
-        like = lddyn.Run.like(
-            {"trainer": "sft", "warmup_steps": 2, "lr_scheduler_type": name, "learning_rate": 1e-3}
-        )
-        for step in range(10):
-            assert like.rate(step, 10) == pytest.approx(schedule.get_last_lr()[0]), (name, step)
-            optimizer.step()
-            schedule.step()
 
 
 @pytest.mark.case("an optimizer that lddyn does not follow")

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from lddyn.objectives.loss import Loss
     from lddyn.objectives.losses import Value
     from lddyn.sets.diagnosis import Diagnosis
-    from lddyn.sets.forecast import Run
+    from lddyn.sets.run import Run
     from lddyn.settings import TrainerSettings
     from lddyn.sketches.sketch import Sketch
 
@@ -139,13 +139,13 @@ class RunOptions:
         """The run. None: no forecast is wanted."""
         from dataclasses import replace
 
-        from lddyn.sets.forecast import Run
+        from lddyn.sets.run import Run
 
         given = {"epochs": self.epochs, "batch": self.batch, "schedule": self.schedule}
         chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         if self.forecast and settings is not None:
             chosen |= {} if self.lr is None else {"lr": self.lr}
-            return replace(Run.like(settings, seed), **chosen)
+            return replace(Run.like(settings), **chosen)
         if self.forecast and self.lr is None:
             raise ValueError("--forecast needs --lr, the learning rate of the run")
         if self.lr is not None and not self.forecast:

@@ -26,7 +26,7 @@ def moves(value: float) -> str:
     return f"{'rises' if value > 0 else 'falls'} by {size(value)}"
 
 
-def count(number: int, of: str = "pair") -> str:
+def count(number: float, of: str = "pair") -> str:
     """A number of things: "3 pairs", "no pair"."""
     return f"{number or 'no'} {of}{'' if number <= 1 else 's'}"
 

@@ -41,7 +41,6 @@ from lddyn.sets.access import Access
 from lddyn.sets.bar import Bar
 from lddyn.sets.close_ups import lbk_of_pairs, look_at_tokens
 from lddyn.sets.diagnosis import Diagnosis
-from lddyn.sets.forecast import Run
 from lddyn.sets.pairs import Pair, PairSet
 from lddyn.sets.passes import Passes
 from lddyn.sets.plan import SetPlan
@@ -55,6 +54,7 @@ from lddyn.sets.rows import (
     new_rows,
     read_rows,
 )
+from lddyn.sets.run import Run
 from lddyn.sets.segments import predict_run
 from lddyn.sets.step import SetStep
 from lddyn.sets.validate import validate as compare_with_steps

@@ -26,132 +26,16 @@ import torch
 from torch import Tensor
 
 from lddyn.results import Result, load_result, save_result
-from lddyn.settings import Like, TrainerSettings
+from lddyn.sets.run import Run
 
 __all__ = [
     "AdamMetric",
     "Forecast",
-    "Run",
     "Simulation",
     "chosen_effects",
     "projected",
     "simulate",
 ]
-
-OPTIMIZERS = ("adamw", "sgd")
-
-SCHEDULES = ("constant", "linear", "cosine")
-
-# transformers' names of schedules, with or without warm-up.
-_SCHEDULES = {"constant_with_warmup": "constant"}
-
-_BETA2 = 0.999
-
-
-@dataclass(frozen=True)
-class Run:
-    """Settings of a training run that is to be predicted.
-
-    Attributes:
-        lr: Learning rate at its start.
-        epochs: Passes over the pairs.
-        batch: Pairs in a batch; a loss is the mean over them.
-        optimizer: "adamw" or "sgd".
-        schedule: "constant"; "linear" or "cosine" to 0 at the end, as transformers has them.
-        warmup: Steps over which the rate rises linearly from 0, before its schedule; below 1: the
-            part of all steps.
-        momentum: Momentum of the gradient; Adam's β₁.
-        seed: Seed of the order of pairs.
-        max_grad_norm: Norm to which the gradient of a batch is clipped; None: not clipped.
-        weight_decay: Decoupled weight decay of AdamW: θ shrinks by rate · weight_decay a step.
-
-    Raises:
-        ValueError: If a value is not one that training can have.
-
-    Example:
-        >>> import lddyn
-        >>> lddyn.Run(lr=1e-4, epochs=4)
-        Run(lr=0.0001, epochs=4, batch=8, optimizer='adamw', schedule='constant', momentum=0.9, \
-seed=0, warmup=0.0, max_grad_norm=None, weight_decay=0.0)
-    """
-
-    lr: float
-    epochs: int = 1
-    batch: int = 8
-    optimizer: str = "adamw"
-    schedule: str = "constant"
-    momentum: float = 0.9
-    seed: int = 0
-    warmup: float = 0.0
-    max_grad_norm: float | None = None
-    weight_decay: float = 0.0
-
-    @classmethod
-    def like(cls, source: Like, seed: int = 0) -> Run:
-        """The run that a trainer with these settings makes, on one device.
-
-        Args:
-            source: A TRL config, a trainer, a file of arguments …: see `lddyn.TrainerSettings`.
-            seed: Seed of the order of pairs.
-
-        Raises:
-            ValueError: If the schedule or the optimizer is none of those above.
-        """
-        settings = TrainerSettings.of(source)
-        return cls(
-            settings.learning_rate,
-            max(1, round(settings.epochs)),
-            settings.batch,
-            optimizer=settings.optimizer or "none",
-            schedule=_SCHEDULES.get(settings.schedule, settings.schedule),
-            momentum=settings.betas[0] if settings.optimizer == "adamw" else 0.0,
-            seed=seed,
-            warmup=settings.warmup_ratio or float(settings.warmup_steps),
-            max_grad_norm=settings.max_grad_norm,
-            weight_decay=settings.weight_decay if settings.optimizer == "adamw" else 0.0,
-        )
-
-    def __post_init__(self) -> None:
-        """Checks values."""
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        for name in ("epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
-        if not (math.isfinite(self.warmup) and self.warmup >= 0):
-            raise ValueError(f"warmup must be at least 0, got {self.warmup}")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive or None, got {self.max_grad_norm}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        if self.weight_decay and self.optimizer != "adamw":
-            raise ValueError(
-                f"weight_decay is followed for optimizer 'adamw' alone, got {self.weight_decay} "
-                f"for {self.optimizer!r}"
-            )
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
-
-    def batches(self, pairs: Sequence[int]) -> list[Tensor]:
-        """The batches of the whole run, drawn from these pairs."""
-        generator, index = torch.Generator().manual_seed(self.seed), torch.tensor(list(pairs))
-        orders = (torch.randperm(len(index), generator=generator) for _ in range(self.epochs))
-        return [index[part] for order in orders for part in order.split(self.batch)]
-
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of one of the run's steps."""
-        rise = math.ceil(steps * self.warmup) if self.warmup < 1 else int(self.warmup)
-        if step < rise:
-            return self.lr * step / rise
-        done = (step - rise) / max(1, steps - rise)
-        if self.schedule == "cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * done))
-        return self.lr * (1 - done if self.schedule == "linear" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -296,6 +180,7 @@ class Simulation:
         self._weights_at, self._run, self._pair_weights = weights_at, run, pair_weights
         self._batches = run.batches(pairs)
         self.steps = len(self._batches)
+        self._rates = run.rates(self.steps)
         self._done, self._square = 0, 0.0
         self._moment = torch.zeros_like(log_probs)
 
@@ -318,10 +203,10 @@ class Simulation:
         start, run = self.now, self._run
         kernel, net, shrunk = gram if adam is None else adam.gram, torch.zeros_like(start), 0.0
         for step in range(self._done, self._done + steps):
-            batch, rate = self._batches[step], run.rate(step, self.steps)
+            (batch, part), rate = self._batches[step], self._rates[step]
             c = torch.zeros_like(net)
             pull = -self._weights_at(self.now) * self._pair_weights
-            c[:, batch] = pull[:, batch] / len(batch)
+            c[:, batch] = pull[:, batch] * part
             square = max(float(c.flatten() @ gram @ c.flatten()), 0.0)
             if run.max_grad_norm is not None:
                 clip = min(1.0, run.max_grad_norm / (math.sqrt(square) + 1e-6))
@@ -338,14 +223,14 @@ class Simulation:
 
     def _direction(self, c: Tensor, square: float, step: int, adam: AdamMetric | None) -> Tensor:
         """Coefficients of a step at rate 1; `square` is ‖g‖² of the batch."""
-        momentum = self._run.momentum
+        momentum, beta2 = self._run.momentum, self._run.beta2
         if adam is None:
             self._moment = momentum * self._moment + c
             return self._moment
         # Adam's two moments, corrected for their start from zero.
         self._moment = momentum * self._moment + (1 - momentum) * c
-        self._square = _BETA2 * self._square + (1 - _BETA2) * square
-        v = max(self._square / (1 - _BETA2 ** (step + 1)), 1e-300)
+        self._square = beta2 * self._square + (1 - beta2) * square
+        v = max(self._square / (1 - beta2 ** (step + 1)), 1e-300)
         scale = math.sqrt(adam.second_moment / v)
         return self._moment / (1 - momentum ** (step + 1)) * scale
 

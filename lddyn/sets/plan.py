@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from lddyn.memory import in_gib
 from lddyn.sets.access import Access
 from lddyn.sets.close_ups import CLOSE_UP, LBK
-from lddyn.sets.forecast import Run
 from lddyn.sets.pairs import PairSet
 from lddyn.sets.passes import BACKWARD, FORWARD
 from lddyn.sets.rows import exact_bytes
+from lddyn.sets.run import Run
 from lddyn.sets.segments import measured_batches
 from lddyn.sketches.sketch import Sketch
 

@@ -59,9 +59,9 @@ class Flat:
         self.views = {name: part.view(p.shape) for (name, p), part in parts}
 
     def copy(self, values: Mapping[str, Tensor]) -> None:
-        """Takes the values of tensors of the parameters' shapes."""
-        for name, view in self.views.items():
-            view.copy_(values[name].detach())
+        """Takes the values of some parameters, or of tensors of their shapes."""
+        for name, value in values.items():
+            self.views[name].copy_(value.detach())
 
 
 class PairReader:
@@ -183,7 +183,7 @@ def read_rows(
         pairs: The set.
         rows: What is filled; empty: only forward passes are made.
         reader: Gets every response, numbered as in `PairSet.examples`.
-        at: θ by parameter, for ⟨∇θ log π, θ⟩, which weight decay needs.
+        at: θ by parameter, of those that decay: ⟨∇θ log π, θ⟩ of them is summed.
         chosen_only: Fill rows of the chosen responses alone; the rejected ones are only read.
 
     Returns:
@@ -206,7 +206,7 @@ def read_rows(
         for kept in rows:
             scaled = piece if kept.root is None else piece.scaled(kept.root.views[piece.name])
             kept.dense.add(number, scaled)
-        if along is not None and at is not None:
+        if along is not None and at is not None and piece.name in at:
             along[number] += piece.inner(at[piece.name])
 
     for start in range(0, n, _WINDOW):

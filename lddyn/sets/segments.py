@@ -3,11 +3,11 @@
 A segment takes the gradients, Adam's diagonal P (averaged over the segments so far) and log π at
 its own start, runs on log-probs to its end (`Simulation`), and moves θ by
 
-    Δθ = P Σ_j c_j ∇θ log π(y_j) − s θ
+    Δθ = P Σ_j c_j ∇θ log π(y_j) − s D θ
 
-c and s are what the simulation returns. The change that is predicted is log π at the last θ minus
-log π at the first. So the curvature along each straight step is in it; what is left out is that
-gradients change within a segment.
+D is 1 for the parameters that decay, and 0 for the others; c and s are what the simulation returns.
+The change that is predicted is log π at the last θ minus log π at the first. So the curvature along
+each straight step is in it; what is left out is that gradients change within a segment.
 
 What pair j does to y_i+ in a segment is ⟨ḡ_i, P c_j ∇θ log π(y_j)⟩, with ḡ_i the mean of the
 gradients of log π(y_i+) at both ends of the segment (the trapezoidal rule).
@@ -26,9 +26,10 @@ from torch import Tensor
 from lddyn.engine.gram import sequence_gram
 from lddyn.engine.turns import switching
 from lddyn.sets.access import Access
-from lddyn.sets.forecast import AdamMetric, Forecast, Run, Simulation, chosen_effects
+from lddyn.sets.forecast import AdamMetric, Forecast, Simulation, chosen_effects
 from lddyn.sets.passes import Passes
 from lddyn.sets.rows import Flat, Gram, SetRows, new_rows, read_rows
+from lddyn.sets.run import Batch, Run
 from lddyn.sets.step import SetStep
 from lddyn.sketches.sketch import Sketch
 
@@ -44,11 +45,12 @@ class Moments:
 
     Args:
         parameters: Name → trainable parameter.
-        batch: Pairs in a batch.
+        run: Settings of the run.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], batch: int) -> None:
-        self._sum, self._steps, self._batch = Flat(parameters), 0, batch
+    def __init__(self, parameters: Mapping[str, Tensor], run: Run) -> None:
+        self._sum, self._steps = Flat(parameters), 0
+        self._batch, self._epsilon = run.batch, run.epsilon
 
     def add_exact(self, rows: Tensor, pulls: Tensor, steps: int) -> None:
         """Adds a segment whose gradients are known: v = E[g]² + Var[g]/|B| over pairs.
@@ -77,11 +79,10 @@ class Moments:
         of 8 batches if that is more.
         """
         batches = measured_batches(run, len(step))
-        for batch in batches:
+        for batch, part in batches:
             scratch.vector.zero_()
-            index = batch.tolist()
-            examples = [step.pairs[i][side] for side in (0, 1) for i in index]
-            passes.add_gradient(examples, pulls[:, batch].flatten() / len(index), scratch.views)
+            examples = [step.pairs[i][side] for side in (0, 1) for i in batch.tolist()]
+            passes.add_gradient(examples, (pulls[:, batch] * part).flatten(), scratch.views)
             self._sum.vector.addcmul_(scratch.vector, scratch.vector, value=steps / len(batches))
         self._steps += steps
 
@@ -94,10 +95,12 @@ class Moments:
         """Multiplies a vector (P,) by P = 1/(√v + ε), or a power of it, in blocks."""
         for start in range(0, len(vector), _COLUMNS):
             at = slice(start, start + _COLUMNS)
-            vector[at] *= (self._sum.vector[at] / self._steps).sqrt_().add_(1e-8).pow_(-power)
+            vector[at] *= (
+                (self._sum.vector[at] / self._steps).sqrt_().add_(self._epsilon).pow_(-power)
+            )
 
 
-def measured_batches(run: Run, pairs: int) -> list[Tensor]:
+def measured_batches(run: Run, pairs: int) -> list[Batch]:
     """The batches whose gradients Adam's second moment is estimated from, without rows."""
     batches = run.batches(range(pairs))[: -(-pairs // run.batch)]
     return batches[: max(_FEWEST, -(-len(batches) // 2))]
@@ -144,7 +147,9 @@ class _Segments:
         self.scratch = Flat(self.parameters)
         self.start = Flat(self.parameters)
         self.start.copy(self.parameters)
-        self.moments = Moments(self.parameters, run.batch) if run.optimizer == "adamw" else None
+        decaying = run.decaying(access.model)
+        self.decaying = {n: p for n, p in access.named.items() if n in decaying}
+        self.moments = Moments(self.parameters, run) if run.optimizer == "adamw" else None
 
     def kernel(self, rows: SetRows, now: Tensor, steps: int) -> _Kernel:
         """Gradients at the present weights, paired.
@@ -169,7 +174,7 @@ class _Segments:
             self.passes,
             self.step.pairs,
             [rows, *under],
-            at=self.parameters if self.run.weight_decay else None,
+            at=self.decaying or None,
         )
         adam = None
         if self.moments is not None:
@@ -182,13 +187,14 @@ class _Segments:
             self.moments.add_exact(rows.dense.rows, pulls, steps)
             self.moments.precondition(self.scratch.vector.fill_(1.0))
             adam = AdamMetric(rows.gram(pairs, self.scratch.vector).value, self.moments.total)
-        if self.run.weight_decay:
-            self.scratch.copy(self.parameters)
+        if self.decaying:
+            self.scratch.vector.zero_()
+            self.scratch.copy(self.decaying)
             along = (rows.dense.rows @ self.scratch.vector).double().cpu()
         return _Kernel(rows, rows.gram(pairs), adam, along)
 
     def move(self, rows: SetRows, net: Tensor, shrunk: float) -> None:
-        """θ ← θ + P Σ_j c_j ∇θ log π(y_j) − s θ."""
+        """θ ← θ + P Σ_j c_j ∇θ log π(y_j) − s D θ."""
         total, weights = self.scratch.vector, net.flatten()
         if rows.dense.exact:
             torch.mv(rows.dense.rows.T, weights.to(total), out=total)
@@ -200,7 +206,8 @@ class _Segments:
             self.moments.precondition(total)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                moved = parameter.to(total) * (1 - shrunk) + self.scratch.views[name]
+                kept = 1 - shrunk if name in self.decaying else 1.0
+                moved = parameter.to(total) * kept + self.scratch.views[name]
                 parameter.copy_(moved)
 
     def arrive(self, kernel: _Kernel, ends: SetRows, *, last: bool) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from lddyn.optimizers import (
     make_optimizer,
     optimizer_kind,
     optimizer_step,
+    trainer_decays,
     unwrapped_optimizer,
 )
 from lddyn.settings import Like, TrainerSettings, router_remark
@@ -117,7 +118,7 @@ def make_setup(
     assert isinstance(update, Objective)
     fixed, rate = _fixed_optimizer(optimizer or "sgd", lr, anatomy.trainable)
     prepared = update.prepare(anatomy)
-    remarks = [] if settings is None else list(settings.remarks)
+    remarks = [] if settings is None else [*settings.remarks, *settings.step_remarks]
     routers = router_remark(anatomy.model.config, settings)
     return Setup(
         anatomy,
@@ -153,7 +154,7 @@ def optimizer_like(
         )
     rate = settings.learning_rate if lr is None else lr
     trainable = anatomy.trainable
-    decayed = _decayed(anatomy.model, trainable) if settings.weight_decay else set(trainable)
+    decayed = trainer_decays(anatomy.model) if settings.weight_decay else set(trainable)
     groups: list[dict[str, Any]] = [
         {"params": [p for n, p in trainable.items() if n in decayed]},
         {"params": [p for n, p in trainable.items() if n not in decayed], "weight_decay": 0.0},
@@ -170,14 +171,6 @@ def optimizer_like(
     if settings.optimizer == "sgd":
         return torch.optim.SGD(used, lr=rate, weight_decay=settings.weight_decay)
     return torch.optim.RMSprop(used, lr=rate, weight_decay=settings.weight_decay)
-
-
-def _decayed(model: nn.Module, trainable: Mapping[str, Tensor]) -> set[str]:
-    """Names of the parameters that transformers' Trainer decays: neither biases nor norms."""
-    from transformers import Trainer
-
-    chooser: Callable[[object, nn.Module], list[str]] = Trainer.get_decay_parameter_names
-    return set(chooser(None, model)) & trainable.keys()
 
 
 def _named(observed: Example | Sequence[Example] | Mapping[str, Example]) -> dict[str, Example]:

@@ -46,6 +46,34 @@ def dpo(tmp_path, tokenizer, watch, peft_config=None, **options):
     return trainer, callback
 
 
+@pytest.mark.case("a run of TRL's DPOTrainer is predicted from the trainer alone")
+def test_a_run_of_the_trainer_is_predicted(tmp_path, tokenizer):
+    options = {
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+        "learning_rate": 3e-4,
+    }
+    transformers.set_seed(1)
+    start = new_model()
+    trainer, _ = dpo(tmp_path, tokenizer, None, **options)
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    pairs = [
+        tuple(lddyn.Example(prompt, side) for side in sides)
+        for prompt, *sides in zip(*(trainer.train_dataset[c] for c in columns), strict=True)
+    ]
+    run = lddyn.Run.like(trainer)
+    forecast = lddyn.diagnose(start, pairs, like=trainer.args, run=run, close_ups=0).forecast
+    assert len(forecast.path) == 1 + trainer.state.global_step
+    ends = [lddyn.diagnose(m, pairs, close_ups=0).log_probs for m in (start, trainer.model)]
+    measured = ends[1] - ends[0]
+    assert float((forecast.change - measured).norm() / measured.norm()) < 0.15
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_dpo_is_watched_with_its_own_pairs(tmp_path, tokenizer, adapter):
     import peft

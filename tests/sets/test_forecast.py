@@ -21,9 +21,9 @@ def test_simulation_is_training_of_a_linear_model(found):
     optimizer = torch.optim.SGD([theta], lr=0.3, momentum=0.9)
     run = lddyn.Run(lr=0.3, epochs=3, batch=2, optimizer="sgd", schedule="linear", seed=4)
     weights, batches = torch.tensor([1.0, 0.5, 2.0, 1.0, 0.0]).double(), run.batches([0, 1, 2, 4])
-    assert sorted(torch.cat(batches).tolist()) == sorted([0, 1, 2, 4] * 3)
+    assert sorted(torch.cat([b.pairs for b in batches]).tolist()) == sorted([0, 1, 2, 4] * 3)
     path = []
-    for step, batch in enumerate(batches):
+    for step, (batch, _) in enumerate(batches):
         optimizer.param_groups[0]["lr"] = 0.3 * (1 - step / len(batches))
         moved = (jacobian @ theta).view(2, 5)
         loss = -torch.nn.functional.logsigmoid(0.3 * (moved[0] - moved[1])) * weights
@@ -42,7 +42,7 @@ def test_a_small_run_is_predicted(model, predicted, run):
     optimizer = torch.optim.SGD(moved.parameters(), lr=run.lr, momentum=run.momentum)
     sides = list(zip(*some_pairs(), strict=True))
     before = torch.stack([torch.stack([log_probs(moved, e) for e in s]) for s in sides]).detach()
-    for batch in run.batches(range(5)):
+    for batch, _ in run.batches(range(5)):
         now = [torch.stack([log_probs(moved, s[i]) for i in batch]) for s in sides]
         margin = (now[0] - before[0, batch]) - (now[1] - before[1, batch])
         optimizer.zero_grad()
@@ -73,8 +73,9 @@ def real_run(model, run, pairs, beta=0.3):
     )
     before = before.detach()
     batches = run.batches(range(len(pairs)))
-    for step, batch in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = run.rate(step, len(batches))
+    rates = run.rates(len(batches))
+    for step, (batch, _) in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = rates[step]
         now = [torch.stack([log_probs(moved, pairs[i][s]) for i in batch]) for s in (0, 1)]
         margin = (now[0] - before[0, batch]) - (now[1] - before[1, batch])
         optimizer.zero_grad()
@@ -142,7 +143,7 @@ def test_adam_is_followed_through_a_run(found):
     linear = replace(with_gram(found, gram), adam=AdamMetric(gram / 3.0, 9.0))
     run = lddyn.Run(lr=0.05, epochs=4, batch=2)
     theta, m, v = torch.zeros(40).double(), torch.zeros(40).double(), 0.0
-    for step, batch in enumerate(run.batches(range(n)), 1):
+    for step, (batch, _) in enumerate(run.batches(range(n)), 1):
         moved = (jacobian @ theta).view(2, n)
         w = 0.3 * torch.sigmoid(-0.3 * (moved[0] - moved[1]))[batch] / len(batch)
         g = -(w @ jacobian[:n][batch] - w @ jacobian[n:][batch])
@@ -163,7 +164,7 @@ def test_losses_are_compared_over_the_run(found, predicted):
     run = lddyn.Run(lr=1e-4, epochs=3, batch=2, optimizer="sgd", momentum=0.0)
     start = replace(predicted, forecast=replace(predicted.forecast, run=run))
     total = torch.zeros(5).double()
-    for batch in run.batches(range(5)):
+    for batch, _ in run.batches(range(5)):
         total[batch] += run.lr / len(batch)
     expected = (predicted.gram @ total.repeat(2)).view(2, 5).mean(1)
     both = {r["objective"]: r for r in start.objectives()}
@@ -226,14 +227,6 @@ def test_pair_weights_are_the_nearest_ray_of_the_cone():
 
 
 def test_runs_that_cannot_be(model, found, predicted):
-    for given, message in (
-        ({"lr": 0.0}, "lr must be positive, got 0.0"),
-        ({"lr": 1.0, "epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"lr": 1.0, "optimizer": "lion"}, "optimizer must be one of adamw, sgd, got 'lion'"),
-        ({"lr": 1.0, "momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            lddyn.Run(**given)
     with pytest.raises(ValueError, match="run is needed"):
         found.simulate()
     with pytest.raises(ValueError, match="Adam's diagonal is not known"):
@@ -246,5 +239,3 @@ def test_runs_that_cannot_be(model, found, predicted):
         predicted.simulate(pair_weights=torch.ones(2))
     with pytest.raises(ValueError, match="refresh must be at least 1, got 0"):
         lddyn.diagnose(model, some_pairs(), run=lddyn.Run(lr=1e-4), refresh=0)
-    with pytest.raises(ValueError, match="weight_decay is followed for optimizer 'adamw' alone"):
-        lddyn.Run(lr=1.0, optimizer="sgd", weight_decay=0.1)
