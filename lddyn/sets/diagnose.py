@@ -29,6 +29,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lddyn.data.checks import check_log_prob
 from lddyn.data.context import position_limit
+from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.experts import expert_remarks
 from lddyn.engine.guard import evaluating, undisturbed
@@ -61,6 +62,7 @@ from lddyn.sets.validate import validate as compare_with_steps
 from lddyn.settings import Like, TrainerSettings, router_remark
 from lddyn.sketches.sketch import Sketch
 from lddyn.steps.precision import coarse, has_dropout, rounding_error
+from lddyn.steps.setup import named_examples
 
 __all__ = ["NUMBERS", "diagnose"]
 
@@ -73,6 +75,7 @@ def diagnose(
     pairs: Iterable[Pair],
     objective: str | Loss | Sequence[str] | None = None,
     *,
+    observe: Example | Sequence[Example] | Mapping[str, Example] | None = None,
     like: Like = None,
     reference: Reference | None = None,
     memory: int | str = DEFAULT_MEMORY,
@@ -95,6 +98,8 @@ def diagnose(
         pairs: (chosen, rejected) examples.
         objective: A loss of pairs, `lddyn.Loss("dpo", beta=0.1)`, or its name: dpo, ipo, simpo, …
             Default: that of `like`, else dpo.
+        observe: Other sequences, by name: what a step on the pairs, and the run, do to them, and
+            which pairs do it (`Diagnosis.observed`). A held-out set, refusals, a probing set.
         like: How a run trains: a TRL config, a trainer, a file of arguments …, as for `decompose`.
             Objective and reference are its own where they are not given here.
         reference: The reference: a model, log-probs (2, N) in nats, "adapter-off" or
@@ -144,7 +149,8 @@ def diagnose(
         >>> len(diagnosis), len(diagnosis.outcomes), diagnosis.gram.shape
         (2, 2, torch.Size([4, 4]))
     """
-    set_ = PairSet.of(pairs, row_numbers, faults)
+    named = {} if observe is None else named_examples(observe)
+    set_ = PairSet.of(pairs, row_numbers, faults, named)
     _check(set_, close_ups, validate, refresh)
     settings = None if like is None else TrainerSettings.of(like)
     loss = Loss(_objective(objective, settings), None, **parameters)
@@ -156,19 +162,18 @@ def diagnose(
     access = Access(model, set_.examples[0])
     budget = parse_memory(memory, access.device)
     number = torch.promote_types(access.parameters[0].dtype, torch.float32).itemsize
-    needed = exact_bytes(len(set_), access.size, number, run is not None)
+    needed = exact_bytes(len(set_.sequences), access.size, number, run is not None)
     if sketch is None and needed > budget:
         sketch = Sketch(k=NUMBERS)
     plan = SetPlan.of(set_, access, sketch, run, refresh, close_ups, lbk)
     if progress:
         tqdm.write(f"diagnosis: {plan.explain()}", file=sys.stderr)
     with closing(Bar(plan.work, progress)) as bar:
-        passes = Passes(access, max(set_.examples, key=len), budget, bar)
+        passes = Passes(access, max(set_.sequences, key=len), budget, bar)
         reader, rows = PairReader(set_), new_rows(access, passes, set_, sketch)
         later = run is not None and sketch is not None  # rows are then made once P is known
         bar.say("log-probs" if later else "gradients")
-        log_probs, _ = read_rows(passes, set_, [] if later else [rows], reader=reader)
-        readings = reader.readings(log_probs)
+        readings = reader.readings(read_rows(passes, set_, [] if later else [rows], reader=reader))
         if lbk:
             readings = readings.with_fact("lbk", lbk_of_pairs(access, set_, bar))
         known = _reference_log_probs(reference, set_, access, readings)
@@ -295,7 +300,7 @@ def _check_limits(model: nn.Module, pairs: PairSet) -> None:
     config: Any = model.config
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     context = position_limit(config)
-    for example in pairs.examples:
+    for example in pairs.sequences:
         example.check_model_limits(vocabulary, context)
 
 

@@ -220,6 +220,44 @@ class Diagnosis(Result):
             )
         return self.close_ups[pair]
 
+    # ----- sequences that are not trained on
+
+    def observed(self, count: int = 5) -> list[dict[str, Any]]:
+        """What training on the pairs does to each observed sequence, and which pairs do it.
+
+        Args:
+            count: Pairs that are named for each.
+
+        Returns:
+            Rows "name", "tokens", "log_prob" (nats); "set_change", d log π by a step on the set per
+            unit of lr, with its "stderr" (0 where inner products are exact); with a run
+            "run_change" (nats). "lowered_by" and "raised_by" are [pair, part] of that pairs' part,
+            the largest first: nats of the run, or per unit of lr without one.
+        """
+        step, run = self.step, self.forecast
+        error, changes = step.observed_stderr, step.observed_effects.mean(1)
+        parts = step.observed_effects / len(self)
+        if run is not None and run.observed_effects is not None:
+            parts = run.observed_effects
+        rows = []
+        for m, (name, example) in enumerate(self.pairs.observed.items()):
+            order = [int(j) for j in parts[m].argsort(stable=True)]
+            row = {
+                "name": name,
+                "tokens": len(example),
+                "log_prob": float(step.readings.observed[m]),
+                "set_change": float(changes[m]),
+                "stderr": 0.0 if error is None else float(error[m]),
+                "lowered_by": [(j, float(parts[m, j])) for j in order if parts[m, j] < 0][:count],
+                "raised_by": [(j, float(parts[m, j])) for j in reversed(order) if parts[m, j] > 0][
+                    :count
+                ],
+            }
+            if run is not None and run.observed is not None:
+                row["run_change"] = float(run.observed[m])
+            rows.append(row)
+        return rows
+
     # ----- other objectives, runs and weights
 
     def under(self, objective: str | Loss | Sequence[str], **parameters: Value) -> Diagnosis:
@@ -425,6 +463,7 @@ class Diagnosis(Result):
             "outcomes": {name: self.outcomes.count(name) for name in sorted({*self.outcomes})},
             "pairs": self.table(),
             "tokens": [self._tokens_to_dict(pair) for pair in self.close_ups],
+            "observed": self.observed(),
             "meaning": SCORES,
             "meaning_of_tokens": TOKENS,
         }

@@ -32,8 +32,8 @@ __all__ = [
     "AdamMetric",
     "Forecast",
     "Simulation",
-    "chosen_effects",
     "projected",
+    "response_effects",
     "simulate",
 ]
 
@@ -68,6 +68,8 @@ class Forecast(Result):
             log π from the start of the run to its end.
         left_over: (N,) nats: the part of `change[0]` that belongs to no pair: what gradients at the
             ends of the segments do not explain. None: nothing.
+        observed: Δ log π of the observed sequences by the run, (M,) nats; None: there are none.
+        observed_effects: (M, N) nats: the part of `observed` that each pair causes.
     """
 
     run: Run
@@ -77,6 +79,8 @@ class Forecast(Result):
     effects: Tensor
     segments: int = 0
     left_over: Tensor | None = None
+    observed: Tensor | None = None
+    observed_effects: Tensor | None = None
 
     @property
     def contribution(self) -> Tensor:
@@ -123,13 +127,16 @@ class Forecast(Result):
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, without what is None."""
-        every = ("path", "coefficients", "change", "effects", "left_over")
+        every = (
+            *("path", "coefficients", "change", "effects", "left_over"),
+            *("observed", "observed_effects"),
+        )
         return {k: x for k in every if (x := getattr(self, k)) is not None}
 
     def save(self, path: str | Path) -> None:
         """Writes `path`.json and its tensors (`lddyn.results`), in one commit."""
         facts = {"run": asdict(self.run), "segments": self.segments}
-        save_result(path, _KIND, 2, self.tensors(), facts)
+        save_result(path, _KIND, 3, self.tensors(), facts)
 
     @classmethod
     def load(cls, path: str | Path) -> Forecast:
@@ -138,7 +145,7 @@ class Forecast(Result):
         Raises:
             ValueError: If a file is missing, damaged, or of another kind or format.
         """
-        tensors, facts = load_result(path, _KIND, 2)
+        tensors, facts = load_result(path, _KIND, 3)
         return cls(run=Run(**facts["run"]), segments=int(facts["segments"]), **tensors)
 
     def __repr__(self) -> str:
@@ -262,15 +269,15 @@ def simulate(
     """
     simulation = Simulation(log_probs, weights_at, run, pairs, pair_weights)
     net, _ = simulation.advance(simulation.steps, gram, adam)
-    effects = chosen_effects(gram if adam is None else adam.gram, net)
+    effects = response_effects((gram if adam is None else adam.gram)[: net.shape[1]], net)
     path = torch.stack(simulation.path)
     return Forecast(run, path, net, simulation.now - log_probs, effects)
 
 
-def chosen_effects(kernel: Tensor, net: Tensor) -> Tensor:
-    """(N, N): the part of Δ log π(y_i+) that pair j causes, Σ± K(i+, j±) c_j±."""
+def response_effects(kernel: Tensor, net: Tensor) -> Tensor:
+    """(I, N): the part of Δ log π(y_i) that pair j causes, Σ± K(i, j±) c_j±, of K (I, 2N)."""
     n = net.shape[1]
-    return kernel[:n, :n] * net[0] + kernel[:n, n:] * net[1]
+    return kernel[:, :n] * net[0] + kernel[:, n:] * net[1]
 
 
 def projected(effects: Tensor) -> Tensor:

@@ -27,11 +27,13 @@ class PairSet:
         row_numbers: Row of the data set that each pair comes from, by which sentences and tables
             name it; empty: pairs are named by their place in `pairs`.
         faults: Pair -> the problem that an audit of the data found in it.
+        observed: Name -> a sequence that is looked at and not trained on, M of them.
     """
 
     pairs: tuple[Pair, ...]
     row_numbers: tuple[int, ...] = ()
     faults: Mapping[int, str] = field(default_factory=dict)
+    observed: Mapping[str, Example] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -39,6 +41,7 @@ class PairSet:
         pairs: Iterable[Pair],
         row_numbers: Sequence[int] | None = None,
         faults: Mapping[int, str] | None = None,
+        observed: Mapping[str, Example] | None = None,
     ) -> PairSet:
         """Checks pairs, row numbers and faults.
 
@@ -56,7 +59,7 @@ class PairSet:
         wrong = [i for i in faults or {} if not 0 <= i < len(made)]
         if wrong:
             raise ValueError(f"faults must name pairs from 0 to {len(made) - 1}, got {wrong}")
-        return cls(made, tuple(row_numbers or ()), dict(faults or {}))
+        return cls(made, tuple(row_numbers or ()), dict(faults or {}), dict(observed or {}))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -82,6 +85,11 @@ class PairSet:
         return [pair[side] for side in (0, 1) for pair in self.pairs]
 
     @cached_property
+    def sequences(self) -> list[Example]:
+        """The 2N + M sequences: `examples`, then the observed ones."""
+        return [*self.examples, *self.observed.values()]
+
+    @cached_property
     def lengths(self) -> Tensor:
         """Counted tokens of the chosen and the rejected responses, (2, N) int64."""
         return torch.tensor([[len(example) for example in pair] for pair in self.pairs]).T
@@ -93,13 +101,13 @@ class PairSet:
 
     @cached_property
     def representatives(self) -> Tensor:
-        """The sequence whose gradient stands for each sequence, (2N,) int64.
+        """The sequence whose gradient stands for each sequence, (2N + M,) int64.
 
         Equal responses of a pair share one: their gradients cancel in a step, and the rounding
         error that is left of them would be read as an effect.
         """
         n = len(self)
-        rows = torch.arange(2 * n)
+        rows = torch.arange(len(self.sequences))
         for pair in range(n):
             if self.equal(pair):
                 rows[n + pair] = pair

@@ -51,17 +51,18 @@ class SetPlan:
         lbk: bool,
     ) -> SetPlan:
         """The plan of a diagnosis; arguments as of `diagnose`."""
-        n, size = len(pairs), access.size
+        n, size, observed = len(pairs), access.size, len(pairs.observed)
         sequences = 2 * n
-        parts = {"gradients": BACKWARD * sequences}
+        parts = {"gradients": BACKWARD * (sequences + observed)}
         if run is not None:
             segments = min(refresh, len(run.batches(range(n))))
-            end = (BACKWARD + FORWARD) * n  # of chosen and rejected responses
+            # The chosen and the observed responses; the rejected ones are only read.
+            end = BACKWARD * (n + observed) + FORWARD * n
             parts["gradients"] *= segments
             if sketch is None:
                 parts["gradients after the run"] = end
             else:
-                parts["log-probs"] = FORWARD * sequences
+                parts["log-probs"] = FORWARD * (sequences + observed)
                 parts["gradients after each segment"] = end * segments
                 moments = 2 * run.batch * len(measured_batches(run, n))
                 if run.optimizer == "adamw":
@@ -74,10 +75,11 @@ class SetPlan:
                 parts["mean gradient"] = BACKWARD * n
             parts["tokens"] = CLOSE_UP * min(n, 2 * close_ups)
         if sketch is None:
-            rows = exact_bytes(n, size, 4, run is not None)
+            rows = exact_bytes(sequences + observed, size, 4, run is not None)
         else:  # plain rows, those under P, and those of the chosen after a segment
-            kept = 2 * (2 if run is not None and run.optimizer == "adamw" else 1)
-            rows = 4 * sketch.k * n * (kept + (run is not None))
+            kept = 2 if run is not None and run.optimizer == "adamw" else 1
+            later = 0 if run is None else n + observed
+            rows = 4 * sketch.k * ((sequences + observed) * kept + later)
         vectors = (0 if run is None else 3) + bool(close_ups)
         return cls(
             parts,

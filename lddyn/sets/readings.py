@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,11 +24,13 @@ class Readings:
         log_probs: log π(y+) and log π(y−), (2, N) float64, nats.
         facts: Name in `SCORES` -> (N,) float64, for scores that do not depend on the loss.
         token_facts: Name in `TOKENS` -> one tensor a pair, the M tokens of y+, then the K of y−.
+        observed: log π of the observed sequences, (M,) float64, nats.
     """
 
     log_probs: Tensor
     facts: Mapping[str, Tensor]
     token_facts: Mapping[str, Sequence[Tensor]]
+    observed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
     def with_fact(self, name: str, values: Tensor) -> Readings:
         """The readings with one more score (N,)."""

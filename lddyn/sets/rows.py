@@ -7,7 +7,8 @@ Adam, rows of √P ∘ ∇θ log π have the inner products J P Jᵀ.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,10 +37,36 @@ class Gram:
     Attributes:
         value: (2N, 2N) float64, all chosen first.
         stderr: Standard errors of `value` where gradients were sketched; None where it is exact.
+        observed: (M, 2N): those of M observed sequences' gradients with all of the set's.
+        observed_stderr: Standard errors of `observed`; None where it is exact.
     """
 
     value: Tensor
     stderr: Tensor | None = None
+    observed: Tensor = field(default_factory=lambda: torch.empty(0))
+    observed_stderr: Tensor | None = None
+
+    @classmethod
+    def of(cls, value: Tensor, stderr: Tensor | None, count: int) -> Gram:
+        """The parts of inner products of all 2N + M sequences; `count` is 2N."""
+        own, rest = slice(count), slice(count, None)
+        if stderr is None:
+            return cls(value[own, own], None, value[rest, own])
+        return cls(value[own, own], stderr[own, own], value[rest, own], stderr[rest, own])
+
+
+class SetReading(NamedTuple):
+    """What a pass over a set reads.
+
+    Attributes:
+        log_probs: log π (2, N) float64 nats.
+        observed: log π of the observed sequences (M,) float64 nats.
+        along: ⟨∇θ log π, θ⟩ (2N + M,) float64, or None.
+    """
+
+    log_probs: Tensor
+    observed: Tensor
+    along: Tensor | None
 
 
 class Flat:
@@ -90,52 +117,59 @@ class PairReader:
         for name, values in token_facts.items():
             self._token_facts.setdefault(name, [torch.empty(0)] * n)[pair] = values
 
-    def readings(self, log_probs: Tensor) -> Readings:
-        """All readings, after every response was seen; `log_probs` is what `read_rows` returned."""
-        return Readings(log_probs, self._facts, self._token_facts)
+    def readings(self, reading: SetReading) -> Readings:
+        """All readings, after every response was seen; `reading` is what `read_rows` returned."""
+        return Readings(reading.log_probs, self._facts, self._token_facts, reading.observed)
 
 
 @dataclass(frozen=True)
 class SetRows:
-    """Rows of all 2N sequences under one diagonal metric.
+    """Rows of some of a set's sequences under one diagonal metric.
 
     Attributes:
         dense: The rows; where they are exact, of the plain gradients.
+        numbers: The sequences they are of, numbered as in `PairSet.sequences`.
         root: √P that sketched rows were multiplied by; None: ones.
     """
 
     dense: DenseRows
+    numbers: Sequence[int]
     root: Flat | None = None
 
-    def empty(self, count: int) -> SetRows:
-        """As many empty rows under the same metric."""
-        return SetRows(self.dense.empty(count), self.root)
+    def empty(self, numbers: Sequence[int]) -> SetRows:
+        """Empty rows of these sequences under the same metric."""
+        return SetRows(self.dense.empty(len(numbers)), numbers, self.root)
+
+    def first(self, numbers: Sequence[int]) -> SetRows:
+        """The same memory, as rows of these sequences."""
+        return SetRows(self.dense.first(len(numbers)), numbers, self.root)
 
     def gram(self, pairs: PairSet, diagonal: Tensor | None = None) -> Gram:
-        """J P Jᵀ.
+        """J P Jᵀ, of rows of all sequences.
 
         Args:
             pairs: The set; equal responses of a pair get equal entries.
             diagonal: P (P,), for exact rows.
         """
-        same = pairs.representatives
+        same, count = pairs.representatives, len(pairs.examples)
         if self.dense.exact:
-            return Gram(sequence_gram(self.dense.rows, diagonal)[same][:, same])
+            whole = sequence_gram(self.dense.rows, diagonal)[same][:, same]
+            return Gram.of(whole, None, count)
         estimate = self.dense.gram()
         value, stderr = (x.double().cpu()[same][:, same] for x in (estimate.value, estimate.stderr))
-        return Gram(value, stderr)
+        return Gram.of(value, stderr, count)
 
 
-def exact_bytes(pairs: int, size: int, number: int, run: bool) -> int:
+def exact_bytes(sequences: int, size: int, number: int, run: bool) -> int:
     """Bytes of exact rows.
 
     Args:
-        pairs: Number of pairs.
+        sequences: Number of sequences.
         size: Number of trainable values.
         number: Bytes of one.
         run: Whether a run is predicted, which pairs rows of two points of the run.
     """
-    return (2 if run else 1) * 2 * pairs * size * number
+    return (2 if run else 1) * sequences * size * number
 
 
 def new_rows(
@@ -161,10 +195,11 @@ def new_rows(
             squares[piece.name] = squares.get(piece.name, 0.0) + square
 
         numbers = [i + side for i in range(len(pairs)) for side in (0, len(pairs))]
-        passes.gradients(pairs.examples, numbers[:_SURVEY], note)
+        passes.gradients(pairs.sequences, numbers[:_SURVEY], note)
     parameters = access.named
     layout = dense_layout(sketch, parameters, squares, access.looked_up)
-    return SetRows(DenseRows(layout, parameters, 2 * len(pairs)), root)
+    count = len(pairs.sequences)
+    return SetRows(DenseRows(layout, parameters, count), range(count), root)
 
 
 def read_rows(
@@ -174,49 +209,41 @@ def read_rows(
     *,
     reader: Callable[[int, Response], None] | None = None,
     at: Mapping[str, Tensor] | None = None,
-    chosen_only: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """One pass over the set: fills rows, and reads the responses.
+) -> SetReading:
+    """One pass over the set and what is observed: fills rows, and reads the responses.
 
     Args:
         passes: Passes over the set.
         pairs: The set.
-        rows: What is filled; empty: only forward passes are made.
-        reader: Gets every response, numbered as in `PairSet.examples`.
+        rows: What is filled, all of the same sequences; the other sequences are only read.
+        reader: Gets every response of the pairs, numbered as in `PairSet.examples`.
         at: θ by parameter, of those that decay: ⟨∇θ log π, θ⟩ of them is summed.
-        chosen_only: Fill rows of the chosen responses alone; the rejected ones are only read.
 
-    Returns:
-        log π (2, N) float64 nats, and ⟨∇θ log π, θ⟩ (2N,) float64, or None.
-
-    Cost: a forward pass a sequence; with rows also a backward pass.
+    Cost: a forward pass a sequence; for those of the rows also a backward pass.
     """
-    n = len(pairs)
-    log_probs = torch.zeros(2 * n, dtype=torch.float64)
-    along = None if at is None else torch.zeros(2 * n, dtype=torch.float64)
+    n, sequences = len(pairs), pairs.sequences
+    log_probs = torch.zeros(len(sequences), dtype=torch.float64)
+    along = None if at is None else torch.zeros_like(log_probs)
+    place = {number: row for kept in rows[:1] for row, number in enumerate(kept.numbers)}
     for kept in rows:
         kept.dense.rows.zero_()
 
     def see(number: int, response: Response) -> None:
         log_probs[number] = response.log_probs.detach().double().sum()
-        if reader is not None:
+        if reader is not None and number < 2 * n:
             reader(number, response)
 
     def take(number: int, piece: Piece) -> None:
         for kept in rows:
             scaled = piece if kept.root is None else piece.scaled(kept.root.views[piece.name])
-            kept.dense.add(number, scaled)
+            kept.dense.add(place[number], scaled)
         if along is not None and at is not None and piece.name in at:
             along[number] += piece.inner(at[piece.name])
 
-    for start in range(0, n, _WINDOW):
-        chosen = list(range(start, min(n, start + _WINDOW)))
-        rejected = [n + i for i in chosen]
-        if not rows:
-            passes.forward(pairs.examples, [*chosen, *rejected], see)
-        elif chosen_only:
-            passes.gradients(pairs.examples, chosen, take, see)
-            passes.forward(pairs.examples, rejected, see)
-        else:
-            passes.gradients(pairs.examples, [*chosen, *rejected], take, see)
-    return log_probs.view(2, n), along
+    windows = [range(start, min(n, start + _WINDOW)) for start in range(0, n, _WINDOW)]
+    for part in [*([*w, *(n + i for i in w)] for w in windows), range(2 * n, len(sequences))]:
+        filled = [i for i in part if i in place]
+        if filled:
+            passes.gradients(sequences, filled, take, see)
+        passes.forward(sequences, [i for i in part if i not in place], see)
+    return SetReading(log_probs[: 2 * n].view(2, n), log_probs[2 * n :], along)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read", "write"]
 
-KIND, FORMAT = "lddyn.Diagnosis", 2
+KIND, FORMAT = "lddyn.Diagnosis", 3
 _EXAMPLE = ("prompt_ids", "response_ids", "response_mask", "name", "tokens", "prompt_tokens")
 
 
@@ -43,7 +43,8 @@ def write(
     step, pairs = diagnosis.step, diagnosis.pairs
     state: dict[str, Any] = {
         "loss": step.loss.to_dict(),
-        "pairs": [[{k: getattr(e, k) for k in _EXAMPLE} for e in pair] for pair in pairs],
+        "pairs": [[_facts_of(e) for e in pair] for pair in pairs],
+        "observed": {name: _facts_of(e) for name, e in pairs.observed.items()},
         "row_numbers": list(pairs.row_numbers),
         "faults": {str(k): v for k, v in pairs.faults.items()},
         "close_ups": {
@@ -63,6 +64,10 @@ def write(
     save_result(path, KIND, FORMAT, _tensors(diagnosis), facts)
 
 
+def _facts_of(example: Example) -> dict[str, Any]:
+    return {k: getattr(example, k) for k in _EXAMPLE}
+
+
 def _tensors(diagnosis: Diagnosis) -> dict[str, Tensor]:
     step, readings = diagnosis.step, diagnosis.step.readings
     tensors = {
@@ -70,8 +75,11 @@ def _tensors(diagnosis: Diagnosis) -> dict[str, Tensor]:
         "reference": step.reference,
         "log_probs": readings.log_probs,
     }
+    tensors["gram_observed"], tensors["observed"] = step.gram.observed, readings.observed
     if step.gram.stderr is not None:
         tensors["stderr"] = step.gram.stderr
+    if step.gram.observed_stderr is not None:
+        tensors["stderr_observed"] = step.gram.observed_stderr
     tensors |= {f"facts.{name}": x for name, x in readings.facts.items()}
     tensors |= {f"token_facts.{k}": torch.cat(list(x)) for k, x in readings.token_facts.items()}
     if diagnosis.adam is not None:
@@ -106,6 +114,7 @@ def _assemble(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Diagnosis:
         [(Example(**chosen), Example(**rejected)) for chosen, rejected in meta["pairs"]],
         meta["row_numbers"] or None,
         {int(k): v for k, v in meta["faults"].items()},
+        {name: Example(**facts) for name, facts in meta["observed"].items()},
     )
     sizes = [len(chosen) + len(rejected) for chosen, rejected in pairs]
 
@@ -114,12 +123,18 @@ def _assemble(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Diagnosis:
         return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
     token_facts = {name: list(x.split(sizes)) for name, x in under("token_facts").items()}
-    readings = Readings(tensors["log_probs"], under("facts"), token_facts)
+    observed = tensors["observed"]
+    readings = Readings(tensors["log_probs"], under("facts"), token_facts, observed)
     step = SetStep(
         Loss(**meta["loss"]),
         pairs,
         readings,
-        Gram(tensors["gram"], tensors.get("stderr")),
+        Gram(
+            tensors["gram"],
+            tensors.get("stderr"),
+            tensors["gram_observed"],
+            tensors.get("stderr_observed"),
+        ),
         tensors["reference"],
         meta["reference_name"],
         tuple(meta["remarks"]),

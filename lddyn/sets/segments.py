@@ -26,9 +26,9 @@ from torch import Tensor
 from lddyn.engine.gram import sequence_gram
 from lddyn.engine.turns import switching
 from lddyn.sets.access import Access
-from lddyn.sets.forecast import AdamMetric, Forecast, Simulation, chosen_effects
+from lddyn.sets.forecast import AdamMetric, Forecast, Simulation, response_effects
 from lddyn.sets.passes import Passes
-from lddyn.sets.rows import Flat, Gram, SetRows, new_rows, read_rows
+from lddyn.sets.rows import Flat, Gram, SetReading, SetRows, new_rows, read_rows
 from lddyn.sets.run import Batch, Run
 from lddyn.sets.step import SetStep
 from lddyn.sketches.sketch import Sketch
@@ -112,13 +112,14 @@ class _Kernel:
 
     rows: SetRows  # under P where they are sketched
     gram: Gram
+    under: Gram  # the Gram under P
     adam: AdamMetric | None
     along: Tensor | None
 
     @property
-    def matrix(self) -> Tensor:
-        """J P Jᵀ, (2N, 2N) float64."""
-        return self.gram.value if self.adam is None else self.adam.gram
+    def chosen_and_observed(self) -> Tensor:
+        """J P Jᵀ of these with all of the set, (N + M, 2N) float64."""
+        return torch.cat([self.under.value[: len(self.under.value) // 2], self.under.observed])
 
 
 @dataclass(frozen=True)
@@ -170,34 +171,39 @@ class _Segments:
             self.moments.precondition(self.scratch.vector.fill_(1.0), 0.5)
             under = [new_rows(self.access, self.passes, self.step.pairs, self.sketch, self.scratch)]
         self.passes.bar.say("gradients")
-        _, along = read_rows(
-            self.passes,
-            self.step.pairs,
-            [rows, *under],
-            at=self.decaying or None,
-        )
-        adam = None
-        if self.moments is not None:
-            adam = AdamMetric(under[0].gram(self.step.pairs).value, self.moments.total)
-        return _Kernel([rows, *under][-1], rows.gram(self.step.pairs), adam, along)
+        reading = read_rows(self.passes, self.step.pairs, [rows, *under], at=self.decaying or None)
+        return self._pair(rows, [rows, *under][-1], None, reading.along)
 
     def _exact(self, rows: SetRows, pulls: Tensor, steps: int) -> _Kernel:
-        pairs, adam, along = self.step.pairs, None, None
-        if self.moments is not None:
-            self.moments.add_exact(rows.dense.rows, pulls, steps)
-            self.moments.precondition(self.scratch.vector.fill_(1.0))
-            adam = AdamMetric(rows.gram(pairs, self.scratch.vector).value, self.moments.total)
+        along = None
         if self.decaying:
             self.scratch.vector.zero_()
             self.scratch.copy(self.decaying)
             along = (rows.dense.rows @ self.scratch.vector).double().cpu()
-        return _Kernel(rows, rows.gram(pairs), adam, along)
+        if self.moments is not None:
+            self.moments.add_exact(rows.dense.rows[: pulls.numel()], pulls, steps)
+            self.moments.precondition(self.scratch.vector.fill_(1.0))
+        diagonal = None if self.moments is None else self.scratch.vector
+        return self._pair(rows, rows, diagonal, along)
+
+    def _pair(
+        self, rows: SetRows, under: SetRows, diagonal: Tensor | None, along: Tensor | None
+    ) -> _Kernel:
+        """Inner products of plain rows, and of those under P."""
+        pairs = self.step.pairs
+        gram = rows.gram(pairs)
+        along = None if along is None else along[: 2 * len(pairs)]
+        if self.moments is None:
+            return _Kernel(rows, gram, gram, None, along)
+        metric = under.gram(pairs, diagonal)
+        adam = AdamMetric(metric.value, self.moments.total)
+        return _Kernel(under, gram, metric, adam, along)
 
     def move(self, rows: SetRows, net: Tensor, shrunk: float) -> None:
         """θ ← θ + P Σ_j c_j ∇θ log π(y_j) − s D θ."""
         total, weights = self.scratch.vector, net.flatten()
         if rows.dense.exact:
-            torch.mv(rows.dense.rows.T, weights.to(total), out=total)
+            torch.mv(rows.dense.rows[: len(weights)].T, weights.to(total), out=total)
         else:
             self.passes.bar.say("net step")
             total.zero_()
@@ -210,30 +216,31 @@ class _Segments:
                 moved = parameter.to(total) * kept + self.scratch.views[name]
                 parameter.copy_(moved)
 
-    def arrive(self, kernel: _Kernel, ends: SetRows, *, last: bool) -> tuple[Tensor, Tensor]:
+    def arrive(self, kernel: _Kernel, ends: SetRows) -> tuple[SetReading, Tensor]:
         """Reads the set where a segment ends.
 
         Args:
             kernel: That of the segment.
-            ends: Rows to be filled: exact ones of all sequences, sketched ones of the chosen.
-            last: Whether no segment follows, which would need exact rows of the rejected, too.
+            ends: Rows to be filled, of all sequences or of the chosen and the observed.
 
         Returns:
-            log π (2, N), and ⟨g_i, P g_j⟩ (N, 2N) float64 with the gradients g_i of the chosen
-            responses here and g_j of all responses where the segment began.
+            log π, and ⟨g_i, P g_j⟩ (N + M, 2N) float64 with the gradients g_i of the chosen and the
+            observed sequences here, and g_j of all responses where the segment began.
         """
         pairs, scratch = self.step.pairs, self.scratch.vector
         exact, metric = ends.dense.exact, self.moments is not None
         if self.moments is not None:
             self.moments.precondition(scratch.fill_(1.0), 1.0 if exact else 0.5)
         self.passes.bar.say("gradients after a segment")
-        log_probs, _ = read_rows(self.passes, pairs, [ends], chosen_only=last or not exact)
-        here, there = ends.dense.rows[: len(pairs)], kernel.rows.dense.rows
+        reading = read_rows(self.passes, pairs, [ends])
+        n, here, there = len(pairs), ends.dense.rows, kernel.rows.dense.rows[: 2 * len(pairs)]
+        whole = len(here) == len(pairs.sequences)
+        parts = [part for part in (here[:n], here[2 * n if whole else n :]) if len(part)]
         if exact:
-            inner = sequence_gram(here, scratch if metric else None, there)
+            inner = [sequence_gram(part, scratch if metric else None, there) for part in parts]
         else:
-            inner = ends.dense.layout.value(here, there).double().cpu()
-        return log_probs, inner[:, pairs.representatives]
+            inner = [ends.dense.layout.value(part, there).double().cpu() for part in parts]
+        return reading, torch.cat(inner)[:, pairs.representatives[: 2 * n]]
 
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
@@ -275,14 +282,16 @@ def predict_run(
     for each segment three such passes (the second moment, the rows, the net step; the first of them
     over half of the set) and what exact rows need at the end.
     """
-    model, n = _Segments(access, passes, step, run, sketch), len(step)
+    model, n, pairs = _Segments(access, passes, step, run, sketch), len(step), step.pairs
     before = step.readings.log_probs
     simulation = Simulation(before, step.weights_at, run, range(n), torch.ones(n).double())
     count = min(segments, simulation.steps)
     cuts = [round(simulation.steps * k / count) for k in range(count + 1)]
-    effects, total = torch.zeros(n, n).double(), torch.zeros_like(before)
+    looked_at = [*range(n), *range(2 * n, len(pairs.sequences))]
+    effects, total = torch.zeros(len(looked_at), n).double(), torch.zeros_like(before)
     first: tuple[Gram, AdamMetric | None] | None = None
-    spare = rows.empty(2 * n) if rows.dense.exact else None
+    observed = step.readings.observed
+    spare = rows.empty(rows.numbers) if rows.dense.exact else None
     with model.moving():
         for since, after in pairwise(cuts):
             steps = after - since
@@ -290,15 +299,27 @@ def predict_run(
             net, shrunk = simulation.advance(steps, kernel.gram.value, kernel.adam, kernel.along)
             total, first = total + net, first or (kernel.gram, kernel.adam)
             model.move(rows, net, shrunk)
-            ends = spare or kernel.rows.empty(n)
-            simulation.now, inner = model.arrive(kernel, ends, last=after == simulation.steps)
-            simulation.path[-1] = simulation.now
-            effects += chosen_effects((kernel.matrix[:n] + inner) / 2, net)
+            if spare is None:
+                ends = kernel.rows.empty(looked_at)
+            else:
+                ends = spare.first(looked_at) if after == simulation.steps else spare
+            reading, inner = model.arrive(kernel, ends)
+            simulation.now = simulation.path[-1] = reading.log_probs
+            observed = reading.observed
+            effects += response_effects((kernel.chosen_and_observed + inner) / 2, net)
             if spare is not None:
                 rows, spare = spare, rows
     assert first is not None
     change = simulation.now - before
-    left_over = change[0] - effects.sum(1)
-    path = torch.stack(simulation.path)
-    forecast = Forecast(run, path, total, change, effects, count, left_over)
+    forecast = Forecast(
+        run,
+        torch.stack(simulation.path),
+        total,
+        change,
+        effects[:n],
+        count,
+        change[0] - effects[:n].sum(1),
+        observed - step.readings.observed if pairs.observed else None,
+        effects[n:] if pairs.observed else None,
+    )
     return Prediction(forecast, *first)

@@ -33,7 +33,12 @@ SOURCES = ("own chosen", "other chosen", "own rejected", "other rejected")
 
 
 def pair_effects(gram: Tensor, weights: Tensor) -> Tensor:
-    """−Gram · w by pairs: d log π of sequence i by a step on pair j, (2N, N), per unit of lr."""
+    """−Gram · w by pairs: d log π of sequence i by a step on pair j, (I, N), per unit of lr.
+
+    Args:
+        gram: Inner products of I sequences with all of the set (I, 2N).
+        weights: w± (2, N).
+    """
     n = weights.shape[1]
     pull = -weights
     return gram[:, :n] * pull[0] + gram[:, n:] * pull[1]
@@ -82,6 +87,21 @@ class SetStep:
     def change(self) -> Tensor:
         """Derivative of log π of y+ and y− by the step on the set, (2, N), per unit of lr."""
         return self.effects.mean(1).view(2, -1)
+
+    @cached_property
+    def observed_effects(self) -> Tensor:
+        """Derivative of log π of each observed sequence by a step on pair j alone, (M, N)."""
+        if not self.pairs.observed:
+            return torch.zeros(0, len(self)).double()
+        return pair_effects(self.gram.observed, self.weights)
+
+    @property
+    def observed_stderr(self) -> Tensor | None:
+        """Standard errors of the mean of `observed_effects` over pairs, (M,); None: exact."""
+        if self.gram.observed_stderr is None or not self.pairs.observed:
+            return None
+        variance = pair_effects(self.gram.observed_stderr**2, -(self.weights**2)).sum(1)
+        return variance.sqrt() / len(self)
 
     @cached_property
     def contribution(self) -> Tensor:

@@ -43,6 +43,12 @@ class DenseRows:
         made.rows = self.rows.new_zeros(count, self.layout.width)
         return made
 
+    def first(self, count: int) -> DenseRows:
+        """The first rows, in the same memory."""
+        made = copy.copy(self)
+        made.rows = self.rows[:count]
+        return made
+
     @property
     def exact(self) -> bool:
         """Whether rows are the gradients themselves."""

@@ -106,7 +106,7 @@ def make_setup(
         )
     if lr is not None and not (math.isfinite(lr) and lr >= 0):
         raise ValueError(f"lr must be a positive number, or 0, got {lr}")
-    named = _named(observed)
+    named = named_examples(observed)
     anatomy = Anatomy.of(model)
     _refuse_streamed(anatomy.trainable)
     if settings is not None:
@@ -173,7 +173,9 @@ def optimizer_like(
     return torch.optim.RMSprop(used, lr=rate, weight_decay=settings.weight_decay)
 
 
-def _named(observed: Example | Sequence[Example] | Mapping[str, Example]) -> dict[str, Example]:
+def named_examples(
+    observed: Example | Sequence[Example] | Mapping[str, Example],
+) -> dict[str, Example]:
     """Observed responses by unique names."""
     if isinstance(observed, Example):
         observed = [observed]

@@ -443,3 +443,66 @@ def test_a_diagnosis_says_that_dropout_is_off():
     for training in (True, False):
         diagnosis = lddyn.diagnose(model.train(training), [pair], close_ups=0)
         assert ("Dropout is off" in diagnosis.explain()) == training
+
+
+@pytest.mark.case("what a preference set does to sequences that are not trained on")
+def test_other_sequences_are_observed(model, found, run):
+    other = lddyn.Example([1, 2, 3], [4, 5, 6, 7], name="held out")
+    seen = {"held out": other, "row 1": some_pairs()[1][0]}
+    both = lddyn.diagnose(model, some_pairs(), beta=0.3, observe=seen, close_ups=0)
+    size = found.gram.diagonal().sqrt()
+    assert float(((both.gram - found.gram) / (size[:, None] * size)).abs().max()) < 1e-5
+    rows = both.observed()
+    assert [r["name"] for r in rows] == ["held out", "row 1"] and rows[0]["stderr"] == 0
+    # A sequence of the set, observed beside it, changes as it does in the set.
+    assert rows[1]["set_change"] == pytest.approx(float(found.scores["set_chosen"][1]), rel=1e-5)
+    gradient = zoo.oracle_jacobian(model, other).sum(0).double()
+    sides = [
+        torch.stack([zoo.oracle_jacobian(model, p[s]).sum(0) for p in some_pairs()]) for s in (0, 1)
+    ]
+    parts = -(found.step.weights[0] * (sides[0].double() @ gradient))
+    parts -= found.step.weights[1] * (sides[1].double() @ gradient)
+    assert rows[0]["set_change"] == pytest.approx(float(parts.mean()), rel=1e-4)
+    worst = int(parts.argmin())
+    assert rows[0]["lowered_by"][0] == (worst, pytest.approx(float(parts[worst]) / 5, rel=1e-4))
+    rough = lddyn.diagnose(
+        model, some_pairs(), beta=0.3, observe=seen, close_ups=0, sketch=lddyn.Sketch(k=4096)
+    ).observed()
+    for row, exact in zip(rough, rows, strict=True):
+        assert (
+            row["stderr"] > 0 and abs(row["set_change"] - exact["set_change"]) < 5 * row["stderr"]
+        )
+
+
+@pytest.mark.parametrize("sketched", [False, True])
+def test_a_run_moves_what_is_observed(model, run, sketched):
+    other = lddyn.Example([1, 2, 3], [4, 5, 6, 7], name="held out")
+    sketch = lddyn.Sketch(k=8192) if sketched else None
+    told = lddyn.diagnose(
+        model, some_pairs(), beta=0.3, run=run, observe=other, close_ups=0, sketch=sketch
+    )
+    moved = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(moved.parameters(), lr=run.lr, momentum=run.momentum)
+    before = [[log_probs(model, e).item() for e in pair] for pair in some_pairs()]
+    for batch, _ in run.batches(range(5)):
+        optimizer.zero_grad()
+        for i in batch.tolist():
+            gains = [
+                log_probs(moved, e) - b for e, b in zip(some_pairs()[i], before[i], strict=True)
+            ]
+            (-torch.nn.functional.logsigmoid(0.3 * (gains[0] - gains[1])) / len(batch)).backward()
+        optimizer.step()
+    measured = log_probs(moved, other).item() - log_probs(model, other).item()
+    forecast, (row,) = told.forecast, told.observed()
+    assert row["run_change"] == pytest.approx(measured, rel=0.05)
+    total = float(forecast.observed_effects.sum())
+    net = forecast.coefficients.flatten()
+    norms = zoo.oracle_jacobian(model, other).sum(0).norm() * (net @ told.gram @ net).sqrt()
+    noise = 4 * float(norms) / 8192**0.5 if sketched else 0.0
+    assert total == pytest.approx(measured, rel=0.05, abs=noise)
+    assert row["lowered_by"] == sorted(row["lowered_by"], key=lambda part: part[1])
+    plain = lddyn.diagnose(
+        model, some_pairs(), beta=0.3, run=run, close_ups=0, sketch=sketch
+    ).forecast
+    if not sketched:
+        assert torch.allclose(plain.change, forecast.change, rtol=1e-4, atol=1e-6)
