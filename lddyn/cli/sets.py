@@ -25,7 +25,7 @@ from lddyn.cli.options import (
     RequiredOut,
     Seed,
 )
-from lddyn.cli.rows import check_fits
+from lddyn.cli.pairs import PairSet, encode_observed, encode_pairs, warn_of_skipped
 from lddyn.files import JsonObject
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from lddyn.data.audit import Audit
     from lddyn.data.example import Example
-    from lddyn.data.options import RowOptions
     from lddyn.data.read import PlacedRow
     from lddyn.objectives.loss import Loss
     from lddyn.objectives.losses import Value
@@ -45,9 +44,6 @@ if TYPE_CHECKING:
     from lddyn.sketches.sketch import Sketch
 
 RUN, DIAGNOSIS = "Forecast of a training run", "Diagnosis"
-
-# Findings of an audit that make a pair one to fix.
-_FAULTS = ("identical_pair", "duplicate", "blank_response")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,60 +193,6 @@ class PageOptions:
             read_dynamics(self.watched)
 
 
-@dataclass(frozen=True)
-class PairSet:
-    """The rows of a file that are pairs.
-
-    Attributes:
-        pairs: (chosen, rejected).
-        rows: The number of each pair's row.
-        skipped: Rows that are no pair, with the reason.
-        faults: Pair → what the audit found in its row, where it is to be fixed.
-        audit: The audit of all rows.
-    """
-
-    pairs: list[tuple[Example, Example]]
-    rows: list[int]
-    skipped: list[tuple[int, str]]
-    faults: dict[int, str]
-    audit: Audit
-
-
-def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase,
-    config: object,
-    content: Sequence[PlacedRow],
-    options: RowOptions,
-) -> PairSet:
-    """The rows that are pairs, as token sequences, and what is wrong with the rows."""
-    from lddyn.data.audit import audit
-    from lddyn.data.rows import encode_row
-    from lddyn.errors import ExampleError
-
-    pairs, rows, skipped = [], [], []
-    for number, (where, row) in enumerate(content):
-        try:
-            if isinstance(row, ExampleError):
-                raise row
-            encoded = encode_row(tokenizer, row, options=options)
-            if not {"chosen", "rejected"} <= set(encoded):
-                there = ", ".join(map(repr, row))
-                raise ExampleError(f"a pair must have chosen and rejected, got {there}")
-            for side in ("chosen", "rejected"):
-                check_fits(encoded[side], side, config)
-            pairs.append((encoded["chosen"], encoded["rejected"]))
-            rows.append(number)
-        except ValueError as error:
-            unread = getattr(error, "problem", "") == "unreadable_row"
-            field = getattr(error, "field", "")
-            place = "" if unread else f"{where}, {field}: " if field else f"{where}: "
-            skipped.append((number, f"{place}{error}"))
-    audited = audit(tokenizer, content, options=options, config=config)
-    faulty = {f.row: f.problem for f in audited if f.problem in _FAULTS}
-    faults = {i: faulty[row] for i, row in enumerate(rows) if row in faulty}
-    return PairSet(pairs, rows, skipped, faults, audited)
-
-
 def diagnose(
     model: ModelOptions,
     rows: DataOptions,
@@ -266,6 +208,16 @@ def diagnose(
             rich_help_panel=DIAGNOSIS,
         ),
     ] = 0,
+    observe: Annotated[
+        Path | None,
+        typer.Option(
+            help="A data file of other responses, which are not trained on: what the pairs do to "
+            "them, and which pairs do it.",
+            exists=True,
+            show_default=False,
+            rich_help_panel=DIAGNOSIS,
+        ),
+    ] = None,
     close_ups: Annotated[
         int,
         typer.Option(
@@ -301,13 +253,16 @@ def diagnose(
     content = rows.read()
     tokenizer, lm = model.load_tokenizer(), model.load()
     given = encode_pairs(tokenizer, lm.config, content, rows.encoding)
-    _warn_of_skipped(given, rows.data, content)
-    sketch = _sketch(lm, len(given.pairs), planned is not None, memory, sketch_size, seed)
+    warn_of_skipped(given, rows.data, content)
+    others = observe and encode_observed(tokenizer, lm.config, observe, rows.encoding)
+    sequences = 2 * len(given.pairs) + len(others or {})
+    sketch = _sketch(lm, sequences, planned is not None, memory, sketch_size, seed)
     moved = _log_probs_after(page.after, model, given.pairs)
     diagnosis = lddyn.diagnose(
         lm,
         given.pairs,
         objective,
+        observe=others,
         like=settings,
         reference=loss.load_reference(model, settings, _rows(content, given.rows)),
         memory=memory,
@@ -400,26 +355,8 @@ def _rows(content: Sequence[PlacedRow], numbers: Sequence[int]) -> list[Mapping[
     return [row for row in rows if isinstance(row, dict)]
 
 
-def _warn_of_skipped(given: PairSet, data: Path, content: Sequence[PlacedRow]) -> None:
-    """Says which rows are left out; an error if all are."""
-    if not given.pairs:
-        why = given.skipped[0][1] if given.skipped else "there is none"
-        if content and all(isinstance(p.row, dict) and "label" in p.row for p in content):
-            raise ValueError(
-                f"{data}: the rows have a label, one response each; a diagnosis is of pairs. "
-                "`lddyn decompose --objective kto --row N` takes KTO's step on such a row; where "
-                "prompts repeat, join a desirable and an undesirable response to a pair of chosen "
-                "and rejected"
-            )
-        raise ValueError(f"{data}: no row is a pair of chosen and rejected ({why})")
-    for number, why in given.skipped[:3]:
-        warn(f"row {number} is not diagnosed: {why}")
-    if len(given.skipped) > 3:
-        warn(f"{len(given.skipped)} rows in all are not diagnosed")
-
-
 def _sketch(
-    model: nn.Module, pairs: int, run: bool, memory: str, k: int | None, seed: int
+    model: nn.Module, sequences: int, run: bool, memory: str, k: int | None, seed: int
 ) -> Sketch | None:
     """The sketch from which inner products are estimated. None: all gradients fit."""
     from lddyn.memory import in_gib, parse_memory
@@ -430,13 +367,13 @@ def _sketch(
     if k is not None:
         return Sketch(k=k, seed=seed)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = exact_bytes(pairs, trainable, 4, run)
+    size = exact_bytes(sequences, trainable, 4, run)
     if size <= parse_memory(memory):
         return None
     warn(
-        f"the gradients of {pairs} pairs take {in_gib(size)}, more than --memory {memory}: inner "
-        f"products are estimated from sketches of {NUMBERS:,} numbers, with standard errors; more "
-        "--memory, an adapter or --limit makes them exact"
+        f"the gradients of {sequences} responses take {in_gib(size)}, more than --memory {memory}: "
+        f"inner products are estimated from sketches of {NUMBERS:,} numbers, with standard errors; "
+        "more --memory, an adapter or --limit makes them exact"
     )
     return Sketch(k=NUMBERS, seed=seed)
 
@@ -496,6 +433,8 @@ def _explain(
     yield from document["explanation"]
     yield _actions(document)
     yield _tokens(document, diagnosis.worst(close_ups))
+    if document["observed"]:
+        yield _observed(document)
     yield _objectives(document)
     if diagnosis.validation is not None:
         yield from _validation(diagnosis.validation)
@@ -537,6 +476,26 @@ def _tokens(document: Mapping[str, Any], pairs: Sequence[int]) -> Table:
                 repr(token["text"]),
                 *(f"{v:+.3g}" for v in values),
             )
+    return table
+
+
+def _observed(document: Mapping[str, Any], count: int = 10) -> Table:
+    """The observed responses, those that fall most first."""
+    from rich.table import Table
+
+    run, unit = document["run"] is not None, document["summary"]["unit_lr"]
+    ahead = ("run: Δ log π",) if run else ()
+    table = Table("observed", "log π", "unit step: Δ log π", *ahead, "lowered most by", "raised by")
+    of = "run_change" if run else "set_change"
+    for row in sorted(document["observed"], key=lambda row: float(row[of]))[:count]:
+        error = f" ± {row['stderr'] * unit:.2g}" if row["stderr"] else ""
+        cells = [f"{row['log_prob']:+.3g}", f"{row['set_change'] * unit:+.3g}{error}"]
+        if run:
+            cells.append(f"{row['run_change']:+.3g}")
+        for side in ("lowered_by", "raised_by"):
+            named = [document["pairs"][pair]["row"] for pair, _ in row[side][:3]]
+            cells.append(", ".join(f"row {number}" for number in named))
+        table.add_row(row["name"], *cells)
     return table
 
 

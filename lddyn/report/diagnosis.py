@@ -87,6 +87,7 @@ def write_diagnosis_page(
         table=_table(data),
         columns=_columns(data),
         ahead=None if data["run_change"] is None else _points(data, data["run_change"]),
+        observed=_observed(data),
         harm=summary["harm"]["pairs"] > 0,
         map=_map(data),
         pair_steps=[_pair_step(i, s, data) for i, s in enumerate(data["pair_steps"])],
@@ -103,6 +104,26 @@ def write_diagnosis_page(
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text)
     return path
+
+
+def _observed(data: Data) -> list[JsonObject]:
+    """Rows of the table of observed responses, as texts."""
+    rows = []
+    for row in data["observed"]:
+        error = f" ± {row['stderr']:.2g}" if row["stderr"] else ""
+        changes = [(signed(row["set_change"], 2) + error, word(row["set_change"]))]
+        if "run_change" in row:
+            changes.append((signed(row["run_change"], 2), word(row["run_change"])))
+        rows.append(
+            {
+                "name": row["name"],
+                "log_prob": signed(row["log_prob"], 2),
+                "changes": changes,
+                "lowered": ", ".join(map(str, row["lowered_by"])),
+                "raised": ", ".join(map(str, row["raised_by"])),
+            }
+        )
+    return rows
 
 
 def _points(data: Data, change: Sequence[Sequence[float | None]]) -> JsonObject:

@@ -104,6 +104,7 @@ def page_data(
         "run_change": None if forecast is None else json_safe(forecast.change.tolist()),
         "sources": _sources(diagnosis),
         "table": _table(diagnosis, tokenizer),
+        "observed": _observed(diagnosis),
         "scores": {
             "pairs": listed,
             "names": list(diagnosis.scores),
@@ -120,6 +121,18 @@ def page_data(
 def _short(value: float) -> float | None:
     """Four digits of a finite number, else None."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def _observed(diagnosis: Diagnosis) -> list[dict[str, Any]]:
+    """`Diagnosis.observed` with nats of the unit step, those that fall most first."""
+    unit, name = diagnosis.step.unit_lr, diagnosis.pairs.name
+    rows = []
+    for row in diagnosis.observed(count=3):
+        named = {s: [name(pair) for pair, _ in row[s]] for s in ("lowered_by", "raised_by")}
+        scaled = {k: row[k] * unit for k in ("set_change", "stderr")}
+        rows.append({**row, **scaled, **named})
+    key = "set_change" if diagnosis.forecast is None else "run_change"
+    return sorted(rows, key=lambda row: float(row[key]))[:_LISTED]
 
 
 def _sources(diagnosis: Diagnosis) -> dict[str, dict[str, float]]:

@@ -13,6 +13,7 @@ from lddyn.engine.door import copied
 from lddyn.engine.gradient import flat_gradient
 from lddyn.engine.guard import evaluating
 from lddyn.engine.logits import own_response
+from lddyn.engine.turns import switching
 from lddyn.sets.step import SetStep
 from lddyn.stats import spearman
 
@@ -85,7 +86,7 @@ def _take_steps(
     own = [new for new, _ in parts]
     sizes = [p.numel() for p in own]
     pull = -step.weights
-    with evaluating(moved), torch.enable_grad():
+    with switching(moved, moves=True), evaluating(moved), torch.enable_grad():
         before = [own_response(moved, chosen).log_probs.detach() for chosen, _ in step.pairs]
         for row, at in enumerate(tqdm(batches, desc="steps", disable=not progress, leave=False)):
             direction = torch.zeros(sum(sizes))
