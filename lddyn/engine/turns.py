@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from lddyn.engine.door import inside_adapters
+from lddyn.engine.streamed import is_streamed
 from lddyn.engine.undo import SHIELDED, Undo, shielded
 
 # --------------------------------------------------------------------------- interrupts
@@ -155,8 +156,9 @@ def turn(model: nn.Module) -> Iterator[None]:
 
 
 def _versions(model: nn.Module) -> dict[int, int]:
-    """How often each weight has been changed in place."""
-    return {id(p): p._version for p in model.parameters() if not p.is_inference()}
+    """How often each weight has been changed in place; streamed ones are read-only."""
+    parameters = (p for p in model.parameters() if not (p.is_inference() or is_streamed(p)))
+    return {id(parameter): parameter._version for parameter in parameters}
 
 
 @contextlib.contextmanager
