@@ -12,51 +12,13 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+from lddyn.arguments import arguments
 
 __all__ = ["Like", "TrainerSettings", "router_remark"]
 
 Like: TypeAlias = object  # a config, a trainer, a mapping, a path, or TrainerSettings
-
-TRAINERS = ("sft", "dpo", "kto", "cpo", "orpo")
-
-# What TRL 1.16 has where a file leaves an argument out, and TRL is not installed.
-_COMMON: dict[str, Any] = {
-    "learning_rate": 5e-5,
-    "optim": "adamw_torch",
-    "weight_decay": 0.0,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "adam_epsilon": 1e-8,
-    "max_grad_norm": 1.0,
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "num_train_epochs": 3.0,
-    "max_steps": -1,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0,
-}
-_CUT = {"max_length": 1024, "truncation_mode": "keep_start"}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "sft": {**_CUT, "learning_rate": 2e-5, "loss_type": "nll", "assistant_only_loss": False},
-    "dpo": {**_CUT, "learning_rate": 1e-6, "loss_type": ["sigmoid"], "beta": 0.1},
-    "kto": {"max_length": 1024, "learning_rate": 1e-6, "loss_type": "kto", "beta": 0.1},
-    "cpo": {"learning_rate": 1e-6, "loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 1.0},
-    "orpo": {"learning_rate": 1e-6, "beta": 0.1},
-    "other": {},
-}
-
-# Arguments that only one trainer has: how a file without the word `trainer` is recognised.
-_TELLING = {
-    "kto": {"desirable_weight", "undesirable_weight"},
-    "cpo": {"cpo_alpha", "simpo_gamma"},
-    "sft": {"assistant_only_loss", "completion_only_loss", "packing", "dataset_text_field"},
-    "dpo": {
-        *("loss_weights", "ld_alpha", "f_divergence_type", "rpo_alpha", "use_weighting"),
-        *("discopop_tau", "precompute_ref_log_probs", "sync_ref_model", "label_smoothing"),
-    },
-}
 
 # Names of transformers' `optim` → lddyn's.
 _OPTIMIZERS = {
@@ -77,7 +39,8 @@ class TrainerSettings:
     """What a run trains with, as far as lddyn follows it.
 
     Attributes:
-        trainer: "sft", "dpo", "kto", "cpo", "orpo"; "other" for any other trainer.
+        trainer: "sft", "dpo", "kto", "cpo", "orpo"; "other" for transformers' own; for other
+            trainers of TRL their name, such as "grpo": they have no `losses`.
         trl_version: Version of TRL whose rules hold; empty: not known, and those of 1.16 hold.
         losses: Names of losses of `lddyn.Loss`, or of `lddyn.SFT` and `lddyn.KTO`.
         loss_weights: One weight per loss.
@@ -104,6 +67,7 @@ class TrainerSettings:
         reference: "trainer": what TRL's trainers take (`trainer_reference`); "adapter:NAME";
             "free": log π_ref = 0; or the trainer's reference model.
         router_aux_loss_coef: Weight of a router's auxiliary loss; None: the model config's own.
+        optimizer_state: A trainer's optimizer, once it has made a step; None: a fresh one.
         remarks: Settings that lddyn does not follow, one sentence each.
         step_remarks: The same of a single step at the start of the run; a predicted run follows
             them.
@@ -146,6 +110,7 @@ class TrainerSettings:
     warmup_ratio: float = 0.0
     reference: object = "trainer"
     router_aux_loss_coef: float | None = None
+    optimizer_state: object = field(default=None, repr=False)
     remarks: tuple[str, ...] = ()
     step_remarks: tuple[str, ...] = ()
 
@@ -164,109 +129,19 @@ class TrainerSettings:
         """
         if isinstance(source, TrainerSettings):
             return source
-        values, kind = _arguments(source)
-        return _Reading(values, kind, getattr(source, "ref_model", None)).settings()
+        values, kind = arguments(source)
+        trainer = source if hasattr(source, "args") else None
+        return _Reading(values, kind, trainer).settings()
 
     @property
     def old(self) -> bool:
         """Whether the rules are those of TRL before 1.0."""
-        return self.trl_version.startswith("0.")
+        return self.before(1, 0)
 
-
-# ---------------------------------------------------------------------------------------------
-# From a source to its arguments
-
-
-def _arguments(source: Like) -> tuple[dict[str, Any], str]:
-    """All arguments with their values, and the trainer's kind."""
-    if isinstance(source, str | Path):
-        source = _file(Path(source))
-    if isinstance(source, Mapping):
-        given = {str(k): v for k, v in source.items()}
-        kind = _kind_of_mapping(given)
-        return {**_defaults(kind), **given}, kind
-    kind = ""
-    if hasattr(source, "args"):
-        kind = _kind_of_class(type(source), "Trainer")
-        source = source.args
-    if not hasattr(source, "learning_rate"):
-        raise ValueError(
-            "like must be a TRL config, a TrainingArguments, a trainer, a mapping of their "
-            f"arguments or a file of them, got {type(source).__name__}"
-        )
-    kind = kind or _kind_of_class(type(source), "Config") or "other"
-    given = {k: v for k, v in vars(source).items() if not k.startswith("_")}
-    return {**_DEFAULTS.get(kind, {}), **given}, kind
-
-
-def _file(path: Path) -> Mapping[str, Any]:
-    """The arguments in a YAML or JSON file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read as a configuration: {error}") from error
-    try:
-        if path.suffix == ".json":
-            values = json.loads(text)
-        else:
-            import yaml  # type: ignore[import-untyped]
-
-            values = yaml.safe_load(text)
-    except ImportError as error:
-        raise ValueError(f"{path}: reading YAML needs PyYAML: pip install pyyaml") from error
-    except Exception as error:  # also yaml.YAMLError, which cannot be named before the import
-        raise ValueError(f"{path}: not a configuration: {error}") from error
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{path}: must hold arguments by name, got {type(values).__name__}")
-    return values
-
-
-def _kind_of_class(source: type, end: str) -> str:
-    """The kind by the class's name or an ancestor's: DPOConfig, MyDPOConfig(DPOConfig) → dpo."""
-    for ancestor in source.__mro__:
-        name = ancestor.__name__
-        if name.endswith(end):
-            stem = name.removesuffix(end).lower()
-            known = next((kind for kind in TRAINERS if stem.endswith(kind)), "")
-            if known or ancestor.__module__.startswith("trl"):
-                return known or "other"
-    return ""
-
-
-def _kind_of_mapping(given: Mapping[str, Any]) -> str:
-    """The kind by the argument `trainer`, or by arguments that only one trainer has."""
-    word = str(given.get("trainer", "")).lower().removesuffix("trainer")
-    if word:
-        if word not in (*TRAINERS, "other"):
-            raise ValueError(f"trainer must be one of {', '.join(TRAINERS)}, got {word!r}")
-        return word
-    for kind, telling in _TELLING.items():
-        if telling & given.keys():
-            return kind
-    names = given.get("loss_type")
-    if isinstance(names, list) or names in ("sigmoid", "ipo", "apo_zero", "robust", "exo_pair"):
-        return "dpo"
-    if names in ("nll", "dft", "chunked_nll"):
-        return "sft"
-    raise ValueError(
-        "the configuration does not tell its trainer: add one of "
-        + ", ".join(f"trainer: {kind}" for kind in TRAINERS)
-    )
-
-
-def _defaults(kind: str) -> dict[str, Any]:
-    """What the installed TRL has where an argument is left out; TRL 1.16's without TRL."""
-    values = {**_COMMON, **_DEFAULTS[kind]}
-    try:
-        import trl
-    except ImportError:
-        return values
-    config = getattr(trl, f"{kind.upper()}Config", None)
-    for name, described in getattr(config, "__dataclass_fields__", {}).items():
-        default = described.default
-        if default is None or isinstance(default, bool | int | float | str):
-            values[name] = default
-    return values
+    def before(self, *version: int) -> bool:
+        """Whether the rules are those of a TRL before this version; False where it is not known."""
+        numbers = [int(part) for part in self.trl_version.split(".")[:2] if part.isdigit()]
+        return bool(numbers) and tuple(numbers) < version
 
 
 def _installed_trl() -> str:
@@ -276,15 +151,12 @@ def _installed_trl() -> str:
         return ""
 
 
-# ---------------------------------------------------------------------------------------------
-# From arguments to settings
-
-
 class _Reading:
     """Reads arguments one by one, and collects remarks about those that are not followed."""
 
-    def __init__(self, values: Mapping[str, Any], kind: str, ref_model: object):
-        self.values, self.kind, self.ref_model = values, kind, ref_model
+    def __init__(self, values: Mapping[str, Any], kind: str, trainer: object = None):
+        self.values, self.kind, self.trainer = values, kind, trainer
+        self.ref_model = getattr(trainer, "ref_model", None)
         self.trl = _installed_trl()
         self.remarks: list[str] = []
 
@@ -295,8 +167,11 @@ class _Reading:
 
     def settings(self) -> TrainerSettings:
         """All settings."""
-        losses, weights, parameters = getattr(self, f"_{self.kind}", self._other)()
+        losses, weights, parameters = self._losses()
+        state = _state_of(self.trainer)
         self._left_out()
+        if self.trainer is not None:
+            self.remarks += _trainer_remarks(self.trainer, self)
         clip = float(self.get("max_grad_norm", 0.0))
         accumulation = int(self.get("gradient_accumulation_steps", 1))
         max_steps = int(self.get("max_steps", -1))
@@ -332,8 +207,10 @@ class _Reading:
             warmup_ratio=float(self.get("warmup_ratio", 0.0)) or self._fraction("warmup_steps"),
             reference=self._reference(),
             router_aux_loss_coef=self.get("router_aux_loss_coef"),
+            optimizer_state=state,
             remarks=tuple(self.remarks),
-            step_remarks=tuple(self._unlike(_NOT_FOLLOWED_BY_A_STEP)),
+            # A live optimizer has the rate of its next step.
+            step_remarks=tuple(self._unlike(_NOT_FOLLOWED_BY_A_STEP)) if state is None else (),
         )
 
     # ----- losses
@@ -343,6 +220,18 @@ class _Reading:
     def _sft(self) -> Losses:
         kind = str(self.get("loss_type", "nll"))
         return ({"chunked_nll": "nll"}.get(kind, kind),), (), {}
+
+    def _losses(self) -> Losses:
+        """Names, weights and parameters of the losses; none of a trainer that lddyn lacks."""
+        readers = {
+            "sft": self._sft,
+            "dpo": self._dpo,
+            "kto": self._kto,
+            "cpo": self._cpo,
+            "orpo": self._orpo,
+            "other": self._other,
+        }
+        return readers[self.kind]() if self.kind in readers else ((), (), {})
 
     def _other(self) -> Losses:
         return ("nll",), (), {}
@@ -422,12 +311,12 @@ class _Reading:
         return None
 
     def _reference(self) -> object:
+        if self.get("reference_free", False):
+            return "free"
         if self.ref_model is not None:
             return self.ref_model
         name = self.get("ref_adapter_name")
-        if name:
-            return f"adapter:{name}"
-        return "free" if self.get("reference_free", False) else "trainer"
+        return f"adapter:{name}" if name else "trainer"
 
     def _schedule_options(self) -> Mapping[str, Any]:
         """`lr_scheduler_kwargs`, which transformers also takes as JSON."""
@@ -456,6 +345,41 @@ class _Reading:
                 shown = f"{value:g}" if isinstance(value, float) else value
                 sentences.append(f"{name}={shown}: {text}")
         return sentences
+
+
+def _state_of(trainer: object) -> object:
+    """The trainer's optimizer if it has made a step; None otherwise."""
+    optimizer = getattr(trainer, "optimizer", None)
+    return optimizer if getattr(optimizer, "state", None) else None
+
+
+def _package(function: object) -> str:
+    return str(getattr(function, "__module__", "")).split(".")[0]
+
+
+def _trainer_remarks(trainer: object, reading: _Reading) -> list[str]:
+    """What a trainer has of its own that lddyn cannot see into, in sentences."""
+    remarks = []
+    own = getattr(type(trainer), "compute_loss", None)
+    if own is not None and _package(own) not in ("trl", "transformers"):
+        remarks.append(
+            f"compute_loss is {type(trainer).__name__}'s own: the loss here is that of the "
+            f"{reading.kind.upper()} settings; write another one as an lddyn.Objective."
+        )
+    function = getattr(trainer, "compute_loss_func", None)
+    if function is not None and _package(function) != "trl":
+        remarks.append(
+            "compute_loss_func is a function of your own: the loss here is the usual one; write "
+            "it as an lddyn.Objective."
+        )
+    made = int(getattr(getattr(trainer, "state", None), "global_step", 0) or 0)
+    if made and reading.get("precompute_ref_log_probs", False) and reading.ref_model is None:
+        remarks.append(
+            f"The trainer computed log π_ref before its first of {made} steps and kept no "
+            "reference model: unless an adapter can be switched off, give reference=… the columns "
+            "ref_chosen_logps and ref_rejected_logps of its train_dataset."
+        )
+    return remarks
 
 
 _CPO = {

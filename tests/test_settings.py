@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers
 import zoo
 
 import lddyn
+from lddyn.arguments import TRAINERS, _kind_of_class
 from lddyn.settings import TrainerSettings, router_remark
 
 torch.set_num_threads(1)
@@ -229,5 +231,111 @@ def test_rows_are_cut_and_counted_like_the_trainers(tmp_path):
     for source in (arguments, tmp_path / "sft.json", TrainerSettings.of(arguments)):
         options = lddyn.RowOptions.like(source)
         assert options.max_length == 64 and options.assistant_only
+    with pytest.raises(ValueError, match="like must be a TRL config"):
+        lddyn.RowOptions.like(SimpleNamespace(max_length=7))
     plain = lddyn.RowOptions.like(config("SFT", tmp_path))
     assert not plain.assistant_only and plain.max_length == 1024
+
+
+@pytest.mark.case("a trainer whose loss lddyn does not have")
+@pytest.mark.parametrize("kind", ["GRPO", "Reward", "GKD", "OnlineDPO", "SDPO"])
+def test_other_trainers_are_refused_by_name(tmp_path, kind):
+    """Also where the class inherits from SFTConfig, or its name ends as DPO's does."""
+    import importlib
+
+    if not hasattr(trl, f"{kind}Config"):
+        folder = {"OnlineDPO": "online_dpo"}.get(kind, kind.lower())
+        module = pytest.importorskip(f"trl.experimental.{folder}")
+    else:
+        module = importlib.import_module("trl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = getattr(module, f"{kind}Config")(str(tmp_path), learning_rate=3e-4, **QUIET)
+    model, (one, other) = zoo.build("llama"), zoo.examples()
+    with pytest.raises(ValueError, match=f"no loss of TRL's {kind.upper()} trainer"):
+        lddyn.decompose(model, one, (one, other), like=made)
+    dec = lddyn.decompose(model, one, lddyn.SFT(one), like=made)
+    assert dec.lr == 3e-4 and dec.settings["optimizer"] == "AdamW"
+    inherited = type("MyConfig", (type(made),), {})(str(tmp_path), **QUIET)
+    assert TrainerSettings.of(inherited).losses == ()
+
+
+def test_names_of_classes_that_are_not_trls_tell_their_kind():
+    assert _kind_of_class(type("UnslothDPOTrainer", (), {}), "Trainer") == "dpo"
+    assert _kind_of_class(type("MyTrainer", (type("SFTTrainer", (), {}),), {}), "Trainer") == "sft"
+    assert _kind_of_class(type("MyOnlineDPOTrainer", (), {}), "Trainer") not in TRAINERS
+    assert _kind_of_class(type("Trainer", (), {}), "Trainer") == ""
+
+
+@pytest.mark.case("a live trainer's optimizer with its state")
+def test_a_live_trainer_brings_its_optimizers_state(tmp_path):
+    """Prediction and real next step of a trainer that has made three."""
+    model, (one, other) = zoo.build("llama"), zoo.examples()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
+
+    class DPOTrainer:
+        args = config("DPO", tmp_path, learning_rate=9.0, warmup_steps=2, max_grad_norm=0.0)
+
+    trainer = DPOTrainer()
+    trainer.optimizer, trainer.state = optimizer, SimpleNamespace(global_step=0)
+    assert TrainerSettings.of(trainer).optimizer_state is None
+    for _ in range(3):
+        optimizer.zero_grad()
+        (-zoo.token_log_probs(model, other).mean()).backward()
+        optimizer.step()
+    settings = TrainerSettings.of(trainer)
+    assert settings.optimizer_state is optimizer
+    assert not any("rises from 0" in remark for remark in settings.remarks)
+    dec = lddyn.decompose(model, one, (one, other), like=trainer)
+    by_hand = lddyn.decompose(model, one, lddyn.DPO(one, other), optimizer=optimizer)
+    assert dec.lr == 2e-4 and bool(dec[0].history.any())
+    assert torch.equal(dec[0].delta_logp, by_hand[0].delta_logp)
+    fresh = lddyn.decompose(zoo.build("llama"), one, (one, other), like=trainer)
+    assert fresh.lr == 9.0 and not bool(fresh[0].history.any())  # of another model
+
+
+@pytest.mark.case("a trainer's own compute_loss")
+def test_what_only_a_trainer_knows_is_said(tmp_path):
+    class SFTTrainer:
+        args = config("SFT", tmp_path)
+
+        def compute_loss(self, model, inputs):
+            """Their own."""
+
+    class DPOTrainer:
+        args = config("DPO", tmp_path, precompute_ref_log_probs=True)
+        state = SimpleNamespace(global_step=5)
+
+    trainer = SFTTrainer()
+    trainer.compute_loss_func = lambda *_: None
+    said = " ".join(TrainerSettings.of(trainer).remarks)
+    assert "compute_loss is SFTTrainer's own" in said and "function of your own" in said
+    assert "kept no reference model" in " ".join(TrainerSettings.of(DPOTrainer()).remarks)
+    DPOTrainer.state.global_step = 0
+    assert not TrainerSettings.of(DPOTrainer()).remarks
+
+
+def test_a_loss_without_a_reference_is_so_beside_a_reference_model(tmp_path):
+    class DPOTrainer:
+        args = config("DPO", tmp_path)
+        ref_model = zoo.build("llama", seed=3)
+
+    DPOTrainer.args.reference_free = True  # an option of TRL before 1.0
+    assert TrainerSettings.of(DPOTrainer()).reference == "free"
+
+
+@pytest.mark.case("tokens that merge with the prompt's, as older trainers count them")
+def test_token_ids_of_older_trainers_are_said():
+    from dataclasses import replace
+
+    from lddyn.objectives.like import row_remarks
+
+    plain, (one, _) = TrainerSettings.of({"trainer": "dpo"}), zoo.examples()
+    merged = replace(one, notes=(("boundary_merge", "the last 1 prompt token(s) …"),))
+    for version, said in (("0.24.0", True), ("1.9.2", True), ("1.14.0", False), ("", False)):
+        settings = replace(plain, trl_version=version)
+        assert bool(row_remarks(settings, [one, merged])) == said
+        assert not row_remarks(settings, [one])
+    old = replace(plain, trl_version="1.9.0", optimizer="sgd")
+    dec = lddyn.decompose(zoo.build("llama"), one, (merged, one), like=old)
+    assert "TRL 1.9.0 counts the prompt's tokens alone" in dec.explain()

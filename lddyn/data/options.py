@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from lddyn.settings import TrainerSettings
@@ -103,10 +102,11 @@ class RowOptions:
         """The options that a trainer's settings ask for.
 
         Args:
-            settings: What `lddyn.TrainerSettings.of` takes (a trainer, a mapping or a file of
-                arguments, TRL's configs), or any object with some of this class's fields as
-                attributes. A field that it does not have, or that is None, is left at its default.
-                TRL's names `assistant_only_loss` and `completion_only_loss` are read, too.
+            settings: What `lddyn.TrainerSettings.of` takes: a trainer, a TRL config, a
+                TrainingArguments, a mapping or a file of arguments.
+
+        Raises:
+            ValueError: If it is none of these.
 
         Example:
             >>> import lddyn
@@ -114,15 +114,8 @@ class RowOptions:
             >>> like.max_length
             512
         """
-        if isinstance(settings, Mapping | str | Path) or hasattr(settings, "args"):
-            settings = TrainerSettings.of(settings)
-        values: dict[str, Any] = {}
-        for field in fields(cls):
-            names = (field.name, f"{field.name}_loss")
-            value = next((v for n in names if (v := getattr(settings, n, None)) is not None), None)
-            if value is not None and field.name not in ("tools", "texts"):
-                values[field.name] = value
-        return cls(**values)
+        like = TrainerSettings.of(settings)
+        return cls(**{f.name: getattr(like, f.name) for f in fields(cls) if hasattr(like, f.name)})
 
     def with_settings(self, settings: RowSettings) -> RowOptions:
         """These options, with some fields replaced."""

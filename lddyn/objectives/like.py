@@ -18,7 +18,7 @@ from lddyn.objectives.paired import preference
 from lddyn.objectives.unpaired import KTO
 from lddyn.settings import TrainerSettings
 
-__all__ = ["Update", "loss_like", "objective_like", "reference_like"]
+__all__ = ["Update", "loss_like", "objective_like", "reference_like", "row_remarks"]
 
 Pair: TypeAlias = tuple[Example, Example]
 Labelled: TypeAlias = tuple[Example, bool]
@@ -33,8 +33,9 @@ def loss_like(settings: TrainerSettings) -> Loss:
     """The loss of pairs that a trainer with these settings lowers.
 
     Raises:
-        ValueError: If lddyn has no loss of this name.
+        ValueError: If lddyn has no loss of this name, or none of this trainer.
     """
+    _check_known(settings)
     names = ["sft" if name in ("nll", "dft") else name for name in settings.losses]
     names = ["apo_zero" if name == "apo_zero_unpaired" else name for name in names]
     known = {key for name in names if name in LOSSES for key in LOSSES[name].parameters}
@@ -80,6 +81,7 @@ def objective_like(
     """
     if isinstance(update, Objective):
         return update
+    _check_known(settings)
     plain = settings.trainer in ("sft", "other")
     single = isinstance(update, Example) or (_is_row(update) and not plain)
     rows: list[Any] = [update] if single else list(update)  # type: ignore[arg-type]
@@ -109,6 +111,33 @@ def objective_like(
         seconds,
         reference=reference_like(settings, model, len(rows)),
     )
+
+
+def row_remarks(settings: TrainerSettings | None, examples: Sequence[Example]) -> list[str]:
+    """A sentence where the trainer reads other token ids of these rows than lddyn does.
+
+    Args:
+        settings: Settings of the run. None: no trainer.
+        examples: The encoded rows.
+    """
+    merged = sum("boundary_merge" in dict(example.notes) for example in examples)
+    if not merged or settings is None or not settings.before(1, 14):
+        return []
+    return [
+        f"In {merged} of {len(examples)} responses tokens merge with the prompt's. TRL "
+        f"{settings.trl_version} counts the prompt's tokens alone and trains on other token ids; "
+        "those here are TRL 1.14's and later."
+    ]
+
+
+def _check_known(settings: TrainerSettings) -> None:
+    """Raise a ValueError for a trainer whose loss lddyn does not have."""
+    if not settings.losses:
+        raise ValueError(
+            f"lddyn has no loss of TRL's {settings.trainer.upper()} trainer: give the objective "
+            "itself, as an lddyn.Objective of the log-probs; like= then says optimizer, learning "
+            "rate and clipping"
+        )
 
 
 def _is_row(value: object) -> bool:

@@ -37,6 +37,10 @@ __all__ = [
 _LARGEST_TABLE = 40_000  # cells of a token × token table in the page; the pictures show larger ones
 _NAMED = 4  # token texts named in a sentence
 _NOTABLE = 1e-3  # nats of a margin at the start that are more than rounding
+_HANDED_ON = (
+    " (a trainer of TRL 1 that begins with this adapter takes a copy of it as the reference, which "
+    "is reference='self' before its first step)"
+)
 _FAR = 300.0  # nats between policy and reference on one response
 
 # ---------------------------------------------------------------------------------------------
@@ -169,6 +173,8 @@ def explain_settings(settings: Mapping[str, Any]) -> list[str]:
             text += f"; the margin against it before the step is {signed(margin, 4)} nats"
             if abs(margin) > _NOTABLE:
                 text += ", where a run that begins at its reference has 0"
+                if "adapters off" in settings["reference"]:
+                    text += _HANDED_ON
         sentences.append(text + ".")
         sentences += explain_distance(settings.get("reference_distance", 0.0))
     clip = settings.get("clip_factor", 1.0)

@@ -35,7 +35,7 @@ from lddyn.engine.experts import expert_remarks
 from lddyn.engine.guard import evaluating, undisturbed
 from lddyn.engine.reference_policy import Reference, check_reference, describe_reference
 from lddyn.memory import DEFAULT_MEMORY, parse_memory
-from lddyn.objectives.like import loss_like, reference_like
+from lddyn.objectives.like import loss_like, reference_like, row_remarks
 from lddyn.objectives.loss import Loss
 from lddyn.objectives.losses import Value
 from lddyn.sets.access import Access
@@ -180,6 +180,7 @@ def diagnose(
         remarks = (
             *_remarks(module, loss, settings),
             *expert_remarks(access.model, list(access.named)),
+            *row_remarks(settings, set_.examples),
             *_rounding(access, set_),
         )
         described = describe_reference(reference)

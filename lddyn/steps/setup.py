@@ -22,7 +22,7 @@ from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Trace
 from lddyn.engine.undo import Undo, shielded
 from lddyn.errors import UnsupportedModelError
-from lddyn.objectives.like import Update, objective_like
+from lddyn.objectives.like import Update, objective_like, row_remarks
 from lddyn.objectives.objective import Objective
 from lddyn.optimizers import (
     Direction,
@@ -112,6 +112,7 @@ def make_setup(
     if settings is not None:
         update = objective_like(settings, update, anatomy)
         max_grad_norm = settings.max_grad_norm if max_grad_norm is None else max_grad_norm
+        optimizer = optimizer or _trained_optimizer(settings, anatomy)
         lr = settings.learning_rate if lr is None and not _has_rates(optimizer) else lr
         if optimizer is None:
             optimizer = optimizer_like(settings, anatomy, lr)
@@ -119,6 +120,7 @@ def make_setup(
     fixed, rate = _fixed_optimizer(optimizer or "sgd", lr, anatomy.trainable)
     prepared = update.prepare(anatomy)
     remarks = [] if settings is None else [*settings.remarks, *settings.step_remarks]
+    remarks += row_remarks(settings, prepared.examples)
     routers = router_remark(anatomy.model.config, settings)
     return Setup(
         anatomy,
@@ -137,6 +139,15 @@ def make_setup(
 def _has_rates(optimizer: str | torch.optim.Optimizer | None) -> bool:
     """Whether the optimizer is an object with learning rates of its own."""
     return optimizer is not None and not isinstance(optimizer, str)
+
+
+def _trained_optimizer(settings: TrainerSettings, anatomy: Anatomy) -> torch.optim.Optimizer | None:
+    """A trainer's optimizer with its state, if it has made a step on these parameters."""
+    optimizer = settings.optimizer_state
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return None
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return optimizer if held & {id(p) for p in anatomy.trainable.values()} else None
 
 
 def optimizer_like(

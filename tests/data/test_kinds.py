@@ -10,7 +10,6 @@ from lddyn.data.audit import audit
 from lddyn.data.checks import check_log_prob
 from lddyn.data.columns import COLUMNS, feedback_label, reference_log_probs, unread_columns
 from lddyn.data.example import Example
-from lddyn.data.options import RowOptions
 from lddyn.data.read import rows as read_rows
 from lddyn.data.rows import encode_row
 from lddyn.errors import ExampleError
@@ -473,19 +472,6 @@ def test_log_probs_below_a_uniform_guess():
     example = Example([3, 4], [5, 6])
     assert check_log_prob(example, -6.0, 49) is None
     assert "-20.0 nats per token" in check_log_prob(example, -40.0, 49)
-
-
-def test_options_like_those_of_a_trainer():
-    from types import SimpleNamespace
-
-    config = SimpleNamespace(
-        max_length=7,
-        truncation_mode="keep_end",
-        assistant_only_loss=False,
-        completion_only_loss=None,
-    )
-    want = RowOptions(max_length=7, truncation_mode="keep_end", assistant_only=False)
-    assert RowOptions.like(config) == want
 
 
 @pytest.mark.case("a group of responses with rewards")

@@ -232,6 +232,23 @@ def test_label_smoothing_of_sigmoid_is_cdpo_where_the_trainer_reads_it(dpo, poli
     assert_same(dpo, policy, lddyn.preference(loss, *pairs_of(dpo), reference=reference))
 
 
+@pytest.mark.case("the loss of like=trainer, its reference and rows included")
+@pytest.mark.parametrize("names", [["ipo"], ["hinge", "sft"]])
+def test_the_loss_of_like_trainer(dpo, names):
+    """Token ids of the raw rows, loss and reference by the trainer alone."""
+    from lddyn.objectives.like import objective_like
+
+    configure(dpo, names, {"beta": 0.4})
+    dpo.args.loss_type, dpo.args.loss_weights = names, None
+    options = lddyn.RowOptions.like(dpo)
+    rows = [lddyn.encode_row(dpo.processing_class, row, options=options) for row in ROWS]
+    pairs = [(row["chosen"], row["rejected"]) for row in rows]
+    objective = objective_like(lddyn.TrainerSettings.of(dpo), pairs, dpo.model)
+    assert_same(dpo, dpo.model, objective)
+    dec = lddyn.decompose(dpo.model, pairs[0], pairs, like=dpo)
+    assert dec.loss == pytest.approx(trainers_answer(dpo)[0], rel=2e-4)
+
+
 # ----- KTO
 
 
