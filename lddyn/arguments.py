@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lddyn.files import LARGEST_RECORD, read_regular
+
 __all__ = ["TRAINERS", "arguments"]
 
 TRAINERS = ("sft", "dpo", "kto", "cpo", "orpo")
@@ -86,8 +88,8 @@ def arguments(source: object) -> tuple[dict[str, Any], str]:
 def _file(path: Path) -> Mapping[str, Any]:
     """The arguments in a YAML or JSON file."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
+        text = read_regular(path, limit=LARGEST_RECORD).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as a configuration: {error}") from error
     try:
         if path.suffix == ".json":

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 JsonObject = dict[str, Any]  # what a JSON object becomes: name → value, or what is nested in it
+LARGEST_RECORD = 1 << 30  # bytes of a JSON file of lddyn's: more is no such file
 TEMPORARY = "incoming.tmp"  # name of a file until it is complete
 
 
@@ -127,13 +128,16 @@ def open_regular(path: Path | str, flags: int = os.O_RDONLY) -> int:
     return fd
 
 
-def read_regular(path: Path | str, offset: int = 0, limit: int | None = None) -> bytes:
+def read_regular(
+    path: Path | str, offset: int = 0, limit: int | None = None, most: int | None = None
+) -> bytes:
     """The bytes of a regular file, or of the file that a link leads to, from an offset to its end.
 
     Args:
         path: The file.
         offset: First byte.
         limit: Most bytes that the whole file may have. None: any.
+        most: Most bytes to read. None: up to the end.
 
     Raises:
         OSError: If it is missing or cannot be read.
@@ -143,7 +147,7 @@ def read_regular(path: Path | str, offset: int = 0, limit: int | None = None) ->
         if limit is not None and os.fstat(file.fileno()).st_size > limit:
             raise ValueError(f"{path}: larger than {limit} bytes")
         file.seek(offset)
-        return file.read()
+        return file.read(most)
 
 
 def append_text(path: Path, text: str) -> None:
@@ -226,23 +230,26 @@ def read_sealed(path: Path) -> dict[str, Any]:
         OSError: If the file is missing or cannot be read.
         ValueError: If it has changed since it was written, or was never sealed.
     """
-    return unsealed(read_regular(path), path.name)
+    return unsealed(read_regular(path, limit=LARGEST_RECORD), path.name)
 
 
-def read_stored(path: Path, offset: int = 0, limit: int | None = None) -> bytes:
+def read_stored(
+    path: Path, offset: int = 0, limit: int | None = None, most: int | None = None
+) -> bytes:
     """Bytes of a file of a store, from an offset to its end.
 
     Args:
         path: The file.
         offset: First byte.
         limit: Most bytes that the whole file may have. None: any.
+        most: Most bytes to read. None: up to the end.
 
     Raises:
         StoreCorruptError: If the file is missing or too large.
         StoreError: If it cannot be read.
     """
     try:
-        return read_regular(path, offset, limit)
+        return read_regular(path, offset, limit, most)
     except ValueError as error:
         raise StoreCorruptError(str(error)) from None
     except FileNotFoundError:

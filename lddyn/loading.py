@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lddyn.files import LARGEST_RECORD, read_regular
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -118,6 +120,7 @@ def load_model(
             )
         name, adapter = base, name
     check_folder("model", name, needs="config.json")
+    check_indices(Path(name).expanduser())
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -166,13 +169,25 @@ def adapter_base(name: str) -> str | None:
     file = folder / "adapter_config.json"
     if not file.is_file() or (folder / "config.json").is_file():
         return None
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = json.loads(read_regular(file, limit=LARGEST_RECORD)).get("base_model_name_or_path")
     if not base:
         raise ValueError(
             f"model {name} holds an adapter whose adapter_config.json names no base model: give "
             "the base model, and this folder as its adapter"
         )
     return str(base)
+
+
+def check_indices(folder: Path) -> None:
+    """Raises a ValueError if an index of weights names a file outside of its folder."""
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            places = json.loads(read_regular(index, limit=LARGEST_RECORD))["weight_map"].values()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index}: no index of weights: {error!r}") from error
+        for place in places:
+            if not isinstance(place, str) or place != os.path.basename(place) or not place:
+                raise ValueError(f"{index}: names {place!r}, which is no file beside it")
 
 
 def check_device(device: str) -> None:

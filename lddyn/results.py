@@ -13,7 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lddyn.files import JsonObject, digest_of, read_regular, read_sealed, replace_file, sealed
+from lddyn.files import (
+    LARGEST_RECORD,
+    JsonObject,
+    digest_of,
+    read_regular,
+    read_sealed,
+    replace_file,
+    sealed,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +93,7 @@ def save_result(
         digest = digest_of(data)
         kept = path.with_name(f"{path.name}.{digest[:12]}.safetensors")
         replace_file(kept, data, durable=True)
-        content["tensors"] = {"file": kept.name, "digest": digest}
+        content["tensors"] = {"file": kept.name, "digest": digest, "bytes": len(data)}
     replace_file(record, sealed(content), durable=True)
     if older is not None and older != kept:
         older.unlink(missing_ok=True)
@@ -94,7 +102,7 @@ def save_result(
 def _tensors_of(record: Path) -> Path | None:
     """The file of tensors that a saved result names, or None: what a newer save leaves behind."""
     try:
-        name = json.loads(record.read_text(encoding="utf-8"))["tensors"]["file"]
+        name = json.loads(read_regular(record, limit=LARGEST_RECORD))["tensors"]["file"]
         return record.with_name(name) if _is_name(name, record) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -140,7 +148,7 @@ def _read_tensors(record: Path, entry: Any, device: str) -> dict[str, Tensor]:
     name = entry["file"]
     if not _is_name(name, record):
         raise ValueError(f"{record.name} names a file of tensors that cannot be its own: {name!r}")
-    data = read_regular(record.with_name(name))
+    data = read_regular(record.with_name(name), limit=int(entry["bytes"]))
     if digest_of(data) != entry["digest"]:
         raise ValueError(f"{name} has changed since it was saved: digests differ")
     from safetensors.torch import load

@@ -22,8 +22,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Rooms, lowest first. A room may import rooms of lower rows only, TYPE_CHECKING included; `kernels`
 # and `csrc` know nothing of lddyn. CONTRIBUTING.md says in one line what each room is for.
 ROOMS = [
-    {"lazy", "errors", "text", "stats", "reference", "loading"},
-    {"arguments", "files", "memory", "ops"},
+    {"lazy", "errors", "text", "stats", "reference"},
+    {"files"},
+    {"arguments", "memory", "ops", "loading"},
     {"results", "settings"},
     {"data", "optimizers", "environment", "estimate", "report"},
     {"engine"},

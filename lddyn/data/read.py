@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 
 from lddyn.data.columns import Row
 from lddyn.errors import ExampleError, glimpse
-from lddyn.files import unique_keys
+from lddyn.files import LARGEST_RECORD, open_regular, read_regular, unique_keys
 
 __all__ = ["rows"]
 
@@ -43,6 +43,9 @@ Source = str | os.PathLike[str] | Iterable[Row] | Iterable[PlacedRow]
 
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
+_LONGEST_LINE = 1 << 28  # bytes of a row
+
+_LARGEST_JSON = 1 << 33  # bytes of a file that is one JSON value
 _SPLIT = re.compile(r"^(train|test|valid|validation|eval|dev)(?=[^a-z]|$)")
 
 
@@ -139,6 +142,8 @@ def source_files(path: str | os.PathLike[str]) -> list[Path]:
         return [path]
     if path.is_dir():
         return _folder_files(path)
+    if path.exists():
+        raise _unreadable(str(path), "must be a regular file or a folder, not a pipe or a device")
     named = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
     if not named:
         raise FileNotFoundError(
@@ -152,7 +157,7 @@ def _folder_files(path: Path) -> list[Path]:
     """The data files of a folder; one of `save_to_disk` says which they are."""
     splits = path / "dataset_dict.json"
     if splits.is_file():
-        names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
+        names = json.loads(read_regular(splits, limit=LARGEST_RECORD))["splits"]
         if len(names) != 1:
             raise _unreadable(
                 str(path), f"has the splits {', '.join(names)}: give one, such as {path / names[0]}"
@@ -160,7 +165,7 @@ def _folder_files(path: Path) -> list[Path]:
         path = path / names[0]
     state = path / "state.json"
     if state.is_file():
-        listed = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+        listed = json.loads(read_regular(state, limit=LARGEST_RECORD))["_data_files"]
         files = [path / entry["filename"] for entry in listed]
     else:
         files = sorted(file for file in path.rglob("*") if _is_data(file, path))
@@ -196,8 +201,20 @@ def _kind(path: Path) -> str:
 
 
 def _open(path: Path) -> IO[bytes]:
-    opener: Any = _OPEN.get(path.suffix.lower(), open)
-    return opener(path, "rb")  # type: ignore[no-any-return]
+    file = os.fdopen(open_regular(path), "rb")
+    opener: Any = _OPEN.get(path.suffix.lower())
+    return file if opener is None else opener(file, "rb")
+
+
+def _lines(stream: IO[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yields the lines of a file with their numbers, from 1; an endless line is an error."""
+    for number in itertools.count(1):
+        line = stream.readline(_LONGEST_LINE + 1)
+        if not line:
+            return
+        if len(line) > _LONGEST_LINE:
+            raise _unreadable(f"{path}, line {number}", f"longer than {_LONGEST_LINE} bytes")
+        yield number, line
 
 
 def _read_file(path: Path) -> Iterator[PlacedRow]:
@@ -205,6 +222,10 @@ def _read_file(path: Path) -> Iterator[PlacedRow]:
     if path.suffix.lower() in (".zst", ".zip", ".7z", ".tar"):
         raise _unreadable(str(path), "unpack it first; .gz, .bz2 and .xz are read as they are")
     kind = _kind(path)
+    try:
+        os.close(open_regular(path))
+    except ValueError as error:
+        raise _unreadable(str(path), str(error)) from error
     try:
         if kind == ".parquet":
             yield from _read_parquet(path)
@@ -231,7 +252,7 @@ def _read_json(path: Path) -> Iterator[PlacedRow]:
         yield from _entries(whole, path)
         return
     with _open(path) as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in _lines(stream, path):
             where = f"{path}, line {number}"
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if not text.strip():
@@ -279,7 +300,12 @@ def _load_json(path: Path, must: bool) -> Any:
     """A whole JSON file; None where it need not be one and is none."""
     try:
         with _open(path) as stream:
-            return json.loads(stream.read().decode("utf-8-sig"))
+            text = stream.read(_LARGEST_JSON + 1)
+            if len(text) > _LARGEST_JSON:
+                raise _unreadable(str(path), f"larger than {_LARGEST_JSON} bytes: use JSON lines")
+            return json.loads(text.decode("utf-8-sig"))
+    except ExampleError:
+        raise
     except (ValueError, RecursionError) as error:
         if must:
             raise _unreadable(str(path), f"not a JSON list ({error})") from error
@@ -309,6 +335,9 @@ def _parse_line(text: bytes, where: str) -> RowDict | ExampleError:
 def _read_csv(path: Path, delimiter: str) -> Iterator[PlacedRow]:
     """Yield the rows of a CSV or TSV file; its first line names the columns."""
     csv.field_size_limit(1 << 30)
+    with _open(path) as stream:
+        if b"\0" in stream.read(1 << 16):
+            raise _unreadable(str(path), "holds zero bytes: no text in UTF-8")
     with _open(path) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
         reader = csv.DictReader(text, delimiter=delimiter)
@@ -342,7 +371,7 @@ def _cell(value: str) -> Any:
 def _read_text(path: Path) -> Iterator[PlacedRow]:
     """Yield each line that is not blank as a row with a text."""
     with _open(path) as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in _lines(stream, path):
             text = line.decode("utf-8", "replace").rstrip("\r\n")
             if text.strip():
                 yield PlacedRow(f"{path}, line {number}", {"text": text})

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lddyn.files import JsonObject, replace_file, unsealed
+from lddyn.files import JsonObject, read_regular, replace_file, unsealed
 from lddyn.report.data import Rows
 from lddyn.report.page import axis, render, versions
 from lddyn.text import printable, signed
@@ -61,7 +61,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: If another line has changed since it was written.
     """
-    *lines, _ = path.read_bytes().split(b"\n")
+    *lines, _ = read_regular(path, limit=1 << 32).split(b"\n")
     rows = [unsealed(line, f"{path}: line {i}") for i, line in enumerate(lines, 1)]
     if not all(isinstance(row.get("step"), int | float) for row in rows):
         raise ValueError(f"{path}: a line has no step")

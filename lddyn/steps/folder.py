@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,15 @@ def write_steps(
     Returns:
         Path of the page, `index.html`.
 
+    Raises:
+        ValueError: If a name is none of a folder inside this one.
+
     Cost: the drawing, about a second per picture for the page and as much again for the pictures
         in print resolution.
     """
     folder = Path(folder)
+    for name in decs:
+        _check_name(name)
     summary: dict[str, Any] = {
         "title": title,
         "opening": list(opening),
@@ -90,6 +96,11 @@ def write_steps(
         facts=extra,
         figures=pictures,
     )
+
+
+def _check_name(name: str) -> None:
+    if name in (".", "..") or name != os.path.basename(name) or "\\" in name or "\0" in name:
+        raise ValueError(f"the name of a step must be that of a folder, got {name!r}")
 
 
 def read_steps(

@@ -16,6 +16,8 @@ from pathlib import Path
 from lddyn.errors import StoreCorruptError
 from lddyn.files import canonical, digest_of, open_regular, parse_json, read_stored, write_all
 
+_PART = 1 << 24  # bytes that are read at a time
+
 
 @dataclass(frozen=True)
 class Record:
@@ -94,9 +96,20 @@ class Journal:
         Raises:
             StoreCorruptError: (by the iterator) If a line is damaged or out of order.
         """
-        *lines, rest = read_stored(self.path, self._offset).split(b"\n")
+        *lines, rest = self._read().split(b"\n")
         self.torn = bool(rest)
         return self._parse(lines)
+
+    def _read(self) -> bytes:
+        """The rest of the file, up to a hole: zeros that a sparse file or a loss of power has."""
+        parts: list[bytes] = []
+        at = self._offset
+        while part := read_stored(self.path, at, most=_PART):
+            parts.append(part)
+            at += len(part)
+            if not part.strip(b"\0"):
+                break
+        return b"".join(parts)
 
     def _parse(self, lines: list[bytes]) -> Iterator[Record]:
         for line in lines:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lddyn.data.token_table import COLUMNS, TokenTable
 from lddyn.errors import StoreCorruptError, StoreError
-from lddyn.files import digest_of
+from lddyn.files import digest_of, open_regular, parse_json
 from lddyn.store.journal import Record
 
 __all__ = ["Shard"]
@@ -130,7 +130,7 @@ class ShardFolder:
             StoreCorruptError: If the shard does not prove by its seal that it belongs here.
         """
         path = self.file(number)
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
         digest, size = check_seal(path, number, self.seal)
         tensors = unpack(path, number, self.width, self.dtype)
@@ -213,7 +213,7 @@ def check_seal(path: Path, number: int, store: str) -> tuple[str, int]:
     """
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             head = file.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
             if not 0 < length <= _LARGEST_HEADER:
@@ -222,6 +222,8 @@ def check_seal(path: Path, number: int, store: str) -> tuple[str, int]:
             match = _SEAL.search(header)
             if match is None:
                 raise StoreCorruptError(f"{path}: no seal of a shard")
+            if os.fstat(file.fileno()).st_size != 8 + length + _data_bytes(header):
+                raise StoreCorruptError(f"{path}: has another size than its header says")
             owner, which, sealed = (part.decode() for part in match.groups())
             header[match.start(3) : match.end(3)] = _BLANK
             digest.update(head)
@@ -232,6 +234,8 @@ def check_seal(path: Path, number: int, store: str) -> tuple[str, int]:
             size = file.tell()
     except FileNotFoundError:
         raise StoreCorruptError(f"{path}: this shard is missing") from None
+    except ValueError as error:
+        raise StoreCorruptError(f"{path}: no shard: {error}") from error
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error}") from error
     if digest.hexdigest()[:32] != sealed:
@@ -239,6 +243,19 @@ def check_seal(path: Path, number: int, store: str) -> tuple[str, int]:
     if owner != store or which != str(number):
         raise StoreCorruptError(f"{path}: this is shard {which}, or a shard of another store")
     return sealed, size
+
+
+def _data_bytes(header: bytearray) -> int:
+    """Bytes of the tensors that a header lists: where the last one ends.
+
+    Raises:
+        ValueError: If it is no header of a safetensors file.
+    """
+    try:
+        tensors = [entry for name, entry in parse_json(bytes(header)).items() if name[:2] != "__"]
+        return max(int(entry["data_offsets"][1]) for entry in tensors)
+    except (AttributeError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise ValueError(f"its header lists no tensors ({error})") from None
 
 
 def unpack(path: Path, number: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lddyn.engine.streamed import is_streamed
 from lddyn.errors import UnsupportedModelError
+from lddyn.files import LARGEST_RECORD, read_regular
 
 _ALIGNMENT = 64  # of a tensor in its slot, bytes
 
@@ -139,7 +140,7 @@ def checkpoint(folder: Path) -> dict[str, Piece]:
             "safetensors only; load the model once and save it with save_pretrained"
         )
     try:
-        places = dict(json.loads(index.read_text())["weight_map"])
+        places = dict(json.loads(read_regular(index, limit=LARGEST_RECORD))["weight_map"])
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{index.name} has no map of weights to files: fetch it again") from None
     pieces: dict[str, Piece] = {}
