@@ -152,7 +152,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zamba2": _ZAMBA,
 }
 
-_ASSISTANT = "drafts tokens from the hidden states and the keys of another model; none of its own"
+_ASSISTANT = (
+    "drafts tokens from the hidden states and the keys of another model, and takes no token ids"
+)
 _MUSIC = "its causal LM is the decoder of a model of sound, and makes the logits of four codebooks"
 
 # What is no causal LM that can be trained on its own, although transformers lists it as one.
@@ -162,7 +164,7 @@ LEFT_OUT = {
     "gemma4_unified_assistant": _ASSISTANT,
     "musicgen": _MUSIC,
     "musicgen_melody": _MUSIC,
-    "reformer": "its reversible layers have no gradient in evaluation mode, and hash at random",
+    "reformer": "it refuses a backward pass in evaluation mode, and hashes at random in every pass",
 }
 
 _ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
