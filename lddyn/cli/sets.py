@@ -334,7 +334,7 @@ def filter(
     if reweight:
         warn(
             "TRL's trainers do not read the column weight: they train on a row of weight 0 as on "
-            "any other; the column is for a loss of your own, and for TRL rows can be left out"
+            "any other; lddyn.integrations.trl.weighted(trainer) makes a DPOTrainer read it"
         )
     filtered.write(out)
     document = {

@@ -2,6 +2,8 @@
 
 lddyn.integrations.trl.watch(trainer)
 trainer.train()
+
+`weighted` lets a DPOTrainer read a column of pair weights.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from lddyn.data.options import DEFAULT, RowOptions
 from lddyn.errors import ExampleError
 from lddyn.integrations.trainer import LearningDynamicsCallback
 from lddyn.integrations.watcher import Probes
+from lddyn.integrations.weights import weighted
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-__all__ = ["pairs", "watch"]
+__all__ = ["pairs", "watch", "weighted"]
 
 
 def watch(

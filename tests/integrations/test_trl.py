@@ -189,3 +189,79 @@ def test_the_one_line_of_the_docs_works_in_a_fresh_interpreter(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("watch <class 'lddyn.integrations.loop.Watch'>")
+
+
+def weighted_run(tmp_path, tokenizer, weights, kept=None, wrap=True, **options):
+    """The weights after a run of DPO on eight pairs."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    from lddyn.integrations.trl import weighted
+
+    data = [{**row, "weight": w} for row, w in zip(rows(8), weights, strict=True)]
+    data = data if kept is None else [data[i] for i in kept]
+    settings = {
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+    }
+    trainer = trl.DPOTrainer(
+        new_model(dropout=0.0),
+        new_model(seed=1, dropout=0.0),
+        trl.DPOConfig(str(tmp_path), **{**settings, **options}),
+        train_dataset=Dataset.from_list(data),
+        processing_class=tokenizer,
+    )
+    trainer = weighted(trainer) if wrap else trainer
+    trainer.train()
+    return weights_of(trainer)
+
+
+def weights_of(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.case("a column of pair weights, which TRL ignores")
+@pytest.mark.parametrize("loss", ["sigmoid", ["sigmoid", "sft"], "ipo"])
+def test_pair_weights_are_read(tmp_path, tokenizer, loss):
+    def run(name, *args, **options):
+        options = {"per_device_train_batch_size": 4, "loss_type": loss, **options}
+        return weighted_run(tmp_path / name, tokenizer, *args, **options)
+
+    if loss == "sigmoid":
+        # Weights of 1 are the trainer's own run, to the bit.
+        assert torch.equal(run("a", [1.0] * 8), run("b", [1.0] * 8, wrap=False))
+    # Weights of 0 and 1 are as if rows were left out; responses have equally many tokens.
+    zeros = run("c", [1, 0, 0, 1, 0, 1, 1, 0])
+    left_out = run("d", [1.0] * 8, [0, 3, 5, 6], False, per_device_train_batch_size=2)
+    start = torch.cat([p.detach().flatten() for p in new_model().parameters()])
+    assert float((zeros - left_out).norm() / (zeros - start).norm()) < 1e-4
+    # Parts of a step count together.
+    uneven = [0.5, 2.0, 1.0, 0.0, 3.0, 1.0, 0.25, 0.25]
+    whole = run("e", uneven)
+    parts = run("f", uneven, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    if loss != ["sigmoid", "sft"]:  # its mean over the tokens of a part is another for each part
+        assert float((whole - parts).norm() / (whole - start).norm()) < 1e-4
+    assert float((whole - zeros).norm() / (whole - start).norm()) > 1e-2
+
+
+def test_pair_weights_that_cannot_be_read(tmp_path, tokenizer):
+    from lddyn.integrations.trl import weighted
+
+    for given, message in (
+        ({"loss_type": "aot"}, "sorts the pairs of a batch"),
+        ({}, "the training set has no column 'weight'"),
+    ):
+        trainer, _ = dpo(tmp_path, tokenizer, None, **given, max_steps=1)
+        with pytest.raises(ValueError, match=message):
+            weighted(trainer)
+    for bad in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="weight must be finite numbers of 0 or more"):
+            weighted_run(tmp_path, tokenizer, [bad] * 8)
