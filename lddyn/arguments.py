@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lddyn.files import LARGEST_RECORD, read_regular
+from lddyn.frameworks import translate
 
 __all__ = ["TRAINERS", "arguments"]
 
@@ -56,8 +57,10 @@ _TELLING = {
 _BASES = ("", "_base", "base")  # TRL's ancestors of all its configs and trainers
 
 
-def arguments(source: object) -> tuple[dict[str, Any], str]:
-    """All arguments with their values, and the trainer's kind: of TRAINERS, "other", or its name.
+def arguments(source: object) -> tuple[dict[str, Any], str, list[str]]:
+    """All arguments with their values, the trainer's kind, and remarks on what was translated.
+
+    The kind is one of TRAINERS, "other", or the name of the trainer.
 
     Args:
         source: As for `lddyn.TrainerSettings.of`.
@@ -68,9 +71,14 @@ def arguments(source: object) -> tuple[dict[str, Any], str]:
     if isinstance(source, str | Path):
         source = _file(Path(source))
     if isinstance(source, Mapping):
-        given = {str(k): v for k, v in source.items()}
-        kind = _kind_of_mapping(given)
-        return {**_defaults(kind), **given}, kind
+        given, remarks = {str(k): v for k, v in source.items()}, []
+        translated = translate(given)
+        if translated is not None:
+            given, kind = translated.arguments, translated.kind
+            remarks = [f"{translated.framework}: {text}" for text in translated.remarks]
+        else:
+            kind = _kind_of_mapping(given)
+        return {**_defaults(kind), **given}, kind, remarks
     kind = ""
     if hasattr(source, "args"):
         kind = _kind_of_class(type(source), "Trainer")
@@ -82,7 +90,7 @@ def arguments(source: object) -> tuple[dict[str, Any], str]:
         )
     kind = kind or _kind_of_class(type(source), "Config") or "other"
     given = {k: v for k, v in vars(source).items() if not k.startswith("_")}
-    return {**_DEFAULTS.get(kind, {}), **given}, kind
+    return {**_DEFAULTS.get(kind, {}), **given}, kind, []
 
 
 def _file(path: Path) -> Mapping[str, Any]:

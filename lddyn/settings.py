@@ -121,7 +121,9 @@ class TrainerSettings:
         Args:
             source: A config of TRL (SFTConfig, DPOConfig, KTOConfig, CPOConfig, ORPOConfig), a
                 TrainingArguments, a trainer, a mapping of their arguments, or a YAML or JSON file
-                of them. A mapping or a file says `trainer: dpo` where its arguments do not tell.
+                of them; also a configuration of LLaMA-Factory (`stage:`) or axolotl
+                (`base_model:`). A mapping or a file of TRL's arguments says `trainer: dpo` where
+                they do not tell.
 
         Raises:
             ValueError: If the file cannot be read, it is no configuration, or the trainer's kind is
@@ -129,9 +131,9 @@ class TrainerSettings:
         """
         if isinstance(source, TrainerSettings):
             return source
-        values, kind = arguments(source)
+        values, kind, remarks = arguments(source)
         trainer = source if hasattr(source, "args") else None
-        return _Reading(values, kind, trainer).settings()
+        return _Reading(values, kind, trainer, remarks).settings()
 
     @property
     def old(self) -> bool:
@@ -154,11 +156,17 @@ def _installed_trl() -> str:
 class _Reading:
     """Reads arguments one by one, and collects remarks about those that are not followed."""
 
-    def __init__(self, values: Mapping[str, Any], kind: str, trainer: object = None):
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        kind: str,
+        trainer: object = None,
+        remarks: Iterable[str] = (),
+    ):
         self.values, self.kind, self.trainer = values, kind, trainer
         self.ref_model = getattr(trainer, "ref_model", None)
         self.trl = _installed_trl()
-        self.remarks: list[str] = []
+        self.remarks = list(remarks)
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of an argument; the default where it is absent or None."""

@@ -339,3 +339,82 @@ def test_token_ids_of_older_trainers_are_said():
     old = replace(plain, trl_version="1.9.0", optimizer="sgd")
     dec = lddyn.decompose(zoo.build("llama"), one, (merged, one), like=old)
     assert "TRL 1.9.0 counts the prompt's tokens alone" in dec.explain()
+
+
+@pytest.mark.case("a configuration of LLaMA-Factory")
+def test_a_configuration_of_llama_factory():
+    given = {
+        "model_name_or_path": "m",
+        "stage": "dpo",
+        "finetuning_type": "lora",
+        "template": "qwen",
+        "cutoff_len": 512,
+        "pref_beta": 0.2,
+        "pref_loss": "sigmoid",
+        "pref_ftx": 0.5,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 8,
+        "learning_rate": 5.0e-6,
+        "num_train_epochs": 3.0,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.1,
+        "bf16": True,
+    }
+    settings = TrainerSettings.of(given)
+    assert (settings.trainer, settings.losses) == ("dpo", ("dpo", "sft"))
+    assert settings.loss_weights == (1.0, 0.5) and settings.parameters["beta"] == 0.2
+    assert settings.max_length == 512
+    said = " ".join(settings.remarks)
+    assert "LLaMA-Factory: pref_ftx=0.5" in said and "bf16=True" in said
+    run = lddyn.Run.like(given)
+    assert repr(run) == (
+        "Run(lr=5e-06, epochs=3, schedule='cosine', seed=42, warmup=0.1, max_grad_norm=1.0, "
+        "accumulation=8)"
+    )
+    simpo = TrainerSettings.of({**given, "pref_loss": "simpo", "pref_ftx": 0.0})
+    assert simpo.losses == ("simpo",) and simpo.parameters["simpo_gamma"] == 0.5
+    smooth = TrainerSettings.of({**given, "pref_ftx": 0.0, "dpo_label_smoothing": 0.1})
+    assert smooth.losses == ("cdpo",) and smooth.parameters["label_smoothing"] == 0.1
+    kto = TrainerSettings.of({**given, "stage": "kto", "kto_chosen_weight": 2.0})
+    assert kto.losses == ("kto",) and kto.parameters["desirable_weight"] == 2.0
+    galore = TrainerSettings.of({**given, "stage": "sft", "use_galore": True})
+    assert galore.losses == ("nll",) and galore.optimizer is None and galore.assistant_only
+    for options, message in (
+        ({"stage": "ppo"}, "stage: lddyn has the losses of sft, pt, dpo and kto, got 'ppo'"),
+        ({"pref_loss": "kto_pair"}, "pref_loss must be sigmoid, hinge, .*, got 'kto_pair'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainerSettings.of({**given, **options})
+
+
+@pytest.mark.case("a configuration of axolotl")
+def test_a_configuration_of_axolotl(tmp_path):
+    text = """
+base_model: m
+rl: ipo
+rl_beta: 0.3
+sequence_len: 2048
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+num_epochs: 2
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+warmup_steps: 10
+max_grad_norm: 0.5
+"""
+    (tmp_path / "a.yaml").write_text(text)
+    settings = TrainerSettings.of(tmp_path / "a.yaml")
+    assert settings.losses == ("ipo",) and settings.parameters["beta"] == 0.3
+    assert (settings.batch, settings.accumulation, settings.epochs) == (8, 4, 2.0)
+    assert settings.max_length == 2048 and settings.max_grad_norm == 0.5
+    assert settings.optimizer == "adamw" and "fewer bits" in " ".join(settings.remarks)
+    sft = TrainerSettings.of({"base_model": "m", "sequence_len": 128, "sample_packing": True})
+    assert sft.losses == ("nll",) and sft.assistant_only and sft.warmup_ratio == 0.03
+    assert "packing=True" in " ".join(sft.remarks)
+    simpo = {"base_model": "m", "rl": "simpo", "simpo_gamma": 0.7, "trl": {"beta": 2.0}}
+    told = TrainerSettings.of(simpo)
+    assert told.losses == ("simpo",)
+    assert (told.parameters["simpo_gamma"], told.parameters["beta"]) == (0.7, 2.0)
+    with pytest.raises(ValueError, match=r"rl: lddyn has the losses of dpo, ipo, .* got 'grpo'"):
+        TrainerSettings.of({**simpo, "rl": "grpo"})
