@@ -33,7 +33,6 @@ import torch
 from torch import Tensor, nn
 
 from lddyn.engine.door import inside_adapters
-from lddyn.engine.streamed import is_streamed
 from lddyn.engine.undo import SHIELDED, Undo, shielded
 
 # --------------------------------------------------------------------------- interrupts
@@ -156,8 +155,12 @@ def turn(model: nn.Module) -> Iterator[None]:
 
 
 def _versions(model: nn.Module) -> dict[int, int]:
-    """How often each weight has been changed in place; streamed ones are read-only."""
-    parameters = (p for p in model.parameters() if not (p.is_inference() or is_streamed(p)))
+    """How often each weight that trains has been changed in place.
+
+    Of the others, streamed ones are read-only, and peft's LoRA on packed experts sets frozen ones
+    anew in every forward pass.
+    """
+    parameters = (p for p in model.parameters() if p.requires_grad and not p.is_inference())
     return {id(parameter): parameter._version for parameter in parameters}
 
 

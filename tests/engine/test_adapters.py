@@ -151,3 +151,16 @@ def test_a_folder_with_an_adapter_is_loaded_with_its_base(tmp_path):
     assert load_config(str(tmp_path / "checkpoint-1")).model_type == "llama"
     with pytest.raises(ValueError, match="is itself an adapter"):
         load_model(str(tmp_path / "checkpoint-1"), adapter=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.case("LoRA on the packed experts of a mixture")
+def test_lora_on_packed_experts():
+    """Each of peft's forward passes sets the frozen experts anew, which is no optimizer's step."""
+    lora = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj"],
+        init_lora_weights=False,
+    )
+    model = peft.get_peft_model(zoo.build("mixtral", num_hidden_layers=1), lora).eval()
+    assert decomposed(model)[1] == pytest.approx(predicted(model), rel=1e-4)
