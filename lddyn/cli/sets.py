@@ -226,6 +226,16 @@ def diagnose(
             rich_help_panel=DIAGNOSIS,
         ),
     ] = 4,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="2x",
+            help="Most epochs of the explained training that the diagnosis may take: close-ups and "
+            "segments of the run are left out until it fits.",
+            show_default=False,
+            rich_help_panel=COMPUTATION,
+        ),
+    ] = None,
     sketch_size: Annotated[
         int | None,
         typer.Option(
@@ -246,6 +256,7 @@ def diagnose(
     """
     page.check()
     import lddyn
+    from lddyn.sets.filter import write_source
 
     settings = rows.settings
     planned = run.make(seed, settings)
@@ -258,6 +269,15 @@ def diagnose(
     sequences = 2 * len(given.pairs) + len(others or {})
     sketch = _sketch(lm, sequences, planned is not None, memory, sketch_size, seed)
     moved = _log_probs_after(page.after, model, given.pairs)
+    extra = _extra(model, rows, loss, page, given)
+
+    def first_page(diagnosis: Diagnosis) -> None:
+        """The page as far as it is known, which an interrupt leaves."""
+        if page.out is not None:
+            write_source(page.out, rows.data)
+            path = diagnosis.report(page.out / "index.html", tokenizer=tokenizer, extra=extra)
+            say_progress(f"page so far: {path}")
+
     diagnosis = lddyn.diagnose(
         lm,
         given.pairs,
@@ -271,14 +291,15 @@ def diagnose(
         refresh=run.refresh,
         close_ups=close_ups,
         validate=validate,
+        budget=epochs_of(budget),
         row_numbers=given.rows,
         faults=given.faults,
+        so_far=first_page,
         progress=True,
     )
     document = diagnosis.to_dict() | {"audit": given.audit.to_dict()}
     written = None
     if page.out is not None:
-        extra = _extra(model, rows, loss, page, given)
         written = _write_page(diagnosis, page, (lm, tokenizer), moved, extra, rows.data)
     return Answer(document, _explain(document, diagnosis, given.audit, close_ups, written))
 
@@ -347,6 +368,23 @@ def filter(
     line = f"{document['file']}: {len(filtered.kept)} rows kept, {len(filtered.dropped)} dropped"
     named = ", ".join(map(str, filtered.dropped_rows))
     return Answer(document, [line + (f" (rows {named})" if named else "")])
+
+
+def epochs_of(budget: str | None) -> float | None:
+    """--budget in epochs: "2x" or "2".
+
+    Raises:
+        ValueError: If it is no positive number.
+    """
+    if budget is None:
+        return None
+    try:
+        epochs = float(budget.removesuffix("x"))
+    except ValueError:
+        epochs = 0.0
+    if not 0 < epochs < float("inf"):
+        raise ValueError(f"--budget must be a number of epochs such as 2x, got {budget!r}")
+    return epochs
 
 
 def _rows(content: Sequence[PlacedRow], numbers: Sequence[int]) -> list[Mapping[str, Any]]:

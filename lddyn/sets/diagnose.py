@@ -18,7 +18,7 @@ given, and else sketched one layer at a time as they are made.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -85,8 +85,10 @@ def diagnose(
     close_ups: int = 4,
     lbk: bool = False,
     validate: int = 0,
+    budget: float | None = None,
     row_numbers: Sequence[int] | None = None,
     faults: Mapping[int, str] | None = None,
+    so_far: Callable[[Diagnosis], None] = lambda diagnosis: None,
     progress: bool = False,
     **parameters: Value,
 ) -> Diagnosis:
@@ -117,9 +119,13 @@ def diagnose(
         validate: Number of real steps of SGD, each on a batch of pairs drawn without repeats and
             from the same start, on a copy of the model; `Diagnosis.validation` holds the rank
             correlations of all scores with the measured changes.
+        budget: Most epochs of the explained training that the diagnosis may take, by its plan: LBK,
+            close-ups and segments are left out until it fits. None: no limit.
         row_numbers: Row of the data set that each pair comes from; sentences and tables name pairs
             by it.
         faults: Pair -> the problem that an audit of the data found in it.
+        so_far: Gets the diagnosis as soon as the pairs are ranked by a step, and again when the run
+            is predicted.
         progress: Show bars over sequences.
         **parameters: Hyper-parameters of the loss, where `objective` is a name.
 
@@ -128,7 +134,8 @@ def diagnose(
 
     Raises:
         ValueError: If there is no pair, the loss or a parameter is unknown, `close_ups` is
-            negative, `refresh` is below 1, or an example is too long for the model.
+            negative, `refresh` is below 1, the budget is too small, or an example is too long for
+            the model.
 
     Cost: a forward and a backward pass a sequence, and (2N)² inner products of rows. A run: see
     `predict_run`. Each close-up about 40 forward passes, LBK eight a pair. Memory beyond the
@@ -160,16 +167,17 @@ def diagnose(
         reference = "self" if settings is None else reference_like(settings, model, len(set_))
     check_reference(reference, len(set_))  # errors in it are raised before the work
     access = Access(model, set_.examples[0])
-    budget = parse_memory(memory, access.device)
+    workspace = parse_memory(memory, access.device)
     number = torch.promote_types(access.parameters[0].dtype, torch.float32).itemsize
     needed = exact_bytes(len(set_.sequences), access.size, number, run is not None)
-    if sketch is None and needed > budget:
+    if sketch is None and needed > workspace:
         sketch = Sketch(k=NUMBERS)
-    plan = SetPlan.of(set_, access, sketch, run, refresh, close_ups, lbk)
+    plan = SetPlan.within(budget, set_, access, sketch, run, refresh, close_ups, lbk)
+    refresh, close_ups, lbk = plan.refresh, plan.close_ups, plan.lbk
     if progress:
         tqdm.write(f"diagnosis: {plan.explain()}", file=sys.stderr)
     with closing(Bar(plan.work, progress)) as bar:
-        passes = Passes(access, max(set_.sequences, key=len), budget, bar)
+        passes = Passes(access, max(set_.sequences, key=len), workspace, bar)
         reader, rows = PairReader(set_), new_rows(access, passes, set_, sketch)
         later = run is not None and sketch is not None  # rows are then made once P is known
         bar.say("log-probs" if later else "gradients")
@@ -189,10 +197,20 @@ def diagnose(
         step = replace(step, remarks=(*step.remarks, *_data_remarks(module, set_, step)))
         mean = _mean_chosen(access, passes, set_, rows) if close_ups else torch.empty(0)
         forecast, adam = None, None
-        if run is not None:
-            made = predict_run(access, passes, rows, step, run, segments=refresh, sketch=sketch)
+        if run is None:
+            so_far(Diagnosis(step, unavailable=access.unavailable))
+        else:
+
+            def ranked(gram: Gram) -> None:
+                so_far(Diagnosis(replace(step, gram=gram), unavailable=access.unavailable))
+
+            made = predict_run(
+                access, passes, rows, step, run, segments=refresh, sketch=sketch, ranked=ranked
+            )
             forecast, adam, step = made.forecast, made.adam, replace(step, gram=made.gram)
         diagnosis = Diagnosis(step, adam, forecast, unavailable=access.unavailable)
+        if run is not None:
+            so_far(diagnosis)
         seen = look_at_tokens(access, set_, mean, _wanted(diagnosis, close_ups), bar)
     validation = None
     if validate:

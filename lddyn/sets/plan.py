@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lddyn.memory import in_gib
 from lddyn.sets.access import Access
@@ -30,6 +30,8 @@ class SetPlan:
         vectors: Bytes of vectors of all trainable values.
         exact: Whether inner products are exact.
         error: Standard error of a sketched inner product, in parts of √(K_ii K_jj); 0 if exact.
+        refresh, close_ups, lbk: As of `diagnose`, after what a budget leaves out.
+        left_out: What a budget leaves out, in words.
     """
 
     parts: dict[str, int]
@@ -38,6 +40,50 @@ class SetPlan:
     vectors: int
     exact: bool
     error: float
+    refresh: int
+    close_ups: int
+    lbk: bool
+    left_out: tuple[str, ...] = ()
+
+    @classmethod
+    def within(
+        cls,
+        budget: float | None,
+        pairs: PairSet,
+        access: Access,
+        sketch: Sketch | None,
+        run: Run | None,
+        refresh: int,
+        close_ups: int,
+        lbk: bool,
+    ) -> SetPlan:
+        """The plan of a diagnosis that takes at most `budget` epochs of training; None: no limit.
+
+        LBK of all pairs is left out first, then close-ups one by one, then segments of the run. The
+        other arguments are those of `diagnose`.
+
+        Raises:
+            ValueError: If what cannot be left out takes longer.
+        """
+
+        def made(refresh: int, close_ups: int, lbk: bool) -> SetPlan:
+            return cls.of(pairs, access, sketch, run, refresh, close_ups, lbk)
+
+        whole = plan = made(refresh, close_ups, lbk)
+        choices = [(refresh, close_ups, False)]
+        choices += [(refresh, n, False) for n in range(close_ups - 1, -1, -1)]
+        choices += [(k, 0, False) for k in range(refresh - 1, 0, -1)]
+        for choice in choices:
+            if budget is None or plan.epochs <= budget:
+                return replace(plan, left_out=_differences(whole, plan))
+            plan = made(*choice)
+        if budget is not None and plan.epochs > budget:
+            raise ValueError(
+                f"budget {budget:g} is too small: {', '.join(plan.parts)} alone take "
+                f"{plan.epochs:.1f} epochs of training; read fewer pairs (--limit), train an "
+                "adapter (--adapter), or predict no run"
+            )
+        return replace(plan, left_out=_differences(whole, plan))
 
     @classmethod
     def of(
@@ -88,12 +134,20 @@ class SetPlan:
             4 * vectors * size,
             sketch is None,
             0.0 if sketch is None else 1 / math.sqrt(sketch.k),
+            refresh,
+            close_ups,
+            lbk,
         )
 
     @property
     def work(self) -> int:
         """Forward passes of one sequence in all."""
         return sum(self.parts.values())
+
+    @property
+    def epochs(self) -> float:
+        """The work in epochs of the training that is explained."""
+        return self.work / self.epoch
 
     def explain(self) -> str:
         """The plan in a few sentences."""
@@ -104,6 +158,19 @@ class SetPlan:
             else f"inner products are estimated, ±{self.error:.1%} of √(K_ii K_jj)"
         )
         return (
-            f"{self.work / self.epoch:.1f} epochs of the training that is explained ({parts}); "
+            f"{self.epochs:.1f} epochs of the training that is explained ({parts}); "
             f"{how}; {in_gib(self.rows + self.vectors)} beyond the model"
+            + "".join(f"; left out for the budget: {what}" for what in self.left_out)
         )
+
+
+def _differences(whole: SetPlan, plan: SetPlan) -> tuple[str, ...]:
+    """What a plan leaves out of another."""
+    left_out = []
+    if whole.lbk and not plan.lbk:
+        left_out.append("LBK of all pairs")
+    if plan.close_ups < whole.close_ups:
+        left_out.append(f"the tokens of {whole.close_ups - plan.close_ups} of {whole.close_ups}")
+    if plan.refresh < whole.refresh:
+        left_out.append(f"{whole.refresh - plan.refresh} of {whole.refresh} segments of the run")
+    return tuple(left_out)

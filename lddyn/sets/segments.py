@@ -16,7 +16,7 @@ gradients of log π(y_i+) at both ends of the segment (the trapezoidal rule).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -264,6 +264,7 @@ def predict_run(
     *,
     segments: int,
     sketch: Sketch | None,
+    ranked: Callable[[Gram], None] = lambda gram: None,
 ) -> Prediction:
     """Predicts a run in segments.
 
@@ -276,6 +277,7 @@ def predict_run(
         run: Settings of the run.
         segments: Number of segments.
         sketch: How rows are sketched; None: they are exact.
+        ranked: Gets the Gram at the start, as soon as it is known.
 
     Cost: exact rows: a forward and a backward pass a sequence for each segment but the last; at the
     end such a pass for the chosen responses, and a forward pass for the rejected. Sketched ones:
@@ -296,6 +298,8 @@ def predict_run(
         for since, after in pairwise(cuts):
             steps = after - since
             kernel = model.kernel(rows, simulation.now, steps)
+            if first is None:
+                ranked(kernel.gram)
             net, shrunk = simulation.advance(steps, kernel.gram.value, kernel.adam, kernel.along)
             total, first = total + net, first or (kernel.gram, kernel.adam)
             model.move(rows, net, shrunk)

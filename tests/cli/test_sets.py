@@ -97,6 +97,21 @@ def test_a_forecast(model, data, tmp_path):
     assert "row 0 has a weight already" in refused
 
 
+def test_an_interrupt_leaves_the_page_so_far(model, data, tmp_path, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lddyn.sets.diagnose.look_at_tokens", stopped)
+    out = tmp_path / "out"
+    result = diagnose(model, data, "--out", out, "--budget", "9x")
+    assert result.exit_code == 130 and "stopped" in result.stderr
+    assert "Diagnosis" not in result.stdout and (out / "index.html").is_file()
+    assert json.loads((out / "diagnosis.json").read_text())["worst"]
+    assert "--budget must be a number of epochs such as 2x, got 'much'" in errors(
+        "diagnose", "--model", model, "--data", data, "--budget", "much"
+    )
+
+
 def test_other_responses_are_observed(model, data, tmp_path):
     rows = read(data)
     others = [{"prompt": rows[0]["prompt"], "completion": rows[1]["chosen"]}, {"prompt": "?"}]

@@ -506,3 +506,29 @@ def test_a_run_moves_what_is_observed(model, run, sketched):
     ).forecast
     if not sketched:
         assert torch.allclose(plain.change, forecast.change, rtol=1e-4, atol=1e-6)
+
+
+def test_a_budget_leaves_out_what_is_not_needed(model, run, capsys):
+    seen = []
+    told = lddyn.diagnose(
+        model,
+        some_pairs(),
+        run=run,
+        refresh=3,
+        close_ups=3,
+        lbk=True,
+        budget=2.3,
+        progress=True,
+        so_far=seen.append,
+    )
+    assert told.forecast.segments == 2 and not told.close_ups and "lbk" not in told.scores
+    said = capsys.readouterr().err
+    assert "left out for the budget: LBK of all pairs; " in said
+    assert "the tokens of 3 of 3; left out for the budget: 1 of 3 segments of the run" in said
+    # First the ranking by a step, then the run.
+    assert [d.forecast is None for d in seen] == [True, False]
+    assert torch.equal(seen[0].gram, told.gram) and seen[0].worst() == seen[0].worst(5)
+    some = lddyn.diagnose(model, some_pairs(), close_ups=4, budget=8, so_far=seen.append)
+    assert 0 < len(some.close_ups) < 5 and len(seen) == 3
+    with pytest.raises(ValueError, match=r"budget 0.1 is too small: gradients alone take 0.8 epoch"):
+        lddyn.diagnose(model, some_pairs(), budget=0.1)
