@@ -194,7 +194,7 @@ def test_a_row_that_is_too_long_does_not_stop_the_others(model, data, tmp_path):
     assert "pairs.jsonl, line 7: chosen: length must be <=" in result.stderr
     assert "are estimated" not in result.stderr
     small = diagnose(model, longer, "--close-ups", 0, "--memory", "400KB")
-    assert "the gradients of 5 pairs take" in small.stderr, small.output
+    assert "the gradients of 10 responses take" in small.stderr, small.output
     assert "\\u000a" not in result.stdout
 
 

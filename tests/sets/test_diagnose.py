@@ -530,5 +530,5 @@ def test_a_budget_leaves_out_what_is_not_needed(model, run, capsys):
     assert torch.equal(seen[0].gram, told.gram) and seen[0].worst() == seen[0].worst(5)
     some = lddyn.diagnose(model, some_pairs(), close_ups=4, budget=8, so_far=seen.append)
     assert 0 < len(some.close_ups) < 5 and len(seen) == 3
-    with pytest.raises(ValueError, match=r"budget 0.1 is too small: gradients alone take 0.8 epoch"):
+    with pytest.raises(ValueError, match=r"budget 0.1 is too small: gradients alone take"):
         lddyn.diagnose(model, some_pairs(), budget=0.1)
