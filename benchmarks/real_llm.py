@@ -17,6 +17,7 @@ import argparse
 import json
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--refresh", type=int, default=2)
     parser.add_argument("--memory", default="4GiB")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        metavar="N",
+        help="rank by a step alone; the epoch is estimated from one on N of the pairs",
+    )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
@@ -153,6 +160,9 @@ def main() -> None:
         seed=args.seed,
     )
     finetune(model, pairs, args.sft_epochs, args.seed)
+    if args.rank:
+        rank(model, pairs, run, args)
+        return
     held, start = peak(), time.process_time()
     diagnosis = lddyn.diagnose(
         model,
@@ -186,6 +196,33 @@ def main() -> None:
         "epochs_of_training": diagnosed / epoch,
         "cpu_seconds": {"diagnose": diagnosed, "epoch": epoch},
         "gib_beyond_the_model": grown,
+    }
+    record(args.out, args.name, result)
+    print(json.dumps(result, indent=1))
+
+
+def rank(model: nn.Module, pairs: list[Pair], run: lddyn.Run, args: Any) -> None:
+    """What ranking pairs by a step costs, without a run."""
+    held, start = peak(), time.process_time()
+    diagnosis = lddyn.diagnose(
+        model, pairs, beta=BETA, memory=args.memory, close_ups=0, progress=True
+    )
+    diagnosed, grown = time.process_time() - start, peak() - held
+    some = pairs[: args.rank]
+    before, start = log_probs(model, some), time.process_time()
+    train(model, some, replace(run, epochs=1), before)
+    part = sum(e.length for p in some for e in p) / sum(e.length for p in pairs for e in p)
+    epoch = 4 / 3 * (time.process_time() - start) / part
+    result = {
+        **provenance(),
+        "pairs": len(pairs),
+        "tokens": sum(e.length for pair in pairs for e in pair),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "exact": diagnosis.stderr is None,
+        "epochs_of_training": diagnosed / epoch,
+        "cpu_seconds": {"diagnose": diagnosed, "epoch": epoch},
+        "gib_beyond_the_model": grown,
+        "gib_in_all": held + grown,
     }
     record(args.out, args.name, result)
     print(json.dumps(result, indent=1))
