@@ -52,5 +52,5 @@ def user(text):
     return {"role": "user", "content": text}
 
 
-def assistant(text):
-    return {"role": "assistant", "content": text}
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}

@@ -43,7 +43,7 @@ def audit(
 ) -> Answer:
     """List rows that would train badly: empty, cut, merged, identical, or without an end token.
 
-    The exit status is 1 if a row cannot be used. Notes never change it.
+    The exit status is 1 if a row cannot be used, or there is none. Notes never change it.
     """
     name = tokenizer or model
     if name is None:
@@ -64,5 +64,6 @@ def audit(
         config=config,
         generation_config=generation_config,
     )
-    passed = audit_of_rows.ok if strict else not audit_of_rows.unusable
+    usable = all(finding.severity != "error" for finding in audit_of_rows)
+    passed = audit_of_rows.ok if strict else usable
     return Answer(audit_of_rows.to_dict(), [str(audit_of_rows)], passed)

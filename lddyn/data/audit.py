@@ -131,6 +131,8 @@ class _Checks:
 
     def audit(self) -> Audit:
         """What has been found."""
+        if not self.counts["rows"]:
+            self._report_once("no_rows", "got 0 rows: an empty file, or a header alone")
         counts = self.counts
         return Audit(
             n_rows=counts["rows"],
@@ -190,7 +192,11 @@ class _Checks:
         for key, count in found.items():
             self.counts[key] += count
         for code, detail in example.notes:
-            if code in PROBLEMS:
+            if code == "other_key":
+                if (detail,) not in self._unread:
+                    self._report(name, code, detail)
+                self._unread.add((detail,))
+            elif code in PROBLEMS:
                 self._report(name, code, detail)
         is_sequence = name == "input_ids" or name.startswith("document_")
         whole = name == "text" or (is_sequence and not any(row.get(mask) for mask in MASKS))

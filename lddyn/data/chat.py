@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lddyn.data.messages import (
+    DETAILS,
+    SAYING,
     Message,
     Messages,
     common_prefix_length,
     message_weight,
+    unknown_keys,
     without_weights,
 )
 from lddyn.data.template_limits import check_work
@@ -76,13 +79,14 @@ class ChatTemplate:
         Args:
             name: Column of the messages.
             messages: The messages.
-            notes: Receives "not_rendered". None: nothing is noted.
+            notes: Receives "not_rendered" and "other_key". None: nothing is noted.
 
         Raises:
             ExampleError: If a message has tool calls and no content, and the template knows no tool
                 calls: it would print "None", or fail.
         """
-        lost = {"tool_calls": 0, "reasoning_content": 0}
+        lost = dict.fromkeys(SAYING, 0)
+        others: dict[str, None] = {}
         for index, message in enumerate(messages):
             unknown = bool(message.get("tool_calls")) and not self.reads("tool_calls")
             if unknown and message.get("content") is None:
@@ -95,11 +99,19 @@ class ChatTemplate:
                 )
             for key in lost:
                 lost[key] += bool(message.get(key)) and not self.reads(key)
+            others |= dict.fromkeys(key for key in unknown_keys(message) if not self.reads(key))
         for key, count in lost.items():
             if count:
                 _note_unrendered(notes, f"{key} of {count} message{'s' if count > 1 else ''}")
         if self.tools and not self.reads("tools"):
             _note_unrendered(notes, "tools")
+        detailed = sum(any(message.get(key) for key in DETAILS) for message in messages)
+        if detailed and notes is not None:
+            text = "the detail of what to train on is not read; these messages count whole"
+            notes.append(("partial_weight", f"{text}: {detailed}"))
+        if others and notes is not None:
+            keys = ", ".join(sorted(others))
+            notes.append(("other_key", f"nobody reads the keys {keys} of messages"))
 
     def render_counted(
         self, messages: Messages, first: int, notes: Notes

@@ -37,7 +37,7 @@ def _columns(names: str, holds: str, lost: str = "") -> dict[str, Column]:
 COLUMNS: dict[str, Column] = {
     # Texts and conversations
     **_columns("text", "a whole text"),
-    **_columns("messages conversations", "a conversation"),
+    **_columns("messages conversations conversation", "a conversation"),
     **_columns("prompt", "the prompt, a text or messages"),
     **_columns("completion", "the response to the prompt"),
     **_columns("chosen rejected", "the preferred and the other response"),
@@ -45,6 +45,15 @@ COLUMNS: dict[str, Column] = {
     **_columns("instruction input", "the user's turn, in two parts (alpaca)", "the user's turn"),
     **_columns("context document passage", "further text of the prompt", "the context"),
     **_columns("output", "the assistant's answer (alpaca), or the better and the worse"),
+    **_columns("query", "the user's turn (ms-swift)", "the user's turn"),
+    **_columns("response", "the assistant's answer (ms-swift)", "the answer"),
+    **_columns("rejected_response", "the worse answer (ms-swift)", "the pair"),
+    **_columns("preferred_output non_preferred_output", "the two answers (OpenAI)", "the pair"),
+    **_columns(
+        "reasoning reasoning_content thinking thought cot",
+        "the thought in front of the answer",
+        "the thought",
+    ),
     **_columns("system", "the system prompt", "the system prompt"),
     **_columns("history", "earlier turns, as [user, assistant] pairs (alpaca)", "earlier turns"),
     **_columns(
@@ -102,6 +111,7 @@ COLUMNS: dict[str, Column] = {
         "KTO's KL",
     ),
     # What no trainer reads
+    **_columns("score reward rating", "what a judge gave the response"),
     **_columns("token_type_ids length num_tokens n_tokens num_items_in_batch", "bookkeeping"),
     **_columns(
         "id idx index prompt_id uid uuid source dataset category subset split", "bookkeeping"
@@ -109,7 +119,12 @@ COLUMNS: dict[str, Column] = {
 }
 
 # Column → field, of rows that hold a whole text or conversation; the first one there is read.
-WHOLE = {"messages": "messages", "conversations": "messages", "text": "text"}
+WHOLE = {
+    "messages": "messages",
+    "conversations": "messages",
+    "conversation": "messages",
+    "text": "text",
+}
 
 # (prompt, chosen, rejected) as token ids: columns of TRL 1, and of TRL 0.24.
 PREPARED_PAIRS = (
@@ -143,6 +158,8 @@ _SYNONYMS = {
     "question": "prompt",
     "query": "prompt",
     "instruction": "prompt",
+    "input": "prompt",
+    "problem": "prompt",
     "response": "completion",
     "answer": "completion",
     "output": "completion",
@@ -156,8 +173,9 @@ _SYNONYMS = {
     "raw_content": "text",
     "dialogue": "messages",
     "dialog": "messages",
-    "conversation": "messages",
 }
+
+_BOOLEANS = {"true": True, "false": False, "1": True, "0": False}  # as CSV files have them
 
 # What rows of several responses to one prompt call these (GRPO, best of n, reward models).
 _GROUPS = ("completions", "responses", "outputs", "answers", "candidates", "generations", "samples")
@@ -171,7 +189,9 @@ _FORMATS = (
     "{prompt, chosen, rejected}",
     "{chosen, rejected}",
     "{instruction, input, output}",
+    "{query, response}",
     "{conversations, chosen, rejected}",
+    "{messages, rejected_response}",
     "{chosen_messages, rejected_messages}",
     "{input_ids, labels or completion_mask}",
     "{prompt_ids, completion_ids}",
@@ -209,8 +229,8 @@ def feedback_label(row: Row) -> bool | None:
         value = row.get(column)
         if value is None:
             continue
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            return value.lower() == "true"
+        if isinstance(value, str) and value.strip().lower() in _BOOLEANS:
+            return _BOOLEANS[value.strip().lower()]
         if value in (0, 1):
             return bool(value)
         raise ExampleError(
@@ -257,13 +277,28 @@ def require_columns(row: Row, *columns: str) -> None:
 def missing_column(column: str, row: Row) -> ExampleError:
     """Error for a column that the row lacks: what the row has, what to rename, all formats."""
     there = ", ".join(map(repr, map(str, row))) or "no columns"
-    renamed = [f"{name!r} to {_SYNONYMS[name]!r}" for name in map(str, row) if name in _SYNONYMS]
+    known = {name: _usual_name(name) for name in map(str, row)}
+    renamed = [f"{name!r} to {usual!r}" for name, usual in known.items() if usual != name]
     advice = f"; rename {', '.join(renamed)}" if renamed else ""
     advice += group_advice(row)
     return ExampleError(
         f"row must have a column {column!r}, got {there}{advice}; formats: {' | '.join(_FORMATS)}",
         problem="missing_column",
         field=column,
+    )
+
+
+def _usual_name(name: str) -> str:
+    """What lddyn calls a column of this name: 'Prompt ' and 'question' are 'prompt'."""
+    plain = name.strip().lower()
+    return _SYNONYMS.get(plain, plain if plain in COLUMNS else name)
+
+
+def prompt_under_another_name(row: Row) -> bool:
+    """Whether a column that others call the prompt, such as `question`, has a text."""
+    return any(
+        isinstance(value, str) and bool(value) and _usual_name(str(name)) == "prompt"
+        for name, value in row.items()
     )
 
 

@@ -152,6 +152,13 @@ def encode_whole(tokenizer: Tokenizer, content: object, name: str, options: RowO
     if is_messages(content):
         messages = to_messages(name, content)
         roles = [message["role"] for message in messages]
+        if options.assistant_only and "assistant" not in roles:
+            raise EmptyResponseError(
+                f"{name} must have a message of the assistant, got the roles "
+                f"{', '.join(dict.fromkeys(roles))}: there is nothing to learn; rename the role, "
+                "or drop the row",
+                field=name,
+            )
         first = roles.index("assistant") if "assistant" in roles else len(roles)
         first = first if options.assistant_only else 0
         return _encode_messages(tokenizer, messages[:first], messages[first:], name, options)

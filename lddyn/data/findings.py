@@ -18,6 +18,7 @@ Severity = Literal["error", "warning", "note"]
 _MARKS = {"error": "error", "warning": "warn ", "note": "note "}  # in the order of the report
 
 _ERRORS = {
+    "no_rows": "the data has no row",
     "unreadable_row": "the row cannot be read",
     "missing_column": "a column is missing",
     "not_text": "None, or content that is no text",
@@ -71,6 +72,7 @@ _WARNINGS = {
 
 _NOTES = {
     "other_column": "columns that are not read",
+    "other_key": "keys of messages that are not read",
     "shared_start": "chosen and rejected begin with the same text: these tokens cancel",
     "undesirable": "label is false: a loss without label raises these responses, too",
     "row_reference": "the rows hold log π_ref",

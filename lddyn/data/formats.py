@@ -10,12 +10,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lddyn.data.chat import as_plain_text
-from lddyn.data.columns import WHOLE, Row, feedback_label, missing_column, require_columns
+from lddyn.data.columns import (
+    WHOLE,
+    Row,
+    feedback_label,
+    missing_column,
+    prompt_under_another_name,
+    require_columns,
+)
 from lddyn.data.encode import not_text
 from lddyn.data.messages import (
     Messages,
     common_prefix_length,
     is_messages,
+    messages_of_json,
     parse_tools,
     to_messages,
     without_weights,
@@ -91,7 +99,8 @@ def recognise(row: Row, fields: Sequence[str] | str | None) -> Content:
     every = fields == "all"
     named = [] if fields is None or every else [fields] if isinstance(fields, str) else list(fields)
     require_columns(row, *named)
-    content = _recognise(row, named, every)
+    row = {name: messages_of_json(value) for name, value in row.items()}
+    content = _recognise_given(row, named, every)
     if every and content.prompt is not None:
         named = [k for k, v in row.items() if isinstance(v, str) and k not in content.reads]
     if content.prompt is not None:
@@ -111,15 +120,39 @@ def recognise(row: Row, fields: Sequence[str] | str | None) -> Content:
     return replace(
         content,
         reads=content.reads | own,
-        tools=parse_tools(row.get("tools")),
+        tools=parse_tools(row.get("tools")) or content.tools,
         template_kwargs={**content.template_kwargs, **kwargs},
     )
 
 
+def _recognise_given(row: Row, named: Sequence[str], every: bool) -> Content:
+    """The content of a row; joined data sets leave the columns of other formats None."""
+    kept = {*_SIDES} if any(row.get(side) is not None for side in _SIDES) else set()
+    if any(isinstance(row.get(name), str) for name in ("completion", *_SIDES)):
+        kept.add("prompt")
+    given = {k: v for k, v in row.items() if v is not None or k in kept or k in named}
+    if len(given) < len(row):
+        try:
+            return _recognise(given, named, every)
+        except ExampleError as error:
+            if error.problem != "missing_column":
+                raise
+    return _recognise(row, named, every)
+
+
 def _recognise(row: Row, named: Sequence[str], every: bool) -> Content:
     """The content of a row without further fields."""
+    if {"preferred_output", "non_preferred_output"} & set(row):
+        return _openai_pair(row)
+    if "messages" in row and "chosen" not in row:
+        if "rejected_response" in row:
+            return _swift_pair(row)
+        if "rejected_messages" in row:
+            return _message_pair(row, "messages")
     if "chosen_messages" in row or "rejected_messages" in row:
-        return _message_pair(row)
+        return _message_pair(row, "chosen_messages")
+    if {"query", "response"} <= set(row) and not {"prompt", "instruction"} & set(row):
+        return _query(row, bool(named) or every)
     if "instruction" in row and "prompt" not in row:
         return _alpaca(row, bool(named) or every)
     if "chosen" in row or "rejected" in row:
@@ -160,6 +193,13 @@ def _whole(row: Row, column: str) -> Content:
     """A whole text or conversation; one with a label is feedback on its last message."""
     value, name, reads = row[column], WHOLE[column], {column}
     if not is_messages(value):
+        if name == "messages" and isinstance(value, str):
+            raise ExampleError(
+                f"{column} must be a list of chat messages, or its JSON, got text {value!r:.40}; a "
+                "whole text is a column 'text'",
+                problem="not_text",
+                field=column,
+            )
         return Content(None, {name: value}, frozenset(reads))
     shared = "from" in value[0]
     messages = to_messages(column, value)
@@ -263,9 +303,56 @@ def _answer(side: str, value: object) -> Messages:
     return to_messages(side, value)
 
 
-def _message_pair(row: Row) -> Content:
-    """LLaMA-Factory's v1 pairs: two whole conversations."""
-    columns = ("chosen_messages", "rejected_messages")
+def _query(row: Row, further: bool) -> Content:
+    """ms-swift's query, response, history and system, which are alpaca's under other names."""
+    alpaca = {**row, "instruction": row["query"]}
+    if row.get("rejected_response") is not None:
+        alpaca |= {"chosen": row["response"], "rejected": row["rejected_response"]}
+    content = _alpaca(alpaca, further)
+    reads = content.reads | {"query", "response", "rejected_response"}
+    return replace(content, reads=reads)
+
+
+def _swift_pair(row: Row) -> Content:
+    """ms-swift's pairs: a whole conversation, and another last answer."""
+    if not is_messages(row["messages"]):
+        raise not_text("messages", row["messages"])
+    whole = to_messages("messages", row["messages"])
+    if whole[-1]["role"] != "assistant" or len(whole) < 2:
+        raise ExampleError(
+            "messages must end with the assistant's answer, as rejected_response is another one; "
+            f"got the roles {', '.join(message['role'] for message in whole)}",
+            problem="bad_message",
+            field="messages",
+        )
+    pair = {
+        "chosen": whole[-1:],
+        "rejected": _answer("rejected_response", row["rejected_response"]),
+    }
+    reads = frozenset({"messages", "rejected_response"})
+    return Content(whole[:-1], pair, reads, _SIDES)
+
+
+def _openai_pair(row: Row) -> Content:
+    """OpenAI's preference rows: input with messages and tools, and two outputs."""
+    columns = ("preferred_output", "non_preferred_output")
+    require_columns(row, "input", *columns)
+    given = row["input"]
+    if not isinstance(given, Mapping) or not is_messages(given.get("messages")):
+        raise ExampleError(
+            f"input must be an object with messages, got {glimpse(given)}",
+            problem="not_text",
+            field="input",
+        )
+    prompt = to_messages("input", given["messages"])
+    pair = {side: _answer(name, row[name]) for side, name in zip(_SIDES, columns, strict=True)}
+    reads = frozenset({"input", *columns})
+    return Content(prompt, pair, reads, _SIDES, parse_tools(given.get("tools")))
+
+
+def _message_pair(row: Row, chosen: str) -> Content:
+    """LLaMA-Factory's v1 pairs: two whole conversations; ms-swift's, of which one is `messages`."""
+    columns = (chosen, "rejected_messages")
     require_columns(row, *columns)
     for column in columns:
         if not is_messages(row[column]):
@@ -300,6 +387,8 @@ def _preference(row: Row, one_is_enough: bool) -> Content:
     # A text beside whole conversations repeats their first turn.
     beside = isinstance(prompt, str) and all(_is_whole(value) for value in responses.values())
     if len(own) == 2 and ("prompt" not in row or beside):
+        if all(isinstance(v, str) for v in responses.values()) and prompt_under_another_name(row):
+            raise missing_column("prompt", row)
         prompt, *split = _split_prompt(responses["chosen"], responses["rejected"])
         return Content(prompt, dict(zip(own, split, strict=True)), reads, own)
     require_columns(row, "prompt")

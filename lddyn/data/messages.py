@@ -1,7 +1,9 @@
 """Chat messages of all shapes brought to one: role, text, tool calls, reasoning, weight.
 
-Shapes that are read: {role, content} with a text or a list of parts; ShareGPT's {from, value};
-LLaMA-Factory's parts {type, value} and its roles `function_call` and `observation`.
+Shapes that are read: {role, content} with a text or a list of parts; ShareGPT's {from, value}, and
+mixtures such as {role, text}; LLaMA-Factory's parts {type, value} and its roles `function_call` and
+`observation`; OpenAI's older key `function_call`; tool calls as their JSON; a whole conversation as
+its JSON.
 """
 
 from __future__ import annotations
@@ -14,14 +16,31 @@ from lddyn.errors import ExampleError, glimpse
 
 __all__ = ["Message", "Messages"]
 
+_TEXTS = ("content", "value", "text")  # what a message may call its words
+
 Message = Mapping[str, Any]
 Messages = list[dict[str, Any]]
 
-# ShareGPT's and LLaMA-Factory's names of roles.
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+# Names of roles in ShareGPT, LLaMA-Factory and OpenAssistant.
+_ROLES = {
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "ai"), "assistant"),
+    **dict.fromkeys(("observation", "function", "function_response"), "tool"),
+}
 
-# Keys of a message that say how much its tokens count; chat templates do not receive them.
-WEIGHTS = ("weight", "train", "loss_weight")
+# Keys of a message that say how much its tokens count (`training` is Axolotl's, `loss` ms-swift's);
+# chat templates do not receive them.
+WEIGHTS = ("weight", "train", "loss_weight", "training", "loss")
+
+# Keys that hold what a message says: lost if the chat template does not read them.
+SAYING = (
+    *("tool_calls", "reasoning_content", "reasoning", "thinking", "thought", "refusal"),
+    *("images", "image", "audio", "video"),
+)
+DETAILS = ("train_detail", "training_detail")  # Axolotl's choice of characters that count
+
+# Keys that link, name or date a message.
+_LABELS = {"role", "content", "name", "id", "tool_call_id", "type", *WEIGHTS, *SAYING, *DETAILS}
 
 
 def is_messages(value: object) -> TypeGuard[Sequence[Message]]:
@@ -32,6 +51,23 @@ def is_messages(value: object) -> TypeGuard[Sequence[Message]]:
         and len(value) > 0
         and all(isinstance(message, Mapping) for message in value)
     )
+
+
+def messages_of_json(value: object) -> object:
+    """The messages that a text holds as JSON; any other value as it is."""
+    if not isinstance(value, str) or not (text := value.strip()).startswith("["):
+        return value
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        return value
+    named = is_messages(parsed) and all({"role", "from"} & set(message) for message in parsed)
+    return parsed if named else value
+
+
+def unknown_keys(message: Message) -> list[str]:
+    """Keys of a message that lddyn does not know and that have a value."""
+    return [key for key, value in message.items() if key not in _LABELS and value not in ("", [])]
 
 
 def to_messages(name: str, messages: Iterable[object]) -> Messages:
@@ -49,7 +85,7 @@ def to_messages(name: str, messages: Iterable[object]) -> Messages:
 
 
 def message_weight(message: Message) -> float:
-    """How much a message's tokens count: 1, unless `weight`, `train` or `loss_weight` says less."""
+    """How much a message's tokens count: 1, unless one of WEIGHTS says less."""
     weight = 1.0
     for key in WEIGHTS:
         value = message.get(key)
@@ -104,13 +140,19 @@ def _to_message(where: str, name: str, message: object) -> dict[str, Any]:
 
     if not isinstance(message, Mapping):
         raise refuse(f"must be a message with a role and a content, got {glimpse(message)}")
-    if "from" in message and "value" in message:
-        others = {k: v for k, v in message.items() if k not in ("from", "value")}
-        message = {"role": message["from"], "content": message["value"], **others}
-    role = message.get("role")
+    role_key = next((key for key in ("role", "from") if message.get(key) is not None), "role")
+    text_key = next((key for key in _TEXTS if message.get(key) is not None), "content")
+    role = message.get(role_key)
     if not isinstance(role, str):
         raise refuse(f"must be a message with a role and a content, got {message!r:.80}")
     made = {key: value for key, value in message.items() if value is not None}
+    if text_key in made:
+        made["content"] = made.pop(text_key)
+    made.pop("from", None)
+    if isinstance(made.get("tool_calls"), str):
+        made["tool_calls"] = _calls_of_json(made["tool_calls"], refuse)
+    if isinstance(made.get("function_call"), Mapping):
+        made["tool_calls"] = _tool_calls(made.pop("function_call"), refuse)
     for key in WEIGHTS:
         if key in made and not isinstance(made[key], bool | int | float):
             raise refuse(f"must have a number or a boolean as {key}, got {glimpse(made[key])}")
@@ -124,7 +166,8 @@ def _to_message(where: str, name: str, message: object) -> dict[str, Any]:
     elif content is None and made.get("tool_calls"):
         made["content"] = None
     elif not isinstance(content, str):
-        raise refuse(f"must have text as its content, got {glimpse(content)}", "not_text")
+        keys = "" if content is not None else f" (its keys are {', '.join(map(str, message))})"
+        raise refuse(f"must have text as its content, got {glimpse(content)}{keys}", "not_text")
     return made
 
 
@@ -157,6 +200,17 @@ def _of_parts(parts: Sequence[object], refuse: Any) -> dict[str, Any]:
     if calls:
         made["tool_calls"] = calls
     return made
+
+
+def _calls_of_json(text: str, refuse: Any) -> list[Any]:
+    """Tool calls of a message that has them as a text."""
+    try:
+        calls = json.loads(text) if text.strip() else []
+    except ValueError as error:
+        raise refuse(
+            f"must hold tool_calls as a list or JSON, got {text!r:.40} ({error})"
+        ) from None
+    return list(calls) if isinstance(calls, list) else [calls]
 
 
 def _tool_calls(content: object, refuse: Any) -> list[dict[str, Any]]:

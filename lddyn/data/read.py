@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import bz2
+import codecs
 import csv
 import glob
 import gzip
@@ -42,10 +43,15 @@ Source = str | os.PathLike[str] | Iterable[Row] | Iterable[PlacedRow]
 
 
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_TEXT_COLUMNS = (
+    *("text", "prompt", "completion", "chosen", "rejected", "instruction", "output"),
+    *("query", "response", "question"),
+)
 _FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 _LONGEST_LINE = 1 << 28  # bytes of a row
 
 _LARGEST_JSON = 1 << 33  # bytes of a file that is one JSON value
+_OTHER = (".xlsx", ".xls", ".yaml", ".yml", ".pkl", ".pickle", ".feather", ".tfrecord", ".db")
 _SPLIT = re.compile(r"^(train|test|valid|validation|eval|dev)(?=[^a-z]|$)")
 
 
@@ -96,6 +102,8 @@ def placed_rows(source: Source) -> Iterator[PlacedRow]:
         return
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # data frame
         source = source.to_dict("records")
+    if _is_column_table(source):
+        source = _rows_of_columns(source)  # type: ignore[arg-type]
     if isinstance(source, Mapping):
         source = _only_split(source, "the data set", "choose a split, or put the row in a list")
     if not isinstance(source, Iterable):
@@ -122,8 +130,9 @@ def _as_row(row: object, where: str) -> RowDict | ExampleError:
 
 def _only_split(splits: Mapping[Any, Any], where: str, advice: str) -> Iterable[Row]:
     """The rows of the only split of a data set; raises if it has several, or none."""
-    if len(splits) == 1:
-        name, table = next(iter(splits.items()))
+    tables = {n: t for n, t in splits.items() if hasattr(t, "column_names") or isinstance(t, list)}
+    if len(tables) == 1:
+        name, table = next(iter(tables.items()))
         if hasattr(table, "column_names") or _is_split_table({name: table}):
             return table  # type: ignore[no-any-return]
     names = ", ".join(repr(str(name)) for name in list(splits)[:8])
@@ -201,9 +210,20 @@ def _kind(path: Path) -> str:
 
 
 def _open(path: Path) -> IO[bytes]:
+    """The file's bytes, unpacked; one in UTF-16, which says so in its first bytes, as UTF-8."""
     file = os.fdopen(open_regular(path), "rb")
     opener: Any = _OPEN.get(path.suffix.lower())
-    return file if opener is None else opener(file, "rb")
+    stream: Any = file if opener is None else opener(file, "rb")
+    if stream.peek(2)[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return stream  # type: ignore[no-any-return]
+    with stream:
+        content = stream.read(_LARGEST_JSON + 1)
+    if len(content) > _LARGEST_JSON:
+        raise _unreadable(str(path), f"longer than {_LARGEST_JSON} bytes in UTF-16")
+    try:
+        return io.BytesIO(content.decode("utf-16").encode())
+    except UnicodeError as error:
+        raise _unreadable(str(path), f"begins as UTF-16 and is not ({error})") from error
 
 
 def _lines(stream: IO[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
@@ -222,6 +242,8 @@ def _read_file(path: Path) -> Iterator[PlacedRow]:
     if path.suffix.lower() in (".zst", ".zip", ".7z", ".tar"):
         raise _unreadable(str(path), "unpack it first; .gz, .bz2 and .xz are read as they are")
     kind = _kind(path)
+    if kind in _OTHER:
+        raise _unreadable(str(path), f"{kind} is not read: export it as JSONL, CSV or Parquet")
     try:
         os.close(open_regular(path))
     except ValueError as error:
@@ -258,7 +280,7 @@ def _read_json(path: Path) -> Iterator[PlacedRow]:
             if not text.strip():
                 continue
             row = _parse_line(text, where)
-            if number == 1 and _is_split_table(row):
+            if number == 1 and (_is_split_table(row) or _is_column_table(row)):
                 yield from _entries(row, path)
             else:
                 yield PlacedRow(where, row)
@@ -268,20 +290,45 @@ def _entries(table: object, path: Path) -> Iterator[PlacedRow]:
     """Yield the rows of a list, or of an object with one list of rows."""
     if _is_split_table(table):
         table = _only_split(table, str(path), "give a file with one list of rows")  # type: ignore[arg-type]
+    if _is_column_table(table):
+        table = _rows_of_columns(table)  # type: ignore[arg-type]
     for index, row in enumerate(table if isinstance(table, list) else [table]):
         where = f"{path}, entry {index}"
+        if isinstance(row, Mapping) and {"row_idx", "row"} <= set(row):
+            row = row["row"]  # as the data sets server of Hugging Face answers
         yield PlacedRow(where, _as_row(row, where))
+
+
+def _is_column_table(table: object) -> bool:
+    """Whether an object holds the rows as columns: {"prompt": [...], "chosen": [...]}."""
+    if not isinstance(table, Mapping) or not table:
+        return False
+    columns = list(table.values())
+    if not all(isinstance(c, list) and c and len(c) == len(columns[0]) for c in columns):
+        return False
+    texts = [c for name, c in table.items() if name in _TEXT_COLUMNS]
+    whole = [c for name, c in table.items() if name in ("messages", "conversations")]
+    return any(all(isinstance(x, str) for x in c) for c in texts) or any(
+        all(isinstance(x, list) for x in c) for c in whole
+    )
+
+
+def _rows_of_columns(table: Mapping[str, list[Any]]) -> list[RowDict]:
+    return [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
 
 
 def _is_split_table(row: object) -> bool:
     """Whether a JSON object holds lists of rows by their split, as in {"train": [...]}."""
     if not isinstance(row, Mapping) or not row:
         return False
-    named = all(name in ("data", "rows") or _SPLIT.match(str(name)) for name in row)
-    return named and all(
-        isinstance(table, list) and all(isinstance(entry, Mapping) for entry in table)
-        for table in row.values()
-    )
+    tables = {
+        name: table
+        for name, table in row.items()
+        if isinstance(table, list) and all(isinstance(entry, Mapping) for entry in table)
+    }
+    named = all(name in ("data", "rows") or _SPLIT.match(str(name)) for name in tables)
+    about = row.keys() - tables.keys()
+    return bool(tables) and named and not about & {*_TEXT_COLUMNS, "messages", "conversations"}
 
 
 def _is_complete(head: bytes) -> bool:
@@ -340,6 +387,10 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[PlacedRow]:
             raise _unreadable(str(path), "holds zero bytes: no text in UTF-8")
     with _open(path) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+        header = text.readline(1 << 20)
+        if delimiter not in header:  # as spreadsheets write it in countries with a decimal comma
+            delimiter = next((other for other in ";\t|" if other in header), delimiter)
+        text.seek(0)
         reader = csv.DictReader(text, delimiter=delimiter)
         for number, cells in enumerate(reader, start=1):
             where = f"{path}, row {number}"

@@ -48,6 +48,10 @@ prompt |
     | `chosen_messages`, `rejected_messages` | `chosen`, `rejected` |
     | `instruction`, `input`, `output` (alpaca; also `system`, `history`) | `output` |
     | `instruction`, `input`, `chosen`, `rejected` | `chosen`, `rejected` |
+    | `query`, `response` (ms-swift; also `system`, `history`) | `response` |
+    | `query`, `response`, `rejected_response` | `chosen`, `rejected` |
+    | `messages` with `rejected_response` or `rejected_messages` | `chosen`, `rejected` |
+    | `input`, `preferred_output`, `non_preferred_output` (OpenAI) | `chosen`, `rejected` |
     | `input_ids` with `labels`, `completion_mask` or `assistant_masks` | `input_ids`; \
 `document_0`, `document_1`, ... of a packed row |
     | `prompt_ids`, `completion_ids` (also `completion_input_ids`) | `completion` |
@@ -55,7 +59,8 @@ prompt |
 `rejected` |
 
     A message is {role, content}, {from, value}, or has a list of parts as its content; one whose
-    `weight`, `loss_weight` or `train` is 0 or false does not count. Token ids may have masks:
+    `weight`, `loss_weight`, `train`, `training` or `loss` is 0 or false does not count. Messages
+    may be JSON in a text. Token ids may have masks:
     tokens whose `attention_mask` or `prompt_mask` is 0 are not read, values above 1 number the
     documents of a packed row; `labels` of -100, `completion_mask`, `assistant_masks` say which
     tokens count.

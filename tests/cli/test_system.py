@@ -33,6 +33,9 @@ def test_audit_exits_with_1_for_unusable_rows_and_if_strict_for_warnings(model, 
         arguments = ["audit", "--model", model, "--data", path]
         assert (call(*arguments).exit_code, call(*arguments, "--strict").exit_code) == codes
     assert "rows.jsonl, line 1) completion: completion must be text" in call(*arguments).stdout
+    path.write_text("")
+    empty = call(*arguments)
+    assert empty.exit_code == 1 and "the data has no row" in empty.stdout
 
 
 def test_env():
