@@ -140,9 +140,9 @@ def turn(model: nn.Module) -> Iterator[None]:
         first = not state.depth
         state.depth += 1
         try:
-            before = _versions(model) if first else {}
+            before = _versions(model) if first else []
             yield
-            if first and not state.moved and _versions(model) != before:
+            if not state.moved and any(p._version != version for p, version in before):
                 raise RuntimeError(
                     "the model's weights were changed while it was analysed, by another thread: "
                     "do not take optimizer steps on a model beside an analysis of it"
@@ -154,14 +154,14 @@ def turn(model: nn.Module) -> Iterator[None]:
                 state.lock.release()
 
 
-def _versions(model: nn.Module) -> dict[int, int]:
-    """How often each weight that trains has been changed in place.
+def _versions(model: nn.Module) -> list[tuple[Tensor, int]]:
+    """Each weight that trains, with the number of its changes in place.
 
     Of the others, streamed ones are read-only, and peft's LoRA on packed experts sets frozen ones
     anew in every forward pass.
     """
-    parameters = (p for p in model.parameters() if p.requires_grad and not p.is_inference())
-    return {id(parameter): parameter._version for parameter in parameters}
+    weights = (p for p in model.parameters() if p.requires_grad and not p.is_inference())
+    return [(weight, weight._version) for weight in weights]
 
 
 @contextlib.contextmanager
