@@ -18,7 +18,7 @@ STAMP := .venv/$(subst =,-,$(LDDYN_TORCH))
 FREED := $(if $(filter $(PINNED),$(LDDYN_TORCH)),^torch==,^torch==|^triton==)
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test cases matrix docs lint lint-ruff lint-format lint-types lint-csrc bench peers gpu-check format clean
+.PHONY: demo test cases torture matrix docs lint lint-ruff lint-format lint-types lint-csrc bench peers gpu-check format clean
 
 demo: .venv/installed
 	$(BIN)/lddyn demo
@@ -29,6 +29,13 @@ test: .venv/installed
 # The kinds of rows, models and trainers that people hold, as a table: which come out right.
 cases: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q -m case
+
+# What docs/reliability.md promises, tried thousands of times: an hour or two. It goes on where it
+# stopped, from the counts in .benchmarks/torture.json, and writes the page's table.
+torture: export PYTHONPATH = .:tests:tests/engine
+torture: .venv/installed
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/torture.py $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python benchmarks/torture.py --docs
 
 # Other versions of Python, torch, transformers and TRL (docs/versions.md); gigabytes a row.
 matrix:

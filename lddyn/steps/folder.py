@@ -144,8 +144,12 @@ def read_steps(
         raise ValueError(
             f"{path}: cannot be read as the summary of these steps: {error}"
         ) from error
+    if not isinstance(summary.get("records"), dict):
+        raise ValueError(
+            f"{path}: cannot be read as the summary of these steps: it is another file"
+        )
     digests = _digests(folder, places)
-    for name, digest in summary.pop("records", {}).items():
+    for name, digest in summary.pop("records").items():
         if digests.get(name) != digest:
             raise ValueError(f"{folder}: {name} and summary.json are not of one save")
     return decs, verifications, summary
