@@ -28,7 +28,7 @@ test: .venv/installed
 
 # The kinds of rows, models and trainers that people hold, as a table: which come out right.
 cases: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q -m case
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q -m case --disable-warnings
 
 # What docs/reliability.md promises, tried thousands of times: an hour or two. It goes on where it
 # stopped, from the counts in .benchmarks/torture.json, and writes the page's table.

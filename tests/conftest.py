@@ -53,23 +53,51 @@ def pytest_collection_modifyitems(items):
             item.user_properties.append(("case", mark.args[0]))
 
 
-def pytest_terminal_summary(terminalreporter):
+# Folder or file of tests → what its kinds are of, in the order of the table of `make cases`.
+TOPICS = {
+    "data": "Rows and files",
+    "objectives": "Losses",
+    "test_settings.py": "Settings of trainers",
+    "integrations": "Runs that are watched",
+    "engine": "Models and adapters",
+}
+OTHERS = "Steps, diagnoses and commands"
+
+
+def pytest_terminal_summary(terminalreporter, config):
     """The table of `make cases`: one line for each kind of @pytest.mark.case(KIND)."""
-    if terminalreporter.config.option.markexpr != "case":
+    if config.option.markexpr != "case" or config.option.collectonly:
         return
-    outcomes, seconds, rooms = defaultdict(Counter), Counter(), {}
+    outcomes, seconds, kinds = defaultdict(Counter), Counter(), defaultdict(set)
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.getreports(outcome):
             for kind in (value for name, value in report.user_properties if name == "case"):
                 outcomes[kind][outcome] += 1
                 seconds[kind] += report.duration
-                rooms[kind] = report.nodeid.split("::")[0].removeprefix("tests/")
-    terminalreporter.section("kinds of rows, models and trainers")
-    width = max(map(len, outcomes), default=0)
-    for kind in sorted(outcomes, key=lambda kind: (rooms[kind], kind)):
-        count = ", ".join(f"{n} {outcome}" for outcome, n in outcomes[kind].items())
-        line = f"{kind:{width}}  {count:20}{seconds[kind]:6.1f} s  {rooms[kind]}"
-        terminalreporter.write_line(line)
+                path = report.nodeid.split("::")[0].removeprefix("tests/")
+                kinds[TOPICS.get(path.split("/")[0], OTHERS)].add((kind, path))
+    right = {kind for kind, count in outcomes.items() if not count.keys() - {"passed", "skipped"}}
+    checked = {kind for kind in right if outcomes[kind]["passed"]}
+    terminalreporter.section("kinds of rows, models and trainers that people hold")
+    terminalreporter.write_line(
+        "right: lddyn says what the tests of this kind hold, which is made by autograd, a real\n"
+        "step or the trainer itself. The number is that of the tests."
+    )
+    for topic in (*TOPICS.values(), OTHERS):
+        entries = sorted(kinds[topic], key=lambda entry: entry[0].lower())
+        if entries:
+            terminalreporter.write_line(f"\n{topic}")
+        for kind, path in entries:
+            word = "right" if kind in checked else "skipped" if kind in right else "WRONG"
+            count = sum(outcomes[kind].values())
+            terminalreporter.write_line(
+                f"  {word:7} {count:3}  {kind:72} {seconds[kind]:6.1f} s  {path}"
+            )
+    skipped, wrong = right - checked, outcomes.keys() - right
+    terminalreporter.write_line(
+        f"\n{len(checked)} kinds right, {len(wrong)} wrong, {len(skipped)} skipped"
+        + (f"; wrong: {'; '.join(sorted(wrong))}" if wrong else "")
+    )
 
 
 def pytest_generate_tests(metafunc):

@@ -61,7 +61,7 @@ from lddyn.sets.step import SetStep
 from lddyn.sets.validate import validate as compare_with_steps
 from lddyn.settings import Like, TrainerSettings, router_remark
 from lddyn.sketches.sketch import Sketch
-from lddyn.steps.precision import coarse, has_dropout, rounding_error
+from lddyn.steps.precision import coarse, has_dropout, noise_remarks, rounding_error
 from lddyn.steps.setup import named_examples
 
 __all__ = ["NUMBERS", "diagnose"]
@@ -255,6 +255,7 @@ def _remarks(model: nn.Module, loss: Loss, settings: TrainerSettings | None) -> 
         )
     if has_dropout(model):
         remarks.append("Dropout is off: every number is that of the model in evaluation mode.")
+    remarks += noise_remarks(model)
     routers = router_remark(model.config, settings)
     return (*remarks, *([routers] if routers else []))
 

@@ -27,7 +27,7 @@ from lddyn.errors import DisagreementError
 from lddyn.objectives.objective import Objective
 from lddyn.optimizers import Direction
 from lddyn.steps.decomposition import Decomposition, Observed, UpdateToken
-from lddyn.steps.precision import describe_precision, has_dropout
+from lddyn.steps.precision import describe_precision, has_dropout, noise_remarks
 from lddyn.steps.session import Session
 from lddyn.steps.setup import Setup, UpdateState, shifted_copy, unused
 
@@ -277,6 +277,7 @@ class _Passes:
             "remarks": [
                 *setup.remarks,
                 *setup.update.remarks(),
+                *noise_remarks(setup.anatomy.model),
                 *expert_remarks(setup.anatomy.model, trainable),
             ],
             "verified": "row sums against one backward and one push of the whole step",

@@ -25,6 +25,7 @@ __all__ = [
     "describe_precision",
     "has_dropout",
     "moved_share",
+    "noise_remarks",
     "rounding_error",
     "weight_change",
 ]
@@ -107,3 +108,12 @@ def has_dropout(model: nn.Module) -> bool:
     return inside or (
         model.training and any(float(getattr(config, n, 0.0) or 0.0) > 0 for n in named)
     )
+
+
+def noise_remarks(model: nn.Module) -> list[str]:
+    """A sentence on NEFTune's noise, which training adds to the embeddings and the analysis not."""
+    find: Any = getattr(model, "get_input_embeddings", None)
+    alpha = None if find is None else getattr(find(), "neftune_noise_alpha", None)
+    if not alpha or not model.training:
+        return []
+    return [f"NEFTune's noise on the embeddings (neftune_noise_alpha={alpha:g}) is left out."]

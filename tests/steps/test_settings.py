@@ -125,3 +125,17 @@ def test_an_update_of_weights_zero_is_said(pair):
     assert "Every token of the update has weight 0" in dec.explain()
     plain = lddyn.decompose(zoo.build("llama"), pair[0], lddyn.SFT(pair[0]), lr=1e-3)
     assert "has weight 0" not in plain.explain()
+
+
+@pytest.mark.case("NEFTune's noise, which is left out")
+def test_noise_on_embeddings_is_said(pair):
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    model = zoo.build("llama")
+    embedding = model.get_input_embeddings()
+    plain = lddyn.decompose(model, pair[0], lddyn.SFT(pair[0]), lr=1e-3)
+    embedding.neftune_noise_alpha = 5.0
+    embedding.register_forward_hook(neftune_post_forward_hook)
+    dec = lddyn.decompose(model.train(), pair[0], lddyn.SFT(pair[0]), lr=1e-3)
+    assert torch.equal(dec[0].delta_logp, plain[0].delta_logp)
+    assert "NEFTune's noise" in dec.explain() and "NEFTune" not in plain.explain()
