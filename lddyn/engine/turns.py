@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from lddyn.engine.door import inside_adapters
+from lddyn.engine.streamed import is_streamed
 from lddyn.engine.undo import SHIELDED, Undo, shielded
 
 # --------------------------------------------------------------------------- interrupts
@@ -157,11 +158,14 @@ def turn(model: nn.Module) -> Iterator[None]:
 def _versions(model: nn.Module) -> list[tuple[Tensor, int]]:
     """Each weight that trains, with the number of its changes in place.
 
-    Of the others, streamed ones are read-only, and peft's LoRA on packed experts sets frozen ones
-    anew in every forward pass.
+    Not streamed ones, which are read-only and come and go; of the frozen ones, peft's LoRA on
+    packed experts sets some anew in every forward pass.
     """
-    weights = (p for p in model.parameters() if p.requires_grad and not p.is_inference())
-    return [(weight, weight._version) for weight in weights]
+    return [
+        (weight, weight._version)
+        for weight in model.parameters()
+        if weight.requires_grad and not weight.is_inference() and not is_streamed(weight)
+    ]
 
 
 @contextlib.contextmanager
