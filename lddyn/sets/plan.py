@@ -10,7 +10,7 @@ from lddyn.sets.access import Access
 from lddyn.sets.close_ups import CLOSE_UP, LBK
 from lddyn.sets.pairs import PairSet
 from lddyn.sets.passes import BACKWARD, FORWARD
-from lddyn.sets.rows import exact_bytes
+from lddyn.sets.rows import SURVEY, exact_bytes
 from lddyn.sets.run import Run
 from lddyn.sets.segments import measured_batches
 from lddyn.sketches.sketch import Sketch
@@ -99,7 +99,7 @@ class SetPlan:
         """The plan of a diagnosis; arguments as of `diagnose`."""
         n, size, observed = len(pairs), access.size, len(pairs.observed)
         sequences = 2 * n
-        parts = {"gradients": BACKWARD * (sequences + observed)}
+        parts, segments = {"gradients": BACKWARD * (sequences + observed)}, 1
         if run is not None:
             segments = min(refresh, len(run.batches(range(n))))
             # The chosen and the observed responses; the rejected ones are only read.
@@ -114,6 +114,9 @@ class SetPlan:
                 if run.optimizer == "adamw":
                     parts["second moment"] = BACKWARD * segments * min(moments, sequences)
                 parts["net step"] = BACKWARD * segments * sequences
+        if sketch is not None:
+            surveys = 1 + (segments if run is not None and run.optimizer == "adamw" else 0)
+            parts["where gradients are large"] = BACKWARD * min(SURVEY, sequences) * surveys
         if lbk:
             parts["LBK"] = LBK * n
         if close_ups:

@@ -24,10 +24,19 @@ from lddyn.sketches.dense_rows import DenseRows
 from lddyn.sketches.pieces import Piece
 from lddyn.sketches.sketch import Sketch
 
-__all__ = ["Flat", "Gram", "PairReader", "SetRows", "exact_bytes", "new_rows", "read_rows"]
+__all__ = [
+    "SURVEY",
+    "Flat",
+    "Gram",
+    "PairReader",
+    "SetRows",
+    "exact_bytes",
+    "new_rows",
+    "read_rows",
+]
 
 _WINDOW = 8  # pairs that are read together: logits of their responses are kept until both are seen
-_SURVEY = 4  # sequences whose gradient norms divide a sketch's numbers among the parameters
+SURVEY = 4  # sequences whose gradient norms divide a sketch's numbers among the parameters
 
 
 @dataclass(frozen=True)
@@ -195,7 +204,7 @@ def new_rows(
             squares[piece.name] = squares.get(piece.name, 0.0) + square
 
         numbers = [i + side for i in range(len(pairs)) for side in (0, len(pairs))]
-        passes.gradients(pairs.sequences, numbers[:_SURVEY], note)
+        passes.gradients(pairs.sequences, numbers[:SURVEY], note)
     parameters = access.named
     layout = dense_layout(sketch, parameters, squares, access.looked_up)
     count = len(pairs.sequences)
