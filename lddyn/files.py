@@ -175,11 +175,18 @@ def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text whose objects name every key once.
 
     Raises:
-        ValueError: If it is no JSON, nested too deeply, or a key occurs twice in one object.
+        ValueError: If it is no JSON (NaN and Infinity are none), nested too deeply, or a key occurs
+            twice in one object.
     """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no number in JSON")
+
     try:
         return json.loads(
-            text if isinstance(text, str) else text.decode("utf-8"), object_pairs_hook=unique_keys
+            text if isinstance(text, str) else text.decode("utf-8"),
+            object_pairs_hook=unique_keys,
+            parse_constant=refuse,
         )
     except RecursionError:
         raise ValueError("too deeply nested") from None

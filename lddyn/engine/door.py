@@ -7,6 +7,7 @@ Everything that lddyn computes begins here:
     unwrapped         the module inside wrappers that add no computation of their own
     shells            the module, its adapters, and the transformers model inside
     check_whole       refuses weights that are not in this process's memory
+    check_unmerged    refuses trainable adapters that are merged into their layers
     check_separate    refuses trainable parameters that are views of the same memory
     replaced_forwards instance forwards to set aside while the model is analysed
     copied            a copy of a model that runs its own weights
@@ -97,6 +98,22 @@ def check_whole(model: nn.Module, *, allow_fsdp2: bool = False) -> None:
                 f"parameter {name} is on the meta device, as accelerate leaves the weights that it "
                 "offloads to CPU or disk: lddyn.stream(folder) reads the weights of a model that "
                 "does not fit into memory"
+            )
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Refuses adapters that train and are merged: the layers do not read them, K would be zero.
+
+    Raises:
+        UnsupportedModelError: The message names the first of them.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "merged_adapters", None) and any(
+            parameter.requires_grad for parameter in module.parameters()
+        ):
+            raise UnsupportedModelError(
+                f"the adapter of {name} is merged into its layer, so that no step of it changes "
+                "anything: call model.unmerge_adapter() first"
             )
 
 

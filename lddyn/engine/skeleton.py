@@ -68,6 +68,7 @@ class Skeleton:
                 "cannot be run again by itself; an ordinary LoRA can be analysed"
             )
         door.check_whole(model)
+        door.check_unmerged(model)
         door.check_separate(model)
         self.base, self.head = base, find_head(base)
         self.blocks, self.joined = find_blocks(base), ""

@@ -63,8 +63,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     *lines, _ = read_regular(path, limit=1 << 32).split(b"\n")
     rows = [unsealed(line, f"{path}: line {i}") for i, line in enumerate(lines, 1)]
-    if not all(isinstance(row.get("step"), int | float) for row in rows):
-        raise ValueError(f"{path}: a line has no step")
+    for number, row in enumerate(rows, 1):
+        step = row.get("step")
+        if not isinstance(step, int | float) or isinstance(step, bool) or abs(step) > 1 << 53:
+            raise ValueError(f"{path}: line {number} has no step, got {step!r:.40}")
+        if any(isinstance(value, int) and abs(value) > 1 << 53 for value in row.values()):
+            raise ValueError(f"{path}: line {number} has a number that is too large")
     return rows
 
 

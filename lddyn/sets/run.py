@@ -134,7 +134,7 @@ class Run:
 
     def __post_init__(self) -> None:
         """Checks values."""
-        if not math.isfinite(self.lr) or self.lr <= 0:
+        if isinstance(self.lr, bool) or not math.isfinite(self.lr) or self.lr <= 0:
             still = ": with a learning rate of 0 nothing moves" if self.lr == 0 else ""
             raise ValueError(f"lr must be positive, got {self.lr}{still}")
         if not (math.isfinite(self.epochs) and self.epochs > 0):

@@ -125,7 +125,9 @@ class Session:
         if setup.lr == 0:
             raise ValueError("the learning rate is 0: a step moves nothing that could be verified")
         rates = [setup.lr * 2.0**-k for k in range(6)] if lrs is None else list(lrs)
-        if not rates or any(not (math.isfinite(lr) and lr > 0) for lr in rates):
+        if not rates or any(
+            isinstance(lr, bool) or not (math.isfinite(lr) and lr > 0) for lr in rates
+        ):
             raise ValueError(f"lrs must be positive numbers, got {rates}")
         measured, predicted = [], []
         with self._copy(dtype) as model:

@@ -104,7 +104,7 @@ def make_setup(
             "update must be lddyn.SFT(...), DPO(...) or Objective(...), got "
             f"{type(update).__name__}"
         )
-    if lr is not None and not (math.isfinite(lr) and lr >= 0):
+    if lr is not None and (isinstance(lr, bool) or not (math.isfinite(lr) and lr >= 0)):
         raise ValueError(f"lr must be a positive number, or 0, got {lr}")
     named = named_examples(observed)
     anatomy = Anatomy.of(model)
