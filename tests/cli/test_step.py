@@ -351,11 +351,11 @@ def test_a_row_without_a_response_names_the_objective_and_the_group(model, tmp_p
 
 
 @pytest.mark.case("KTO labels as words or numbers")
-@pytest.mark.parametrize("column", ["label", "kto_tag"])
-def test_a_label_in_words_is_read_as_it_means(model, tmp_path, column):
+def test_a_label_in_words_is_read_as_it_means(model, tmp_path):
     """ "false" is no true value: the step lowers such a completion."""
     file = tmp_path / "labelled.jsonl"
-    rows = [{"prompt": "a b ?", "completion": " c d", column: x} for x in ("false", 0, "True")]
+    labels = ({"label": "false"}, {"kto_tag": 0}, {"label": "True"})
+    rows = [{"prompt": "a b ?", "completion": " c d", **label} for label in labels]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for number, sign in ((0, -1), (1, -1), (2, 1)):
         told = decomposed(model, file, "--objective", "kto", "--row", number, "--no-verify")
