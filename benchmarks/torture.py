@@ -550,6 +550,7 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="write the table of the page")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it behind "&"
     state = json.loads(options.state.read_text()) if options.state.exists() else {}
 
     def save() -> None:

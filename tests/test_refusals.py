@@ -7,7 +7,7 @@ import zoo
 
 import lddyn
 from lddyn.files import parse_json, sealed
-from lddyn.report.dynamics import read_lines
+from lddyn.report.dynamics import read_lines, write_dynamics
 
 
 @pytest.mark.case("adapters that are merged into their layers")
@@ -49,3 +49,14 @@ def test_a_step_of_a_watched_run_is_a_number(tmp_path, step):
 def test_json_has_no_infinities(text):
     with pytest.raises(ValueError, match="is no number in JSON"):
         parse_json(text)
+
+
+def test_a_page_shows_hidden_characters_of_its_title(tmp_path):
+    path = tmp_path / "page.html"
+    write_dynamics(
+        [{"step": 0, "log_prob/a": -1.0}, {"step": 1, "log_prob/a": -2.0}],
+        path,
+        title="evil \u202egnp.exe\u200b",
+    )
+    text = path.read_text(encoding="utf-8")
+    assert "evil \\u202egnp.exe\\u200b" in text and not set("\u202e\u200b\u2066") & set(text)

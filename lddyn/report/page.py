@@ -11,6 +11,7 @@ import base64
 import hashlib
 import importlib.metadata
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -79,6 +80,13 @@ def installation(environment: Mapping[str, Any]) -> dict[str, str]:
     return {name: line(environment[name]) for name in kept if environment.get(name)}
 
 
+def _without_hidden(value: Any) -> Any:
+    """A text with escapes for characters that have no width or reorder others; markup stays."""
+    if not isinstance(value, str) or hasattr(value, "__html__") or value.isascii():
+        return value
+    return "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) == "Cf" else c for c in value)
+
+
 @cache
 def _environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -88,6 +96,7 @@ def _environment() -> Any:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_without_hidden,
         loader=FileSystemLoader(_TEMPLATES),
     )
 
@@ -95,7 +104,7 @@ def _environment() -> Any:
 def render(name: str, **values: Any) -> str:
     """Renders a template of this package in the common frame, with its style and script.
 
-    Values are escaped. A name of the template that has no value is an error.
+    Values are escaped, hidden characters too. A name of the template that has no value is an error.
     """
     from markupsafe import Markup
 
