@@ -211,6 +211,7 @@ def diagnose(
     observe: Annotated[
         Path | None,
         typer.Option(
+            "--observe-data",
             help="A data file of other responses, which are not trained on: what the pairs do to "
             "them, and which pairs do it.",
             exists=True,

@@ -116,7 +116,7 @@ def test_other_responses_are_observed(model, data, tmp_path):
     rows = read(data)
     others = [{"prompt": rows[0]["prompt"], "completion": rows[1]["chosen"]}, {"prompt": "?"}]
     file, out = write(tmp_path / "others.jsonl", others), tmp_path / "out"
-    run = ("--forecast", "--lr", "1e-4", "--batch", 2, "--observe", file, "--close-ups", 0)
+    run = ("--forecast", "--lr", "1e-4", "--batch", 2, "--observe-data", file, "--close-ups", 0)
     result = diagnose(model, data, *run, "--json", "--out", out)
     assert result.exit_code == 0, result.output
     (row,) = json.loads(result.stdout)["observed"]
@@ -124,11 +124,11 @@ def test_other_responses_are_observed(model, data, tmp_path):
     assert "not observed" in result.stderr and "others.jsonl" in result.stderr
     page = (out / "index.html").read_text()
     assert "Responses that are not trained on" in page and "row 0, completion" in page
-    spoken = diagnose(model, data, "--observe", file, "--close-ups", 0)
+    spoken = diagnose(model, data, "--observe-data", file, "--close-ups", 0)
     assert "observed" in spoken.stdout and "raised by" in spoken.stdout
     bad = write(tmp_path / "bad.jsonl", others[1:])
     assert "no response can be observed" in errors(
-        "diagnose", "--model", model, "--data", data, "--observe", bad
+        "diagnose", "--model", model, "--data", data, "--observe-data", bad
     )
 
 
