@@ -143,7 +143,9 @@ def turn(model: nn.Module) -> Iterator[None]:
         try:
             before = _versions(model) if first else []
             yield
-            if not state.moved and any(p._version != version for p, version in before):
+            # Without another thread the model did it: RWKV scales its own weights.
+            others = threading.active_count() > 1 and not state.moved
+            if others and any(p._version != version for p, version in before):
                 raise RuntimeError(
                     "the model's weights were changed while it was analysed, by another thread: "
                     "do not take optimizer steps on a model beside an analysis of it"
