@@ -104,7 +104,7 @@ def _loads(
         except (ValueError, StoreError, FileNotFoundError) as error:
             yield (
                 ""
-                if str(place) in str(error) or "is not as lddyn" in str(error)
+                if str(place) in str(error)
                 else (f"attempt {number}: does not name the file: {problem(error)}")
             )
         except Exception as error:

@@ -237,7 +237,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         OSError: If the file is missing or cannot be read.
         ValueError: If it has changed since it was written, or was never sealed.
     """
-    return unsealed(read_regular(path, limit=LARGEST_RECORD), path.name)
+    return unsealed(read_regular(path, limit=LARGEST_RECORD), str(path))
 
 
 def read_stored(
