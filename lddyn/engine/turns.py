@@ -143,9 +143,7 @@ def turn(model: nn.Module) -> Iterator[None]:
         try:
             before = _versions(model) if first else []
             yield
-            # Without another thread the model did it: RWKV scales its own weights.
-            others = threading.active_count() > 1 and not state.moved
-            if others and any(p._version != version for p, version in before):
+            if not state.moved and any(p._version != version for p, version in before):
                 raise RuntimeError(
                     "the model's weights were changed while it was analysed, by another thread: "
                     "do not take optimizer steps on a model beside an analysis of it"
@@ -161,8 +159,11 @@ def _versions(model: nn.Module) -> list[tuple[Tensor, int]]:
     """Each weight that trains, with the number of its changes in place.
 
     Not streamed ones, which are read-only and come and go; of the frozen ones, peft's LoRA on
-    packed experts sets some anew in every forward pass.
+    packed experts sets some anew in every forward pass. None of RWKV, which scales its weights
+    itself in its first pass in another mode.
     """
+    if any("layers_are_rescaled" in vars(module) for module in model.modules()):
+        return []
     return [
         (weight, weight._version)
         for weight in model.parameters()
