@@ -115,7 +115,7 @@ def _settings(summary: Summary) -> list[Sentence]:
             Sentence(about="the reference", text=text, sure="forward passes", kind="exact")
         )
     return sentences + [
-        Sentence(about="settings", text=remark, sure="not followed", kind="exact")
+        Sentence(about="note", text=remark, sure="settings and data", kind="exact")
         for remark in summary["remarks"]
     ]
 
