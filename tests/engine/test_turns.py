@@ -18,6 +18,15 @@ from lddyn.engine.turns import switching, turn, turn_of
 
 torch.set_num_threads(1)
 
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C raises KeyboardInterrupt, also where a shell started the tests with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 IDS = torch.tensor([[5, 9, 33, 4, 8, 1]])
 LIMIT = 30  # seconds until a thread counts as hanging
 
