@@ -68,11 +68,12 @@ def places(work: Callable[[], object]) -> list[Place]:
     return lines
 
 
-def interrupted(work: Callable[[], object], number: int) -> bool:
+def interrupted(work: Callable[[], object], number: int) -> bool | None:
     """Runs `work` and sends Ctrl-C at the line of this number in `places(work)`.
 
     Returns:
-        Whether `KeyboardInterrupt` came, in `work` or within a second after it.
+        Whether `KeyboardInterrupt` came, in `work` or within a second after it; None if `work` ran
+        fewer such lines this time (what is computed once, or closed by the garbage collector).
     """
     count = 0
 
@@ -86,6 +87,8 @@ def interrupted(work: Callable[[], object], number: int) -> bool:
     try:
         with _traced(send):
             work()
+        if count <= number:
+            return None
         for _ in range(1000):
             time.sleep(0.001)
     except KeyboardInterrupt:

@@ -298,9 +298,10 @@ def interrupted_guards(folder: Path, first: int) -> Iterator[str]:
     while True:
         model, work, line = lines[number % len(lines)]
         before = interrupts.state(model)
-        came = interrupts.interrupted(work, line)
+        came: bool | None = interrupts.interrupted(work, line)
         after = interrupts.state(model)
         changed = [str(key) for key, value in after.items() if value != before[key]]
+        came = came is not False  # None: the line did not run this time
         yield "" if came and not changed else f"line {line}: came: {came}; changed: {changed[:3]}"
         number += 1
 
