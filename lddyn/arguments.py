@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,8 +41,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": {**_CUT, "learning_rate": 2e-5, "loss_type": "nll", "assistant_only_loss": False},
     "dpo": {**_CUT, "learning_rate": 1e-6, "loss_type": ["sigmoid"], "beta": 0.1},
     "kto": {"max_length": 1024, "learning_rate": 1e-6, "loss_type": "kto", "beta": 0.1},
-    "cpo": {"learning_rate": 1e-6, "loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 1.0},
-    "orpo": {"learning_rate": 1e-6, "beta": 0.1},
+    "cpo": {
+        **_CUT,
+        **{"learning_rate": 1e-6, "loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 1.0},
+        "simpo_gamma": 0.5,
+    },
+    "orpo": {**_CUT, "learning_rate": 1e-6, "beta": 0.1},
     "other": {},
 }
 
@@ -78,19 +85,28 @@ def arguments(source: object) -> tuple[dict[str, Any], str, list[str]]:
             remarks = [f"{translated.framework}: {text}" for text in translated.remarks]
         else:
             kind = _kind_of_mapping(given)
-        return {**_defaults(kind), **given}, kind, remarks
+            remarks = _unknown(given, kind) if kind in TRAINERS and _has_trl() else []
+        return {**_defaults(kind), **_typed(given)}, kind, remarks
     kind = ""
     if hasattr(source, "args"):
         kind = _kind_of_class(type(source), "Trainer")
         source = source.args
-    if not hasattr(source, "learning_rate"):
+    if isinstance(source, type) or not hasattr(source, "learning_rate"):
         raise ValueError(
             "like must be a TRL config, a TrainingArguments, a trainer, a mapping of their "
-            f"arguments or a file of them, got {type(source).__name__}"
+            f"arguments or a file of them, got {_name_of(source)}"
         )
     kind = kind or _kind_of_class(type(source), "Config") or "other"
     given = {k: v for k, v in vars(source).items() if not k.startswith("_")}
     return {**_DEFAULTS.get(kind, {}), **given}, kind, []
+
+
+def _name_of(source: object) -> str:
+    return f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
+
+
+def _has_trl() -> bool:
+    return importlib.util.find_spec("trl") is not None
 
 
 def _file(path: Path) -> Mapping[str, Any]:
@@ -157,13 +173,103 @@ def _kind_of_mapping(given: Mapping[str, Any]) -> str:
 def _defaults(kind: str) -> dict[str, Any]:
     """What the installed TRL has where an argument is left out; TRL 1.16's without TRL."""
     values = {**_COMMON, **_DEFAULTS[kind]}
-    try:
-        import trl
-    except ImportError:
+    if not _has_trl():
         return values
-    config = getattr(trl, f"{kind.upper()}Config", None)
-    for name, described in getattr(config, "__dataclass_fields__", {}).items():
+    for name, described in getattr(_config(kind), "__dataclass_fields__", {}).items():
         default = described.default
         if default is None or isinstance(default, bool | int | float | str):
             values[name] = default
     return values
+
+
+def _config(kind: str) -> object:
+    """TRL's config class of a trainer; TRL 1 has some of them in `trl.experimental`."""
+    import trl
+
+    name = f"{kind.upper()}Config"
+    if hasattr(trl, name):
+        return getattr(trl, name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = importlib.import_module(f"trl.experimental.{kind}")
+    except ImportError:
+        return None
+    return getattr(module, name, None)
+
+
+# ----- values
+
+
+_NUMBERS = {
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm", "num_train_epochs", "warmup_steps", "warmup_ratio", "beta", "rpo_alpha"),
+    *("label_smoothing", "simpo_gamma", "cpo_alpha", "ld_alpha", "discopop_tau", "alpha"),
+    *("desirable_weight", "undesirable_weight", "router_aux_loss_coef", "neftune_noise_alpha"),
+    *("label_smoothing_factor", "f_alpha_divergence_coef"),
+}
+_WHOLE = {
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "seed"),
+    *("data_seed", "max_length", "max_prompt_length", "max_completion_length"),
+}
+_SWITCHES = {
+    *("dataloader_drop_last", "reference_free", "packing", "bf16", "fp16", "use_weighting"),
+    *("sync_ref_model", "precompute_ref_log_probs", "assistant_only_loss", "padding_free"),
+    *("completion_only_loss", "disable_dropout", "group_by_length"),
+}
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+# Where nothing is a value of its own: no limit, no clipping, not used.
+_MAY_BE_NONE = {
+    *("max_length", "max_prompt_length", "max_completion_length", "max_grad_norm", "rpo_alpha"),
+    *("ld_alpha", "neftune_noise_alpha", "router_aux_loss_coef", "data_seed"),
+}
+
+
+def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's arguments with values of their types: YAML reads 5e-6 as text.
+
+    Raises:
+        ValueError: If a value is not of its type; the message names the argument.
+    """
+    typed: dict[str, Any] = {}
+    for name, value in given.items():
+        known = name in _NUMBERS or name in _WHOLE or name in _SWITCHES
+        if value is None and known:
+            if name in _MAY_BE_NONE:
+                typed[name] = None
+            continue
+        typed[name] = _value(name, value) if known else value
+    return typed
+
+
+def _value(name: str, value: Any) -> Any:
+    if name in _SWITCHES:
+        word = _WORDS.get(str(value).lower(), value)
+        if word not in (True, False):
+            raise ValueError(f"{name} must be true or false, got {value!r}")
+        return bool(word)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if name in _WHOLE and not number.is_integer():
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return int(number) if name in _WHOLE else number
+
+
+def _unknown(given: Mapping[str, Any], kind: str) -> list[str]:
+    """A sentence on arguments that TRL's config of this trainer does not have."""
+    known = set(getattr(_config(kind), "__dataclass_fields__", {}))
+    if not known:
+        return []
+    import trl
+
+    for other in ("ModelConfig", "ScriptArguments", "DatasetMixtureConfig"):
+        known |= set(getattr(getattr(trl, other, None), "__dataclass_fields__", {}))
+    known |= _NUMBERS | _WHOLE | _SWITCHES | {"trainer", "train_sampling_strategy", "loss_weights"}
+    others = [name for name in given if name not in known]
+    if not others:
+        return []
+    return [f"{', '.join(others)}: no argument of {kind.upper()}Config; not read."]

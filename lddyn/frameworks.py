@@ -58,12 +58,21 @@ _LLAMA_FACTORY_DEFAULTS = {
 _OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 
 
+# What changes the loss, or the number of rows and so their order.
+_LLAMA_FACTORY_LEFT_OUT = ("mask_history", "use_asft_loss", "max_samples", "val_size")
+
+
 def _llama_factory(given: Mapping[str, Any]) -> Translation:
-    values: dict[str, Any] = {**_LLAMA_FACTORY_DEFAULTS, **given}
-    stage, remarks = str(values.pop("stage")), []
+    set_ = {name: value for name, value in given.items() if value is not None}
+    values: dict[str, Any] = {**_LLAMA_FACTORY_DEFAULTS, **set_}
+    remarks: list[str] = []
+    stage = str(values.pop("stage"))
     values["max_length"] = values.pop("cutoff_len")
-    if values.pop("disable_shuffling", False):
-        values["train_sampling_strategy"] = "sequential"
+    in_order = values.pop("disable_shuffling", False)
+    values["train_sampling_strategy"] = "sequential" if in_order else "random"
+    if values.get("neat_packing"):
+        values["packing"] = True
+    remarks += [f"{name}: not followed." for name in _LLAMA_FACTORY_LEFT_OUT if values.get(name)]
     for name in _OPTIMIZERS:
         if values.get(name):
             values["optim"] = name.removeprefix("use_")
@@ -130,7 +139,14 @@ _AXOLOTL_NAMES = {
     "sequence_len": "max_length",
     "sample_packing": "packing",
     "dpo_label_smoothing": "label_smoothing",
+    "dpo_use_weighting": "use_weighting",
+    "noisy_embedding_alpha": "neftune_noise_alpha",
+    "dpo_loss_weights": "loss_weights",
 }
+_AXOLOTL_LEFT_OUT = (
+    *("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "loraplus_lr_ratio", "embedding_lr"),
+    *("embedding_lr_scale", "lr_groups", "curriculum_sampling", "val_set_size"),
+)
 _AXOLOTL_DEFAULTS = {"lr_scheduler": "cosine", "num_epochs": 1, "micro_batch_size": 1}
 _AXOLOTL_SCHEDULES = ("one_cycle", "rex")
 
@@ -140,17 +156,21 @@ def _axolotl(given: Mapping[str, Any]) -> Translation:
     values: dict[str, Any] = {
         _AXOLOTL_NAMES.get(k, k): v for k, v in {**_AXOLOTL_DEFAULTS, **set_}.items()
     }
-    kind, remarks = str(set_.get("rl", "sft")), []
+    remarks: list[str] = []
+    kind = str(set_.get("rl") or "sft")
     if values["lr_scheduler_type"] in _AXOLOTL_SCHEDULES:
         remarks.append(f"lr_scheduler={values['lr_scheduler_type']}: here it is a cosine.")
         values["lr_scheduler_type"] = "cosine"
-    for name in ("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "loraplus_lr_ratio"):
-        if set_.get(name):
-            remarks.append(f"{name}: not followed; the rate is that of the schedule's name.")
+    remarks += [f"{name}: not followed." for name in _AXOLOTL_LEFT_OUT if set_.get(name)]
     if "warmup_steps" not in set_ and "warmup_ratio" not in set_:
         values["warmup_ratio"] = 0.03
+        remarks.append("warm-up: 3 % of all steps, of which axolotl takes at most 100.")
     remarks.append("axolotl shuffles the rows once more before training: the order may be another.")
     trl = set_.get("trl") or {}
+    if not isinstance(trl, Mapping):
+        raise ValueError(f"trl must have names and values, got {trl!r}")
+    if set_.get("reward_model"):
+        raise ValueError("reward_model: lddyn has no loss of reward models")
     beta = trl.get("beta", set_.get("rl_beta", set_.get("orpo_alpha")))
     if beta is not None:
         values["beta"] = beta
@@ -159,7 +179,8 @@ def _axolotl(given: Mapping[str, Any]) -> Translation:
         values |= {"assistant_only_loss": not prompts, "completion_only_loss": not prompts}
         values["loss_type"] = "nll"
     elif kind in ("dpo", "ipo"):
-        values["loss_type"] = ["ipo" if kind == "ipo" else "sigmoid"]
+        given_losses = set_.get("dpo_loss_type") or ["ipo" if kind == "ipo" else "sigmoid"]
+        values["loss_type"] = given_losses
         kind = "dpo"
     elif kind == "simpo":
         values["loss_type"], kind = "simpo", "cpo"

@@ -212,7 +212,7 @@ class _Reading:
             schedule=str(self.get("lr_scheduler_type", "linear")),
             schedule_options=self._schedule_options(),
             warmup_steps=int(self.get("warmup_steps", 0)),
-            warmup_ratio=float(self.get("warmup_ratio", 0.0)) or self._fraction("warmup_steps"),
+            warmup_ratio=self._warmup_ratio(),
             reference=self._reference(),
             router_aux_loss_coef=self.get("router_aux_loss_coef"),
             optimizer_state=state,
@@ -329,7 +329,19 @@ class _Reading:
     def _schedule_options(self) -> Mapping[str, Any]:
         """`lr_scheduler_kwargs`, which transformers also takes as JSON."""
         given = self.get("lr_scheduler_kwargs", {})
-        return json.loads(given) if isinstance(given, str) else dict(given)
+        try:
+            options = json.loads(given) if isinstance(given, str) else given
+        except ValueError as error:
+            raise ValueError(f"lr_scheduler_kwargs must be JSON, got {given!r}: {error}") from error
+        if not isinstance(options, Mapping):
+            raise ValueError(f"lr_scheduler_kwargs must have names and values, got {given!r}")
+        return {str(name): _number(value) for name, value in options.items()}
+
+    def _warmup_ratio(self) -> float:
+        """The part of all steps over which the rate rises; 0 where steps are given."""
+        if float(self.get("warmup_steps", 0.0)) >= 1:
+            return 0.0
+        return self._fraction("warmup_steps") or float(self.get("warmup_ratio", 0.0))
 
     def _fraction(self, name: str) -> float:
         """An argument that is a part of all steps where it is below 1, else 0."""
@@ -396,6 +408,14 @@ _CPO = {
     "cpo_ipo": ("beta", "alpha", "cpo_alpha"),
     "simpo": ("beta", "simpo_gamma", "label_smoothing", "alpha", "cpo_alpha"),
 }
+
+
+def _number(value: Any) -> Any:
+    """A number that YAML read as text, such as 1e-7."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _yes(value: Any) -> bool:

@@ -341,6 +341,48 @@ def test_token_ids_of_older_trainers_are_said():
     assert "TRL 1.9.0 counts the prompt's tokens alone" in dec.explain()
 
 
+@pytest.mark.case("arguments of a file are of their types, and unknown ones are named")
+def test_arguments_of_a_file_have_types(tmp_path):
+    simpo = TrainerSettings.of({"trainer": "cpo", "loss_type": "simpo"})
+    assert simpo.parameters["simpo_gamma"] == 0.5 and simpo.max_length == 1024
+    given = {
+        "trainer": "dpo",
+        "learning_rate": "5e-6",
+        "warmup_ratio": "0.1",
+        "max_length": "512",
+        "dataloader_drop_last": "false",
+        "reference_free": "no",
+        "bf16": "false",
+        "beta": None,
+    }
+    settings = TrainerSettings.of(given)
+    assert (settings.learning_rate, settings.warmup_ratio, settings.max_length) == (5e-6, 0.1, 512)
+    assert not settings.drop_last and settings.reference == "trainer" and not settings.remarks
+    assert settings.parameters["beta"] == 0.1
+    assert TrainerSettings.of({"trainer": "dpo", "max_length": None}).max_length is None
+    both = {"trainer": "dpo", "warmup_ratio": 0.1, "warmup_steps": 50}
+    assert lddyn.Run.like({**both, "learning_rate": 1e-3}).warmup == 50
+    if not OLD:
+        typo = TrainerSettings.of({"trainer": "dpo", "betta": 0.7, "lr": 1e-3})
+        assert "betta, lr: no argument of DPOConfig; not read." in typo.remarks
+    for name, value, message in (
+        ("learning_rate", "auto", "learning_rate must be a finite number, got 'auto'"),
+        ("learning_rate", True, "learning_rate must be a finite number, got True"),
+        ("beta", [1], r"beta must be a finite number, got \[1\]"),
+        ("max_length", 4.5, "max_length must be a whole number, got 4.5"),
+        ("packing", "maybe", "packing must be true or false, got 'maybe'"),
+        ("lr_scheduler_kwargs", "min_lr=1", "lr_scheduler_kwargs must be JSON, got 'min_lr=1'"),
+        ("lr_scheduler_kwargs", [1], "lr_scheduler_kwargs must have names and values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainerSettings.of({"trainer": "dpo", name: value})
+    trl = pytest.importorskip("trl")
+    with pytest.raises(ValueError, match="got the class DPOConfig"):
+        TrainerSettings.of(trl.DPOConfig)
+    with pytest.raises(ValueError, match="optim=adafactor: lddyn follows"):
+        lddyn.Run.like({"trainer": "dpo", "optim": "adafactor"})
+
+
 @pytest.mark.case("a configuration of LLaMA-Factory")
 def test_a_configuration_of_llama_factory():
     given = {
@@ -377,6 +419,7 @@ def test_a_configuration_of_llama_factory():
     assert smooth.losses == ("cdpo",) and smooth.parameters["label_smoothing"] == 0.1
     kto = TrainerSettings.of({**given, "stage": "kto", "kto_chosen_weight": 2.0})
     assert kto.losses == ("kto",) and kto.parameters["desirable_weight"] == 2.0
+    assert kto.shuffle and not TrainerSettings.of({**given, "disable_shuffling": True}).shuffle
     galore = TrainerSettings.of({**given, "stage": "sft", "use_galore": True})
     assert galore.losses == ("nll",) and galore.optimizer is None and galore.assistant_only
     for options, message in (

@@ -258,6 +258,7 @@ def diagnose(
     page.check()
     import lddyn
     from lddyn.sets.filter import write_source
+    from lddyn.sets.plan import parse_budget
 
     settings = rows.settings
     planned = run.make(seed, settings)
@@ -292,7 +293,7 @@ def diagnose(
         refresh=run.refresh,
         close_ups=close_ups,
         validate=validate,
-        budget=epochs_of(budget),
+        budget=parse_budget(budget),
         row_numbers=given.rows,
         faults=given.faults,
         so_far=first_page,
@@ -369,23 +370,6 @@ def filter(
     line = f"{document['file']}: {len(filtered.kept)} rows kept, {len(filtered.dropped)} dropped"
     named = ", ".join(map(str, filtered.dropped_rows))
     return Answer(document, [line + (f" (rows {named})" if named else "")])
-
-
-def epochs_of(budget: str | None) -> float | None:
-    """--budget in epochs: "2x" or "2".
-
-    Raises:
-        ValueError: If it is no positive number.
-    """
-    if budget is None:
-        return None
-    try:
-        epochs = float(budget.removesuffix("x"))
-    except ValueError:
-        epochs = 0.0
-    if not 0 < epochs < float("inf"):
-        raise ValueError(f"--budget must be a number of epochs such as 2x, got {budget!r}")
-    return epochs
 
 
 def _rows(content: Sequence[PlacedRow], numbers: Sequence[int]) -> list[Mapping[str, Any]]:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["weighted"]
 
 # Losses that sort the pairs of a batch, or average over several pairs within one term.
-_NOT_SUMS = ("aot", "aot_pair", "aot_unpaired")
+_NOT_SUMS = {
+    **dict.fromkeys(("aot", "aot_pair", "aot_unpaired"), "sorts the pairs of a batch"),
+    "sft": "is a mean over the tokens of all pairs of a batch",
+}
 
 
 def weighted(trainer: Trainer, column: str = "weight", *, normalise: bool = True) -> Trainer:
@@ -41,8 +44,9 @@ def weighted(trainer: Trainer, column: str = "weight", *, normalise: bool = True
             `Diagnosis.simulate(pair_weights=)` has no denominator.
 
     Raises:
-        ValueError: If the trainer is not a DPOTrainer, its loss is not a sum over pairs, rows are
-            packed or padding-free, or the training set has no such column.
+        ValueError: If the trainer is not a DPOTrainer, its loss is not a sum over pairs (TRL's
+            "sft" term and AOT), rows are packed or padding-free, or the training set has no such
+            column. In training: if a row has no weight.
 
     Cost: none.
 
@@ -72,9 +76,12 @@ def _check(trainer: Any, column: str) -> None:
         )
     args = trainer.args
     losses = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
-    sorts = [name for name in losses if name in _NOT_SUMS]
-    if sorts:
-        raise ValueError(f"loss_type {sorts[0]!r} sorts the pairs of a batch: none has a weight")
+    losses += ["sft"] if getattr(args, "rpo_alpha", None) else []
+    others = [name for name in losses if name in _NOT_SUMS]
+    if others:
+        raise ValueError(
+            f"loss_type {others[0]!r} {_NOT_SUMS[others[0]]}: a pair has no weight of its own in it"
+        )
     for name in ("padding_free", "use_liger_kernel", "use_liger_loss"):
         if getattr(args, name, False):
             raise ValueError(
@@ -138,8 +145,10 @@ class _Weights:
         def compute_loss(model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kw: Any) -> Any:
             rest = {k: v for k, v in inputs.items() if k != self.column}
             weights = inputs.get(self.column)
-            if weights is None or not torch.is_grad_enabled() or not model.training:
+            if not torch.is_grad_enabled() or not model.training:
                 return inner(model, rest, *args, **kw)
+            if weights is None:
+                raise ValueError(f"rows of the training set have no {self.column}")
             if self.normalise:
                 weights = weights / self.mean if self.mean else torch.zeros_like(weights)
             scale = _OutputScale(weights.repeat(2))  # the chosen rows, then the rejected ones

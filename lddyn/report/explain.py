@@ -284,6 +284,19 @@ def _run(summary: Summary) -> list[Sentence]:
     return [Sentence(about="the planned run", text=text, sure=sure, kind="estimate")]
 
 
+def _without(without: Mapping[str, Any], pairs: str) -> str:
+    """What the run is predicted to do without the worst pairs, and with pair weights."""
+    text = ""
+    if without["dropped"] is not None:
+        text += (
+            f" Without {pairs} the run is predicted to change log π(y+) by "
+            f"{signed(without['dropped'], 2)} nats on average."
+        )
+    if without["reweighted"] is None:
+        return text + " No pair weights keep every y+ from falling."
+    return text + f" With reweighted pairs it is {signed(without['reweighted'], 2)} nats."
+
+
 def _harm(summary: Summary, kind: str) -> list[Sentence]:
     """Which pairs lower the chosen responses of all."""
     harm, run = summary["harm"], summary["run"]
@@ -293,6 +306,16 @@ def _harm(summary: Summary, kind: str) -> list[Sentence]:
     if not harm["pairs"]:
         text = "No pair lowers the chosen responses of all pairs on average."
         return [Sentence(about="the pairs", text=text, sure=sure, kind=kind)]
+    worst = harm["worst"]
+    text = (
+        f"{count(harm['pairs'])} lower{'s' if harm['pairs'] == 1 else ''} the chosen responses of "
+        f"all pairs on average; the worst {worst} do{'es' if worst == 1 else ''} "
+        f"{percent(harm['part'])} of it ({named(harm['worst_pairs'], summary['noun'])})"
+        + (" in the planned run." if run is not None else ".")
+    )
+    if harm["without"] is not None:
+        text += _without(harm["without"], "this pair" if worst == 1 else "these pairs")
+    return [Sentence(about="the pairs", text=text, sure=sure, kind=kind)]
     worst = harm["worst"]
     text = (
         f"{count(harm['pairs'])} lower{'s' if harm['pairs'] == 1 else ''} the chosen responses of "

@@ -44,7 +44,7 @@ from lddyn.sets.close_ups import lbk_of_pairs, look_at_tokens
 from lddyn.sets.diagnosis import Diagnosis
 from lddyn.sets.pairs import Pair, PairSet
 from lddyn.sets.passes import Passes
-from lddyn.sets.plan import SetPlan
+from lddyn.sets.plan import SetPlan, parse_budget
 from lddyn.sets.readings import Readings
 from lddyn.sets.rows import (
     Flat,
@@ -85,7 +85,7 @@ def diagnose(
     close_ups: int = 4,
     lbk: bool = False,
     validate: int = 0,
-    budget: float | None = None,
+    budget: float | str | None = None,
     row_numbers: Sequence[int] | None = None,
     faults: Mapping[int, str] | None = None,
     so_far: Callable[[Diagnosis], None] = lambda diagnosis: None,
@@ -159,6 +159,9 @@ def diagnose(
     named = {} if observe is None else named_examples(observe)
     set_ = PairSet.of(pairs, row_numbers, faults, named)
     _check(set_, close_ups, validate, refresh)
+    epochs = parse_budget(budget)
+    if run is not None and not isinstance(run, Run):
+        raise ValueError(f"run must be a lddyn.Run, got {type(run).__name__}")
     settings = None if like is None else TrainerSettings.of(like)
     loss = Loss(_objective(objective, settings), None, **parameters)
     module = Anatomy.module_of(model)
@@ -172,7 +175,7 @@ def diagnose(
     needed = exact_bytes(len(set_.sequences), access.size, number, run is not None)
     if sketch is None and needed > workspace:
         sketch = Sketch(k=NUMBERS)
-    plan = SetPlan.within(budget, set_, access, sketch, run, refresh, close_ups, lbk)
+    plan = SetPlan.within(epochs, set_, access, sketch, run, refresh, close_ups, lbk)
     refresh, close_ups, lbk = plan.refresh, plan.close_ups, plan.lbk
     if progress:
         tqdm.write(f"diagnosis: {plan.explain()}", file=sys.stderr)

@@ -305,7 +305,7 @@ class Diagnosis(Result):
         if not kept:
             raise ValueError("leave_out must leave a pair to train on, got all of them")
         ones = torch.ones(count).double()
-        weights = ones if pair_weights is None else pair_weights.double().cpu()
+        weights = ones if pair_weights is None else torch.as_tensor(pair_weights).double().cpu()
         if weights.shape != (count,) or not bool(weights.isfinite().all()):
             got = tuple(weights.shape)
             raise ValueError(f"pair_weights must be {count} finite numbers, got {got}")

@@ -67,7 +67,7 @@ def filter_rows(
 
     Raises:
         ValueError: If `drop` exceeds the number of pairs or leaves no row, a diagnosed row does not
-            exist, or a row has a `"weight"` already.
+            exist, a row has a `"weight"` already, or all pair weights are 0.
 
     Example:
         >>> from lddyn.sets.filter import filter_rows
@@ -89,6 +89,11 @@ def filter_rows(
     if reweight and weighted:
         raise ValueError(
             f"row {weighted[0]} has a weight already: rename that column, or no new weights"
+        )
+    if reweight and not any(document["pair_weights"]):
+        raise ValueError(
+            "no pair weights keep every chosen response from falling, so that there is none to "
+            "write: leave the worst pairs out (drop), or choose another loss"
         )
     numbers = [int(pair.get("row", pair.get("pair"))) for pair in pairs]
     if max(numbers) >= len(rows):

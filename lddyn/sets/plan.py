@@ -15,7 +15,24 @@ from lddyn.sets.run import Run
 from lddyn.sets.segments import measured_batches
 from lddyn.sketches.sketch import Sketch
 
-__all__ = ["SetPlan"]
+__all__ = ["SetPlan", "parse_budget"]
+
+
+def parse_budget(budget: float | str | None) -> float | None:
+    """A budget in epochs: 2, "2" or "2x".
+
+    Raises:
+        ValueError: If it is no positive number.
+    """
+    if budget is None:
+        return None
+    try:
+        epochs = float(budget.removesuffix("x") if isinstance(budget, str) else budget)
+    except (TypeError, ValueError):
+        epochs = math.nan
+    if not 0 < epochs < math.inf:
+        raise ValueError(f"budget must be a number of epochs such as 2x, got {budget!r}")
+    return epochs
 
 
 @dataclass(frozen=True)

@@ -111,12 +111,15 @@ class Run:
             ValueError: If lddyn does not follow the optimizer or the schedule.
         """
         settings = TrainerSettings.of(source)
+        if settings.optimizer is None:
+            why = [text for text in settings.remarks if text.startswith("optim=")]
+            raise ValueError(" ".join(why) or "the optimizer is not followed")
         epochs, adam = settings.epochs, settings.optimizer == "adamw"
         return cls(
             settings.learning_rate,
             int(epochs) if epochs.is_integer() else epochs,
             settings.batch,
-            optimizer=settings.optimizer or "one that lddyn does not follow",
+            optimizer=settings.optimizer,
             schedule=settings.schedule,
             momentum=settings.betas[0] if adam else 0.0,
             seed=settings.seed if seed is None else seed,
@@ -134,7 +137,13 @@ class Run:
 
     def __post_init__(self) -> None:
         """Checks values."""
-        if isinstance(self.lr, bool) or not math.isfinite(self.lr) or self.lr <= 0:
+        for name in ("lr", "epochs", "momentum", "warmup", "weight_decay", "beta2", "epsilon"):
+            self._check_kind(name, (int, float), "a number")
+        for name in ("batch", "accumulation", "seed"):
+            self._check_kind(name, (int,), "a whole number")
+        if self.max_steps is not None:
+            self._check_kind("max_steps", (int,), "a whole number or None")
+        if not math.isfinite(self.lr) or self.lr <= 0:
             still = ": with a learning rate of 0 nothing moves" if self.lr == 0 else ""
             raise ValueError(f"lr must be positive, got {self.lr}{still}")
         if not (math.isfinite(self.epochs) and self.epochs > 0):
@@ -155,6 +164,11 @@ class Run:
             )
         self._check_numbers()
         self.rates(2)
+
+    def _check_kind(self, name: str, kinds: tuple[type, ...], words: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ValueError(f"{name} must be {words}, got {value!r}")
 
     def _check_numbers(self) -> None:
         if not (math.isfinite(self.warmup) and self.warmup >= 0):
@@ -183,6 +197,8 @@ class Run:
         index, size = torch.tensor(list(pairs)), self.batch // self.accumulation
         per_epoch = len(index) // size if self.drop_last else -(-len(index) // size)
         per_epoch = -(-per_epoch // self.accumulation)
+        if not len(index):
+            raise ValueError("a run needs a pair to train on, got none")
         if not per_epoch:
             raise ValueError(
                 f"drop_last leaves no step: a part of a step has {size} pairs, and there are "

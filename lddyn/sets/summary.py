@@ -132,11 +132,10 @@ def _harm(diagnosis: Diagnosis) -> dict[str, Any]:
     helpful = float(contribution[contribution > 0].sum())
     without = None
     if diagnosis.forecast is not None:
-        left = torch.ones(n)
-        left[top] = 0.0
-        both = (left, diagnosis.pair_weights())
-        dropped, reweighted = (float(diagnosis.forecast.weighted(x).mean()) for x in both)
-        without = {"dropped": dropped, "reweighted": reweighted}
+        without = {
+            "dropped": _changed_run(diagnosis, leave_out=top) if len(top) < n else None,
+            "reweighted": _changed_run(diagnosis, pair_weights=diagnosis.pair_weights()),
+        }
     return {
         "pairs": len(harmful),
         "worst": len(top),
@@ -145,6 +144,21 @@ def _harm(diagnosis: Diagnosis) -> dict[str, Any]:
         "heavy": float(-harmful.sum()) > 0.25 * helpful,
         "without": without,
     }
+
+
+def _changed_run(
+    diagnosis: Diagnosis, leave_out: Sequence[int] = (), pair_weights: Tensor | None = None
+) -> float | None:
+    """Mean predicted Δ log π(y+) of another run, nats; None: no weight is above 0.
+
+    The forecast and the difference that the other run makes in the linear model.
+    """
+    assert diagnosis.forecast is not None
+    if pair_weights is not None and not bool(pair_weights.any()):
+        return None
+    other = diagnosis.simulate(leave_out=leave_out, pair_weights=pair_weights)
+    difference = other.change[0] - diagnosis.simulate().change[0]
+    return float((diagnosis.forecast.change[0] + difference).mean())
 
 
 def _tokens(diagnosis: Diagnosis) -> dict[str, Any] | None:

@@ -190,6 +190,11 @@ def named_examples(
     """Observed responses by unique names."""
     if isinstance(observed, Example):
         observed = [observed]
+    for example in observed.values() if isinstance(observed, Mapping) else observed:
+        if not isinstance(example, Example):
+            raise ValueError(
+                f"what is observed must be lddyn.Examples, got {type(example).__name__}"
+            )
     if isinstance(observed, Mapping):
         named = dict(observed)
     else:

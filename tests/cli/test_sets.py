@@ -107,7 +107,7 @@ def test_an_interrupt_leaves_the_page_so_far(model, data, tmp_path, monkeypatch)
     assert result.exit_code == 130 and "stopped" in result.stderr
     assert "Diagnosis" not in result.stdout and (out / "index.html").is_file()
     assert json.loads((out / "diagnosis.json").read_text())["worst"]
-    assert "--budget must be a number of epochs such as 2x, got 'much'" in errors(
+    assert "budget must be a number of epochs such as 2x, got 'much'" in errors(
         "diagnose", "--model", model, "--data", data, "--budget", "much"
     )
 

@@ -229,7 +229,7 @@ def weights_of(trainer):
 
 
 @pytest.mark.case("a column of pair weights, which TRL ignores")
-@pytest.mark.parametrize("loss", ["sigmoid", ["sigmoid", "sft"], "ipo"])
+@pytest.mark.parametrize("loss", ["sigmoid", ["sigmoid", "bco_pair"], "ipo"])
 def test_pair_weights_are_read(tmp_path, tokenizer, loss):
     def run(name, *args, **options):
         options = {"per_device_train_batch_size": 4, "loss_type": loss, **options}
@@ -247,8 +247,7 @@ def test_pair_weights_are_read(tmp_path, tokenizer, loss):
     uneven = [0.5, 2.0, 1.0, 0.0, 3.0, 1.0, 0.25, 0.25]
     whole = run("e", uneven)
     parts = run("f", uneven, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    if loss != ["sigmoid", "sft"]:  # its mean over the tokens of a part is another for each part
-        assert float((whole - parts).norm() / (whole - start).norm()) < 1e-4
+    assert float((whole - parts).norm() / (whole - start).norm()) < 1e-4
     assert float((whole - zeros).norm() / (whole - start).norm()) > 1e-2
 
 
@@ -257,6 +256,7 @@ def test_pair_weights_that_cannot_be_read(tmp_path, tokenizer):
 
     for given, message in (
         ({"loss_type": "aot"}, "sorts the pairs of a batch"),
+        ({"loss_type": ["sigmoid", "sft"]}, "'sft' is a mean over the tokens of all pairs"),
         ({}, "the training set has no column 'weight'"),
     ):
         trainer, _ = dpo(tmp_path, tokenizer, None, **given, max_steps=1)
@@ -265,3 +265,5 @@ def test_pair_weights_that_cannot_be_read(tmp_path, tokenizer):
     for bad in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="weight must be finite numbers of 0 or more"):
             weighted_run(tmp_path, tokenizer, [bad] * 8)
+    with pytest.raises(ValueError, match="rows of the training set have no weight"):
+        weighted_run(tmp_path, tokenizer, [None] * 8)
