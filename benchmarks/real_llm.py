@@ -36,8 +36,10 @@ SFT_RATE, SFT_BATCH = 1e-3, 6
 Pair = tuple[lddyn.Example, lddyn.Example]
 
 
-def read(path: Path, tokenizer: Any, count: int, longest: int, skip: int) -> list[Pair]:
-    """The first pairs after some rows whose parts are no longer than this, in tokens."""
+def read(
+    path: Path, tokenizer: Any, count: int, longest: int, skip: int, cut: int | None
+) -> list[Pair]:
+    """The first pairs after some rows whose parts are no longer than this, or are cut, in tokens."""
     pairs: list[Pair] = []
     for line in path.read_text(encoding="utf-8").splitlines()[skip:]:
         row = json.loads(line)
@@ -45,6 +47,8 @@ def read(path: Path, tokenizer: Any, count: int, longest: int, skip: int) -> lis
             messages(row["prompt"]), add_generation_prompt=True, return_dict=True
         )["input_ids"]
         sides = [tokenizer(row[k].strip() + "<|im_end|>")["input_ids"] for k in SIDES]
+        if cut is not None:
+            prompt, sides = prompt[-cut:], [side[:cut] for side in sides]
         if len(prompt) > longest or not all(5 < len(side) <= longest for side in sides):
             continue
         if sides[0] != sides[1]:
@@ -126,6 +130,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=12)
     parser.add_argument("--longest", type=int, default=100, help="tokens of a prompt or response")
     parser.add_argument("--full", action="store_true", help="all weights; default: LoRA, rank 8")
+    parser.add_argument("--cut", type=int, help="tokens that are kept of a prompt or response")
     parser.add_argument("--skip", type=int, default=0, help="rows of the file to leave out first")
     parser.add_argument("--seed", type=int, default=0, help="of adapters and of orders of pairs")
     parser.add_argument("--batch", type=int, default=4, help="pairs in a batch")
@@ -150,7 +155,7 @@ def main() -> None:
         )
         model = peft.get_peft_model(model, config)
     model.eval()
-    pairs = read(args.pairs, tokenizer, args.count, args.longest, args.skip)
+    pairs = read(args.pairs, tokenizer, args.count, args.longest, args.skip, args.cut)
     run = lddyn.Run(
         lr=args.lr,
         epochs=args.epochs,
