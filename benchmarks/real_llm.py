@@ -39,7 +39,7 @@ Pair = tuple[lddyn.Example, lddyn.Example]
 def read(
     path: Path, tokenizer: Any, count: int, longest: int, skip: int, cut: int | None
 ) -> list[Pair]:
-    """The first pairs after some rows whose parts are no longer than this, or are cut, in tokens."""
+    """The first pairs after some rows whose parts have at most so many tokens, or are cut."""
     pairs: list[Pair] = []
     for line in path.read_text(encoding="utf-8").splitlines()[skip:]:
         row = json.loads(line)
