@@ -11,6 +11,7 @@ import zoo
 
 import lddyn
 from lddyn.arguments import TRAINERS, _kind_of_class
+from lddyn.objectives.like import loss_like
 from lddyn.settings import TrainerSettings, router_remark
 
 torch.set_num_threads(1)
@@ -376,6 +377,8 @@ def test_arguments_of_a_file_have_types(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             TrainerSettings.of({"trainer": "dpo", name: value})
+    with pytest.raises(ValueError, match="a TrainingArguments does not tell a loss of pairs"):
+        loss_like(TrainerSettings.of(config("Training", tmp_path)))
     trl = pytest.importorskip("trl")
     with pytest.raises(ValueError, match="got the class DPOConfig"):
         TrainerSettings.of(trl.DPOConfig)

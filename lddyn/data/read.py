@@ -386,12 +386,16 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[PlacedRow]:
         if b"\0" in stream.read(1 << 16):
             raise _unreadable(str(path), "holds zero bytes: no text in UTF-8")
     with _open(path) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         header = text.readline(1 << 20)
         if delimiter not in header:  # as spreadsheets write it in countries with a decimal comma
             delimiter = next((other for other in ";\t|" if other in header), delimiter)
         text.seek(0)
         reader = csv.DictReader(text, delimiter=delimiter)
+        names = [name for name in reader.fieldnames or () if name]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise _unreadable(str(path), f"two columns are called {twice!r}")
         for number, cells in enumerate(reader, start=1):
             where = f"{path}, row {number}"
             if None in cells or None in cells.values():
@@ -401,9 +405,18 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[PlacedRow]:
                 problem = f"must have {columns} cells, got {count}"
                 yield PlacedRow(where, _unreadable(where, problem))
                 continue
+            broken = next((k for k, v in cells.items() if _is_broken(v)), None)
+            if broken is not None:
+                yield PlacedRow(where, _unreadable(where, f"not UTF-8 (in column {broken!r})"))
+                continue
             # pandas and datasets write an index as a column without a name
             named = {k: v for k, v in cells.items() if k and not k.startswith("Unnamed: ")}
             yield PlacedRow(where, {name: _cell(value) for name, value in named.items()})
+
+
+def _is_broken(text: str) -> bool:
+    """Whether bytes that are not UTF-8 were read into a text."""
+    return any("\udc80" <= character <= "\udcff" for character in text)
 
 
 def _cell(value: str) -> Any:
@@ -423,9 +436,15 @@ def _read_text(path: Path) -> Iterator[PlacedRow]:
     """Yield each line that is not blank as a row with a text."""
     with _open(path) as stream:
         for number, line in _lines(stream, path):
-            text = line.decode("utf-8", "replace").rstrip("\r\n")
+            where = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                problem = f"not UTF-8 ({error.reason} at byte {error.start})"
+                yield PlacedRow(where, _unreadable(where, problem))
+                continue
             if text.strip():
-                yield PlacedRow(f"{path}, line {number}", {"text": text})
+                yield PlacedRow(where, {"text": text})
 
 
 def _read_parquet(path: Path) -> Iterator[PlacedRow]:

@@ -36,6 +36,10 @@ def loss_like(settings: TrainerSettings) -> Loss:
         ValueError: If lddyn has no loss of this name, or none of this trainer.
     """
     _check_known(settings)
+    if settings.trainer == "other":
+        raise ValueError(
+            "a TrainingArguments does not tell a loss of pairs: give the objective, or TRL's config"
+        )
     names = ["sft" if name in ("nll", "dft") else name for name in settings.losses]
     names = ["apo_zero" if name == "apo_zero_unpaired" else name for name in names]
     known = {key for name in names if name in LOSSES for key in LOSSES[name].parameters}

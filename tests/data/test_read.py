@@ -98,3 +98,19 @@ def test_rows_parquet(tmp_path):
     path.write_bytes(b"PAR1")
     with pytest.raises(ExampleError, match="not a Parquet file"):
         rows(path)
+
+
+@pytest.mark.case("tables and texts that are not UTF-8, and columns of one name")
+def test_tables_that_are_not_utf8(tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_bytes(b"prompt,completion\nthe,caf\xe9\nthe,cat\n")
+    first, second = (row for _, row in placed_rows(table))
+    assert "not UTF-8 (in column 'completion')" in str(first)
+    assert second == {"prompt": "the", "completion": "cat"}
+    lines = tmp_path / "rows.txt"
+    lines.write_bytes(b"caf\xe9\ncaf\xc3\xa9\n")
+    first, second = (row for _, row in placed_rows(lines))
+    assert "not UTF-8" in str(first) and second == {"text": "café"}
+    table.write_text("prompt,chosen,chosen\na,b,c\n")
+    with pytest.raises(ExampleError, match="two columns are called 'chosen'"):
+        list(placed_rows(table))
