@@ -37,9 +37,11 @@ def test_the_worst_pairs_are_left_out(diagnosed):
 
 
 def test_rows_get_the_weights_of_their_pairs(diagnosed):
-    filtered = filter_rows(ROWS, diagnosed, reweight=True)
+    given = [0.5, 0.0, 2.0, 1.5, 1.0]
+    document = {**diagnosed.to_dict(), "pair_weights": given}
+    filtered = filter_rows(ROWS, document, reweight=True)
     weights = [row["weight"] for row in filtered.kept]
-    assert [weights[i] for i in NUMBERS] == diagnosed.pair_weights().tolist()
+    assert [weights[i] for i in NUMBERS] == given
     assert weights[2] == weights[5] == 1.0  # these were not diagnosed
     assert "weight" not in ROWS[0]
 
@@ -51,6 +53,9 @@ def test_rows_that_cannot_be_filtered(diagnosed):
         filter_rows(ROWS, diagnosed, drop=6)
     with pytest.raises(ValueError, match="row 0 has a weight already"):
         filter_rows([{**row, "weight": 1} for row in ROWS], diagnosed, reweight=True)
+    nothing = {**diagnosed.to_dict(), "pair_weights": [0.0] * 5}
+    with pytest.raises(ValueError, match="no pair weights keep every chosen response"):
+        filter_rows(ROWS, nothing, reweight=True)
 
 
 def test_pairs_are_named_by_their_rows(diagnosed):
