@@ -389,14 +389,24 @@ def _preference(row: Row, one_is_enough: bool) -> Content:
     if len(own) == 2 and ("prompt" not in row or beside):
         if all(isinstance(v, str) for v in responses.values()) and prompt_under_another_name(row):
             raise missing_column("prompt", row)
-        prompt, *split = _split_prompt(responses["chosen"], responses["rejected"])
-        return Content(prompt, dict(zip(own, split, strict=True)), reads, own)
+        shared, *split = _split_prompt(responses["chosen"], responses["rejected"])
+        if beside and not _says(shared, str(prompt)):
+            reads -= {"prompt"}  # named as a column that nobody reads
+        return Content(shared, dict(zip(own, split, strict=True)), reads, own)
     require_columns(row, "prompt")
     if prompt is None:
         raise not_text("prompt", None)
     if isinstance(prompt, str) and any(is_messages(value) for value in responses.values()):
         prompt = [{"role": "user", "content": prompt}]
     return Content(prompt, responses, reads, own)
+
+
+def _says(messages: object, text: str) -> bool:
+    """Whether a turn of a conversation holds a text."""
+    if not isinstance(messages, list):
+        return True
+    contents = [message.get("content") for message in messages]
+    return any(not isinstance(c, str) or text.strip() in c for c in contents)
 
 
 def _split_prompt(chosen: object, rejected: object) -> tuple[object, object, object]:

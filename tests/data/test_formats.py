@@ -9,6 +9,7 @@ import pytest
 from chats import assistant, make_tokenizer, user
 
 from lddyn.data.audit import audit
+from lddyn.data.formats import recognise
 from lddyn.data.read import rows as read_rows
 from lddyn.data.rows import encode_row
 from lddyn.errors import ExampleError
@@ -266,3 +267,15 @@ def test_files_without_rows(tmp_path, tokenizer):
     (tmp_path / "odd.jsonl").write_bytes(b"\xff\xfea")
     with pytest.raises(ExampleError, match="begins as UTF-16 and is not"):
         read_rows(tmp_path / "odd.jsonl")
+
+
+@pytest.mark.case("a prompt beside whole conversations that is none of their turns")
+def test_a_prompt_that_no_conversation_holds_is_named():
+    def conversation(answer):
+        return [{"role": "user", "content": "Is it red?"}, {"role": "assistant", "content": answer}]
+
+    row = {"chosen": conversation("Yes."), "rejected": conversation("No.")}
+    for prompt, read in (("Is it red?", True), (" Is it red?\n", True), ("Is it blue?", False)):
+        content = recognise({**row, "prompt": prompt}, None)
+        assert ("prompt" in content.reads) == read
+        assert content.prompt == conversation("")[:1]
