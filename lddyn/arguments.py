@@ -96,7 +96,13 @@ def arguments(source: object) -> tuple[dict[str, Any], str, list[str]]:
             "like must be a TRL config, a TrainingArguments, a trainer, a mapping of their "
             f"arguments or a file of them, got {_name_of(source)}"
         )
-    kind = kind or _kind_of_class(type(source), "Config") or "other"
+    kind = kind or _kind_of_class(type(source), "Config")
+    if not kind and not any(a.__name__.endswith("Arguments") for a in type(source).__mro__):
+        raise ValueError(
+            f"like must tell its trainer, got {type(source).__name__}: give TRL's config, or a "
+            "mapping of its arguments with `trainer`"
+        )
+    kind = kind or "other"
     given = {k: v for k, v in vars(source).items() if not k.startswith("_")}
     return {**_DEFAULTS.get(kind, {}), **given}, kind, []
 

@@ -379,6 +379,8 @@ def test_arguments_of_a_file_have_types(tmp_path):
             TrainerSettings.of({"trainer": "dpo", name: value})
     with pytest.raises(ValueError, match="a TrainingArguments does not tell a loss of pairs"):
         loss_like(TrainerSettings.of(config("Training", tmp_path)))
+    with pytest.raises(ValueError, match="like must tell its trainer, got SimpleNamespace"):
+        TrainerSettings.of(SimpleNamespace(learning_rate=1e-3, beta=0.3))
     trl = pytest.importorskip("trl")
     with pytest.raises(ValueError, match="got the class DPOConfig"):
         TrainerSettings.of(trl.DPOConfig)
