@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ from lddyn.sets.close_ups import lbk_of_pairs, look_at_tokens
 from lddyn.sets.diagnosis import Diagnosis
 from lddyn.sets.pairs import Pair, PairSet
 from lddyn.sets.passes import Passes
-from lddyn.sets.plan import SetPlan, parse_budget
+from lddyn.sets.plan import SetPlan, parse_budget, plan_within
 from lddyn.sets.readings import Readings
 from lddyn.sets.rows import (
     Flat,
@@ -175,7 +176,8 @@ def diagnose(
     needed = exact_bytes(len(set_.sequences), access.size, number, run is not None)
     if sketch is None and needed > workspace:
         sketch = Sketch(k=NUMBERS)
-    plan = SetPlan.within(epochs, set_, access, sketch, run, refresh, close_ups, lbk)
+    made = partial(SetPlan.of, set_, access, sketch, run)
+    plan = plan_within(epochs, made, refresh, close_ups, lbk)
     refresh, close_ups, lbk = plan.refresh, plan.close_ups, plan.lbk
     if progress:
         tqdm.write(f"diagnosis: {plan.explain()}", file=sys.stderr)
@@ -207,10 +209,11 @@ def diagnose(
             def ranked(gram: Gram) -> None:
                 so_far(Diagnosis(replace(step, gram=gram), unavailable=access.unavailable))
 
-            made = predict_run(
+            predicted = predict_run(
                 access, passes, rows, step, run, segments=refresh, sketch=sketch, ranked=ranked
             )
-            forecast, adam, step = made.forecast, made.adam, replace(step, gram=made.gram)
+            forecast, adam = predicted.forecast, predicted.adam
+            step = replace(step, gram=predicted.gram)
         diagnosis = Diagnosis(step, adam, forecast, unavailable=access.unavailable)
         if run is not None:
             so_far(diagnosis)

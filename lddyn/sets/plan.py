@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from lddyn.memory import in_gib
@@ -15,7 +16,7 @@ from lddyn.sets.run import Run
 from lddyn.sets.segments import measured_batches
 from lddyn.sketches.sketch import Sketch
 
-__all__ = ["SetPlan", "parse_budget"]
+__all__ = ["SetPlan", "parse_budget", "plan_within"]
 
 
 def parse_budget(budget: float | str | None) -> float | None:
@@ -61,46 +62,6 @@ class SetPlan:
     close_ups: int
     lbk: bool
     left_out: tuple[str, ...] = ()
-
-    @classmethod
-    def within(
-        cls,
-        budget: float | None,
-        pairs: PairSet,
-        access: Access,
-        sketch: Sketch | None,
-        run: Run | None,
-        refresh: int,
-        close_ups: int,
-        lbk: bool,
-    ) -> SetPlan:
-        """The plan of a diagnosis that takes at most `budget` epochs of training; None: no limit.
-
-        LBK of all pairs is left out first, then close-ups one by one, then segments of the run. The
-        other arguments are those of `diagnose`.
-
-        Raises:
-            ValueError: If what cannot be left out takes longer.
-        """
-
-        def made(refresh: int, close_ups: int, lbk: bool) -> SetPlan:
-            return cls.of(pairs, access, sketch, run, refresh, close_ups, lbk)
-
-        whole = plan = made(refresh, close_ups, lbk)
-        choices = [(refresh, close_ups, False)]
-        choices += [(refresh, n, False) for n in range(close_ups - 1, -1, -1)]
-        choices += [(k, 0, False) for k in range(refresh - 1, 0, -1)]
-        for choice in choices:
-            if budget is None or plan.epochs <= budget:
-                return replace(plan, left_out=_differences(whole, plan))
-            plan = made(*choice)
-        if budget is not None and plan.epochs > budget:
-            raise ValueError(
-                f"budget {budget:g} is too small: {', '.join(plan.parts)} alone take "
-                f"{plan.epochs:.1f} epochs of training; read fewer pairs (--limit), train an "
-                "adapter (--adapter), or predict no run"
-            )
-        return replace(plan, left_out=_differences(whole, plan))
 
     @classmethod
     def of(
@@ -182,6 +143,44 @@ class SetPlan:
             f"{how}; {in_gib(self.rows + self.vectors)} beyond the model"
             + "".join(f"; left out for the budget: {what}" for what in self.left_out)
         )
+
+
+def plan_within(
+    budget: float | None,
+    made: Callable[[int, int, bool], SetPlan],
+    refresh: int,
+    close_ups: int,
+    lbk: bool,
+) -> SetPlan:
+    """The plan of a diagnosis that takes at most so many epochs of training.
+
+    LBK of all pairs is left out first, then close-ups one by one, then segments of the run.
+
+    Args:
+        budget: Epochs; None: no limit.
+        made: (refresh, close_ups, lbk) -> the plan of it.
+        refresh: As of `diagnose`.
+        close_ups: As of `diagnose`.
+        lbk: As of `diagnose`.
+
+    Raises:
+        ValueError: If what cannot be left out takes longer.
+    """
+    whole = plan = made(refresh, close_ups, lbk)
+    less = [
+        (refresh, close_ups, False),
+        *((refresh, count, False) for count in reversed(range(close_ups))),
+        *((count, 0, False) for count in reversed(range(1, refresh))),
+    ]
+    while budget is not None and plan.epochs > budget:
+        if not less:
+            raise ValueError(
+                f"budget {budget:g} is too small: {', '.join(plan.parts)} alone take "
+                f"{plan.epochs:.1f} epochs of training; read fewer pairs (--limit), train an "
+                "adapter (--adapter), or predict no run"
+            )
+        plan = made(*less.pop(0))
+    return replace(plan, left_out=_differences(whole, plan))
 
 
 def _differences(whole: SetPlan, plan: SetPlan) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ __all__ = [
     "Flat",
     "Gram",
     "PairReader",
+    "SetReading",
     "SetRows",
     "exact_bytes",
     "new_rows",
