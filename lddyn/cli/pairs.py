@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Findings of an audit that make a pair one to fix.
 _FAULTS = ("identical_pair", "duplicate", "blank_response")
+_SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -49,27 +50,14 @@ def encode_pairs(
 ) -> PairSet:
     """The rows that are pairs, as token sequences, and what is wrong with the rows."""
     from lddyn.data.audit import audit
-    from lddyn.data.rows import encode_row
-    from lddyn.errors import ExampleError
 
     pairs, rows, skipped = [], [], []
-    for number, (where, row) in enumerate(content):
-        try:
-            if isinstance(row, ExampleError):
-                raise row
-            encoded = encode_row(tokenizer, row, options=options)
-            if not {"chosen", "rejected"} <= set(encoded):
-                there = ", ".join(map(repr, row))
-                raise ExampleError(f"a pair must have chosen and rejected, got {there}")
-            for side in ("chosen", "rejected"):
-                check_fits(encoded[side], side, config)
-            pairs.append((encoded["chosen"], encoded["rejected"]))
-            rows.append(number)
-        except ValueError as error:
-            unread = getattr(error, "problem", "") == "unreadable_row"
-            field = getattr(error, "field", "")
-            place = "" if unread else f"{where}, {field}: " if field else f"{where}: "
-            skipped.append((number, f"{place}{error}"))
+    for number, encoded in _encoded(tokenizer, config, content, options, _SIDES):
+        if isinstance(encoded, str):
+            skipped.append((number, encoded))
+            continue
+        pairs.append((encoded["chosen"], encoded["rejected"]))
+        rows.append(number)
     audited = audit(tokenizer, content, options=options, config=config)
     faulty = {f.row: f.problem for f in audited if f.problem in _FAULTS}
     faults = {i: faulty[row] for i, row in enumerate(rows) if row in faulty}
@@ -85,27 +73,66 @@ def encode_observed(
         ValueError: If no response is left.
     """
     from lddyn.data.read import placed_rows
-    from lddyn.data.rows import encode_row
-    from lddyn.errors import ExampleError
 
     made: dict[str, Example] = {}
     left_out: list[str] = []
-    for number, (where, row) in enumerate(placed_rows(file)):
+    for number, encoded in _encoded(tokenizer, config, placed_rows(file), options):
+        if isinstance(encoded, str):
+            left_out.append(encoded)
+        else:
+            made |= {f"row {number}, {field}": e for field, e in encoded.items()}
+    if not made:
+        raise ValueError(f"{file}: no response can be observed ({', '.join(left_out[:1])})")
+    _warn_of_first(
+        [f"not observed: {why}" for why in left_out], f"rows of {file} in all are not observed"
+    )
+    return made
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase,
+    config: object,
+    content: Iterable[PlacedRow],
+    options: RowOptions,
+    sides: Sequence[str] = (),
+) -> Iterator[tuple[int, dict[str, Example] | str]]:
+    """Each row's number, and its responses by field or why it has none that the model can read.
+
+    Args:
+        tokenizer: The tokenizer.
+        config: The model's config.
+        content: The rows.
+        options: How they are encoded.
+        sides: Fields that a row must have, and that are read; empty: all of the row's format.
+    """
+    from lddyn.data.rows import encode_row
+    from lddyn.errors import ExampleError
+
+    for number, (where, row) in enumerate(content):
         try:
             if isinstance(row, ExampleError):
                 raise row
-            for field, example in encode_row(tokenizer, row, options=options).items():
+            encoded = encode_row(tokenizer, row, options=options)
+            if not set(sides) <= set(encoded):
+                there = ", ".join(map(repr, row))
+                raise ExampleError(f"a pair must have {' and '.join(sides)}, got {there}")
+            read = {field: encoded[field] for field in sides or encoded}
+            for field, example in read.items():
                 check_fits(example, field, config)
-                made[f"row {number}, {field}"] = example
+            yield number, read
         except ValueError as error:
-            left_out.append(f"{where}: {error}")
-    if not made:
-        raise ValueError(f"{file}: no response can be observed ({', '.join(left_out[:1])})")
-    for why in left_out[:3]:
-        warn(f"not observed: {why}")
-    if len(left_out) > 3:
-        warn(f"{len(left_out)} rows of {file} in all are not observed")
-    return made
+            unread = getattr(error, "problem", "") == "unreadable_row"
+            field = getattr(error, "field", "")
+            place = "" if unread else f"{where}, {field}: " if field else f"{where}: "
+            yield number, f"{place}{error}"
+
+
+def _warn_of_first(lines: Sequence[str], in_all: str) -> None:
+    """The first three of some warnings, and how many there are."""
+    for line in lines[:3]:
+        warn(line)
+    if len(lines) > 3:
+        warn(f"{len(lines)} {in_all}")
 
 
 def warn_of_skipped(given: PairSet, data: Path, content: Sequence[PlacedRow]) -> None:
@@ -120,7 +147,5 @@ def warn_of_skipped(given: PairSet, data: Path, content: Sequence[PlacedRow]) ->
                 "and rejected"
             )
         raise ValueError(f"{data}: no row is a pair of chosen and rejected ({why})")
-    for number, why in given.skipped[:3]:
-        warn(f"row {number} is not diagnosed: {why}")
-    if len(given.skipped) > 3:
-        warn(f"{len(given.skipped)} rows in all are not diagnosed")
+    lines = [f"row {number} is not diagnosed: {why}" for number, why in given.skipped]
+    _warn_of_first(lines, "rows in all are not diagnosed")

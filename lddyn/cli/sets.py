@@ -257,12 +257,12 @@ def diagnose(
     """
     page.check()
     import lddyn
-    from lddyn.sets.filter import write_source
     from lddyn.sets.plan import parse_budget
 
     settings = rows.settings
     planned = run.make(seed, settings)
     objective = loss.make(settings)  # errors in it are raised before the work
+    epochs = parse_budget(budget)
     content = rows.read()
     tokenizer, lm = model.load_tokenizer(), model.load()
     given = encode_pairs(tokenizer, lm.config, content, rows.encoding)
@@ -273,12 +273,12 @@ def diagnose(
     moved = _log_probs_after(page.after, model, given.pairs)
     extra = _extra(model, rows, loss, page, given)
 
-    def first_page(diagnosis: Diagnosis) -> None:
-        """The page as far as it is known, which an interrupt leaves."""
-        if page.out is not None:
-            write_source(page.out, rows.data)
-            path = diagnosis.report(page.out / "index.html", tokenizer=tokenizer, extra=extra)
-            say_progress(f"page so far: {path}")
+    def write(diagnosis: Diagnosis, whole: nn.Module | None = None) -> Path | None:
+        """The page: as far as it is known, which an interrupt leaves, or the whole one."""
+        if page.out is None:
+            return None
+        say_progress("writing the page …" if whole is not None else "writing the page so far …")
+        return _write_page(diagnosis, page, (whole, tokenizer), moved, extra, rows.data)
 
     diagnosis = lddyn.diagnose(
         lm,
@@ -293,16 +293,14 @@ def diagnose(
         refresh=run.refresh,
         close_ups=close_ups,
         validate=validate,
-        budget=parse_budget(budget),
+        budget=epochs,
         row_numbers=given.rows,
         faults=given.faults,
-        so_far=first_page,
+        so_far=write,
         progress=True,
     )
     document = diagnosis.to_dict() | {"audit": given.audit.to_dict()}
-    written = None
-    if page.out is not None:
-        written = _write_page(diagnosis, page, (lm, tokenizer), moved, extra, rows.data)
+    written = write(diagnosis, lm)
     return Answer(document, _explain(document, diagnosis, given.audit, close_ups, written))
 
 
@@ -425,14 +423,13 @@ def _extra(
 def _write_page(
     diagnosis: Diagnosis,
     page: PageOptions,
-    loaded: tuple[nn.Module, PreTrainedTokenizerBase],
+    loaded: tuple[nn.Module | None, PreTrainedTokenizerBase],
     moved: Tensor | None,
     extra: Mapping[str, Any],
     data: Path,
 ) -> Path:
     from lddyn.sets.filter import write_source
 
-    say_progress("writing the page …")
     assert page.out is not None
     write_source(page.out, data)
     return diagnosis.report(

@@ -132,10 +132,7 @@ def _harm(diagnosis: Diagnosis) -> dict[str, Any]:
     helpful = float(contribution[contribution > 0].sum())
     without = None
     if diagnosis.forecast is not None:
-        without = {
-            "dropped": _changed_run(diagnosis, leave_out=top) if len(top) < n else None,
-            "reweighted": _changed_run(diagnosis, pair_weights=diagnosis.pair_weights()),
-        }
+        without = _without(diagnosis, top)
     return {
         "pairs": len(harmful),
         "worst": len(top),
@@ -146,19 +143,21 @@ def _harm(diagnosis: Diagnosis) -> dict[str, Any]:
     }
 
 
-def _changed_run(
-    diagnosis: Diagnosis, leave_out: Sequence[int] = (), pair_weights: Tensor | None = None
-) -> float | None:
-    """Mean predicted Δ log π(y+) of another run, nats; None: no weight is above 0.
+def _without(diagnosis: Diagnosis, pairs: Sequence[int]) -> dict[str, float | None]:
+    """Mean predicted Δ log π(y+) of the run without these pairs, and with pair weights, nats.
 
-    The forecast and the difference that the other run makes in the linear model.
+    The forecast and the difference that the other run makes in the linear model. None: no pair is
+    left, or no weight is above 0.
     """
     assert diagnosis.forecast is not None
-    if pair_weights is not None and not bool(pair_weights.any()):
-        return None
-    other = diagnosis.simulate(leave_out=leave_out, pair_weights=pair_weights)
-    difference = other.change[0] - diagnosis.simulate().change[0]
-    return float((diagnosis.forecast.change[0] + difference).mean())
+    weights, linear = diagnosis.pair_weights(), diagnosis.simulate().change[0]
+    dropped = diagnosis.simulate(leave_out=pairs) if len(pairs) < len(diagnosis) else None
+    reweighted = diagnosis.simulate(pair_weights=weights) if bool(weights.any()) else None
+    forecast = diagnosis.forecast.change[0]
+    return {
+        name: None if run is None else float((forecast + run.change[0] - linear).mean())
+        for name, run in (("dropped", dropped), ("reweighted", reweighted))
+    }
 
 
 def _tokens(diagnosis: Diagnosis) -> dict[str, Any] | None:
