@@ -286,12 +286,15 @@ def _run(summary: Summary) -> list[Sentence]:
 
 def _without(without: Mapping[str, Any], pairs: str) -> str:
     """What the run is predicted to do without the worst pairs, and with pair weights."""
-    text = ""
-    if without["dropped"] is not None:
-        text += (
-            f" Without {pairs} the run is predicted to change log π(y+) by "
-            f"{signed(without['dropped'], 2)} nats on average."
+    if not without["adds_up"]:
+        return (
+            " The parts of single pairs do not add up to this prediction, so that none is made of "
+            f"a run without {pairs}."
         )
+    text = (
+        f" Without {pairs} the run is predicted to change log π(y+) by "
+        f"{signed(without['dropped'], 2)} nats on average."
+    )
     if without["reweighted"] is None:
         return text + " No pair weights keep every y+ from falling."
     return text + f" With reweighted pairs it is {signed(without['reweighted'], 2)} nats."

@@ -15,6 +15,7 @@ from lddyn.text import visible
 
 if TYPE_CHECKING:
     from lddyn.sets.diagnosis import Diagnosis
+    from lddyn.sets.forecast import Forecast
     from lddyn.sets.pair_steps import PairStep
 
 __all__ = ["summarise"]
@@ -22,6 +23,7 @@ __all__ = ["summarise"]
 _ALIKE = 0.1  # edit distance below which two responses are nearly the same
 _DEEP = 2.0  # nats a token that y− is less likely than y+
 _NAMED = 6  # pairs whose numbers are kept; sentences name five
+_EXPLAINED = 0.5  # most that the parts of pairs may leave over of a forecast, by norms
 _IDLE = 0.05  # part of the largest weight below which a pair moves nothing
 
 
@@ -132,7 +134,7 @@ def _harm(diagnosis: Diagnosis) -> dict[str, Any]:
     helpful = float(contribution[contribution > 0].sum())
     without = None
     if diagnosis.forecast is not None:
-        without = _without(diagnosis, top)
+        without = _without(diagnosis, diagnosis.forecast, top)
     return {
         "pairs": len(harmful),
         "worst": len(top),
@@ -143,21 +145,24 @@ def _harm(diagnosis: Diagnosis) -> dict[str, Any]:
     }
 
 
-def _without(diagnosis: Diagnosis, pairs: Sequence[int]) -> dict[str, float | None]:
+def _without(diagnosis: Diagnosis, forecast: Forecast, pairs: Sequence[int]) -> dict[str, Any]:
     """Mean predicted Δ log π(y+) of the run without these pairs, and with pair weights, nats.
 
-    The forecast and the difference that the other run makes in the linear model. None: no pair is
-    left, or no weight is above 0.
+    Both are sums of the pairs' parts of the forecast. "adds_up" says whether these parts explain
+    it: else both are None. "reweighted" is None, too, where no weight is above 0.
     """
-    assert diagnosis.forecast is not None
-    weights, linear = diagnosis.pair_weights(), diagnosis.simulate().change[0]
-    dropped = diagnosis.simulate(leave_out=pairs) if len(pairs) < len(diagnosis) else None
-    reweighted = diagnosis.simulate(pair_weights=weights) if bool(weights.any()) else None
-    forecast = diagnosis.forecast.change[0]
-    return {
-        name: None if run is None else float((forecast + run.change[0] - linear).mean())
-        for name, run in (("dropped", dropped), ("reweighted", reweighted))
-    }
+    left_over = 0.0
+    if forecast.left_over is not None:
+        left_over = float(forecast.left_over.norm() / forecast.change[0].norm().clamp(min=1e-300))
+    told: dict[str, Any] = {"adds_up": left_over <= _EXPLAINED, "dropped": None, "reweighted": None}
+    if not told["adds_up"]:
+        return told
+    kept, weights = torch.ones(len(diagnosis)), diagnosis.pair_weights()
+    kept[list(pairs)] = 0.0
+    told["dropped"] = float(forecast.weighted(kept).mean())
+    if bool(weights.any()):
+        told["reweighted"] = float(forecast.weighted(weights).mean())
+    return told
 
 
 def _tokens(diagnosis: Diagnosis) -> dict[str, Any] | None:

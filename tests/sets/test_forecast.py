@@ -153,6 +153,32 @@ def test_adam_is_followed_through_a_run(found):
     assert torch.allclose(linear.simulate(run).change, expected, rtol=1e-9)
 
 
+def test_a_run_without_pairs_is_told_where_the_parts_add_up(predicted):
+    n = len(predicted)
+    effects = torch.eye(n).double()
+    effects[:, 0] = -3.0  # pair 0 lowers every chosen response
+    forecast = replace(
+        predicted.forecast,
+        effects=effects,
+        change=torch.stack([effects.sum(1)] * 2),
+        left_over=None,
+    )
+    told = replace(predicted, forecast=forecast)
+    without = told.summary()["harm"]["without"]
+    kept = torch.ones(n).double()
+    kept[0] = 0
+    assert without["dropped"] == pytest.approx(float(forecast.weighted(kept).mean()))
+    assert "Without this pair the run is predicted" in told.explain()
+    left = replace(forecast, left_over=forecast.change[0])
+    unexplained = replace(predicted, forecast=left)
+    assert unexplained.summary()["harm"]["without"] == {
+        "adds_up": False,
+        "dropped": None,
+        "reweighted": None,
+    }
+    assert "do not add up to this prediction" in unexplained.explain()
+
+
 def test_losses_are_compared_over_the_run(found, predicted):
     assert "run_chosen" not in found.objectives()[0]
     rows = {r["objective"]: r for r in predicted.objectives()}
