@@ -381,7 +381,7 @@ def _sketch(
 ) -> Sketch | None:
     """The sketch from which inner products are estimated. None: all gradients fit."""
     from lddyn.memory import in_gib, parse_memory
-    from lddyn.sets.diagnose import NUMBERS
+    from lddyn.sets.preparation import NUMBERS
     from lddyn.sets.rows import exact_bytes
     from lddyn.sketches.sketch import Sketch
 

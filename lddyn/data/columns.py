@@ -309,7 +309,7 @@ def group_advice(row: Row) -> str:
         return ""
     return (
         f"; {several[0]!r} holds a group of responses: give each of them a row "
-        "{prompt, completion}, and for a loss of the group's rewards write an lddyn.Objective "
+        "{prompt, completion}, and for a loss of the group's rewards give them to lddyn.GRPO "
         "(docs/losses.md, losses of groups)"
     )
 

@@ -10,7 +10,7 @@ w = ∓β(1 − a) (paper Eq. 5 and App. B Eq. 12-15).
 
 `losses` is the table of losses of (chosen, rejected) pairs; a `Loss` is some of its rows with
 values for their parameters; `preference` and `DPO` apply it to examples; `KTO` learns from single
-responses with a label.
+responses with a label, `GRPO` from groups of rated completions.
 """
 
 from lddyn.lazy import attributes
@@ -19,6 +19,7 @@ from lddyn.lazy import attributes
 _PUBLIC = {
     "ALIASES": "losses",
     "DPO": "paired",
+    "GRPO": "grouped",
     "KTO": "unpaired",
     "LOSSES": "losses",
     "Loss": "loss",

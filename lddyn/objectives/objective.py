@@ -73,6 +73,27 @@ class Objective:
         prepared.examples, prepared.names = list(self.examples), list(self.names)
         return prepared
 
+    divides_by_tokens = False  # whether trainers divide by the tokens of a whole optimizer step
+
+    def subset(self, rows: Sequence[int]) -> Self:
+        """The loss of some of the examples as one batch; of a prepared objective it is prepared.
+
+        Args:
+            rows: Their numbers, in any order.
+
+        Raises:
+            ValueError: If the loss is a function of all examples, as one of the user's own is.
+        """
+        if type(self) is Objective:
+            raise ValueError(
+                "a custom loss is a function of all its examples: no batch of some of them is "
+                "known; give lddyn.SFT, lddyn.KTO or lddyn.GRPO, or predict one step, without a run"
+            )
+        part = copy.copy(self)
+        part.examples = [self.examples[i] for i in rows]
+        part.names = [self.names[i] for i in rows]
+        return part
+
     def loss(self, log_probs: list[Tensor]) -> Tensor:
         """The scalar loss of per-token log-probs in nats, one (L_i,) tensor per example."""
         return self.fn(log_probs)
@@ -184,6 +205,7 @@ class SFT(Objective):
         if loss_type not in ("nll", "dft"):
             raise ValueError(f"loss_type must be 'nll' or 'dft', got {loss_type!r}")
         self.reduction, self.loss_type = reduction, loss_type
+        self.divides_by_tokens = reduction == "mean"
         self._take(several(examples))
 
     def loss(self, log_probs: list[Tensor]) -> Tensor:

@@ -103,6 +103,14 @@ class KTO(Objective):
             Parameter(0.0, FINITE).checked("kl", self.kl)
         self._mismatched = list(kl_examples or _mismatched(given))
 
+    def subset(self, rows: Sequence[int]) -> Self:
+        """The loss of some responses as one batch; z stays that of all of them."""
+        part = super().subset(rows)
+        part.labels = [self.labels[i] for i in rows]
+        if self.reference_log_probs is not None:
+            part.reference_log_probs = self.reference_log_probs.view(-1)[list(rows)]
+        return part
+
     def prepare(self, anatomy: Anatomy) -> Self:
         """A copy whose reference log-probs and z are those of this moment."""
         prepared = super().prepare(anatomy)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lddyn.sets.forecast import simulate
-from lddyn.sets.step import pair_effects
+from lddyn.sets.training_step import row_effects
 
 if TYPE_CHECKING:
     from lddyn.sets.diagnosis import Diagnosis
@@ -53,7 +53,7 @@ def _row(diagnosis: Diagnosis, name: str) -> dict[str, Any]:
         weights = _sft_on_both(weights)
     step = weights.flatten() / len(diagnosis)
     size = math.sqrt(max(float(step @ diagnosis.gram @ step), 0.0)) or 1.0
-    up, fall = pair_effects(diagnosis.gram, weights).mean(1).view(2, -1)
+    up, fall = row_effects(diagnosis.gram, weights).mean(1).view(2, -1)
     row = {
         "objective": name,
         "chosen_falls": float((up < 0).double().mean()),

@@ -11,69 +11,89 @@ A diagnosis is made in phases, each with a type of its own:
     close-ups     CloseUp       the tokens of some pairs                    (close_ups.py)
     Diagnosis                   all of it, and the questions it answers     (diagnosis.py)
 
+Single sequences (SFT, KTO, GRPO) go through the same passes, rows and forecasts, and end in a
+SequenceDiagnosis (diagnose_sequences.py, sequence_set.py, sequence_diagnosis.py).
+
 Nothing grows like pairs times parameters: gradients are kept where they fit into the memory that is
 given, and else sketched one layer at a time as they are made.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lddyn.data.checks import check_log_prob
-from lddyn.data.context import position_limit
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.experts import expert_remarks
-from lddyn.engine.guard import evaluating, undisturbed
+from lddyn.engine.guard import undisturbed
 from lddyn.engine.reference_policy import Reference, check_reference, describe_reference
-from lddyn.memory import DEFAULT_MEMORY, parse_memory
+from lddyn.memory import DEFAULT_MEMORY
 from lddyn.objectives.like import loss_like, reference_like, row_remarks
 from lddyn.objectives.loss import Loss
 from lddyn.objectives.losses import Value
+from lddyn.objectives.objective import Objective
 from lddyn.sets.access import Access
 from lddyn.sets.bar import Bar
 from lddyn.sets.close_ups import lbk_of_pairs, look_at_tokens
+from lddyn.sets.diagnose_sequences import as_sequences, diagnose_sequences, refuse_of_pairs
 from lddyn.sets.diagnosis import Diagnosis
 from lddyn.sets.pairs import Pair, PairSet
 from lddyn.sets.passes import Passes
-from lddyn.sets.plan import SetPlan, parse_budget, plan_within
+from lddyn.sets.preparation import prepare, rounding_remarks
 from lddyn.sets.readings import Readings
 from lddyn.sets.rows import (
     Flat,
     Gram,
     PairReader,
     SetRows,
-    exact_bytes,
     new_rows,
     read_rows,
 )
 from lddyn.sets.run import Run
 from lddyn.sets.segments import predict_run
+from lddyn.sets.sequence_diagnosis import SequenceDiagnosis
 from lddyn.sets.step import SetStep
 from lddyn.sets.validate import validate as compare_with_steps
 from lddyn.settings import Like, TrainerSettings, router_remark
 from lddyn.sketches.sketch import Sketch
-from lddyn.steps.precision import coarse, has_dropout, noise_remarks, rounding_error
+from lddyn.steps.precision import has_dropout, noise_remarks
 from lddyn.steps.setup import named_examples
 
-__all__ = ["NUMBERS", "diagnose"]
+__all__ = ["diagnose"]
 
-NUMBERS = 16384  # of a sketched sequence: 64 KiB; inner products err by 0.8 % of √(K_ii K_jj)
+
+Sequences = Objective | Iterable[Example] | Iterable[tuple[Example, bool]]
+
+
+@overload
+def diagnose(
+    model: nn.Module | Anatomy,
+    rows: Iterable[Pair],
+    objective: str | Loss | Sequence[str] | None = ...,
+    **options: Any,
+) -> Diagnosis: ...
+
+
+@overload
+def diagnose(
+    model: nn.Module | Anatomy,
+    rows: Sequences,
+    objective: str | None = ...,
+    **options: Any,
+) -> SequenceDiagnosis: ...
 
 
 @undisturbed
 def diagnose(
     model: nn.Module | Anatomy,
-    pairs: Iterable[Pair],
+    rows: Iterable[Pair] | Sequences,
     objective: str | Loss | Sequence[str] | None = None,
     *,
     observe: Example | Sequence[Example] | Mapping[str, Example] | None = None,
@@ -89,18 +109,24 @@ def diagnose(
     budget: float | str | None = None,
     row_numbers: Sequence[int] | None = None,
     faults: Mapping[int, str] | None = None,
-    so_far: Callable[[Diagnosis], None] = lambda diagnosis: None,
+    so_far: Callable[[Any], None] = lambda diagnosis: None,
     progress: bool = False,
     **parameters: Value,
-) -> Diagnosis:
-    """What one step on a preference set does to every pair's log-probs, and which pairs do it.
+) -> Diagnosis | SequenceDiagnosis:
+    """What a step, or a run, on a set does to log-probs, and which of its rows do it.
+
+    A set of pairs is diagnosed as one: what happens to chosen and rejected responses, which pairs
+    and tokens do it, and under which loss. Single sequences are demonstrations (`lddyn.SFT`, or
+    Examples), responses with labels (`lddyn.KTO`, or (Example, bool)), completions with rewards
+    (`lddyn.GRPO`), or any `lddyn.Objective` of them.
 
     Args:
         model: A causal LM of transformers, or its Anatomy; only parameters with
             requires_grad=True move.
-        pairs: (chosen, rejected) examples.
+        rows: (chosen, rejected) examples; or an Objective with its sequences as one batch; or
+            Examples, for "sft"; or (Example, label), for "kto".
         objective: A loss of pairs, `lddyn.Loss("dpo", beta=0.1)`, or its name: dpo, ipo, simpo, …
-            Default: that of `like`, else dpo.
+            Default: that of `like`, else dpo. Of single sequences "sft" or "kto", or nothing.
         observe: Other sequences, by name: what a step on the pairs, and the run, do to them, and
             which pairs do it (`Diagnosis.observed`). A held-out set, refusals, a probing set.
         like: How a run trains: a TRL config, a trainer, a file of arguments …, as for `decompose`.
@@ -131,10 +157,11 @@ def diagnose(
         **parameters: Hyper-parameters of the loss, where `objective` is a name.
 
     Returns:
-        Diagnosis of N pairs; scores in float64.
+        Diagnosis of N pairs, or SequenceDiagnosis of N sequences, which has no close-ups, LBK and
+        validation; scores in float64.
 
     Raises:
-        ValueError: If there is no pair, the loss or a parameter is unknown, `close_ups` is
+        ValueError: If there is no row, the loss or a parameter is unknown, `close_ups` is
             negative, `refresh` is below 1, the budget is too small, or an example is too long for
             the model.
 
@@ -156,37 +183,57 @@ def diagnose(
         >>> diagnosis = lddyn.diagnose(model, pairs, beta=0.1)
         >>> len(diagnosis), len(diagnosis.outcomes), diagnosis.gram.shape
         (2, 2, torch.Size([4, 4]))
+        >>> sft = lddyn.diagnose(model, [chosen for chosen, _ in pairs], "sft", observe=pairs[0][1])
+        >>> len(sft), sft.target, len(sft.observed())
+        (2, 'the observed sequences', 1)
     """
     named = {} if observe is None else named_examples(observe)
-    set_ = PairSet.of(pairs, row_numbers, faults, named)
-    _check(set_, close_ups, validate, refresh)
-    epochs = parse_budget(budget)
-    if run is not None and not isinstance(run, Run):
-        raise ValueError(f"run must be a lddyn.Run, got {type(run).__name__}")
+    given = rows if isinstance(rows, Objective) else list(rows)
+    sequences = as_sequences(given, objective, like, model, reference, parameters)
+    if sequences is not None:
+        refuse_of_pairs(lbk=lbk, validate=validate, faults=faults)
+        return diagnose_sequences(
+            model,
+            sequences,
+            observed=named,
+            memory=memory,
+            sketch=sketch,
+            run=run,
+            refresh=refresh,
+            budget=budget,
+            row_numbers=row_numbers,
+            remarks=() if like is None else TrainerSettings.of(like).remarks,
+            so_far=so_far,
+            progress=progress,
+        )
+    set_ = PairSet.of(given, row_numbers, faults, named)  # type: ignore[arg-type]
+    _check(set_, close_ups, validate)
     settings = None if like is None else TrainerSettings.of(like)
     loss = Loss(_objective(objective, settings), None, **parameters)
     module = Anatomy.module_of(model)
-    _check_limits(module, set_)
     if reference is None:
         reference = "self" if settings is None else reference_like(settings, model, len(set_))
     check_reference(reference, len(set_))  # errors in it are raised before the work
-    access = Access(model, set_.examples[0])
-    workspace = parse_memory(memory, access.device)
-    number = torch.promote_types(access.parameters[0].dtype, torch.float32).itemsize
-    needed = exact_bytes(len(set_.sequences), access.size, number, run is not None)
-    if sketch is None and needed > workspace:
-        sketch = Sketch(k=NUMBERS)
-    made = partial(SetPlan.of, set_, access, sketch, run)
-    plan = plan_within(epochs, made, refresh, close_ups, lbk)
+    prepared = prepare(
+        model,
+        set_,
+        run,
+        memory=memory,
+        sketch=sketch,
+        budget=budget,
+        refresh=refresh,
+        close_ups=close_ups,
+        lbk=lbk,
+        progress=progress,
+    )
+    access, sketch, plan = prepared.access, prepared.sketch, prepared.plan
     refresh, close_ups, lbk = plan.refresh, plan.close_ups, plan.lbk
-    if progress:
-        tqdm.write(f"diagnosis: {plan.explain()}", file=sys.stderr)
     with closing(Bar(plan.work, progress)) as bar:
-        passes = Passes(access, max(set_.sequences, key=len), workspace, bar)
-        reader, rows = PairReader(set_), new_rows(access, passes, set_, sketch)
+        passes = Passes(access, max(set_.sequences, key=len), prepared.workspace, bar)
+        reader, kept = PairReader(set_), new_rows(access, passes, set_, sketch)
         later = run is not None and sketch is not None  # rows are then made once P is known
         bar.say("log-probs" if later else "gradients")
-        readings = reader.readings(read_rows(passes, set_, [] if later else [rows], reader=reader))
+        readings = reader.readings(read_rows(passes, set_, [] if later else [kept], reader=reader))
         if lbk:
             readings = readings.with_fact("lbk", lbk_of_pairs(access, set_, bar))
         known = _reference_log_probs(reference, set_, access, readings)
@@ -194,13 +241,13 @@ def diagnose(
             *_remarks(module, loss, settings),
             *expert_remarks(access.model, list(access.named)),
             *row_remarks(settings, set_.examples),
-            *_rounding(access, set_),
+            *rounding_remarks(access, set_),
         )
         described = describe_reference(reference)
-        gram = Gram(torch.empty(0)) if run is not None else rows.gram(set_)  # the run's, below
+        gram = Gram(torch.empty(0)) if run is not None else kept.gram(set_)  # the run's, below
         step = SetStep(loss, set_, readings, gram, known, described, remarks)
         step = replace(step, remarks=(*step.remarks, *_data_remarks(module, set_, step)))
-        mean = _mean_chosen(access, passes, set_, rows) if close_ups else torch.empty(0)
+        mean = _mean_chosen(access, passes, set_, kept) if close_ups else torch.empty(0)
         forecast, adam = None, None
         if run is None:
             so_far(Diagnosis(step, unavailable=access.unavailable))
@@ -210,7 +257,7 @@ def diagnose(
                 so_far(Diagnosis(replace(step, gram=gram), unavailable=access.unavailable))
 
             predicted = predict_run(
-                access, passes, rows, step, run, segments=refresh, sketch=sketch, ranked=ranked
+                access, passes, kept, step, run, segments=refresh, sketch=sketch, ranked=ranked
             )
             forecast, adam = predicted.forecast, predicted.adam
             step = replace(step, gram=predicted.gram)
@@ -292,26 +339,7 @@ def _data_remarks(model: nn.Module, pairs: PairSet, step: SetStep) -> list[str]:
     return remarks
 
 
-def _rounding(access: Access, pairs: PairSet) -> list[str]:
-    """A sentence on 16-bit weights: how their log π is rounded, on the longest response."""
-    dtype = coarse(dict(enumerate(access.parameters)))
-    if dtype is None or access.unavailable:
-        return []
-    longest = max(pairs.examples, key=len)
-    with evaluating(access.model):
-        error = rounding_error(access.anatomy.trace(longest), longest)
-    name = str(dtype).removeprefix("torch.")
-    return [
-        f"The weights are {name}: log π of a response of {len(longest)} tokens is rounded by about "
-        f"±{error:.2g} nats, and a real step leaves weights as they are that "
-        "it would change by less than half of their last bit; smaller effects cannot be measured "
-        "on this model. `lddyn.decompose` says how many weights a step moves."
-    ]
-
-
-def _check(pairs: PairSet, close_ups: int, validate: int, refresh: int) -> None:
-    if refresh < 1:
-        raise ValueError(f"refresh must be at least 1, got {refresh}")
+def _check(pairs: PairSet, close_ups: int, validate: int) -> None:
     if validate < 0 or (validate and len(pairs) < 4):
         raise ValueError(
             f"validate must be a number of steps, on 4 pairs or more, got {validate} on "
@@ -319,15 +347,6 @@ def _check(pairs: PairSet, close_ups: int, validate: int, refresh: int) -> None:
         )
     if close_ups < 0:
         raise ValueError(f"close_ups must be a number of pairs, 0 or more, got {close_ups}")
-
-
-def _check_limits(model: nn.Module, pairs: PairSet) -> None:
-    """Whether every example fits into the model's vocabulary and context."""
-    config: Any = model.config
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    context = position_limit(config)
-    for example in pairs.sequences:
-        example.check_model_limits(vocabulary, context)
 
 
 def _reference_log_probs(

@@ -234,29 +234,9 @@ class Diagnosis(Result):
             "run_change" (nats). "lowered_by" and "raised_by" are [pair, part] of that pairs' part,
             the largest first: nats of the run, or per unit of lr without one.
         """
-        step, run = self.step, self.forecast
-        error, changes = step.observed_stderr, step.observed_effects.mean(1)
-        parts = step.observed_effects / len(self)
-        if run is not None and run.observed_effects is not None:
-            parts = run.observed_effects
-        rows = []
-        for m, (name, example) in enumerate(self.pairs.observed.items()):
-            order = [int(j) for j in parts[m].argsort(stable=True)]
-            row = {
-                "name": name,
-                "tokens": len(example),
-                "log_prob": float(step.readings.observed[m]),
-                "set_change": float(changes[m]),
-                "stderr": 0.0 if error is None else float(error[m]),
-                "lowered_by": [(j, float(parts[m, j])) for j in order if parts[m, j] < 0][:count],
-                "raised_by": [(j, float(parts[m, j])) for j in reversed(order) if parts[m, j] > 0][
-                    :count
-                ],
-            }
-            if run is not None and run.observed is not None:
-                row["run_change"] = float(run.observed[m])
-            rows.append(row)
-        return rows
+        from lddyn.sets.observed import observed_rows
+
+        return observed_rows(self.step, self.forecast, count)
 
     # ----- other objectives, runs and weights
 

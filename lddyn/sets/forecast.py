@@ -1,14 +1,14 @@
 """A whole run of preference training, predicted without making it.
 
-If gradients stayed constant, a run could be simulated on the 2N log-probs alone. One step on the
-batch B, in which pair j has the weights w_j±(log π) = ∂L/∂ log π, changes all log-probs by
+If gradients stayed constant, a run could be simulated on the log-probs of the set alone. One step
+on the batch B, whose loss has the derivatives w_j(log π) = ∂L_B/∂ log π, changes all log-probs by
 
-    Δ log π = −rate K c,      c_j± = w_j±(log π) / |B|,      K = J P Jᵀ
+    Δ log π = −rate K w,      K = J P Jᵀ
 
 J holds the gradients ∇θ log π of all sequences, P is 1 for SGD and 1/(√v + ε) for Adam, with v the
 mean of its second moment over batches. P is rescaled as gradients grow or shrink: ‖g‖² = cᵀ J Jᵀ c
-of each step is known, and so is the factor by which it is clipped. Momentum averages c. So any
-loss, rate and choice of pairs is a loop over vectors of 2N numbers: `Simulation`.
+of each step is known, and so is the factor by which it is clipped. Momentum averages w. So any
+loss, rate and choice of rows is a loop over vectors of as many numbers: `Simulation`.
 
 Gradients do change. So `lddyn.sets.segments` divides a run into segments, computes the net step Δθ
 of each, and takes gradients and log-probs anew at θ + Δθ.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lddyn.results import Result, load_result, save_result
-from lddyn.sets.run import Run
+from lddyn.sets.run import Batch, Run
 
 __all__ = [
     "AdamMetric",
@@ -43,7 +43,7 @@ class AdamMetric:
     """What a simulated run needs of Adam's diagonal P at the start.
 
     Attributes:
-        gram: J P Jᵀ, (2N, 2N) float64, laid out as the Gram.
+        gram: J P Jᵀ, (S, S) float64, laid out as the Gram.
         second_moment: Σ v, the sum of Adam's second moment at the start over all parameters.
     """
 
@@ -163,29 +163,27 @@ class Simulation:
     """A run on log-probs alone, some steps at a time.
 
     Args:
-        log_probs: log π at the start, (2, N) nats.
-        weights_at: log π (2, N) -> w± = ∂L/∂ log π, (2, N).
+        log_probs: log π at the start, (sides, N) nats.
+        pull: log π (sides, N), and a batch of B rows -> −∂L/∂ log π of its loss, (sides, B).
         run: Settings of the run.
-        pairs: The pairs that are trained on.
-        pair_weights: Weight of each pair's loss, (N,).
+        rows: The rows that are trained on.
 
     Attributes:
-        now: log π, (2, N) nats.
-        path: log π at the start and after every step, each (2, N).
+        now: log π, (sides, N) nats.
+        path: log π at the start and after every step, each (sides, N).
         steps: Number of steps of the whole run.
     """
 
     def __init__(
         self,
         log_probs: Tensor,
-        weights_at: Callable[[Tensor], Tensor],
+        pull: Callable[[Tensor, Batch], Tensor],
         run: Run,
-        pairs: Sequence[int],
-        pair_weights: Tensor,
+        rows: Sequence[int],
     ) -> None:
         self.now, self.path = log_probs.clone(), [log_probs]
-        self._weights_at, self._run, self._pair_weights = weights_at, run, pair_weights
-        self._batches = run.batches(pairs)
+        self._pull, self._run = pull, run
+        self._batches = run.batches(rows)
         self.steps = len(self._batches)
         self._rates = run.rates(self.steps)
         self._done, self._square = 0, 0.0
@@ -198,22 +196,21 @@ class Simulation:
 
         Args:
             steps: How many.
-            gram: J Jᵀ (2N, 2N), all chosen first.
+            gram: J Jᵀ (S, S).
             adam: Adam's diagonal; None for SGD.
-            along: ⟨∇θ log π, θ⟩ (2N,), for weight decay.
+            along: ⟨∇θ log π, θ⟩ (S,), for weight decay.
 
         Returns:
-            c (2, N) and s with Δθ = P Σ_j c_j ∇θ log π(y_j) − s θ of these steps.
+            c (sides, N) and s with Δθ = P Σ_j c_j ∇θ log π(y_j) − s θ of these steps.
 
-        Cost: 8 N² a step.
+        Cost: 2 S² a step.
         """
         start, run = self.now, self._run
         kernel, net, shrunk = gram if adam is None else adam.gram, torch.zeros_like(start), 0.0
         for step in range(self._done, self._done + steps):
-            (batch, part), rate = self._batches[step], self._rates[step]
+            batch, rate = self._batches[step], self._rates[step]
             c = torch.zeros_like(net)
-            pull = -self._weights_at(self.now) * self._pair_weights
-            c[:, batch] = pull[:, batch] * part
+            c[:, batch.pairs] = self._pull(self.now, batch)
             square = max(float(c.flatten() @ gram @ c.flatten()), 0.0)
             if run.max_grad_norm is not None:
                 clip = min(1.0, run.max_grad_norm / (math.sqrt(square) + 1e-6))
@@ -267,7 +264,11 @@ def simulate(
 
     Cost: 8 N² a step.
     """
-    simulation = Simulation(log_probs, weights_at, run, pairs, pair_weights)
+
+    def pull(now: Tensor, batch: Batch) -> Tensor:
+        return -(weights_at(now) * pair_weights)[:, batch.pairs] * batch.weights
+
+    simulation = Simulation(log_probs, pull, run, pairs)
     net, _ = simulation.advance(simulation.steps, gram, adam)
     effects = response_effects((gram if adam is None else adam.gram)[: net.shape[1]], net)
     path = torch.stack(simulation.path)
@@ -275,9 +276,13 @@ def simulate(
 
 
 def response_effects(kernel: Tensor, net: Tensor) -> Tensor:
-    """(I, N): the part of Δ log π(y_i) that pair j causes, Σ± K(i, j±) c_j±, of K (I, 2N)."""
-    n = net.shape[1]
-    return kernel[:, :n] * net[0] + kernel[:, n:] * net[1]
+    """(I, N): the part of Δ log π(y_i) that row j causes, Σ K(i, j) c_j over the row's sequences.
+
+    Args:
+        kernel: K (I, S).
+        net: c (sides, N).
+    """
+    return (kernel.reshape(len(kernel), *net.shape) * net).sum(1)
 
 
 def projected(effects: Tensor) -> Tensor:

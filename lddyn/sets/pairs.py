@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lddyn.data.example import Example
+from lddyn.sets.training_set import TrainingSet
 
 __all__ = ["Pair", "PairSet"]
 
@@ -17,10 +18,8 @@ Pair = tuple[Example, Example]
 
 
 @dataclass(frozen=True)
-class PairSet:
-    """N (chosen, rejected) pairs.
-
-    Wherever 2N sequences are counted, all chosen responses come first, then all rejected ones.
+class PairSet(TrainingSet):
+    """N (chosen, rejected) pairs: all chosen responses come first, then all rejected ones.
 
     Attributes:
         pairs: The pairs.
@@ -34,6 +33,7 @@ class PairSet:
     row_numbers: tuple[int, ...] = ()
     faults: Mapping[int, str] = field(default_factory=dict)
     observed: Mapping[str, Example] = field(default_factory=dict)
+    sides = 2
 
     @classmethod
     def of(
@@ -75,24 +75,10 @@ class PairSet:
         """What a pair is called: "row" where the data's row numbers are known, else "pair"."""
         return "row" if self.row_numbers else "pair"
 
-    def name(self, pair: int) -> int:
-        """The number that names a pair: its row in the data, or its place in the set."""
-        return self.row_numbers[pair] if self.row_numbers else pair
-
     @cached_property
     def examples(self) -> list[Example]:
         """The 2N sequences: all chosen responses, then all rejected ones."""
         return [pair[side] for side in (0, 1) for pair in self.pairs]
-
-    @cached_property
-    def sequences(self) -> list[Example]:
-        """The 2N + M sequences: `examples`, then the observed ones."""
-        return [*self.examples, *self.observed.values()]
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        """Counted tokens of the chosen and the rejected responses, (2, N) int64."""
-        return torch.tensor([[len(example) for example in pair] for pair in self.pairs]).T
 
     def equal(self, pair: int) -> bool:
         """Whether the chosen and the rejected response of a pair are the same."""

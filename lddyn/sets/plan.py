@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from lddyn.memory import in_gib
 from lddyn.sets.access import Access
 from lddyn.sets.close_ups import CLOSE_UP, LBK
-from lddyn.sets.pairs import PairSet
 from lddyn.sets.passes import BACKWARD, FORWARD
 from lddyn.sets.rows import SURVEY, exact_bytes
 from lddyn.sets.run import Run
 from lddyn.sets.segments import measured_batches
+from lddyn.sets.training_set import TrainingSet
 from lddyn.sketches.sketch import Sketch
 
 __all__ = ["SetPlan", "parse_budget", "plan_within"]
@@ -66,7 +66,7 @@ class SetPlan:
     @classmethod
     def of(
         cls,
-        pairs: PairSet,
+        set_: TrainingSet,
         access: Access,
         sketch: Sketch | None,
         run: Run | None,
@@ -75,20 +75,20 @@ class SetPlan:
         lbk: bool,
     ) -> SetPlan:
         """The plan of a diagnosis; arguments as of `diagnose`."""
-        n, size, observed = len(pairs), access.size, len(pairs.observed)
-        sequences = 2 * n
+        n, size, observed = len(set_), access.size, len(set_.observed)
+        sequences = len(set_.examples)
         parts, segments = {"gradients": BACKWARD * (sequences + observed)}, 1
         if run is not None:
             segments = min(refresh, len(run.batches(range(n))))
-            # The chosen and the observed responses; the rejected ones are only read.
-            end = BACKWARD * (n + observed) + FORWARD * n
+            # The watched responses; the others are only read.
+            end = BACKWARD * (n + observed) + FORWARD * (sequences - n)
             parts["gradients"] *= segments
             if sketch is None:
                 parts["gradients after the run"] = end
             else:
                 parts["log-probs"] = FORWARD * (sequences + observed)
                 parts["gradients after each segment"] = end * segments
-                moments = 2 * run.batch * len(measured_batches(run, n))
+                moments = set_.sides * run.batch * len(measured_batches(run, n))
                 if run.optimizer == "adamw":
                     parts["second moment"] = BACKWARD * segments * min(moments, sequences)
                 parts["net step"] = BACKWARD * segments * sequences

@@ -19,6 +19,7 @@ from lddyn.sets.access import Access
 from lddyn.sets.pairs import PairSet
 from lddyn.sets.passes import Passes
 from lddyn.sets.readings import Readings, ResponseReading, read_pair
+from lddyn.sets.training_set import TrainingSet
 from lddyn.sketches.allocation import dense_layout
 from lddyn.sketches.dense_rows import DenseRows
 from lddyn.sketches.pieces import Piece
@@ -36,7 +37,7 @@ __all__ = [
     "read_rows",
 ]
 
-_WINDOW = 8  # pairs that are read together: logits of their responses are kept until both are seen
+_WINDOW = 8  # rows that are read together: logits of a pair are kept until both are seen
 SURVEY = 4  # sequences whose gradient norms divide a sketch's numbers among the parameters
 
 
@@ -45,9 +46,9 @@ class Gram:
     """Inner products ⟨g_i, g_j⟩ of all sequences' gradients g = ∇θ log π(y | x).
 
     Attributes:
-        value: (2N, 2N) float64, all chosen first.
+        value: (S, S) float64, laid out as `TrainingSet.examples`.
         stderr: Standard errors of `value` where gradients were sketched; None where it is exact.
-        observed: (M, 2N): those of M observed sequences' gradients with all of the set's.
+        observed: (M, S): those of M observed sequences' gradients with all of the set's.
         observed_stderr: Standard errors of `observed`; None where it is exact.
     """
 
@@ -58,7 +59,7 @@ class Gram:
 
     @classmethod
     def of(cls, value: Tensor, stderr: Tensor | None, count: int) -> Gram:
-        """The parts of inner products of all 2N + M sequences; `count` is 2N."""
+        """The parts of inner products of all S + M sequences; `count` is S."""
         own, rest = slice(count), slice(count, None)
         if stderr is None:
             return cls(value[own, own], None, value[rest, own])
@@ -69,9 +70,9 @@ class SetReading(NamedTuple):
     """What a pass over a set reads.
 
     Attributes:
-        log_probs: log π (2, N) float64 nats.
+        log_probs: log π (sides, N) float64 nats.
         observed: log π of the observed sequences (M,) float64 nats.
-        along: ⟨∇θ log π, θ⟩ (2N + M,) float64, or None.
+        along: ⟨∇θ log π, θ⟩ (S + M,) float64, or None.
     """
 
     log_probs: Tensor
@@ -138,7 +139,7 @@ class SetRows:
 
     Attributes:
         dense: The rows; where they are exact, of the plain gradients.
-        numbers: The sequences they are of, numbered as in `PairSet.sequences`.
+        numbers: The sequences they are of, numbered as in `TrainingSet.sequences`.
         root: √P that sketched rows were multiplied by; None: ones.
     """
 
@@ -154,14 +155,14 @@ class SetRows:
         """The same memory, as rows of these sequences."""
         return SetRows(self.dense.first(len(numbers)), numbers, self.root)
 
-    def gram(self, pairs: PairSet, diagonal: Tensor | None = None) -> Gram:
+    def gram(self, set_: TrainingSet, diagonal: Tensor | None = None) -> Gram:
         """J P Jᵀ, of rows of all sequences.
 
         Args:
-            pairs: The set; equal responses of a pair get equal entries.
+            set_: The set; equal responses of a pair get equal entries.
             diagonal: P (P,), for exact rows.
         """
-        same, count = pairs.representatives, len(pairs.examples)
+        same, count = set_.representatives, len(set_.examples)
         if self.dense.exact:
             whole = sequence_gram(self.dense.rows, diagonal)[same][:, same]
             return Gram.of(whole, None, count)
@@ -183,14 +184,18 @@ def exact_bytes(sequences: int, size: int, number: int, run: bool) -> int:
 
 
 def new_rows(
-    access: Access, passes: Passes, pairs: PairSet, sketch: Sketch | None, root: Flat | None = None
+    access: Access,
+    passes: Passes,
+    set_: TrainingSet,
+    sketch: Sketch | None,
+    root: Flat | None = None,
 ) -> SetRows:
     """Empty rows: of whole gradients, or of sketches whose numbers go where gradients are large.
 
     Args:
         access: The model.
         passes: Passes over the set.
-        pairs: The set.
+        set_: The set.
         sketch: How gradients are sketched; None: not at all.
         root: √P, by which sketched gradients are multiplied.
 
@@ -204,17 +209,18 @@ def new_rows(
             square = float(torch.linalg.vector_norm(value)) ** 2
             squares[piece.name] = squares.get(piece.name, 0.0) + square
 
-        numbers = [i + side for i in range(len(pairs)) for side in (0, len(pairs))]
-        passes.gradients(pairs.sequences, numbers[:SURVEY], note)
+        n = len(set_)
+        numbers = [i + side * n for i in range(n) for side in range(set_.sides)]
+        passes.gradients(set_.sequences, numbers[:SURVEY], note)
     parameters = access.named
     layout = dense_layout(sketch, parameters, squares, access.looked_up)
-    count = len(pairs.sequences)
+    count = len(set_.sequences)
     return SetRows(DenseRows(layout, parameters, count), range(count), root)
 
 
 def read_rows(
     passes: Passes,
-    pairs: PairSet,
+    set_: TrainingSet,
     rows: Sequence[SetRows] = (),
     *,
     reader: Callable[[int, Response], None] | None = None,
@@ -224,14 +230,14 @@ def read_rows(
 
     Args:
         passes: Passes over the set.
-        pairs: The set.
+        set_: The set.
         rows: What is filled, all of the same sequences; the other sequences are only read.
-        reader: Gets every response of the pairs, numbered as in `PairSet.examples`.
+        reader: Gets every response of the set, numbered as in `TrainingSet.examples`.
         at: θ by parameter, of those that decay: ⟨∇θ log π, θ⟩ of them is summed.
 
     Cost: a forward pass a sequence; for those of the rows also a backward pass.
     """
-    n, sequences = len(pairs), pairs.sequences
+    n, sequences, trained = len(set_), set_.sequences, len(set_.examples)
     log_probs = torch.zeros(len(sequences), dtype=torch.float64)
     along = None if at is None else torch.zeros_like(log_probs)
     place = {number: row for kept in rows[:1] for row, number in enumerate(kept.numbers)}
@@ -240,7 +246,7 @@ def read_rows(
 
     def see(number: int, response: Response) -> None:
         log_probs[number] = response.log_probs.detach().double().sum()
-        if reader is not None and number < 2 * n:
+        if reader is not None and number < trained:
             reader(number, response)
 
     def take(number: int, piece: Piece) -> None:
@@ -251,9 +257,10 @@ def read_rows(
             along[number] += piece.inner(at[piece.name])
 
     windows = [range(start, min(n, start + _WINDOW)) for start in range(0, n, _WINDOW)]
-    for part in [*([*w, *(n + i for i in w)] for w in windows), range(2 * n, len(sequences))]:
+    together = [[side * n + i for side in range(set_.sides) for i in w] for w in windows]
+    for part in [*together, range(trained, len(sequences))]:
         filled = [i for i in part if i in place]
         if filled:
             passes.gradients(sequences, filled, take, see)
         passes.forward(sequences, [i for i in part if i not in place], see)
-    return SetReading(log_probs[: 2 * n].view(2, n), log_probs[2 * n :], along)
+    return SetReading(log_probs[:trained].view(-1, n), log_probs[trained:], along)

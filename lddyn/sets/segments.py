@@ -10,7 +10,8 @@ The change that is predicted is log π at the last θ minus log π at the first.
 each straight step is in it; what is left out is that gradients change within a segment.
 
 What pair j does to y_i+ in a segment is ⟨ḡ_i, P c_j ∇θ log π(y_j)⟩, with ḡ_i the mean of the
-gradients of log π(y_i+) at both ends of the segment (the trapezoidal rule).
+gradients of log π(y_i+) at both ends of the segment (the trapezoidal rule). Of
+single sequences, y+ is the sequence itself.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from lddyn.sets.forecast import AdamMetric, Forecast, Simulation, response_effec
 from lddyn.sets.passes import Passes
 from lddyn.sets.rows import Flat, Gram, SetReading, SetRows, new_rows, read_rows
 from lddyn.sets.run import Batch, Run
-from lddyn.sets.step import SetStep
+from lddyn.sets.training_step import TrainingStep
 from lddyn.sketches.sketch import Sketch
 
 __all__ = ["Moments", "Prediction", "measured_batches", "predict_run"]
@@ -53,25 +54,24 @@ class Moments:
         self._batch, self._epsilon = run.batch, run.epsilon
 
     def add_exact(self, rows: Tensor, pulls: Tensor, steps: int) -> None:
-        """Adds a segment whose gradients are known: v = E[g]² + Var[g]/|B| over pairs.
+        """Adds a segment whose gradients are known: v = E[g]² + Var[g]/|B| over rows.
 
         Args:
-            rows: Gradients of all sequences (2N, P).
-            pulls: −∂L/∂ log π, (2, N).
+            rows: Gradients of all sequences (S, P).
+            pulls: −∂L/∂ log π, (sides, N).
             steps: Steps of the segment.
         """
-        n = pulls.shape[1]
-        up, down = pulls.to(rows)[:, :, None]
+        pulls = pulls.to(rows)[:, :, None]
         for start in range(0, rows.shape[1], _COLUMNS):
             at = slice(start, start + _COLUMNS)
-            pull = up * rows[:n, at] + down * rows[n:, at]
+            pull = (pulls * rows[:, at].view(*pulls.shape[:2], -1)).sum(0)
             mean = pull.mean(0).square()
             variance = (pull.square().mean(0) - mean).clamp(min=0)
             self._sum.vector[at] += steps * (mean + variance / self._batch)
         self._steps += steps
 
     def add_measured(
-        self, passes: Passes, step: SetStep, pulls: Tensor, run: Run, steps: int, scratch: Flat
+        self, passes: Passes, step: TrainingStep, now: Tensor, run: Run, steps: int, scratch: Flat
     ) -> None:
         """Adds a segment by the gradients of some of the run's batches: v = E ‖ḡ_B‖².
 
@@ -79,10 +79,10 @@ class Moments:
         of 8 batches if that is more.
         """
         batches = measured_batches(run, len(step))
-        for batch, part in batches:
+        for batch in batches:
             scratch.vector.zero_()
-            examples = [step.pairs[i][side] for side in (0, 1) for i in batch.tolist()]
-            passes.add_gradient(examples, (pulls[:, batch] * part).flatten(), scratch.views)
+            pull = step.pull(now, batch).flatten()
+            passes.add_gradient(step.set_.of_rows(batch.pairs), pull, scratch.views)
             self._sum.vector.addcmul_(scratch.vector, scratch.vector, value=steps / len(batches))
         self._steps += steps
 
@@ -110,6 +110,7 @@ def measured_batches(run: Run, pairs: int) -> list[Batch]:
 class _Kernel:
     """What the steps of one segment need of gradients."""
 
+    rows_of_set: int
     rows: SetRows  # under P where they are sketched
     gram: Gram
     under: Gram  # the Gram under P
@@ -117,9 +118,9 @@ class _Kernel:
     along: Tensor | None
 
     @property
-    def chosen_and_observed(self) -> Tensor:
-        """J P Jᵀ of these with all of the set, (N + M, 2N) float64."""
-        return torch.cat([self.under.value[: len(self.under.value) // 2], self.under.observed])
+    def watched(self) -> Tensor:
+        """J P Jᵀ of the watched sequences with all of the set, (N + M, S) float64."""
+        return torch.cat([self.under.value[: self.rows_of_set], self.under.observed])
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class _Segments:
     """The parts of a predicted run that need the model; sketched rows are of √P ∘ gradients."""
 
     def __init__(
-        self, access: Access, passes: Passes, step: SetStep, run: Run, sketch: Sketch | None
+        self, access: Access, passes: Passes, step: TrainingStep, run: Run, sketch: Sketch | None
     ) -> None:
         self.access, self.passes, self.step, self.run = access, passes, step, run
         self.sketch, self.parameters = sketch, access.named
@@ -161,17 +162,16 @@ class _Segments:
             now: log π at the present weights.
             steps: Steps of the segment.
         """
-        pulls = -self.step.weights_at(now)
         if rows.dense.exact:
-            return self._exact(rows, pulls, steps)
+            return self._exact(rows, -self.step.weights_at(now), steps)
         under: list[SetRows] = []
         if self.moments is not None:
             self.passes.bar.say("second moment")
-            self.moments.add_measured(self.passes, self.step, pulls, self.run, steps, self.scratch)
+            self.moments.add_measured(self.passes, self.step, now, self.run, steps, self.scratch)
             self.moments.precondition(self.scratch.vector.fill_(1.0), 0.5)
-            under = [new_rows(self.access, self.passes, self.step.pairs, self.sketch, self.scratch)]
+            under = [new_rows(self.access, self.passes, self.step.set_, self.sketch, self.scratch)]
         self.passes.bar.say("gradients")
-        reading = read_rows(self.passes, self.step.pairs, [rows, *under], at=self.decaying or None)
+        reading = read_rows(self.passes, self.step.set_, [rows, *under], at=self.decaying or None)
         return self._pair(rows, [rows, *under][-1], None, reading.along)
 
     def _exact(self, rows: SetRows, pulls: Tensor, steps: int) -> _Kernel:
@@ -190,14 +190,14 @@ class _Segments:
         self, rows: SetRows, under: SetRows, diagonal: Tensor | None, along: Tensor | None
     ) -> _Kernel:
         """Inner products of plain rows, and of those under P."""
-        pairs = self.step.pairs
-        gram = rows.gram(pairs)
-        along = None if along is None else along[: 2 * len(pairs)]
+        set_, n = self.step.set_, len(self.step)
+        gram = rows.gram(set_)
+        along = None if along is None else along[: len(set_.examples)]
         if self.moments is None:
-            return _Kernel(rows, gram, gram, None, along)
-        metric = under.gram(pairs, diagonal)
+            return _Kernel(n, rows, gram, gram, None, along)
+        metric = under.gram(set_, diagonal)
         adam = AdamMetric(metric.value, self.moments.total)
-        return _Kernel(under, gram, metric, adam, along)
+        return _Kernel(n, under, gram, metric, adam, along)
 
     def move(self, rows: SetRows, net: Tensor, shrunk: float) -> None:
         """θ ← θ + P Σ_j c_j ∇θ log π(y_j) − s D θ."""
@@ -207,7 +207,7 @@ class _Segments:
         else:
             self.passes.bar.say("net step")
             total.zero_()
-            self.passes.add_gradient(self.step.pairs.examples, weights, self.scratch.views)
+            self.passes.add_gradient(self.step.set_.examples, weights, self.scratch.views)
         if self.moments is not None:
             self.moments.precondition(total)
         with torch.no_grad():
@@ -221,26 +221,27 @@ class _Segments:
 
         Args:
             kernel: That of the segment.
-            ends: Rows to be filled, of all sequences or of the chosen and the observed.
+            ends: Rows to be filled, of all sequences or of the watched ones.
 
         Returns:
-            log π, and ⟨g_i, P g_j⟩ (N + M, 2N) float64 with the gradients g_i of the chosen and the
-            observed sequences here, and g_j of all responses where the segment began.
+            log π, and ⟨g_i, P g_j⟩ (N + M, S) float64 with the gradients g_i of the watched
+            sequences here, and g_j of all responses where the segment began.
         """
-        pairs, scratch = self.step.pairs, self.scratch.vector
+        set_, scratch = self.step.set_, self.scratch.vector
         exact, metric = ends.dense.exact, self.moments is not None
         if self.moments is not None:
             self.moments.precondition(scratch.fill_(1.0), 1.0 if exact else 0.5)
         self.passes.bar.say("gradients after a segment")
-        reading = read_rows(self.passes, pairs, [ends])
-        n, here, there = len(pairs), ends.dense.rows, kernel.rows.dense.rows[: 2 * len(pairs)]
-        whole = len(here) == len(pairs.sequences)
-        parts = [part for part in (here[:n], here[2 * n if whole else n :]) if len(part)]
+        reading = read_rows(self.passes, set_, [ends])
+        n, trained = len(set_), len(set_.examples)
+        here, there = ends.dense.rows, kernel.rows.dense.rows[:trained]
+        whole = len(here) == len(set_.sequences)
+        parts = [part for part in (here[:n], here[trained if whole else n :]) if len(part)]
         if exact:
             inner = [sequence_gram(part, scratch if metric else None, there) for part in parts]
         else:
             inner = [ends.dense.layout.value(part, there).double().cpu() for part in parts]
-        return reading, torch.cat(inner)[:, pairs.representatives[: 2 * n]]
+        return reading, torch.cat(inner)[:, set_.representatives[:trained]]
 
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
@@ -259,7 +260,7 @@ def predict_run(
     access: Access,
     passes: Passes,
     rows: SetRows,
-    step: SetStep,
+    step: TrainingStep,
     run: Run,
     *,
     segments: int,
@@ -280,17 +281,16 @@ def predict_run(
         ranked: Gets the Gram at the start, as soon as it is known.
 
     Cost: exact rows: a forward and a backward pass a sequence for each segment but the last; at the
-    end such a pass for the chosen responses, and a forward pass for the rejected. Sketched ones:
-    for each segment three such passes (the second moment, the rows, the net step; the first of them
-    over half of the set) and what exact rows need at the end.
+    end such a pass for the first sequence of each row, and a forward pass for the second. Sketched
+    ones: for each segment three such passes (the second moment, the rows, the net step; the first
+    of them over half of the set) and what exact rows need at the end.
     """
-    model, n, pairs = _Segments(access, passes, step, run, sketch), len(step), step.pairs
+    model, n, set_ = _Segments(access, passes, step, run, sketch), len(step), step.set_
     before = step.readings.log_probs
-    simulation = Simulation(before, step.weights_at, run, range(n), torch.ones(n).double())
+    simulation = Simulation(before, step.pull, run, range(n))
     count = min(segments, simulation.steps)
     cuts = [round(simulation.steps * k / count) for k in range(count + 1)]
-    looked_at = [*range(n), *range(2 * n, len(pairs.sequences))]
-    effects, total = torch.zeros(len(looked_at), n).double(), torch.zeros_like(before)
+    effects, total = torch.zeros(len(set_.watched), n).double(), torch.zeros_like(before)
     first: tuple[Gram, AdamMetric | None] | None = None
     observed = step.readings.observed
     spare = rows.empty(rows.numbers) if rows.dense.exact else None
@@ -304,13 +304,13 @@ def predict_run(
             total, first = total + net, first or (kernel.gram, kernel.adam)
             model.move(rows, net, shrunk)
             if spare is None:
-                ends = kernel.rows.empty(looked_at)
+                ends = kernel.rows.empty(set_.watched)
             else:
-                ends = spare.first(looked_at) if after == simulation.steps else spare
+                ends = spare.first(set_.watched) if after == simulation.steps else spare
             reading, inner = model.arrive(kernel, ends)
             simulation.now = simulation.path[-1] = reading.log_probs
             observed = reading.observed
-            effects += response_effects((kernel.chosen_and_observed + inner) / 2, net)
+            effects += response_effects((kernel.watched + inner) / 2, net)
             if spare is not None:
                 rows, spare = spare, rows
     assert first is not None
@@ -323,7 +323,7 @@ def predict_run(
         effects[:n],
         count,
         change[0] - effects[:n].sum(1),
-        observed - step.readings.observed if pairs.observed else None,
-        effects[n:] if pairs.observed else None,
+        observed - step.readings.observed if set_.observed else None,
+        effects[n:] if set_.observed else None,
     )
     return Prediction(forecast, *first)

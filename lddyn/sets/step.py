@@ -1,18 +1,13 @@
-"""One small step on the whole set, predicted from the Gram; no model is needed.
+"""One small step on a preference set, predicted from the Gram; no model is needed.
 
-To first order a step of rate lr on pair j moves log π of sequence i by
-
-    −lr (w_j+ ⟨g_i, g_j+⟩ + w_j− ⟨g_i, g_j−⟩),     g = ∇θ log π(y | x),  w± = ∂L/∂ log π(y±)
-
-so three numbers a pair, ‖g+‖², ‖g−‖² and ⟨g+, g−⟩, say what it does to itself (Yuan et al., 2024,
-"gradient entanglement"), and the Gram of all sequences' gradients says what pairs do to each other.
-The objective enters through w alone: all losses of `lddyn.objectives.LOSSES` are compared without
-training any.
+`lddyn.sets.training_step` has the formula: three numbers a pair, ‖g+‖², ‖g−‖² and ⟨g+, g−⟩, say
+what it does to itself (Yuan et al., 2024, "gradient entanglement"), and the Gram of all sequences'
+gradients says what pairs do to each other. The objective enters through w alone: all losses of
+`lddyn.objectives.LOSSES` are compared without training any.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,28 +19,18 @@ from lddyn.objectives.loss import Loss
 from lddyn.sets.pairs import PairSet
 from lddyn.sets.readings import Readings
 from lddyn.sets.rows import Gram
+from lddyn.sets.run import Batch
 from lddyn.sets.scores import SCORES
+from lddyn.sets.training_step import TrainingStep
 
-__all__ = ["SOURCES", "SetStep", "pair_effects"]
+__all__ = ["SOURCES", "SetStep"]
 
 # What moves a sequence: the response that a step learns from, of its own pair or of others.
 SOURCES = ("own chosen", "other chosen", "own rejected", "other rejected")
 
 
-def pair_effects(gram: Tensor, weights: Tensor) -> Tensor:
-    """−Gram · w by pairs: d log π of sequence i by a step on pair j, (I, N), per unit of lr.
-
-    Args:
-        gram: Inner products of I sequences with all of the set (I, 2N).
-        weights: w± (2, N).
-    """
-    n = weights.shape[1]
-    pull = -weights
-    return gram[:, :n] * pull[0] + gram[:, n:] * pull[1]
-
-
 @dataclass(frozen=True)
-class SetStep:
+class SetStep(TrainingStep):
     """One small step of an objective on the mean loss of N pairs, to first order.
 
     Attributes:
@@ -66,42 +51,23 @@ class SetStep:
     reference_name: str = "the model itself before the step"
     remarks: tuple[str, ...] = ()
 
-    def __len__(self) -> int:
-        return len(self.pairs)
+    @property
+    def set_(self) -> PairSet:
+        """The pairs."""
+        return self.pairs
+
+    @cached_property
+    def weights(self) -> Tensor:  # type: ignore[override]
+        """w± = ∂L/∂ log π(y±), (2, N)."""
+        return self.weights_at(self.readings.log_probs)
 
     def weights_at(self, log_probs: Tensor) -> Tensor:
         """w± = ∂L/∂ log π(y±) where the policy has these log-probs (2, N)."""
         return self.loss.weights(log_probs, self.reference, self.pairs.lengths)
 
-    @cached_property
-    def weights(self) -> Tensor:
-        """w± = ∂L/∂ log π(y±), (2, N)."""
-        return self.weights_at(self.readings.log_probs)
-
-    @cached_property
-    def effects(self) -> Tensor:
-        """Derivative of log π of sequence i by a step on pair j alone, (2N, N), per unit of lr."""
-        return pair_effects(self.gram.value, self.weights)
-
-    @cached_property
-    def change(self) -> Tensor:
-        """Derivative of log π of y+ and y− by the step on the set, (2, N), per unit of lr."""
-        return self.effects.mean(1).view(2, -1)
-
-    @cached_property
-    def observed_effects(self) -> Tensor:
-        """Derivative of log π of each observed sequence by a step on pair j alone, (M, N)."""
-        if not self.pairs.observed:
-            return torch.zeros(0, len(self)).double()
-        return pair_effects(self.gram.observed, self.weights)
-
-    @property
-    def observed_stderr(self) -> Tensor | None:
-        """Standard errors of the mean of `observed_effects` over pairs, (M,); None: exact."""
-        if self.gram.observed_stderr is None or not self.pairs.observed:
-            return None
-        variance = pair_effects(self.gram.observed_stderr**2, -(self.weights**2)).sum(1)
-        return variance.sqrt() / len(self)
+    def pull(self, log_probs: Tensor, batch: Batch) -> Tensor:
+        """−∂L/∂ log π of the loss of one optimizer step on B pairs, (2, B)."""
+        return -self.weights_at(log_probs)[:, batch.pairs] * batch.weights
 
     @cached_property
     def contribution(self) -> Tensor:
@@ -134,39 +100,16 @@ class SetStep:
         merged = {**self.readings.facts, **computed}
         return {name: merged[name] for name in SCORES if name in merged}
 
-    @property
-    def stderr(self) -> Tensor | None:
-        """Standard errors of `change`, (2, N) per unit of lr; None where the Gram is exact.
-
-        Errors of different entries of the Gram are taken as independent, which simulations bear
-        out.
-        """
-        if self.gram.stderr is None:
-            return None
-        variance = pair_effects(self.gram.stderr**2, -(self.weights**2)).sum(1)
-        return variance.sqrt().view(2, -1) / len(self)
-
     @cached_property
     def unit_lr(self) -> float:
         """Learning rate that moves the margins by one nat on average; 0 if no rate does."""
-        mean = float((self.change[0] - self.change[1]).abs().mean())
-        return 1 / mean if 0 < mean < math.inf else 0.0
+        return self.rate_of(self.change[0] - self.change[1])
 
     @property
     def entangled(self) -> list[int]:
         """Pairs whose own step lowers their chosen response, although the loss raises it."""
         lowers = self.scores["own_chosen"] < 0
         return torch.nonzero(lowers & (self.weights[0] <= 0)).flatten().tolist()
-
-    def falling(self, count: int | None = None) -> list[int]:
-        """Pairs by what the step does to their chosen response, the deepest fall first."""
-        return self.change[0].argsort(stable=True)[:count].tolist()
-
-    def culprits(self, pair: int, count: int = 5) -> list[tuple[int, float]]:
-        """The pairs that lower this pair's chosen log-prob most: (pair, d log π per lr)."""
-        effect = self.effects[pair] / len(self)
-        order = effect.argsort(stable=True)[:count].tolist()
-        return [(int(j), float(effect[j])) for j in order if effect[j] < 0]
 
     def sources(self) -> dict[str, Tensor]:
         """Change of each sequence by source: which responses the step learns from (`SOURCES`).
