@@ -134,6 +134,9 @@ def given(world, folder, workplace):
         "rejected": pairs[0][1],
         "ex_o": pairs[0][0],
         "ex_u": pairs[0][1],
+        "labels": [True, False] * 2,
+        "rewards": [1.0, 0.0] * 2,
+        "held_out": [pairs[2][0]],
     }
 
 

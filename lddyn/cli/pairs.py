@@ -52,7 +52,7 @@ def encode_pairs(
     from lddyn.data.audit import audit
 
     pairs, rows, skipped = [], [], []
-    for number, encoded in _encoded(tokenizer, config, content, options, _SIDES):
+    for number, encoded in encode_rows(tokenizer, config, content, options, _SIDES):
         if isinstance(encoded, str):
             skipped.append((number, encoded))
             continue
@@ -76,20 +76,20 @@ def encode_observed(
 
     made: dict[str, Example] = {}
     left_out: list[str] = []
-    for number, encoded in _encoded(tokenizer, config, placed_rows(file), options):
+    for number, encoded in encode_rows(tokenizer, config, placed_rows(file), options):
         if isinstance(encoded, str):
             left_out.append(encoded)
         else:
             made |= {f"row {number}, {field}": e for field, e in encoded.items()}
     if not made:
         raise ValueError(f"{file}: no response can be observed ({', '.join(left_out[:1])})")
-    _warn_of_first(
+    warn_of_first(
         [f"not observed: {why}" for why in left_out], f"rows of {file} in all are not observed"
     )
     return made
 
 
-def _encoded(
+def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     config: object,
     content: Iterable[PlacedRow],
@@ -127,7 +127,7 @@ def _encoded(
             yield number, f"{place}{error}"
 
 
-def _warn_of_first(lines: Sequence[str], in_all: str) -> None:
+def warn_of_first(lines: Sequence[str], in_all: str) -> None:
     """The first three of some warnings, and how many there are."""
     for line in lines[:3]:
         warn(line)
@@ -139,13 +139,6 @@ def warn_of_skipped(given: PairSet, data: Path, content: Sequence[PlacedRow]) ->
     """Says which rows are left out; an error if all are."""
     if not given.pairs:
         why = given.skipped[0][1] if given.skipped else "there is none"
-        if content and all(isinstance(p.row, dict) and "label" in p.row for p in content):
-            raise ValueError(
-                f"{data}: the rows have a label, one response each; a diagnosis is of pairs. "
-                "`lddyn decompose --objective kto --row N` takes KTO's step on such a row; where "
-                "prompts repeat, join a desirable and an undesirable response to a pair of chosen "
-                "and rejected"
-            )
         raise ValueError(f"{data}: no row is a pair of chosen and rejected ({why})")
     lines = [f"row {number} is not diagnosed: {why}" for number, why in given.skipped]
-    _warn_of_first(lines, "rows in all are not diagnosed")
+    warn_of_first(lines, "rows in all are not diagnosed")

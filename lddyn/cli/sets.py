@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lddyn.cli.command import OUTPUT, Answer
+from lddyn.cli.command import Answer
 from lddyn.cli.console import say_progress, warn
 from lddyn.cli.options import (
     COMPUTATION,
-    STEP,
-    Beta,
     DataOptions,
     Memory,
     ModelOptions,
-    ObjectiveName,
-    Out,
-    Reference,
     RequiredOut,
     Seed,
 )
-from lddyn.cli.pairs import PairSet, encode_observed, encode_pairs, warn_of_skipped
+from lddyn.cli.pairs import encode_observed, encode_pairs, warn_of_skipped
+from lddyn.cli.sequences import Kind, encode_responses, explain, kind_of
+from lddyn.cli.set_options import DIAGNOSIS, LossOptions, PageOptions, RunOptions, Work
 from lddyn.files import JsonObject
 
 if TYPE_CHECKING:
@@ -36,161 +32,8 @@ if TYPE_CHECKING:
     from lddyn.data.audit import Audit
     from lddyn.data.example import Example
     from lddyn.data.read import PlacedRow
-    from lddyn.objectives.loss import Loss
-    from lddyn.objectives.losses import Value
     from lddyn.sets.diagnosis import Diagnosis
-    from lddyn.sets.run import Run
-    from lddyn.settings import TrainerSettings
-    from lddyn.sketches.sketch import Sketch
-
-RUN, DIAGNOSIS = "Forecast of a training run", "Diagnosis"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossOptions:
-    """The loss of a preference set."""
-
-    objective: Annotated[
-        ObjectiveName | None,
-        typer.Option(
-            help="Loss of the training. Default: dpo.", show_default=False, rich_help_panel=STEP
-        ),
-    ] = None
-    beta: Beta = None
-    reference: Reference = None
-
-    def load_reference(
-        self,
-        model: ModelOptions,
-        settings: TrainerSettings | None,
-        rows: Sequence[Mapping[str, Any]],
-    ) -> Any:
-        """The reference, by --reference; None: that of --like."""
-        if self.reference is None and settings is not None:
-            return None
-        return model.load_reference(self.reference or "self", rows)
-
-    def make(self, settings: TrainerSettings | None) -> Loss:
-        """The loss, by --objective and --beta or by --like."""
-        from lddyn.objectives.like import loss_like
-        from lddyn.objectives.loss import Loss
-
-        base: Loss | str = self.objective or "dpo"
-        if self.objective is None and settings is not None:
-            base = loss_like(settings)
-        given: dict[str, Value] = {} if self.beta is None else {"beta": self.beta}
-        return Loss(base, None, **given)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """A training run that is predicted, not made."""
-
-    forecast: Annotated[
-        bool,
-        typer.Option(
-            "--forecast",
-            help="Predict a whole run of AdamW, without training; needs --lr.",
-            rich_help_panel=RUN,
-        ),
-    ] = False
-    lr: Annotated[
-        float | None,
-        typer.Option(help="Learning rate η of the run.", show_default=False, rich_help_panel=RUN),
-    ] = None
-    epochs: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Epochs of the run. Default: 1.", show_default=False, rich_help_panel=RUN
-        ),
-    ] = None
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Pairs in a batch of the run. Default: 8.",
-            show_default=False,
-            rich_help_panel=RUN,
-        ),
-    ] = None
-    schedule: Annotated[
-        Literal["constant", "linear", "cosine"] | None,
-        typer.Option(
-            help="Learning rate over the run: constant (default), or falling to 0.",
-            show_default=False,
-            rich_help_panel=RUN,
-        ),
-    ] = None
-
-    refresh: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Segments of the run: gradients are taken anew at the start of each.",
-            rich_help_panel=RUN,
-        ),
-    ] = 2
-
-    def make(self, seed: int, settings: TrainerSettings | None) -> Run | None:
-        """The run. None: no forecast is wanted."""
-        from dataclasses import replace
-
-        from lddyn.sets.run import Run
-
-        given = {"epochs": self.epochs, "batch": self.batch, "schedule": self.schedule}
-        chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        if self.forecast and settings is not None:
-            chosen |= {} if self.lr is None else {"lr": self.lr}
-            return replace(Run.like(settings), **chosen)
-        if self.forecast and self.lr is None:
-            raise ValueError("--forecast needs --lr, the learning rate of the run")
-        if self.lr is not None and not self.forecast:
-            raise ValueError(
-                f"--lr {self.lr:g} is the learning rate of a run that --forecast predicts: give "
-                "--forecast, too"
-            )
-        if self.lr is None:
-            return None
-        return Run(self.lr, seed=seed, **chosen)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageOptions:
-    """What the page shows beside the diagnosis."""
-
-    watched: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of a watched run: its curves are shown on the page.",
-            exists=True,
-            file_okay=False,
-            show_default=False,
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None
-    after: Annotated[
-        str | None,
-        typer.Option(
-            help="A later checkpoint: the page compares the diagnosis with how log-probs changed "
-            "up to that checkpoint.",
-            show_default=False,
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None
-    out: Out = None
-
-    def check(self) -> None:
-        """Says what cannot be written or read before the work begins."""
-        if self.out is None and (self.watched is not None or self.after is not None):
-            raise ValueError("--watched and --after are for the page: give --out FOLDER, too")
-        if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.out, os.W_OK):
-                raise ValueError(f"{self.out}: no right to write there")
-        if self.watched is not None:
-            from lddyn.report import read_dynamics
-
-            read_dynamics(self.watched)
+    from lddyn.sets.sequence_diagnosis import SequenceDiagnosis
 
 
 def diagnose(
@@ -250,28 +93,53 @@ def diagnose(
     memory: Memory = "auto",
     seed: Seed = 0,
 ) -> Answer:
-    """Why the chosen log-probs of a preference set fall: which pairs do it, under which loss.
+    """Why the log-probs of a set fall: which rows do it, under which loss.
 
-    --out FOLDER gets the page index.html and its tables; `lddyn filter FOLDER` then leaves out the
-    worst pairs.
+    Rows are pairs (chosen, rejected), demonstrations, responses with a label, or completions with
+    a reward. --out FOLDER gets the page index.html and its tables; `lddyn filter FOLDER` then
+    leaves out the worst rows.
     """
     page.check()
+    settings = rows.settings
+    work = Work(
+        run=run.make(settings=settings, seed=seed),
+        refresh=run.refresh,
+        memory=memory,
+        sketch_size=sketch_size,
+        seed=seed,
+        budget=budget,
+    )
+    content = rows.read()
+    kind = kind_of(content, loss.objective)
+    if kind == "pairs":
+        return _of_pairs(model, rows, loss, page, work, content, observe, validate, close_ups)
+    if validate or page.watched is not None or page.after is not None:
+        raise ValueError("--validate, --watched and --after are of pairs (chosen, rejected)")
+    return _of_sequences(model, rows, loss, page, work, content, observe, kind)
+
+
+def _of_pairs(
+    model: ModelOptions,
+    rows: DataOptions,
+    loss: LossOptions,
+    page: PageOptions,
+    work: Work,
+    content: Sequence[PlacedRow],
+    observe: Path | None,
+    validate: int,
+    close_ups: int,
+) -> Answer:
+    """The diagnosis of a preference set."""
     import lddyn
-    from lddyn.sets.plan import parse_budget
 
     settings = rows.settings
-    planned = run.make(seed, settings)
     objective = loss.make(settings)  # errors in it are raised before the work
-    epochs = parse_budget(budget)
-    content = rows.read()
     tokenizer, lm = model.load_tokenizer(), model.load()
     given = encode_pairs(tokenizer, lm.config, content, rows.encoding)
     warn_of_skipped(given, rows.data, content)
     others = observe and encode_observed(tokenizer, lm.config, observe, rows.encoding)
-    sequences = 2 * len(given.pairs) + len(others or {})
-    sketch = _sketch(lm, sequences, planned is not None, memory, sketch_size, seed)
     moved = _log_probs_after(page.after, model, given.pairs)
-    extra = _extra(model, rows, loss, page, given)
+    extra = _extra(model, rows, loss, page, len(given.skipped))
 
     def write(diagnosis: Diagnosis, whole: nn.Module | None = None) -> Path | None:
         """The page: as far as it is known, which an interrupt leaves, or the whole one."""
@@ -287,21 +155,65 @@ def diagnose(
         observe=others,
         like=settings,
         reference=loss.load_reference(model, settings, _rows(content, given.rows)),
-        memory=memory,
-        sketch=sketch,
-        run=planned,
-        refresh=run.refresh,
         close_ups=close_ups,
         validate=validate,
-        budget=epochs,
         row_numbers=given.rows,
         faults=given.faults,
         so_far=write,
-        progress=True,
+        **work.options(lm, 2 * len(given.pairs) + len(others or {})),
     )
     document = diagnosis.to_dict() | {"audit": given.audit.to_dict()}
     written = write(diagnosis, lm)
     return Answer(document, _explain(document, diagnosis, given.audit, close_ups, written))
+
+
+def _of_sequences(
+    model: ModelOptions,
+    rows: DataOptions,
+    loss: LossOptions,
+    page: PageOptions,
+    work: Work,
+    content: Sequence[PlacedRow],
+    observe: Path | None,
+    kind: Kind,
+) -> Answer:
+    """The diagnosis of a set of single responses."""
+    import lddyn
+    from lddyn.sets.filter import write_source
+
+    tokenizer, lm = model.load_tokenizer(), model.load()
+    given = encode_responses(tokenizer, lm.config, content, rows.encoding, kind)
+    reference = None
+    if kind == "kto":
+        reference = loss.load_reference(model, rows.settings, _rows(content, given.rows))
+    elif loss.reference is not None:
+        raise ValueError(f"--reference is of losses with one; {kind} has none")
+    objective = given.objective(rows.settings, loss.beta, reference, lm)
+    others = observe and encode_observed(tokenizer, lm.config, observe, rows.encoding)
+    extra = _extra(model, rows, loss, page, len(given.skipped))
+
+    def write(diagnosis: SequenceDiagnosis) -> Path | None:
+        """The page, as far as it is known; an interrupt leaves it."""
+        if page.out is None:
+            return None
+        say_progress("writing the page …")
+        if given.rows:
+            write_source(page.out, rows.data)
+        return diagnosis.report(page.out / "index.html", extra)
+
+    diagnosis = lddyn.diagnose(
+        lm,
+        objective,
+        observe=others,
+        row_numbers=given.rows or None,
+        so_far=write,
+        **work.options(lm, len(given.examples) + len(others or {})),
+    )
+    document = diagnosis.to_dict() | {"audit": given.audit.to_dict()}
+    written = None if page.out is None else page.out / "index.html"
+    return Answer(
+        document, itertools.chain([str(given.audit)], explain(document, diagnosis, written))
+    )
 
 
 def filter(
@@ -376,29 +288,6 @@ def _rows(content: Sequence[PlacedRow], numbers: Sequence[int]) -> list[Mapping[
     return [row for row in rows if isinstance(row, dict)]
 
 
-def _sketch(
-    model: nn.Module, sequences: int, run: bool, memory: str, k: int | None, seed: int
-) -> Sketch | None:
-    """The sketch from which inner products are estimated. None: all gradients fit."""
-    from lddyn.memory import in_gib, parse_memory
-    from lddyn.sets.preparation import NUMBERS
-    from lddyn.sets.rows import exact_bytes
-    from lddyn.sketches.sketch import Sketch
-
-    if k is not None:
-        return Sketch(k=k, seed=seed)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = exact_bytes(sequences, trainable, 4, run)
-    if size <= parse_memory(memory):
-        return None
-    warn(
-        f"the gradients of {sequences} responses take {in_gib(size)}, more than --memory {memory}: "
-        f"inner products are estimated from sketches of {NUMBERS:,} numbers, with standard errors; "
-        "more --memory, an adapter or --limit makes them exact"
-    )
-    return Sketch(k=NUMBERS, seed=seed)
-
-
 def _log_probs_after(
     after: str | None, model: ModelOptions, pairs: Sequence[tuple[Example, Example]]
 ) -> Tensor | None:
@@ -411,11 +300,11 @@ def _log_probs_after(
 
 
 def _extra(
-    model: ModelOptions, rows: DataOptions, loss: LossOptions, page: PageOptions, given: PairSet
+    model: ModelOptions, rows: DataOptions, loss: LossOptions, page: PageOptions, left_out: int
 ) -> JsonObject:
     """Facts for the page's last table."""
     extra: JsonObject = {"model": model.model, "data": str(rows.data)}
-    extra["rows left out"] = len(given.skipped)
+    extra["rows left out"] = left_out
     extra |= {} if loss.reference in (None, "self") else {"reference": loss.reference}
     return extra | ({} if page.after is None else {"after": page.after})
 

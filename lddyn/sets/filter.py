@@ -1,4 +1,4 @@
-"""Leaving out or weighting the rows of a preference set, as a diagnosis ranks its pairs."""
+"""Leaving out or weighting the rows of a set, as a diagnosis ranks them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lddyn.files import digest_of, read_sealed, replace_file, sealed
 
 if TYPE_CHECKING:
     from lddyn.sets.diagnosis import Diagnosis
+    from lddyn.sets.sequence_diagnosis import SequenceDiagnosis
 
 __all__ = ["Filtered", "check_source", "filter_rows", "write_source"]
 
@@ -28,8 +29,8 @@ class Filtered:
         kept_rows: Their numbers in the data set, from 0.
         dropped: The rows that are left out, the most harmful pair first.
         dropped_rows: Their numbers.
-        helpful: Number of dropped pairs that raise the chosen responses. It is above 0 where `drop`
-            exceeds the number of harmful pairs.
+        helpful: Number of dropped rows that raise the target, of pairs the chosen responses. It is
+            above 0 where `drop` exceeds the number of harmful rows.
     """
 
     kept: list[dict[str, Any]]
@@ -49,7 +50,7 @@ class Filtered:
 
 def filter_rows(
     rows: Sequence[Mapping[str, Any] | None],
-    diagnosis: Diagnosis | Mapping[str, Any],
+    diagnosis: Diagnosis | SequenceDiagnosis | Mapping[str, Any],
     *,
     drop: int = 0,
     reweight: bool = False,
@@ -80,7 +81,9 @@ def filter_rows(
         [1.3, 1.0, 0.7]
     """
     document = diagnosis if isinstance(diagnosis, Mapping) else diagnosis.to_dict()
-    pairs = document["pairs"]
+    pairs = document["pairs"] if "pairs" in document else document["sequences"]
+    if reweight and "pair_weights" not in document:
+        raise ValueError("weights are of pairs alone: leave the worst sequences out (drop)")
     if not 0 <= drop <= len(pairs) or drop == len(rows):
         raise ValueError(
             f"drop must be from 0 to {len(pairs)}, the number of pairs, and leave a row, got {drop}"
@@ -95,7 +98,7 @@ def filter_rows(
             "no pair weights keep every chosen response from falling, so that there is none to "
             "write: leave the worst pairs out (drop), or choose another loss"
         )
-    numbers = [int(pair.get("row", pair.get("pair"))) for pair in pairs]
+    numbers = [int(pair.get("row", pair.get("pair", pair.get("sequence")))) for pair in pairs]
     if max(numbers) >= len(rows):
         raise ValueError(
             f"row {max(numbers)} was diagnosed, but there are {len(rows)} rows: give the rows that "

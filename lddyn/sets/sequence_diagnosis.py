@@ -134,9 +134,11 @@ class SequenceDiagnosis(Result):
         return self.contribution.argsort(stable=True)[:count].tolist()
 
     def lowered_by(self, sequence: int, count: int = 5) -> list[tuple[int, float]]:
-        """The sequences that lower this one most: (sequence, part in units of `effects`)."""
-        order = self.effects[sequence].argsort(stable=True)[:count].tolist()
-        return [(j, x) for j in order if (x := float(self.effects[sequence, j])) < 0]
+        """The other sequences that lower this one most: (sequence, part in units of `effects`)."""
+        effects = self.effects[sequence].clone()
+        effects[sequence] = 0.0
+        order = effects.argsort(stable=True)[:count].tolist()
+        return [(j, x) for j in order if (x := float(effects[j])) < 0]
 
     def sources(self, of: Sequence[int] | None = None) -> dict[str, float]:
         """Mean change of some sequences by source (`SOURCES`), in units of `effects`.

@@ -254,3 +254,60 @@ def test_a_diagnosis_like_a_file_of_arguments(model, data, tmp_path):
     assert document["objective"] == "robust"
     assert document["parameters"] == {"beta": 0.3, "label_smoothing": 0.2}
     assert any("follows the policy" in text for text in document["explanation"])
+
+
+_SIDES = [(f" {c} d", f" {r} e f") for c, r in zip("ghi", "lmn", strict=True)]
+SINGLE = {
+    "sft": [{"prompt": "a b ?", "completion": chosen} for chosen, _ in _SIDES],
+    "kto": [
+        {"prompt": "a b ?", "completion": text, "label": not i}
+        for pair in _SIDES
+        for i, text in enumerate(pair)
+    ],
+    "flat": [
+        {"prompt": "a b ?", "completion": text, "reward": 1.0 - i}
+        for pair in _SIDES
+        for i, text in enumerate(pair)
+    ],
+    "grouped": [
+        {"prompt": f"a {w} ?", "completions": list(pair), "rewards": [1, i / 2]}
+        for i, (w, pair) in enumerate(zip("bcd", _SIDES, strict=True))
+    ],
+}
+
+
+@pytest.mark.case("single responses as a set")
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [("sft", "sft", 3), ("kto", "kto", 6), ("flat", "grpo", 6), ("grouped", "grpo", 6)],
+)
+def test_single_responses_are_diagnosed(model, tmp_path, name, kind, count):
+    rows = write(tmp_path / "rows.jsonl", SINGLE[name])
+    seen = write(tmp_path / "seen.jsonl", SINGLE["sft"])
+    out = tmp_path / "out"
+    result = diagnose(model, rows, "--observe-data", seen, "--out", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["summary"]["objective"] == kind
+    assert len(document["sequences"]) == count
+    assert len(document["observed"]) == 3
+    assert document["audit"]["n_rows"] == count
+    assert "What does training on these sequences do?" in (out / "index.html").read_text()
+    if name == "grouped":
+        assert document["sequences"][3]["label"] == "group 1, reward 0.5"
+    else:
+        kept = call("filter", out, "--drop", 1, "--out", tmp_path / "kept", "--json")
+        assert json.loads(kept.stdout)["dropped"] == [document["worst"][0]]
+
+
+def test_single_responses_refuse_what_is_of_pairs(model, tmp_path):
+    rows = write(tmp_path / "rows.jsonl", SINGLE["sft"])
+    for options, message in (
+        (["--objective", "dpo"], "whose loss is sft"),
+        (["--validate", "4"], "of pairs"),
+        (["--beta", "0.2"], "sft has none"),
+        (["--reference", "self"], "sft has none"),
+    ):
+        result = diagnose(model, rows, *options)
+        assert result.exit_code == 1
+        assert message in result.stderr
