@@ -9,6 +9,7 @@ in g: the part of g that one token made is the part of the step that this token 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lddyn.errors import UnsupportedModelError
+from lddyn.errors import NonFiniteError, UnsupportedModelError
+from lddyn.finite import broken_entries, is_finite
 
 Direction = dict[str, Tensor]
 
@@ -175,15 +177,32 @@ def hook_factor(name: str, parameter: Tensor) -> Tensor | None:
     return factor
 
 
+def check_rate(lr: object, name: str = "lr") -> float:
+    """The learning rate as a float.
+
+    Raises:
+        ValueError: If it is no finite number of at least 0.
+    """
+    rate = math.nan
+    if isinstance(lr, int | float | Tensor) and not isinstance(lr, bool):
+        try:
+            rate = float(lr)
+        except (OverflowError, RuntimeError):  # 10**400; several numbers
+            rate = math.inf
+    if not (math.isfinite(rate) and rate >= 0):
+        raise ValueError(f"{name} must be a positive number, or 0, got {lr!r:.60}")
+    return rate
+
+
 def clip_factor(gradient: Direction, max_norm: float | None) -> float:
     """The factor s = min(1, max_norm / (‖g‖ + 1e-6)) of torch.nn.utils.clip_grad_norm_.
 
     Raises:
         ValueError: If max_norm is negative.
     """
-    if max_norm is None or max_norm == 0:
+    if max_norm is None or (max_norm == 0 and not isinstance(max_norm, bool)):
         return 1.0
-    if not max_norm > 0:
+    if isinstance(max_norm, bool) or not max_norm > 0:
         raise ValueError(f"max_grad_norm must be positive, got {max_norm}")
     norm: float = sum(float(g.double().square().sum()) for g in gradient.values()) ** 0.5
     return min(1.0, max_norm / (norm + 1e-6))
@@ -200,12 +219,15 @@ def optimizer_step(
     Args:
         optimizer: SGD, Adam, AdamW or RMSprop of torch, at its real state (which is not changed).
         parameters: Trainable parameters by name; those the optimizer does not hold do not move.
-        gradient: The gradient by name, before clipping.
+        gradient: The gradient by name, before clipping; it may be wider than its parameter, and
+            then only the parts of the step are rounded.
         max_grad_norm: Clip the global norm first, as trainers do. None: no clipping.
 
     Raises:
         TypeError: For another optimizer: its step is not linear in the gradient, or is unknown.
         UnsupportedModelError: If a gradient hook of a parameter is not a fixed factor.
+        NonFiniteError: If a gradient, a number of the optimizer's state or the step is NaN or
+            infinite; the message names the parameter.
         ValueError: If the optimizer holds none of the parameters.
     """
     kind = optimizer_kind(optimizer)
@@ -220,11 +242,15 @@ def optimizer_step(
         raise ValueError(_NOT_OURS)
     factors = {name: hook_factor(name, p) for name, p, *_ in held}
     seen = {n: g if (f := factors.get(n)) is None else f * g for n, g in gradient.items()}
+    for name, p, group, state in held:
+        _check_ingredients(name, p, seen[name], group, state)
     clip = clip_factor(seen, max_grad_norm)
-    terms = {
-        name: _TERMS[kind](p.detach(), clip * seen[name], group, state).after(factors[name])
-        for name, p, group, state in held
-    }
+    terms = {}
+    for name, p, group, state in held:
+        g = seen[name]
+        made = _TERMS[kind](p.detach().to(g.dtype), clip * g, group, state).after(factors[name])
+        terms[name] = made.to(p.dtype)
+        _check_terms(name, p, g, terms[name], group)
     rates = {t.factor for t in terms.values() if isinstance(t.factor, float)}
     uniform = all(isinstance(t.factor, float) for t in terms.values()) and len(rates) == 1
     if uniform and len(terms) == len(parameters):
@@ -239,7 +265,68 @@ def optimizer_step(
         }
     history = {n: t.history for n, t in terms.items() if t.history is not None}
     decay = {n: t.decay for n, t in terms.items() if t.decay is not None}
-    return Step(gradient, clip, rate, precondition, history or None, decay or None)
+    own = {n: g.to(parameters[n].dtype) for n, g in gradient.items()}
+    return Step(own, clip, rate, precondition, history or None, decay or None)
+
+
+# Entries of an optimizer's state that are sums of squares.
+_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+
+
+def _check_ingredients(
+    name: str, parameter: Tensor, gradient: Tensor, group: _Group, state: _State
+) -> None:
+    """Raises a NonFiniteError for a weight, gradient or state that no step can be made of."""
+    check_rate(group["lr"], "the learning rate of the optimizer")
+    if not is_finite(parameter):
+        raise NonFiniteError(
+            f"parameter {name} has {broken_entries(parameter)}: the model is broken; go back to an "
+            "earlier checkpoint"
+        )
+    if not is_finite(gradient):
+        raise NonFiniteError(
+            f"the gradient of {name} has {broken_entries(gradient)} although its weights are "
+            f"finite: the backward pass overflows in {gradient.dtype}; use a wider dtype"
+        )
+    for key, value in state.items():
+        if not isinstance(value, Tensor | int | float):
+            continue
+        kept = torch.as_tensor(value)
+        if not is_finite(kept):
+            wrong = f"has {broken_entries(kept)}" if kept.numel() > 1 else f"is {float(kept)}"
+        elif key in (*_SQUARES, "step") and kept.numel() and float(kept.min()) < 0:
+            wrong = f"has the negative value {float(kept.min()):.3g}"
+        else:
+            continue
+        raise NonFiniteError(
+            f"the optimizer's {key} of {name} {wrong}: go back to an earlier checkpoint, or give "
+            "an optimizer with a fresh state"
+        )
+
+
+def _check_terms(
+    name: str, parameter: Tensor, gradient: Tensor, terms: _Terms, group: _Group
+) -> None:
+    """Raises a NonFiniteError if the step of a parameter is NaN, infinite, or lost to overflow."""
+    factor = terms.factor if isinstance(terms.factor, Tensor) else torch.tensor(terms.factor)
+    parts = [part for part in (factor, terms.history, terms.decay) if part is not None]
+    if not all(map(is_finite, parts)):
+        if group.get("eps") == 0 and is_finite(gradient):
+            raise NonFiniteError(
+                f"the step of {name} divides by 0: eps of the optimizer is 0 and some weights have "
+                "no gradient; use an eps above 0"
+            )
+        raise NonFiniteError(
+            f"the step of {name} is NaN or infinite in {parameter.dtype}: lower the learning rate "
+            f"({float(group['lr']):g}), use a wider dtype, or a fresh state of the optimizer"
+        )
+    lost = isinstance(terms.factor, Tensor) and bool(((factor == 0) & (gradient != 0)).any())
+    if lost and float(group["lr"]) > 0:
+        raise NonFiniteError(
+            f"the squared gradient of {name} overflows in {parameter.dtype} (gradients up to "
+            f"{float(gradient.abs().max()):.3g}), so that the optimizer would not move it: scale "
+            "the loss down, or use a wider dtype"
+        )
 
 
 def optimizer_kind(optimizer: torch.optim.Optimizer) -> str:
@@ -271,6 +358,12 @@ class _Terms(NamedTuple):
     def after(self, hook: Tensor | None) -> _Terms:
         """The terms, where a hook scales g first."""
         return self if hook is None else self._replace(factor=self.factor * hook)
+
+    def to(self, dtype: torch.dtype) -> _Terms:
+        """The terms in another number type."""
+        factor = self.factor.to(dtype) if isinstance(self.factor, Tensor) else self.factor
+        history, decay = (x if x is None else x.to(dtype) for x in (self.history, self.decay))
+        return _Terms(factor, history, decay)
 
 
 _Group = Mapping[str, Any]  # a parameter group of torch: names to numbers and flags

@@ -25,6 +25,7 @@ the memory of all blocks at once. `Anatomy.joined` says why.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -250,6 +251,9 @@ class Anatomy(Skeleton):
             own = self._selected_logits(ids, trace.positions, self.model)
         own, ours = (x - x.mean(-1, keepdim=True) for x in (own.to(trace.logits), trace.logits))
         difference = float((own - ours).norm() / ours.norm().clamp(min=1e-30))
+        if not math.isfinite(difference):  # squares of large logits overflow
+            own, ours = own.double(), ours.double()
+            difference = float((own - ours).norm() / ours.norm())
         return difference, OWN_ATTENTION.of(trace.hidden.dtype)
 
     def _check_placed(self) -> None:

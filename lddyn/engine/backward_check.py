@@ -21,6 +21,7 @@ all trainable parameters, and not more than 256 MiB, or the gradient of the larg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -36,7 +37,7 @@ from lddyn.engine.quantised import computing_dtypes
 from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Replay, Trace
 from lddyn.engine.trial import GRADIENT, GRADIENT_OF_ALL, Trial
-from lddyn.errors import DisagreementError
+from lddyn.errors import DisagreementError, NonFiniteError
 from lddyn.memory import is_out_of_memory
 
 _SEAMS = Trial("a model can be replayed block by block")
@@ -326,6 +327,12 @@ def _compare_gradients(
     errors: dict[str, tuple[float, float]] = {}  # norms of the difference and of the gradient
     for name, gradient in _plain_gradients(anatomy, example, cotangents, limits):
         size = float(gradient.double().norm())
+        if not math.isfinite(size):
+            raise NonFiniteError(
+                f"the gradient of {name} is NaN or infinite although all weights and logits are "
+                f"finite: the backward pass overflows in {anatomy.trainable[name].dtype}; use a "
+                "wider dtype"
+            )
         for key, parts in uses.items():
             base, _, index = key.partition("[")
             if base == name:

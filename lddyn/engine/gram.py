@@ -24,6 +24,7 @@ from lddyn.engine.pushforward import (
     Pushforward,
 )
 from lddyn.engine.trace import Trace
+from lddyn.finite import checked
 from lddyn.memory import DEFAULT_MEMORY, is_out_of_memory, parse_memory
 
 Sink = Callable[[str, Tensor, Tensor, Tensor], None]  # parameter, rows o, rows u, block (c, c')
@@ -186,7 +187,7 @@ def token_gram(
             shelf.turn()
             steps.update()
     steps.close()
-    return total
+    return checked(total, "the Gram matrix", observed[0].trace.hidden.dtype)
 
 
 def _pair_segment(
@@ -343,7 +344,7 @@ def factored_gram(
         for start, side_rows, delta in zip(starts, cotangents, moved, strict=False):
             block = torch.einsum("cmv,mv->mc", delta, side_rows.to(delta.dtype))
             total[start : start + len(side_rows)][:, rows] = block
-    return total
+    return checked(total, "the Gram matrix", traces[0].hidden.dtype)
 
 
 def sequence_gram(

@@ -30,6 +30,7 @@ from lddyn.engine.ledger import FRONT, Tap
 from lddyn.engine.linearized import HeadNames, Linearized, Source, linearize, push
 from lddyn.engine.sequences import batches, pass_together
 from lddyn.engine.trace import Trace
+from lddyn.finite import checked
 from lddyn.ops import preconditioned_push
 
 Direction = dict[str, Tensor]
@@ -290,9 +291,9 @@ class Pushforward:
         """Tangent (c, M, V) of the logits: Δz, exact to first order."""
         precise = self.trace.logits.dtype
         moved = self.hidden(source).to(precise)
-        return _through_head(
-            self.anatomy, source, moved, self.trace.hidden.to(precise), self.trace.slope
-        )
+        hidden = self.trace.hidden
+        change = _through_head(self.anatomy, source, moved, hidden.to(precise), self.trace.slope)
+        return checked(change, "the change of the logits", hidden.dtype)
 
 
 def _through_head(

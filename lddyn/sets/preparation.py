@@ -21,7 +21,8 @@ from lddyn.sets.rows import exact_bytes
 from lddyn.sets.run import Run
 from lddyn.sets.training_set import TrainingSet
 from lddyn.sketches.sketch import Sketch
-from lddyn.steps.precision import coarse, rounding_error
+from lddyn.steps.precision import rounding_error
+from lddyn.steps.wide import coarse
 
 __all__ = ["NUMBERS", "Preparation", "prepare", "rounding_remarks"]
 

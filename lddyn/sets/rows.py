@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lddyn.engine.gram import sequence_gram
 from lddyn.engine.logits import Response
+from lddyn.finite import checked
 from lddyn.sets.access import Access
 from lddyn.sets.pairs import PairSet
 from lddyn.sets.passes import Passes
@@ -165,9 +166,11 @@ class SetRows:
         same, count = set_.representatives, len(set_.examples)
         if self.dense.exact:
             whole = sequence_gram(self.dense.rows, diagonal)[same][:, same]
+            checked(whole, "the Gram matrix of the set", self.dense.rows.dtype)
             return Gram.of(whole, None, count)
         estimate = self.dense.gram()
         value, stderr = (x.double().cpu()[same][:, same] for x in (estimate.value, estimate.stderr))
+        checked(value, "the Gram matrix of the set", self.dense.rows.dtype)
         return Gram.of(value, stderr, count)
 
 

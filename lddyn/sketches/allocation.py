@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.factors import HeadFactor
 from lddyn.engine.guard import undisturbed
-from lddyn.errors import UnsupportedModelError
+from lddyn.errors import NonFiniteError, UnsupportedModelError
 from lddyn.memory import cpu_threads
 from lddyn.sketches.gradients import (
     CHUNK,
@@ -321,6 +322,12 @@ def _divide(sketch: Sketch, requests: list[_Request]) -> list[Part]:
 
     A gradient that fits into its share without sketching leaves the rest of it to the others.
     """
+    for request in requests:
+        if not math.isfinite(request.weight):
+            raise NonFiniteError(
+                f"the squared gradients of {request.part.name} sum to {request.weight} although "
+                "the model's weights and logits are finite: they overflow; use a wider dtype"
+            )
     unsketched: dict[int, Part] = {}
     while True:
         others = {i: request for i, request in enumerate(requests) if i not in unsketched}

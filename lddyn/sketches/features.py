@@ -16,6 +16,7 @@ from lddyn.data.token_table import table_of
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.gram import Side
 from lddyn.engine.guard import undisturbed
+from lddyn.finite import checked
 from lddyn.memory import DEFAULT_MEMORY, cpu_threads, parse_memory
 from lddyn.sketches.allocation import choose_layout
 from lddyn.sketches.gradients import (
@@ -126,6 +127,7 @@ def features(
     compute = _sequence_rows if together else _token_rows
     with bar:
         rows = compute(anatomy, examples, weights, layout, budget, chunk, threads, bar)
+    checked(rows, "the features", next(iter(anatomy.trainable.values())).dtype)
     return Features(rows, table_of(examples, by), layout)
 
 

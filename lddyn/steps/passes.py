@@ -7,8 +7,9 @@ parameter is compared with a plain backward pass of the whole model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 import torch
@@ -23,13 +24,14 @@ from lddyn.engine.pushforward import AlongDirection, log_prob_shift, pair_direct
 from lddyn.engine.quantised import computing_dtypes
 from lddyn.engine.trace import Trace
 from lddyn.engine.trial import WHOLE_STEP
-from lddyn.errors import DisagreementError
+from lddyn.errors import DisagreementError, NonFiniteError
 from lddyn.objectives.objective import Objective
 from lddyn.optimizers import Direction
 from lddyn.steps.decomposition import Decomposition, Observed, UpdateToken
 from lddyn.steps.precision import describe_precision, has_dropout, noise_remarks
 from lddyn.steps.session import Session
 from lddyn.steps.setup import Setup, UpdateState, shifted_copy, unused
+from lddyn.steps.wide import coarse
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,27 @@ class Prediction:
                 f"the factors say Δ log π = {float(paired[row]):.6g} nats for observed token "
                 f"{row}, the push of the whole step {float(self.pushed[row]):.6g} "
                 f"(difference {agreement:.1e} of the largest row, limit {limit:.0e}): an operation "
-                "of this model has a wrong or silent derivative. Please report the model's class."
+                "of this model has a wrong or silent derivative (please report the model's class), "
+                "or the learning rate is so large that rounding decides"
             )
         return agreement
+
+    def reconciled(self) -> Prediction:
+        """The prediction whose rows add up to `pushed`.
+
+        Where the parts of a row cancel, rounding every part to 16 bits leaves little of their sum,
+        which the push rounds as a whole. The difference is divided as independent errors in
+        proportion to the parts would be: by their squares.
+        """
+        difference = self.pushed - self.paired()
+        squares = self.influence.square().sum(1) + self.history.square() + self.decay.square()
+        factor = difference / squares.clamp(min=torch.finfo(squares.dtype).tiny)
+        return replace(
+            self,
+            influence=self.influence + factor[:, None] * self.influence.square(),
+            history=self.history + factor * self.history.square(),
+            decay=self.decay + factor * self.decay.square(),
+        )
 
 
 def make_passes(setup: Setup) -> Decomposition:
@@ -151,7 +171,8 @@ class _Passes:
         if at == 0.0:
             return self.start
         anatomy = self.setup.open(shifted_copy(self.setup.anatomy.model, self.direction, at))
-        return [Side.log_probs(anatomy.trace(e)) for e in self.setup.observed.values()]
+        with self.setup.shifted(at):
+            return [Side.log_probs(anatomy.trace(e)) for e in self.setup.observed.values()]
 
     def predict(self, sides: list[Side], shifts: list[Tensor], pushed: Tensor) -> Prediction:
         """What the step does by the gradients of the observed responses at one point."""
@@ -220,6 +241,13 @@ class _Passes:
             float(sum(v.abs().sum() for v in parameters.values())),
         )
         for name, value in expected.items():
+            if not (math.isfinite(value) and math.isfinite(through[name])):
+                raise NonFiniteError(
+                    f"the change of log π through {name} is {value:.6g} by a plain backward pass "
+                    f"and {through[name]:.6g} by lddyn's factors: the gradient of log π or its "
+                    f"product with the step overflows in {self.direction[name].dtype}; lower the "
+                    "learning rate, or use a wider dtype"
+                )
             silent = name not in parameters and value != 0.0
             if silent or not abs(through[name] - value) <= self.limit * scale:
                 raise DisagreementError(
@@ -232,6 +260,8 @@ class _Passes:
         """The result, cut into observed responses."""
         setup, state = self.setup, self.state
         agreement = total.agreement(self.limit)
+        if state.step.precondition is not None and coarse(setup.anatomy.trainable):
+            total = total.reconciled()
         names, sequences = _columns(setup.update)
         session = Session(setup)
         observed, start = [], 0

@@ -19,9 +19,9 @@ from lddyn.engine.logits import own_response
 from lddyn.engine.trace import Trace
 from lddyn.optimizers import Direction
 from lddyn.steps.setup import Setup
+from lddyn.steps.wide import coarse
 
 __all__ = [
-    "coarse",
     "describe_precision",
     "has_dropout",
     "moved_share",
@@ -29,13 +29,6 @@ __all__ = [
     "rounding_error",
     "weight_change",
 ]
-
-_COARSE = (torch.bfloat16, torch.float16)
-
-
-def coarse(parameters: Mapping[Any, Tensor]) -> torch.dtype | None:
-    """The 16-bit number type of the parameters; None: none has one."""
-    return next((p.dtype for p in parameters.values() if p.dtype in _COARSE), None)
 
 
 def moved_share(parameters: Mapping[str, Tensor], direction: Direction) -> float | None:

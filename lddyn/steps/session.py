@@ -15,16 +15,17 @@ from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.door import copied
 from lddyn.engine.gradient import gradient_of_loss
 from lddyn.engine.gram import Side, factored_push
-from lddyn.engine.guard import evaluating, true_float64, undisturbed
+from lddyn.engine.guard import true_float64, undisturbed
 from lddyn.engine.pushforward import delta_log_probs, realised_shift
-from lddyn.engine.quantised import dequantise, plain_values
+from lddyn.engine.quantised import plain_values
 from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Trace
 from lddyn.errors import UnsupportedModelError
-from lddyn.optimizers import Direction, copy_optimizer, hooked
-from lddyn.steps.precision import coarse, weight_change
+from lddyn.optimizers import Direction, check_rate, copy_optimizer, hooked
+from lddyn.steps.precision import weight_change
 from lddyn.steps.setup import Setup, UpdateState, shifted_copy
 from lddyn.steps.verification import Verification, log_log_slope
+from lddyn.steps.wide import coarse, copy_in
 
 if TYPE_CHECKING:
     from lddyn.steps.decomposition import Decomposition, Observed
@@ -111,10 +112,11 @@ class Session:
         with self._copy(dtype) as model:
             stepped = self._stepped(model, self._plain_gradient(model), 1.0)
             before, after = self.setup.open(model), self.setup.open(stepped)
-            return [
-                (_all_log_probs(before.trace(e)), _all_log_probs(after.trace(e)))
-                for e in self.setup.observed.values()
-            ]
+            with self.setup.shifted(1.0):
+                return [
+                    (_all_log_probs(before.trace(e)), _all_log_probs(after.trace(e)))
+                    for e in self.setup.observed.values()
+                ]
 
     @undisturbed
     def verify(
@@ -124,10 +126,11 @@ class Session:
         setup = self.setup
         if setup.lr == 0:
             raise ValueError("the learning rate is 0: a step moves nothing that could be verified")
-        rates = [setup.lr * 2.0**-k for k in range(6)] if lrs is None else list(lrs)
-        if not rates or any(
-            isinstance(lr, bool) or not (math.isfinite(lr) and lr > 0) for lr in rates
-        ):
+        if lrs is None:
+            rates = [setup.lr * 2.0**-k for k in range(6)]
+        else:
+            rates = [check_rate(lr, "lrs must be positive numbers: each") for lr in lrs]
+        if not rates or 0.0 in rates:
             raise ValueError(f"lrs must be positive numbers, got {rates}")
         measured, predicted = [], []
         with self._copy(dtype) as model:
@@ -138,7 +141,8 @@ class Session:
             for lr in rates:
                 factor = lr / setup.lr
                 stepped = self._stepped(model, plain, factor)
-                measured.append(self._realised(setup.open(stepped)) - before)
+                with setup.shifted(factor):
+                    measured.append(self._realised(setup.open(stepped)) - before)
                 direction = {n: factor * d for n, d in step.items()}
                 predicted.append(self._predicted(state.anatomy, direction))
         errors = [float((m - p).norm()) for m, p in zip(measured, predicted, strict=True)]
@@ -204,11 +208,10 @@ class Session:
             raise UnsupportedModelError(
                 f"a streamed model cannot be copied in {dtype}: use dtype=None, in its own"
             )
-        model = shifted_copy(self.model, None) if streamed else copied(self.model)
         if dtype is not None:
-            with evaluating(model):
-                dequantise(model)
-            model = model.to(dtype)
+            model = copy_in(self.model, dtype)
+        else:
+            model = shifted_copy(self.model, None) if streamed else copied(self.model)
         exact = true_float64() if dtype is torch.float64 else contextlib.nullcontext()
         with exact, torch.enable_grad():
             yield model

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,17 @@ from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.backward_check import trust
 from lddyn.engine.door import copied
-from lddyn.engine.gradient import gradient
 from lddyn.engine.quantised import shared_state
 from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Trace
 from lddyn.engine.undo import Undo, shielded
-from lddyn.errors import UnsupportedModelError
+from lddyn.errors import NonFiniteError, UnsupportedModelError
 from lddyn.objectives.like import Update, objective_like, row_remarks
 from lddyn.objectives.objective import Objective
 from lddyn.optimizers import (
     Direction,
     Step,
+    check_rate,
     copy_optimizer,
     make_optimizer,
     optimizer_kind,
@@ -36,6 +36,7 @@ from lddyn.optimizers import (
 )
 from lddyn.settings import Like, TrainerSettings, router_remark
 from lddyn.steps.rules import Rule, rule_named
+from lddyn.steps.wide import wide_gradient
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,17 @@ class Setup:
         """The rule itself."""
         return rule_named(self.rule)
 
+    @contextlib.contextmanager
+    def shifted(self, at: float) -> Iterator[None]:
+        """Says of an overflow that it happens after this part of the step, which is too large."""
+        try:
+            yield
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"after {at:.0%} of the step the model's numbers overflow: lower the learning rate "
+                f"({self.lr:g}); {error}"
+            ) from error
+
     def open(self, model: nn.Module) -> Anatomy:
         """Opens a copy of the model as the model itself was opened."""
         anatomy = Anatomy(model, self.anatomy.attention)
@@ -104,8 +116,7 @@ def make_setup(
             "update must be lddyn.SFT(...), DPO(...) or Objective(...), got "
             f"{type(update).__name__}"
         )
-    if lr is not None and (isinstance(lr, bool) or not (math.isfinite(lr) and lr >= 0)):
-        raise ValueError(f"lr must be a positive number, or 0, got {lr}")
+    lr = None if lr is None else check_rate(lr)
     named = named_examples(observed)
     anatomy = Anatomy.of(model)
     _refuse_streamed(anatomy.trainable)
@@ -233,7 +244,8 @@ def _fixed_optimizer(
         return make_optimizer(optimizer, list(trainable.values()), lr), lr
     optimizer = unwrapped_optimizer(optimizer)
     optimizer_kind(optimizer)
-    rates = {float(g["lr"]) for g in optimizer.param_groups}
+    name = "the learning rate of the optimizer"
+    rates = {check_rate(g["lr"], name) for g in optimizer.param_groups}
     if lr is None or rates == {lr}:
         return copy_optimizer(optimizer, trainable, trainable), max(rates) if lr is None else lr
     if len(rates) > 1:
@@ -275,12 +287,14 @@ class UpdateState:
     def at(cls, setup: Setup, anatomy: Anatomy, optimizer: torch.optim.Optimizer) -> UpdateState:
         """Forward and backward of the update at the parameters of `anatomy`.
 
-        Cost: a forward and a backward pass per update sequence, and one gradient in memory.
+        Cost: a forward and a backward pass per update sequence, and one gradient in memory; see
+        `wide_gradient` for 16-bit weights.
         """
         update = setup.update
         traces = [anatomy.trace(example) for example in update.examples]
         loss, weights = update.weights([trace.log_probs() for trace in traces])
-        total = gradient(anatomy, update.examples, weights)
+        divided = optimizer_kind(optimizer) != "SGD"
+        total = wide_gradient(anatomy, update.examples, weights, divided=divided)
         step = optimizer_step(optimizer, anatomy.trainable, total, setup.max_grad_norm)
         return cls(anatomy, traces, loss, weights, step)
 

@@ -172,8 +172,10 @@ def learned():
 
 
 @pytest.mark.case("a response that is learned")
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("loss", ["sft", "dpo"])
+@pytest.mark.parametrize(
+    ("loss", "optimizer"),
+    [("sft", "sgd"), ("dpo", "adam"), ("sft", "adamw"), ("dpo", "adamw"), ("dpo", "rmsprop")],
+)
 def test_a_learned_response_is_right_to_float64(learned, loss, optimizer):
     other = Example(OBSERVED.prompt_ids, [41, 9, 22], name="rejected")
     update = {"sft": SFT(OBSERVED), "dpo": lddyn.DPO(OBSERVED, other, reference=(0.0, 0.0))}[loss]
