@@ -308,6 +308,4 @@ def test_single_responses_refuse_what_is_of_pairs(model, tmp_path):
         (["--beta", "0.2"], "sft has none"),
         (["--reference", "self"], "sft has none"),
     ):
-        result = diagnose(model, rows, *options)
-        assert result.exit_code == 1
-        assert message in result.stderr
+        assert message in errors("diagnose", "--model", model, "--data", rows, *options)
