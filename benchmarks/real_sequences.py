@@ -1,6 +1,6 @@
 """An SFT run of a real LLM by TRL: predicted first, then made; trained and observed responses.
 
-    python benchmarks/real_sequences.py MODEL PAIRS.jsonl --name sft-24 --out benchmarks/results/FILE
+    python benchmarks/real_sequences.py MODEL PAIRS.jsonl --name NAME --out benchmarks/results/FILE
 
 The rows have `prompt` (turns "Human: …", "Assistant: …"), `chosen` and `rejected`; they go through
 the model's chat template. Trained are the chosen responses of some rows, by TRL's SFTTrainer;

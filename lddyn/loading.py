@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add_adapter",
-    "check_device",
     "load_config",
     "load_generation_config",
     "load_model",
     "load_tokenizer",
+    "usable_device",
 ]
 
 _LOG = logging.getLogger("lddyn")
@@ -190,16 +190,27 @@ def check_indices(folder: Path) -> None:
                 raise ValueError(f"{index}: names {place!r}, which is no file beside it")
 
 
-def check_device(device: str) -> None:
-    """Raises a ValueError if torch cannot put a tensor on this device."""
+def usable_device(device: str) -> str:
+    """A device that torch can put a tensor on; of several processes on one machine, each its own.
+
+    Args:
+        device: Such as "cpu" or "cuda:0". "cuda" is the GPU of this process where torchrun has
+            started several.
+
+    Raises:
+        ValueError: If torch cannot put a tensor there.
+    """
     import torch
 
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise ValueError(
             f"device must be one of this machine, such as cpu or cuda:0, got {device!r}"
         ) from None
+    return device
 
 
 def check_folder(what: str, name: str, needs: str | None = None) -> None:

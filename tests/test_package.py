@@ -22,7 +22,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Rooms, lowest first. A room may import rooms of lower rows only, TYPE_CHECKING included; `kernels`
 # and `csrc` know nothing of lddyn. CONTRIBUTING.md says in one line what each room is for.
 ROOMS = [
-    {"lazy", "errors", "text", "stats", "reference"},
+    {"lazy", "errors", "text", "stats", "reference", "ranks"},
     {"files", "finite", "frameworks"},
     {"arguments", "memory", "ops", "loading"},
     {"results", "settings"},

@@ -98,7 +98,8 @@ def build(
     `torchrun -m lddyn features build …` the processes divide the examples; the store is the same.
     """
     began = time.perf_counter()
-    from lddyn.store.build import Ranks, build_store
+    from lddyn.ranks import Ranks
+    from lddyn.store.build import build_store
 
     made = sketch.make()
     with Ranks.of_torchrun() as ranks:

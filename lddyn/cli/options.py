@@ -168,13 +168,12 @@ class ModelOptions:
 
     def load_other(self, name: str, adapter: str | None = None) -> PreTrainedModel | nn.Module:
         """Another model in the same number type and on the same device."""
-        from lddyn.loading import check_device, load_model
+        from lddyn.loading import load_model, usable_device
 
-        check_device(self.device)
         return load_model(
             name,
             dtype=self.dtype,
-            device=self.device,
+            device=usable_device(self.device),
             adapter=adapter,
             trust_remote_code=self.trust_remote_code,
         )

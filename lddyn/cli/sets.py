@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lddyn.data.audit import Audit
     from lddyn.data.example import Example
     from lddyn.data.read import PlacedRow
+    from lddyn.ranks import Ranks
     from lddyn.sets.diagnosis import Diagnosis
     from lddyn.sets.sequence_diagnosis import SequenceDiagnosis
 
@@ -97,7 +99,7 @@ def diagnose(
 
     Rows are pairs (chosen, rejected), demonstrations, responses with a label, or completions with
     a reward. --out FOLDER gets the page index.html and its tables; `lddyn filter FOLDER` then
-    leaves out the worst rows.
+    leaves out the worst rows. Under `torchrun -m lddyn diagnose …` the processes divide the passes.
     """
     page.check()
     settings = rows.settings
@@ -109,13 +111,23 @@ def diagnose(
         seed=seed,
         budget=budget,
     )
+    from lddyn.ranks import Ranks
+
     content = rows.read()
     kind = kind_of(content, loss.objective)
-    if kind == "pairs":
-        return _of_pairs(model, rows, loss, page, work, content, observe, validate, close_ups)
-    if validate or page.watched is not None or page.after is not None:
+    single = kind != "pairs"
+    if single and (validate or page.watched is not None or page.after is not None):
         raise ValueError("--validate, --watched and --after are of pairs (chosen, rejected)")
-    return _of_sequences(model, rows, loss, page, work, content, observe, kind)
+    with Ranks.of_torchrun() as ranks:
+        if ranks.rank:
+            page = replace(page, out=None)
+        if single:
+            answer = _of_sequences(model, rows, loss, page, work, content, observe, kind, ranks)
+        else:
+            answer = _of_pairs(
+                model, rows, loss, page, work, content, observe, validate, close_ups, ranks
+            )
+    return answer if ranks.rank == 0 else Answer(None)  # the first process answers
 
 
 def _of_pairs(
@@ -128,6 +140,7 @@ def _of_pairs(
     observe: Path | None,
     validate: int,
     close_ups: int,
+    ranks: Ranks,
 ) -> Answer:
     """The diagnosis of a preference set."""
     import lddyn
@@ -160,10 +173,11 @@ def _of_pairs(
         row_numbers=given.rows,
         faults=given.faults,
         so_far=write,
+        ranks=ranks,
         **work.options(lm, 2 * len(given.pairs) + len(others or {})),
     )
     document = diagnosis.to_dict() | {"audit": given.audit.to_dict()}
-    written = write(diagnosis, lm)
+    written = write(diagnosis, lm)  # None in processes but the first
     return Answer(document, _explain(document, diagnosis, given.audit, close_ups, written))
 
 
@@ -176,6 +190,7 @@ def _of_sequences(
     content: Sequence[PlacedRow],
     observe: Path | None,
     kind: Kind,
+    ranks: Ranks,
 ) -> Answer:
     """The diagnosis of a set of single responses."""
     import lddyn
@@ -207,6 +222,7 @@ def _of_sequences(
         observe=others,
         row_numbers=given.rows or None,
         so_far=write,
+        ranks=ranks,
         **work.options(lm, len(given.examples) + len(others or {})),
     )
     document = diagnosis.to_dict() | {"audit": given.audit.to_dict()}

@@ -141,7 +141,7 @@ def prepare(
 
 def _open_stream(options: ModelOptions, memory: str) -> nn.Module:
     """The model with blocks that are read as they are used, and its adapter."""
-    from lddyn.loading import adapter_base, add_adapter, check_device, check_folder
+    from lddyn.loading import adapter_base, add_adapter, check_folder, usable_device
 
     base = adapter_base(options.model)
     name, adapter = (options.model, options.adapter) if base is None else (base, options.model)
@@ -154,16 +154,16 @@ def _open_stream(options: ModelOptions, memory: str) -> nn.Module:
 
     import lddyn
 
-    check_device(options.device)
+    device = usable_device(options.device)
     check_folder("model", name, needs="config.json")
     model = lddyn.stream(
         name,
         memory,
         dtype=getattr(torch, options.dtype),
-        device=options.device,
+        device=device,
         trust_remote_code=options.trust_remote_code,
     )
-    return add_adapter(model, adapter).to(options.device).eval()
+    return add_adapter(model, adapter).to(device).eval()
 
 
 def decompose(

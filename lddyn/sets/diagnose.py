@@ -39,17 +39,18 @@ from lddyn.objectives.like import loss_like, reference_like, row_remarks
 from lddyn.objectives.loss import Loss
 from lddyn.objectives.losses import Value
 from lddyn.objectives.objective import Objective
+from lddyn.ranks import ALONE, Ranks
 from lddyn.sets.access import Access
 from lddyn.sets.bar import Bar
 from lddyn.sets.close_ups import lbk_of_pairs, look_at_tokens
 from lddyn.sets.diagnose_sequences import as_sequences, diagnose_sequences, refuse_of_pairs
 from lddyn.sets.diagnosis import Diagnosis
+from lddyn.sets.flat import Flat
 from lddyn.sets.pairs import Pair, PairSet
 from lddyn.sets.passes import Passes
 from lddyn.sets.preparation import prepare, rounding_remarks
 from lddyn.sets.readings import Readings
 from lddyn.sets.rows import (
-    Flat,
     Gram,
     PairReader,
     SetRows,
@@ -111,6 +112,7 @@ def diagnose(
     faults: Mapping[int, str] | None = None,
     so_far: Callable[[Any], None] = lambda diagnosis: None,
     progress: bool = False,
+    ranks: Ranks = ALONE,
     **parameters: Value,
 ) -> Diagnosis | SequenceDiagnosis:
     """What a step, or a run, on a set does to log-probs, and which of its rows do it.
@@ -154,6 +156,8 @@ def diagnose(
         so_far: Gets the diagnosis as soon as the pairs are ranked by a step, and again when the run
             is predicted.
         progress: Show bars over sequences.
+        ranks: Processes that divide the passes, of `lddyn.ranks.Ranks.of_torchrun()`; each has the
+            same model and rows, and gets the same diagnosis.
         **parameters: Hyper-parameters of the loss, where `objective` is a name.
 
     Returns:
@@ -205,6 +209,7 @@ def diagnose(
             remarks=() if like is None else TrainerSettings.of(like).remarks,
             so_far=so_far,
             progress=progress,
+            ranks=ranks,
         )
     set_ = PairSet.of(given, row_numbers, faults, named)  # type: ignore[arg-type]
     _check(set_, close_ups, validate)
@@ -225,15 +230,17 @@ def diagnose(
         close_ups=close_ups,
         lbk=lbk,
         progress=progress,
+        ranks=ranks,
     )
     access, sketch, plan = prepared.access, prepared.sketch, prepared.plan
     refresh, close_ups, lbk = plan.refresh, plan.close_ups, plan.lbk
-    with closing(Bar(plan.work, progress)) as bar:
-        passes = Passes(access, max(set_.sequences, key=len), prepared.workspace, bar)
+    with closing(Bar(plan.work, progress and ranks.rank == 0)) as bar:
+        passes = Passes(access, max(set_.sequences, key=len), prepared.workspace, bar, ranks)
         reader, kept = PairReader(set_), new_rows(access, passes, set_, sketch)
         later = run is not None and sketch is not None  # rows are then made once P is known
         bar.say("log-probs" if later else "gradients")
-        readings = reader.readings(read_rows(passes, set_, [] if later else [kept], reader=reader))
+        reading = read_rows(passes, set_, [] if later else [kept], reader=reader)
+        readings = reader.readings(reading, ranks)
         if lbk:
             readings = readings.with_fact("lbk", lbk_of_pairs(access, set_, bar))
         known = _reference_log_probs(reference, set_, access, readings)
@@ -281,7 +288,7 @@ def _mean_chosen(access: Access, passes: Passes, pairs: PairSet, rows: SetRows) 
         return rows.dense.rows[:n].mean(0)
     mean = Flat(access.named)
     passes.bar.say("mean gradient")
-    passes.add_gradient(pairs.examples[:n], torch.full((n,), 1 / n), mean.views)
+    passes.sum_gradients(pairs.examples[:n], torch.full((n,), 1 / n), mean)
     return mean.vector
 
 

@@ -23,6 +23,7 @@ from lddyn.objectives.losses import Value
 from lddyn.objectives.objective import SFT, Objective
 from lddyn.objectives.paired import Preference
 from lddyn.objectives.unpaired import KTO
+from lddyn.ranks import Ranks
 from lddyn.sets.access import Access
 from lddyn.sets.bar import Bar
 from lddyn.sets.forecast import Forecast
@@ -55,6 +56,7 @@ def diagnose_sequences(
     remarks: Sequence[str],
     so_far: Callable[[SequenceDiagnosis], None],
     progress: bool,
+    ranks: Ranks,
 ) -> SequenceDiagnosis:
     """The diagnosis of the sequences of an objective; arguments as of `lddyn.diagnose`.
 
@@ -82,12 +84,13 @@ def diagnose_sequences(
         budget=budget,
         refresh=refresh,
         progress=progress,
+        ranks=ranks,
     )
     access, sketch = prepared.access, prepared.sketch
     if run is not None:
         objective.subset([0])  # errors in it are raised before the work
-    with closing(Bar(prepared.plan.work, progress)) as bar:
-        passes = Passes(access, max(set_.sequences, key=len), prepared.workspace, bar)
+    with closing(Bar(prepared.plan.work, progress and ranks.rank == 0)) as bar:
+        passes = Passes(access, max(set_.sequences, key=len), prepared.workspace, bar, ranks)
         rows = new_rows(access, passes, set_, sketch)
         tokens: list[Tensor] = [torch.empty(0)] * len(set_)
 
@@ -97,6 +100,7 @@ def diagnose_sequences(
         later = run is not None and sketch is not None  # rows are then made once P is known
         bar.say("log-probs" if later else "gradients")
         reading = read_rows(passes, set_, [] if later else [rows], reader=read)
+        tokens = _of_all(tokens, set_, ranks)
         loss = _prepared(objective, access)
         step = SequenceStep(
             loss.describe(),
@@ -187,6 +191,17 @@ def _prepared(objective: Objective, access: Access) -> Objective:
     if access.unavailable and type(objective).prepare is Objective.prepare:
         return objective  # it needs nothing of a model
     return objective.prepare(access.anatomy)
+
+
+def _of_all(tokens: list[Tensor], set_: SequenceSet, ranks: Ranks) -> list[Tensor]:
+    """The log-probs of all tokens, where each process has read some sequences."""
+    sizes = [len(e) for e in set_.responses]
+    whole = torch.zeros(sum(sizes), dtype=torch.float64)
+    for part, known in zip(whole.split(sizes), tokens, strict=True):
+        if len(known):
+            part.copy_(known)
+    ranks.add_up(whole)
+    return list(whole.split(sizes))
 
 
 def _labels(objective: Objective) -> tuple[str, ...]:

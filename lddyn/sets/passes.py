@@ -19,8 +19,10 @@ from lddyn.engine.guard import evaluating
 from lddyn.engine.logits import Response, own_response
 from lddyn.engine.sequences import batches, pass_together, pull_sequences
 from lddyn.engine.trace import Batch
+from lddyn.ranks import ALONE, Ranks
 from lddyn.sets.access import Access
 from lddyn.sets.bar import Bar
+from lddyn.sets.flat import Flat
 from lddyn.sketches.gradients import CHUNK, Batching, Gradients, wide
 from lddyn.sketches.pieces import Piece, pieces_of, pieces_of_sum
 
@@ -39,15 +41,27 @@ class Passes:
         access: The model.
         longest: The longest sequence; batches of it fit into memory.
         memory: Workspace in bytes for a batch.
-        bar: Advanced by the cost of each sequence's pass.
+        bar: Advanced by the cost of each sequence's pass, in all processes.
+        ranks: Processes that divide the sequences.
     """
 
-    def __init__(self, access: Access, longest: Example, memory: int, bar: Bar) -> None:
-        self.access, self.bar = access, bar
+    def __init__(
+        self,
+        access: Access,
+        longest: Example,
+        memory: int,
+        bar: Bar,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.access, self.bar, self.ranks = access, bar, ranks
         self._batching = Batching(1, keep_graphs=False, least=0)
         if not access.unavailable:
             trace = access.anatomy.trace(longest)
             self._batching = Batching.of(trace, len(longest), CHUNK, memory)
+
+    def advance(self, work: int) -> None:
+        """Counts work of this process, and as much of each other one."""
+        self.bar.advance(work * self.ranks.world)
 
     def forward(self, examples: Sequence[Example], numbers: Sequence[int], see: See) -> None:
         """`see(number, response)` for the examples of these numbers.
@@ -58,7 +72,7 @@ class Passes:
             with evaluating(self.access.model), torch.no_grad():
                 for i in numbers:
                     see(i, own_response(self.access.model, examples[i]))
-                    self.bar.advance(FORWARD)
+                    self.advance(FORWARD)
             return
         some = [examples[i] for i in numbers]
         for length, index in batches(self.access.anatomy, some, CHUNK):
@@ -72,7 +86,7 @@ class Passes:
                         numbers[i],
                         Response(logits, self.access.anatomy.head.plain(hidden), targets),
                     )
-            self.bar.advance(FORWARD * len(index))
+            self.advance(FORWARD * len(index))
 
     def gradients(
         self,
@@ -103,20 +117,32 @@ class Passes:
         some = [examples[i] for i in numbers]
         self._pull(some, None, visit, see and (lambda i, response: see(numbers[i], response)))
 
-    def add_gradient(
-        self, examples: Sequence[Example], weights: Tensor, into: Mapping[str, Tensor]
-    ) -> None:
-        """Adds Σ_i w_i ∇θ log π(y_i) to tensors of the parameters' shapes.
+    def sum_gradients(self, examples: Sequence[Example], weights: Tensor, into: Flat) -> None:
+        """Sets a vector of all trainable values to Σ_i w_i ∇θ log π(y_i).
+
+        The processes divide the sequences, and the sum is the same in all of them.
 
         Args:
             examples: The sequences; those of weight 0 are left out.
             weights: w (n,).
-            into: Parameter → tensor.
+            into: The vector.
 
         Cost: a forward and a backward pass a sequence.
         """
+        into.vector.zero_()
         wanted = [i for i, w in enumerate(weights.tolist()) if w]
         self.bar.advance(BACKWARD * (len(examples) - len(wanted)))
+        self._add_share(examples, weights, self.ranks.share(wanted), into.views)
+        self.ranks.add_up(into.vector)
+
+    def _add_share(
+        self,
+        examples: Sequence[Example],
+        weights: Tensor,
+        wanted: Sequence[int],
+        into: Mapping[str, Tensor],
+    ) -> None:
+        """Adds the part of one process to a sum of gradients."""
         examples, factors = [examples[i] for i in wanted], [float(weights[i]) for i in wanted]
         if self.access.unavailable:
             numbers = range(len(examples))
@@ -166,7 +192,7 @@ class Passes:
                         hidden = anatomy.head.plain(batch.hidden[i, at])
                         see(index[i], Response(head.logits, hidden, head.targets))
                     visit(index, part.tolist(), Gradients.of(factors, anatomy))
-            self.bar.advance(BACKWARD * len(index))
+            self.advance(BACKWARD * len(index))
 
     def _own_gradients(
         self,
@@ -184,4 +210,4 @@ class Passes:
                 gradient = gradient_of(response.log_probs.sum(), self.access.named)
                 for name, value in gradient.items():
                     take(i, Piece(name, wide(value)))
-                self.bar.advance(BACKWARD)
+                self.advance(BACKWARD)

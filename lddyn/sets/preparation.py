@@ -14,7 +14,9 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from lddyn.data.context import position_limit
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.guard import evaluating
+from lddyn.files import digest_of
 from lddyn.memory import parse_memory
+from lddyn.ranks import ALONE, Ranks
 from lddyn.sets.access import Access
 from lddyn.sets.plan import SetPlan, parse_budget, plan_within
 from lddyn.sets.rows import exact_bytes
@@ -58,6 +60,7 @@ def prepare(
     close_ups: int = 0,
     lbk: bool = False,
     progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Preparation:
     """Checks a model against a set, and plans the work; arguments as of `diagnose`.
 
@@ -79,7 +82,11 @@ def prepare(
         sketch = Sketch(k=NUMBERS)
     made = partial(SetPlan.of, set_, access, sketch, run)
     plan = plan_within(epochs, made, refresh, close_ups, lbk)
-    if progress:
+    if ranks.world > 1:
+        total = sum(float(p.detach().double().sum()) for p in access.model.parameters())
+        ids = "".join(example.content_id for example in set_.sequences)
+        ranks.check_alike("model and rows", [repr(total), digest_of(ids.encode())])
+    if progress and ranks.rank == 0:
         tqdm.write(f"diagnosis: {plan.explain()}", file=sys.stderr)
     return Preparation(access, workspace, sketch, plan)
 

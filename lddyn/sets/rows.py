@@ -16,7 +16,9 @@ from torch import Tensor
 from lddyn.engine.gram import sequence_gram
 from lddyn.engine.logits import Response
 from lddyn.finite import checked
+from lddyn.ranks import Ranks
 from lddyn.sets.access import Access
+from lddyn.sets.flat import Flat
 from lddyn.sets.pairs import PairSet
 from lddyn.sets.passes import Passes
 from lddyn.sets.readings import Readings, ResponseReading, read_pair
@@ -28,7 +30,6 @@ from lddyn.sketches.sketch import Sketch
 
 __all__ = [
     "SURVEY",
-    "Flat",
     "Gram",
     "PairReader",
     "SetReading",
@@ -81,28 +82,6 @@ class SetReading(NamedTuple):
     along: Tensor | None
 
 
-class Flat:
-    """A vector of all trainable values, float32 or wider, with a view of every parameter's shape.
-
-    Attributes:
-        vector: (P,) on the model's device.
-        views: Name → tensor of the parameter's shape.
-    """
-
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        first = next(iter(parameters.values()))
-        sizes = [p.numel() for p in parameters.values()]
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        self.vector = torch.zeros(sum(sizes), device=first.device, dtype=dtype)
-        parts = zip(parameters.items(), self.vector.split(sizes), strict=True)
-        self.views = {name: part.view(p.shape) for (name, p), part in parts}
-
-    def copy(self, values: Mapping[str, Tensor]) -> None:
-        """Takes the values of some parameters, or of tensors of their shapes."""
-        for name, value in values.items():
-            self.views[name].copy_(value.detach())
-
-
 class PairReader:
     """Reads what forward passes say of each pair, as soon as both of its responses are seen."""
 
@@ -129,8 +108,24 @@ class PairReader:
         for name, values in token_facts.items():
             self._token_facts.setdefault(name, [torch.empty(0)] * n)[pair] = values
 
-    def readings(self, reading: SetReading) -> Readings:
-        """All readings, after every response was seen; `reading` is what `read_rows` returned."""
+    def readings(self, reading: SetReading, ranks: Ranks) -> Readings:
+        """All readings, after every response was seen by one of the processes.
+
+        Args:
+            reading: What `read_rows` returned.
+            ranks: Processes that have read some pairs each.
+        """
+        for facts in ranks.gather({k: v.tolist() for k, v in self._facts.items()}):
+            for name in facts:
+                self._facts.setdefault(name, torch.zeros(len(self._pairs), dtype=torch.float64))
+        ranks.add_up(*self._facts.values())
+        told = {k: [x.tolist() for x in v] for k, v in self._token_facts.items()}
+        for other in ranks.gather(told):
+            for name, lists in other.items():
+                column = self._token_facts.setdefault(name, [torch.empty(0)] * len(self._pairs))
+                for pair, values in enumerate(lists):
+                    if values and not len(column[pair]):
+                        column[pair] = torch.tensor(values, dtype=torch.float64)
         return Readings(reading.log_probs, self._facts, self._token_facts, reading.observed)
 
 
@@ -260,10 +255,14 @@ def read_rows(
             along[number] += piece.inner(at[piece.name])
 
     windows = [range(start, min(n, start + _WINDOW)) for start in range(0, n, _WINDOW)]
+    starts = range(trained, len(sequences), 2 * _WINDOW)
+    observed = [[*range(i, min(len(sequences), i + 2 * _WINDOW))] for i in starts]
     together = [[side * n + i for side in range(set_.sides) for i in w] for w in windows]
-    for part in [*together, range(trained, len(sequences))]:
+    for part in passes.ranks.share([*together, *observed]):
         filled = [i for i in part if i in place]
         if filled:
             passes.gradients(sequences, filled, take, see)
         passes.forward(sequences, [i for i in part if i not in place], see)
+    passes.ranks.add_up(log_probs, *([] if along is None else [along]))
+    passes.ranks.add_up(*(kept.dense.rows for kept in rows))
     return SetReading(log_probs[:trained].view(-1, n), log_probs[trained:], along)

@@ -27,9 +27,10 @@ from torch import Tensor
 from lddyn.engine.gram import sequence_gram
 from lddyn.engine.turns import switching
 from lddyn.sets.access import Access
+from lddyn.sets.flat import Flat
 from lddyn.sets.forecast import AdamMetric, Forecast, Simulation, response_effects
 from lddyn.sets.passes import Passes
-from lddyn.sets.rows import Flat, Gram, SetReading, SetRows, new_rows, read_rows
+from lddyn.sets.rows import Gram, SetReading, SetRows, new_rows, read_rows
 from lddyn.sets.run import Batch, Run
 from lddyn.sets.training_step import TrainingStep
 from lddyn.sketches.sketch import Sketch
@@ -80,9 +81,8 @@ class Moments:
         """
         batches = measured_batches(run, len(step))
         for batch in batches:
-            scratch.vector.zero_()
             pull = step.pull(now, batch).flatten()
-            passes.add_gradient(step.set_.of_rows(batch.pairs), pull, scratch.views)
+            passes.sum_gradients(step.set_.of_rows(batch.pairs), pull, scratch)
             self._sum.vector.addcmul_(scratch.vector, scratch.vector, value=steps / len(batches))
         self._steps += steps
 
@@ -206,8 +206,7 @@ class _Segments:
             torch.mv(rows.dense.rows[: len(weights)].T, weights.to(total), out=total)
         else:
             self.passes.bar.say("net step")
-            total.zero_()
-            self.passes.add_gradient(self.step.set_.examples, weights, self.scratch.views)
+            self.passes.sum_gradients(self.step.set_.examples, weights, self.scratch)
         if self.moments is not None:
             self.moments.precondition(total)
         with torch.no_grad():

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from lddyn.engine.anatomy import Anatomy
 from lddyn.errors import StoreIdentityError
 from lddyn.files import JsonObject
 from lddyn.memory import DEFAULT_MEMORY
+from lddyn.ranks import Ranks
 from lddyn.sketches.allocation import choose_layout
 from lddyn.sketches.features import features
 from lddyn.sketches.gradients import WINDOW
@@ -33,44 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["BuiltStore", "Ranks", "build_store", "store_features"]
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that build one store together.
-
-    Attributes:
-        rank: Number of this process, from 0.
-        world: Number of processes.
-        wait: Returns once every process has called it.
-    """
-
-    rank: int = 0
-    world: int = 1
-    wait: Callable[[], None] = lambda: None
-
-    @classmethod
-    @contextlib.contextmanager
-    def of_torchrun(cls) -> Iterator[Ranks]:
-        """The ranks that torchrun's environment variables describe; one process without them.
-
-        Joins a gloo process group on entry and leaves it on exit; a group that exists already is
-        used and kept.
-        """
-        from torch import distributed
-
-        if distributed.is_available() and distributed.is_initialized():
-            yield cls(distributed.get_rank(), distributed.get_world_size(), distributed.barrier)
-        elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            yield cls()
-        else:
-            # The share of a process may take hours, and shares differ by as much.
-            distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-            try:
-                yield cls(distributed.get_rank(), distributed.get_world_size(), distributed.barrier)
-            finally:
-                distributed.destroy_process_group()
+__all__ = ["BuiltStore", "build_store", "store_features"]
 
 
 @dataclass(frozen=True)

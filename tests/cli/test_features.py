@@ -12,7 +12,7 @@ import torch
 from commands import call, errors
 
 import lddyn
-from lddyn.store.build import Ranks
+from lddyn.ranks import Ranks
 
 
 @pytest.fixture

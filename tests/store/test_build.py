@@ -9,7 +9,8 @@ import zoo
 
 import lddyn
 from lddyn.errors import StoreIdentityError
-from lddyn.store.build import Ranks, build_store
+from lddyn.ranks import Ranks
+from lddyn.store.build import build_store
 
 SKETCH = lddyn.Sketch(k=900)
 

@@ -1,0 +1,100 @@
+"""Processes that divide the passes of a diagnosis get the diagnosis of one."""
+
+import multiprocessing
+import sys
+
+import pytest
+import torch
+from preference_pairs import some_pairs
+
+import lddyn
+from lddyn.ranks import Ranks
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks with threads of BLAS")
+
+
+def of_rank(rank, world, path, work, queue):
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{path}", world_size=world, rank=rank)
+    try:
+        with Ranks.of_torchrun() as ranks:
+            queue.put((rank, work(ranks)))
+    except Exception as error:
+        queue.put((rank, error))
+    finally:
+        distributed.destroy_process_group()
+
+
+def together(work, path, world=2):
+    """What `work(ranks)` returns in each of some forked processes."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [
+        context.Process(target=of_rank, args=(rank, world, path, work, queue))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    answers = dict(queue.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    return [answers[rank] for rank in range(world)]
+
+
+def numbers(diagnosis):
+    """All numbers of a diagnosis as lists."""
+    run = diagnosis.forecast
+    parts = {"gram": diagnosis.gram, "change": diagnosis.step.change}
+    parts["observed"] = diagnosis.step.observed_effects
+    parts |= {} if run is None else {"run": run.change, "effects": run.effects}
+    facts = getattr(diagnosis.step.readings, "facts", {})
+    parts |= {f"facts.{k}": v for k, v in facts.items()}
+    for name, values in diagnosis.step.readings.token_facts.items():
+        parts[f"tokens.{name}"] = torch.cat(list(values)).double()
+    return {k: v.double().tolist() for k, v in parts.items()}
+
+
+@pytest.mark.parametrize("sketched", [False, True])
+@pytest.mark.parametrize("single", [False, True])
+def test_two_processes_get_the_diagnosis_of_one(model, run, tmp_path, sketched, single):
+    pairs = some_pairs()
+    rows = [pair[0] for pair in pairs] if single else pairs
+    options = {"observe": [pairs[0][1]], "run": lddyn.Run(lr=1e-4, epochs=2, batch=2)}
+    options |= {"sketch": lddyn.Sketch(k=512)} if sketched else {}
+    options |= {} if single else {"close_ups": 1}
+
+    def work(ranks):
+        return numbers(
+            lddyn.diagnose(model, rows, "sft" if single else "dpo", ranks=ranks, **options)
+        )
+
+    alone = work(Ranks())
+    both = together(work, tmp_path / "meet")
+    for answer in both:
+        assert not isinstance(answer, Exception), answer
+        assert answer.keys() == alone.keys()
+        for name, values in alone.items():
+            one, two = (torch.tensor(x) for x in (values, answer[name]))
+            scale = float(one.abs().amax()) or 1.0
+            torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5 * scale, msg=name)
+    assert both[0] == both[1]
+
+
+def test_different_rows_are_refused(model, tmp_path):
+    pairs = some_pairs()
+
+    def work(ranks):
+        return lddyn.diagnose(model, pairs[ranks.rank :], close_ups=0, ranks=ranks)
+
+    for error in together(work, tmp_path / "meet"):
+        assert "model and rows must be the same in all 2 processes" in str(error)
+
+
+def test_values_arrive_as_they_were(tmp_path):
+    def work(ranks):
+        return ranks.gather({"é": [0.1 * (ranks.rank + 1)] * (1 + 9 * ranks.rank)})
+
+    wanted = [{"é": [0.1]}, {"é": [0.2] * 10}]
+    assert together(work, tmp_path / "meet") == [wanted, wanted]
