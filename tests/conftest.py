@@ -193,6 +193,29 @@ def made_once(tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="session")
+def small_worlds(made_once):
+    """A folder in which `build_world` finds a small Llama, taught for 20 steps, in its cache.
+
+    It stands there for the demo's full training, and for steps=20.
+    """
+
+    def make(folder):
+        from lddyn.demo import training
+        from lddyn.demo import world as demo
+
+        there = [demo.world_folder(folder, steps=steps) for steps in (None, 20)]
+        sizes = {"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2}
+        with pytest.MonkeyPatch.context() as patch:
+            for name, size in sizes.items():
+                patch.setitem(training.ARCHITECTURE, name, size)
+            taught = demo.build_world(folder / "taught", progress=False, steps=20)
+        for place in there:
+            shutil.copytree(taught.path, place)
+
+    return made_once("worlds", make)
+
+
 @pytest.fixture
 def assert_accurate():
     """The house's bound: at most twice as wrong as plain torch in the same dtype, plus a floor.

@@ -5,7 +5,6 @@ import os
 import re
 import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -32,14 +31,11 @@ pytestmark = pytest.mark.filterwarnings("error:lddyn stopped")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(small_worlds):
     """The demo's world after little training, where a program that builds it finds it."""
-    cache = tmp_path_factory.mktemp("cache")
-    quick = demo.build_world(cache, progress=False, steps=20)
-    shutil.copytree(quick.path, demo.world_folder(cache))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield quick
+    yield demo.build_world(small_worlds, progress=False)
     torch.set_num_threads(threads)
 
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from lddyn.data.encode import encode
+from lddyn.data.options import RowOptions
 from lddyn.demo.cache import Trained, cache_root, load, save
 from lddyn.demo.language import cut_text, make_corpus, make_items, make_preferences
 from lddyn.demo.training import (
@@ -184,7 +185,8 @@ def _pretrain(corpus: Sequence[str], recipe: Recipe, seed: int, progress: bool) 
     began = time.perf_counter()
     tokenizer = train_tokenizer(corpus)
     model = new_model(tokenizer, seed)
-    examples = [encode(tokenizer, *cut_text(text)) for text in corpus]
+    bare = RowOptions(texts=False)
+    examples = [encode(tokenizer, *cut_text(text), options=bare) for text in corpus]
     loss = train(
         model, examples, recipe, seed, prompts_too=True, title="pretraining", progress=progress
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-__all__ = ["COLOURS", "GROUP_COLOURS", "axes_grid", "curves", "heat_map", "label_ends", "tidy"]
+__all__ = [
+    "COLOURS",
+    "GROUP_COLOURS",
+    "Ends",
+    "axes_grid",
+    "curves",
+    "heat_map",
+    "label_ends",
+    "tidy",
+]
 
 # Okabe and Ito's palette, safe for colour-blind eyes; every group has a hue, every type a line.
 GROUP_COLOURS = {"answers": "#0072b2", "other": "#009e73", "noise": "#999999"}
@@ -60,8 +69,8 @@ def label(name: str) -> str:
 
 def curves(
     axes: Axes, x: Sequence[float], lines: Mapping[str, np.ndarray], title: str, unit: str
-) -> None:
-    """One line per response type, named at its end."""
+) -> Ends:
+    """One line per response type; returns where the lines end, for `label_ends`."""
     for name, y in lines.items():
         strong = name in ("chosen", "rejected", "greedy")
         axes.plot(
@@ -77,16 +86,26 @@ def curves(
     axes.set_xlabel("updates", fontsize=8, color=INK)
     axes.axhline(0, color=FAINT, linewidth=0.5, zorder=0)
     tidy(axes)
-    label_ends(axes, x[-1], {name: float(y[-1]) for name, y in lines.items()})
+    return Ends(axes, x[-1], {name: float(y[-1]) for name, y in lines.items()})
 
 
-def label_ends(axes: Axes, x: float, ends: Mapping[str, float]) -> None:
-    """Names beside the ends of lines, moved apart until none covers another."""
-    from matplotlib.figure import Figure
+class Ends(NamedTuple):
+    """Where the lines of some axes end: x, and name of the line → y."""
 
-    figure = axes.figure
-    assert isinstance(figure, Figure), "a figure of its own, not a part of one"
+    axes: Axes
+    x: float
+    y: Mapping[str, float]
+
+
+def label_ends(figure: Figure, ends: Sequence[Ends]) -> None:
+    """Names beside the ends of lines, once all axes are drawn: their layout is computed once."""
     figure.draw_without_rendering()  # so that the layout is known
+    for axes, x, y in ends:
+        _label_ends(figure, axes, x, y)
+
+
+def _label_ends(figure: Figure, axes: Axes, x: float, ends: Mapping[str, float]) -> None:
+    """Names of the lines of some axes, moved apart until none covers another."""
     inches = figure.get_size_inches()[1] * max(axes.get_position().height, 1e-3)
     gap = 0.13 / inches
     names = sorted(ends, key=lambda name: ends[name])

@@ -309,6 +309,7 @@ class Lab:
     def figure(self, name: str, figure: Figure, caption: str = "") -> None:
         """A picture, as figures/NAME.png and .pdf; its caption says what to look at."""
         figure.savefig(self.path("figures", f"{name}.png"), dpi=110)
+        figure.set_layout_engine("none")  # which keeps the layout that the PNG has
         # No date within, so that the same numbers give the same file.
         figure.savefig(self.path("figures", f"{name}.pdf"), metadata={"CreationDate": None})
         self.figures[name] = caption

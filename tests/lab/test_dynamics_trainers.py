@@ -21,12 +21,10 @@ STEPS, BATCH, WARMUP, CLIP = 4, 2, 2, 1.0  # which every gradient here exceeds
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(small_worlds):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LDDYN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield demo.build_world(progress=False, steps=20)
+    yield demo.build_world(small_worlds, progress=False)
     torch.set_num_threads(threads)
 
 

@@ -28,16 +28,16 @@ from lddyn.objectives import Loss
 from lddyn.optimizers import make_optimizer
 from lddyn.probes.probe_set import ProbeSet
 
-TINY = {"limit": 30, "prompts": 2}
+TINY = {"limit": 60, "prompts": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_world(tmp_path_factory):
-    """The demo's world after a few steps, in a cache of its own."""
+def small_world(small_worlds):
+    """The demo's world after a few steps, which the experiments find in the cache."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LDDYN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("LDDYN_CACHE_DIR", str(small_worlds))
         patch.setattr(setting, "PRETRAINING", 20)
         yield demo.build_world(progress=False, steps=20)
     torch.set_num_threads(threads)

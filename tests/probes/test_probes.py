@@ -24,10 +24,10 @@ AUTHORS = Path(
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(small_worlds):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield demo.build_world(tmp_path_factory.mktemp("cache"), progress=False, steps=20)
+    yield demo.build_world(small_worlds, progress=False)
     torch.set_num_threads(threads)
 
 

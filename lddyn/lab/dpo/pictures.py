@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lddyn.lab.dpo.tables import AGAIN, ON_POLICY, Runs, off_policy, terms
-from lddyn.lab.drawing import COLOURS, axes_grid, curves, label, tidy
+from lddyn.lab.drawing import COLOURS, axes_grid, curves, label, label_ends, tidy
 from lddyn.lab.mass import (
     shares_of_mass,
     total_mass,
@@ -45,10 +45,13 @@ def _draw_curves(runs: Runs) -> Figure:
         AGAIN: runs.curves[AGAIN],
     }
     figure, grid = axes_grid("curves", 1, 3, 15, 4.6, sharey=True)
+    ends = []
     for axes, (title, curve) in zip(grid, panels.items(), strict=True):
         lines = {n: curve.mean(n) - curve.mean(n)[0] for n in curve.fields}
         lines["greedy"] = curve.mean("chosen", "greedy") - curve.mean("chosen", "greedy")[0]
-        curves(axes, curve.updates, lines, title, "Δ log π, nats" if axes is grid[0] else "")
+        unit = "Δ log π, nats" if axes is grid[0] else ""
+        ends.append(curves(axes, curve.updates, lines, title, unit))
+    label_ends(figure, ends)
     return figure
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lddyn.lab.curves import Curves
-from lddyn.lab.drawing import axes_grid, curves, tidy
+from lddyn.lab.drawing import axes_grid, curves, label_ends, tidy
 from lddyn.lab.record import Rows
 from lddyn.report.canvas import INK
 
@@ -26,9 +26,11 @@ _COLOURS = {
 def draw_sft(tuned: Mapping[str, Curves]) -> Figure:
     """Curves of the two SFT runs."""
     figure, grid = axes_grid("sft", 1, 2, 11, 4.4, sharey=True)
+    ends = []
     for axes, (name, curve) in zip(grid, tuned.items(), strict=True):
         lines = {n: curve.mean(n) - curve.mean(n)[0] for n in curve.fields}
-        curves(axes, curve.updates, lines, f"SFT on {name}", "Δ log π, nats")
+        ends.append(curves(axes, curve.updates, lines, f"SFT on {name}", "Δ log π, nats"))
+    label_ends(figure, ends)
     return figure
 
 

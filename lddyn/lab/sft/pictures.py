@@ -11,6 +11,7 @@ from lddyn.lab.curves import Curves, explained_share
 from lddyn.lab.drawing import (
     COLOURS,
     GROUP_COLOURS,
+    Ends,
     axes_grid,
     curves,
     heat_map,
@@ -32,13 +33,17 @@ def draw_curves(run: Curves) -> Figure:
         "answers to the prompt": [n for n in run.fields if TYPES[n].group == "answers"],
         "other texts": ["chosen", *[n for n in run.fields if TYPES[n].group != "answers"]],
     }
+    ends = []
     for axes, (title, names) in zip(grid, by_group.items(), strict=False):
         lines = {n: run.mean(n) - run.mean(n)[0] for n in names}
-        curves(axes, run.updates, lines, f"Δ log π, {title}", "nats, sum over tokens")
+        ends.append(curves(axes, run.updates, lines, f"Δ log π, {title}", "nats, sum over tokens"))
     confidence = {"chosen": run.mean("chosen"), "greedy": run.mean("chosen", "greedy")}
-    curves(grid[2], run.updates, confidence, "log π(y+) and its greedy confidence", "nats")
+    title = "log π(y+) and its greedy confidence"
+    ends.append(curves(grid[2], run.updates, confidence, title, "nats"))
     energy = {n: run.means["energy"][:, run.column(n)] for n in run.fields}
-    curves(grid[3], run.updates, energy, "‖G‖² = ‖π − e_y‖² if it were learned", "per token")
+    title = "‖G‖² = ‖π − e_y‖² if it were learned"
+    ends.append(curves(grid[3], run.updates, energy, title, "per token"))
+    label_ends(figure, ends)
     return figure
 
 
@@ -55,8 +60,8 @@ def draw_kernel(run: Curves) -> Figure:
         axes.set_title(title, fontsize=9.5, loc="left", color=INK)
         axes.set_xlabel("updates", fontsize=8)
         tidy(axes)
-    for axes, (key, _) in zip(grid, panels, strict=True):
-        label_ends(axes, points[-1], {n: v[key][-1] for n, v in means.items()})
+    last = [{n: v[key][-1] for n, v in means.items()} for key, _ in panels]
+    label_ends(figure, [Ends(a, points[-1], y) for a, y in zip(grid, last, strict=True)])
     return figure
 
 
