@@ -33,8 +33,13 @@ def test_env_shows_no_path_and_no_user(monkeypatch):
     assert len(user) < 5 or user not in text
 
 
-def test_selftest_runs_every_available_backend():
-    rows = lddyn.selftest()
+@pytest.fixture(scope="module")
+def selftest():
+    return lddyn.selftest()
+
+
+def test_selftest_runs_every_available_backend(selftest):
+    rows = selftest
     assert all(row["ok"] for row in rows), rows
     assert {row["op"] for row in rows} == set(ops.OPS)
     assert {"reference"} <= {row["backend"] for row in rows}
@@ -52,13 +57,13 @@ def printed(capsys, parts):
     return capsys.readouterr().out
 
 
-def test_the_tables_print(capsys):
-    text = printed(capsys, [*env_parts(lddyn.env()), *selftest_parts(lddyn.selftest())])
+def test_the_tables_print(capsys, selftest):
+    text = printed(capsys, [*env_parts(lddyn.env()), *selftest_parts(selftest)])
     assert "reference" in text and "FAILED" not in text and "[green]" not in text
 
 
-def test_a_failed_case_is_shown(capsys):
-    (row, *_) = lddyn.selftest()
+def test_a_failed_case_is_shown(capsys, selftest):
+    (row, *_) = selftest
     assert "FAILED" in printed(capsys, selftest_parts([row | {"ok": False}]))
 
 

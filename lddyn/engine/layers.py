@@ -14,7 +14,6 @@ A second derivative with respect to the layer's own inputs raises an error: a ze
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -67,13 +66,18 @@ class Linear:
         return Linear(each(self.pull), each(self.push), self.backend)
 
 
-def _signed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its signature attached, which torch else reads anew at every call."""
-    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-    return function
+class _Function(torch.autograd.Function):
+    """A Function without defaults: torch binds its arguments by their signature at every call."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """What the forward returns, with its graph."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
-class _Apply(torch.autograd.Function):
+class _Apply(_Function):
     """Applies `linear.pull` to cotangents; its derivative applies `linear.push`.
 
     The arguments are (linear, count, *tensors): `count` cotangents, then guards. Guards are the
@@ -82,7 +86,6 @@ class _Apply(torch.autograd.Function):
     """
 
     @staticmethod
-    @_signed
     def forward(linear: Linear, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(x[0] for x in linear(*(x[None] for x in tensors[:count])))
 
@@ -113,13 +116,12 @@ class _Apply(torch.autograd.Function):
         return None, None, *moved, *refused
 
 
-class _Guard(torch.autograd.Function):
+class _Guard(_Function):
     """The identity; taking a derivative through it raises an error."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    @_signed
     def forward(x: Tensor) -> Tensor:
         return x.view_as(x)
 
@@ -137,7 +139,7 @@ class _Guard(torch.autograd.Function):
     backward = jvp = refuse
 
 
-class _Layer(torch.autograd.Function):
+class _Layer(_Function):
     """A layer whose value is known and whose transposed Jacobian is `linear`.
 
     The arguments are (linear, (value,), *inputs). The value is in a tuple: otherwise autograd would
@@ -145,7 +147,6 @@ class _Layer(torch.autograd.Function):
     """
 
     @staticmethod
-    @_signed
     def forward(linear: Linear, value: tuple[Tensor], *inputs: Tensor) -> Tensor:
         return value[0].detach()
 

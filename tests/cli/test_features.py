@@ -2,14 +2,12 @@
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from commands import call, errors
+from ranks import run_ranks
 
 import lddyn
 from lddyn.ranks import Ranks
@@ -175,41 +173,17 @@ def test_features_build_goes_on_with_more_examples(model, pairs, tmp_path, monke
     assert store.example_ids == alone.example_ids and torch.equal(store.rows(), alone.rows())
 
 
-@pytest.mark.slow
 def test_features_build_on_two_ranks_makes_the_same_files(model, pairs, tmp_path):
     built(model, pairs, tmp_path / "one")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "0",
-        "--standalone",
-        "-m",
-        "lddyn",
-        "features",
-        "build",
-        "--model",
-        model,
-        "--data",
-        pairs,
-        "--out",
-        tmp_path / "two",
-        "-k",
-        "900",
-        "--json",
-    ]
-    done = subprocess.run(
-        [str(c) for c in command],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["processes"] == 2
+    arguments = ["--model", model, "--data", pairs, "--out", tmp_path / "two", "-k", 900, "--json"]
+
+    def build():
+        result = call("features", "build", *arguments)
+        assert result.exit_code == 0, result.stderr
+        print(result.stdout, end="")
+
+    first, second = run_ranks(build, tmp_path)
+    assert json.loads(first)["processes"] == 2 and not second
     assert files(tmp_path / "two") == files(tmp_path / "one")
     assert not list(tmp_path.glob("two.rank-*"))
 

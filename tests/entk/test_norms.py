@@ -208,7 +208,7 @@ def test_bad_input():
 class Oracle:
     """The same estimators, fed with products of the dense kernel of a trained model."""
 
-    def __init__(self, tied, centred, vocabulary=251, width=64):
+    def __init__(self, tied, centred, vocabulary=127, width=32):
         changes = {"vocab_size": vocabulary, "hidden_size": width, "tie_word_embeddings": tied}
         model = zoo.train(zoo.build("llama", **changes))
         examples = [
@@ -298,7 +298,7 @@ def test_pushed_probes_are_unbiased_and_cover():
 )
 def test_row_and_whole_norms_are_unbiased_and_cover(k, q, whole):
     o = oracle()
-    shapes = (torch.Size([3, 251]), torch.Size([2, 251]))
+    shapes = (torch.Size([3, 127]), torch.Size([2, 127]))
     like = torch.zeros((), dtype=torch.float64)
     found = [
         row_squares(

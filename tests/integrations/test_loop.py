@@ -2,15 +2,11 @@
 
 import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from watched_runs import new_model, rows
 
 import lddyn
@@ -136,26 +132,9 @@ def test_accelerate_counts_true_steps(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_are_watched(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("two_processes.py"), tmp_path],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            said = process.communicate(timeout=120)[1]
-            assert process.returncode == 0, said
-    finally:
-        for process in processes:
-            process.kill()
+    from two_processes import main
+
+    run_ranks(lambda: main(tmp_path), tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     for way in ("ddp", "accelerated", "fsdp1", "fsdp2"):
         assert first[way]["equal"] and second[way]["equal"]

@@ -1,14 +1,7 @@
-"""One of two processes that train together, watched and not: run by test_loop.py.
-
-With RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set:
-
-    python tests/integrations/two_processes.py FOLDER
-"""
+"""One of two processes that train together, watched and not: `main` is run by test_loop.py."""
 
 import json
-import sys
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -114,7 +107,3 @@ def main(folder):
     answer["failed"] = {"equal": equal, "rows": rows, "said": said}
     (folder / f"{rank}.json").write_text(json.dumps(answer))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
