@@ -104,14 +104,14 @@ class _Apply(_Function):
         ]
         if len(tensors) > count:  # keep the guards, so that a second derivative still raises
             stacked = linear.stacked(info.batch_size)
-            results = _Apply.apply(stacked, count, *batched, *tensors[count:])  # type: ignore[no-untyped-call]
+            results = _Apply.apply(stacked, count, *batched, *tensors[count:])
         else:
             results = linear(*batched)
         return results, (0,) * len(results)
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor) -> Any:
-        moved = _Apply.apply(ctx.linear.transposed, len(tangents), *tangents)  # type: ignore[no-untyped-call]
+        moved = _Apply.apply(ctx.linear.transposed, len(tangents), *tangents)
         refused = [tangents[0].new_zeros(()).expand(shape) for shape in ctx.shapes]
         return None, None, *moved, *refused
 
@@ -158,8 +158,8 @@ class _Layer(_Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        guards = [_Guard.apply(x) for x in ctx.saved_tensors if ops.differentiated(x)]  # type: ignore[no-untyped-call]
-        return None, None, *_Apply.apply(ctx.linear, 1, *grads, *guards)  # type: ignore[no-untyped-call]
+        guards = [_Guard.apply(x) for x in ctx.saved_tensors if ops.differentiated(x)]
+        return None, None, *_Apply.apply(ctx.linear, 1, *grads, *guards)
 
     @staticmethod
     def jvp(ctx: Any, _linear: Any, _value: Any, *tangents: Tensor | None) -> Tensor:
@@ -167,13 +167,14 @@ class _Layer(_Function):
             torch.zeros_like(x) if t is None else t
             for x, t in zip(ctx.saved_tensors, tangents, strict=True)
         ]
-        guards = [_Guard.apply(x) for x in ctx.saved_tensors]  # type: ignore[no-untyped-call]
-        (out,) = _Apply.apply(ctx.linear.transposed, len(given), *given, *guards)  # type: ignore[no-untyped-call]
+        guards = [_Guard.apply(x) for x in ctx.saved_tensors]
+        (out,) = _Apply.apply(ctx.linear.transposed, len(given), *given, *guards)
         return out  # type: ignore[no-any-return]
 
 
 def _layer(linear: Linear, value: Tensor, *inputs: Tensor) -> Tensor:
-    return _Layer.apply(linear, (value,), *inputs)  # type: ignore[no-untyped-call, no-any-return]
+    out: Tensor = _Layer.apply(linear, (value,), *inputs)
+    return out
 
 
 # --------------------------------------------------------------------------- attention

@@ -33,6 +33,7 @@ import torch
 from lddyn import __version__
 from lddyn.files import digest_of, json_safe, read_sealed, replace_file, sealed
 from lddyn.report import render
+from lddyn.report.canvas import save_picture
 from lddyn.results import load_result, save_result
 
 if TYPE_CHECKING:
@@ -308,10 +309,8 @@ class Lab:
 
     def figure(self, name: str, figure: Figure, caption: str = "") -> None:
         """A picture, as figures/NAME.png and .pdf; its caption says what to look at."""
-        figure.savefig(self.path("figures", f"{name}.png"), dpi=110)
-        figure.set_layout_engine("none")  # which keeps the layout that the PNG has
-        # No date within, so that the same numbers give the same file.
-        figure.savefig(self.path("figures", f"{name}.pdf"), metadata={"CreationDate": None})
+        save_picture(figure, self.path("figures", f"{name}.png"), "png", 110)
+        save_picture(figure, self.path("figures", f"{name}.pdf"), "pdf", 110)
         self.figures[name] = caption
 
     def claim(self, claim: Claim) -> None:

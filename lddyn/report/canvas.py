@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -21,7 +22,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-__all__ = ["FAINT", "INK", "LOWERED", "RAISED", "blank_figure", "sequence_colours", "tidy"]
+__all__ = [
+    "FAINT",
+    "INK",
+    "LOWERED",
+    "RAISED",
+    "blank_figure",
+    "save_picture",
+    "sequence_colours",
+    "tidy",
+]
 
 RAISED, LOWERED = "#2166ac", "#b2182b"  # the ends of ColorBrewer's RdBu, safe for colour-blind eyes
 
@@ -79,6 +89,32 @@ def blank_figure(width: float, height: float, name: str) -> Figure:
     FigureCanvasAgg(figure)
     figure.set_label(name)
     return figure
+
+
+def save_picture(
+    figure: Figure, target: str | Path | BinaryIO, kind: Literal["png", "pdf"], dpi: float
+) -> None:
+    """Writes a figure as PNG or PDF; the same figure has the same bytes, without a date.
+
+    `Figure.savefig` draws every picture once more, for the sake of layouts that depend on it. Here
+    a layout is computed once and kept.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    before, canvas = figure.dpi, figure.canvas
+    try:
+        figure.set_dpi(dpi)
+        if kind == "png":
+            FigureCanvasAgg(figure).print_png(target, metadata={"Software": "lddyn"})
+        else:
+            FigureCanvasPdf(figure).print_pdf(target, metadata={"CreationDate": None})
+    finally:
+        figure.set_dpi(before)
+        figure.set_canvas(canvas)
 
 
 def plain_text(artist: Any) -> Any:

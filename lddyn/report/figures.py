@@ -22,6 +22,7 @@ from lddyn.report.canvas import (
     plain_text,
     pretty,
     rectangle,
+    save_picture,
     sequence_colours,
     stacked,
     step_line,
@@ -249,10 +250,7 @@ def plot_step(step: StepData, directory: str | Path | None = None) -> list[Figur
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for figure in figures:
-            for ending in ("png", "pdf"):
-                # Without a date of creation the same decomposition has the same bytes.
-                metadata = {"CreationDate": None} if ending == "pdf" else {"Software": "lddyn"}
-                figure.savefig(
-                    directory / f"{figure.get_label()}.{ending}", dpi=DPI, metadata=metadata
-                )
+            name = figure.get_label()
+            save_picture(figure, directory / f"{name}.png", "png", DPI)
+            save_picture(figure, directory / f"{name}.pdf", "pdf", DPI)
     return figures

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lddyn.files import JsonObject, json_safe, replace_file
+from lddyn.report.canvas import save_picture
 from lddyn.report.data import CheckData, Checks, ResponseData, StepData, Steps
 from lddyn.report.figures import plot_step
 from lddyn.report.page import render, versions, word
@@ -468,5 +469,5 @@ def _short(value: float) -> float:
 
 def _png(figure: Figure) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    save_picture(figure, buffer, "png", 110)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
