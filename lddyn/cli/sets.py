@@ -425,19 +425,25 @@ def _observed(document: Mapping[str, Any], count: int = 10) -> Table:
 
 
 def _objectives(document: Mapping[str, Any]) -> Table:
-    """What a step of each loss would do, and a run of it where one was predicted."""
+    """What a step of each loss would do, and a run of it where one was predicted.
+
+    Without a run, losses whose step has the same direction are one row.
+    """
     from rich.table import Table
 
-    run = document["run"] is not None
+    from lddyn.report.words import distinct
+
+    run, rows = document["run"] is not None, document["objectives"]
     ahead = ("linear run: y+", "linear run: y−", "y+ falls") if run else ()
     table = Table("loss", "y+ per ‖Δθ‖", "y− per ‖Δθ‖", "y+ falls", *ahead)
-    for row in document["objectives"]:
+    for row in rows if run else distinct(rows):
         cells = [f"{row[k]:+.3g}" for k in ("chosen", "rejected")]
         cells.append(f"{row['chosen_falls']:.0%}")
         if run:
             cells += [f"{row[k]:+.3g}" for k in ("run_chosen", "run_rejected")]
             cells.append(f"{row['run_chosen_falls']:.0%}")
-        table.add_row(row["objective"], *cells)
+        same = [] if run else row["alike"]
+        table.add_row(" = ".join([row["objective"], *same]), *cells)
     return table
 
 

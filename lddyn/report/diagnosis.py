@@ -21,7 +21,7 @@ from lddyn.report.dynamics import Labels, curves, explain_dynamics
 from lddyn.report.explain import SOURCES, explain_diagnosis
 from lddyn.report.page import axis, installation, render, versions, word
 from lddyn.report.step import token_tables
-from lddyn.report.words import count, named, true_minus
+from lddyn.report.words import count, distinct, named, true_minus
 from lddyn.text import readable, signed, visible
 
 __all__ = ["write_diagnosis_page"]
@@ -342,19 +342,20 @@ def _flow_bars(moved: Mapping[str, float]) -> list[JsonObject]:
 
 
 def _objectives(summary: Mapping[str, Any]) -> list[JsonObject]:
-    """Losses, those that lower the fewest chosen responses first."""
+    """Losses, those that lower the fewest chosen responses first; equal steps are one row."""
     rows = summary["losses"]
     largest = {k: max([abs(r[k]) for r in rows] + [1e-300]) for k in ("chosen", "rejected")}
     return [
         {
             **row,
-            "mine": row["objective"] == summary["objective"],
+            "name": " = ".join([row["objective"], *row["alike"]]),
+            "mine": summary["objective"] in (row["objective"], *row["alike"]),
             "bars": [
                 {"sign": word(row[k]), "text": signed(row[k], 2), "share": 100 * abs(row[k]) / most}
                 for k, most in largest.items()
             ],
         }
-        for row in sorted(rows, key=lambda r: (r["chosen_falls"], -r["chosen"]))
+        for row in sorted(distinct(rows), key=lambda r: (r["chosen_falls"], -r["chosen"]))
     ]
 
 

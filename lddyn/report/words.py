@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lddyn.text import signed
 
-__all__ = ["count", "moves", "named", "percent", "size", "true_minus"]
+__all__ = ["count", "distinct", "moves", "named", "percent", "size", "true_minus"]
 
 
 def true_minus(text: str) -> str:
@@ -40,3 +41,14 @@ def named(numbers: Sequence[int], noun: str, most: int = 5) -> str:
     """Pairs by their numbers: "rows 3, 5 …"."""
     shown = ", ".join(map(str, numbers[:most])) + (" …" if len(numbers) > most else "")
     return f"{noun}{'' if len(numbers) == 1 else 's'} {shown}"
+
+
+def distinct(losses: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows of losses without those that are `alike` to one before."""
+    told: set[str] = set()
+    kept = []
+    for row in losses:
+        if row["objective"] not in told:
+            kept.append(row)
+            told.update(row["alike"])
+    return kept

@@ -36,21 +36,29 @@ COMPARED = (
     "cal-dpo",
 )
 
+_ALIKE = 1e-6  # largest difference of unit vectors of weights that are one direction
+
 EXTEND = "extend"  # SFT on both responses first, the paper's remedy
 
 
 def compare_objectives(diagnosis: Diagnosis) -> list[dict[str, Any]]:
     """The rows of `Diagnosis.objectives`."""
-    names = dict.fromkeys([*COMPARED, diagnosis.objective])
-    return [_row(diagnosis, name) for name in (*names, EXTEND)]
+    names = [*dict.fromkeys([*COMPARED, diagnosis.objective]), EXTEND]
+    own = (diagnosis.objective, EXTEND)
+    others = {name: diagnosis if name in own else diagnosis.under(name) for name in names}
+    weights = {name: other.step.weights for name, other in others.items()}
+    weights[EXTEND] = _sft_on_both(weights[EXTEND])
+    directions = {name: w / w.norm().clamp(min=1e-300) for name, w in weights.items()}
+    rows = []
+    for name in names:
+        alike = [n for n in names if float((directions[n] - directions[name]).abs().max()) < _ALIKE]
+        row = _row(diagnosis, name, others[name], weights[name])
+        rows.append({**row, "alike": [n for n in alike if n != name]})
+    return rows
 
 
-def _row(diagnosis: Diagnosis, name: str) -> dict[str, Any]:
-    own = name in (diagnosis.objective, EXTEND)
-    other = diagnosis if own else diagnosis.under(name)
-    weights = other.step.weights
-    if name == EXTEND:
-        weights = _sft_on_both(weights)
+def _row(diagnosis: Diagnosis, name: str, other: Diagnosis, weights: Tensor) -> dict[str, Any]:
+    """What a step of a loss with these weights (2, N) does, and a run where one is predicted."""
     step = weights.flatten() / len(diagnosis)
     size = math.sqrt(max(float(step @ diagnosis.gram @ step), 0.0)) or 1.0
     up, fall = row_effects(diagnosis.gram, weights).mean(1).view(2, -1)

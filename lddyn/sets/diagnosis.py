@@ -326,9 +326,11 @@ class Diagnosis(Result):
         "extend" is the paper's remedy, SFT on both responses first, for as long as the run.
 
         Returns:
-            Rows "objective", parts of the pairs "chosen_falls" and "both_fall", "chosen" and
-            "rejected": mean Δ log π per unit of ‖Δθ‖, because losses differ in scale and a rate is
-            tuned to each. With a run also "run_chosen", "run_rejected" (mean nats) and
+            Rows "objective"; "alike": losses whose step has the same direction, as those of the
+            margin alone have where policy and reference are equal; parts of the pairs
+            "chosen_falls" and "both_fall"; "chosen" and "rejected": mean Δ log π per unit of ‖Δθ‖,
+            because losses differ in scale and a rate is tuned to each. With a run also
+            "run_chosen", "run_rejected" (mean nats) and
             "run_chosen_falls" of the linear model, without the softmax. Where the reference is the
             model itself, DPOP equals DPO at the start, so it differs only in the run_* columns.
         """

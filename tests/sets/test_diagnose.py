@@ -14,6 +14,7 @@ import lddyn
 from lddyn.engine.anatomy import Anatomy
 from lddyn.errors import UnsupportedModelError
 from lddyn.report import explain_diagnosis
+from lddyn.report.words import distinct
 from lddyn.sets import readings
 from lddyn.sets.compare import COMPARED
 from lddyn.sets.readings import edit_distance
@@ -243,6 +244,10 @@ def test_all_objectives_are_compared(found):
     assert by_name["sft"]["chosen_falls"] == 0 or by_name["sft"]["chosen"] > 0
     assert by_name["unlikelihood"]["rejected"] < 0
     assert by_name["extend"]["rejected"] > by_name["sft"]["rejected"]
+    # At its reference, every loss of the margin alone begins with the same step.
+    assert {"hinge", "kto", "dpop"} <= {*by_name["dpo"]["alike"]}
+    assert by_name["sft"]["alike"] == [] and "dpo" in by_name["hinge"]["alike"]
+    assert [r["objective"] for r in distinct(rows)].count("hinge") == 0
     again = found.under("dpo", beta=0.3)
     assert all(torch.equal(again.scores[k], found.scores[k]) for k in found.scores)
 
