@@ -180,7 +180,7 @@ class Work:
 
     Attributes:
         run: The run that is predicted; None: none is.
-        refresh, memory, sketch_size, seed, budget: The options of these names.
+        refresh, memory, sketch_size, seed, budget, store: The options of these names.
     """
 
     run: Run | None
@@ -189,6 +189,7 @@ class Work:
     sketch_size: int | None
     seed: int
     budget: str | None
+    store: Path | None
 
     def options(self, model: nn.Module, sequences: int) -> JsonObject:
         """The arguments of `lddyn.diagnose` that these are."""
@@ -200,6 +201,7 @@ class Work:
             "run": self.run,
             "refresh": self.refresh,
             "budget": parse_budget(self.budget),
+            "store": self.store,
             "progress": True,
         }
 
@@ -216,6 +218,8 @@ def _sketch(model: nn.Module, sequences: int, work: Work) -> Sketch | None:
         return Sketch(k=work.sketch_size, seed=seed)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = exact_bytes(sequences, trainable, 4, work.run is not None)
+    if work.store is not None:
+        return Sketch(k=NUMBERS, seed=seed)
     if size <= parse_memory(memory):
         return None
     warn(

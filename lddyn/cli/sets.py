@@ -92,6 +92,16 @@ def diagnose(
             rich_help_panel=COMPUTATION,
         ),
     ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a store of sketched gradients: rows that it has are read, others are "
+            "added, so that an interrupted diagnosis goes on. Without --forecast.",
+            file_okay=False,
+            show_default=False,
+            rich_help_panel=COMPUTATION,
+        ),
+    ] = None,
     memory: Memory = "auto",
     seed: Seed = 0,
 ) -> Answer:
@@ -110,6 +120,7 @@ def diagnose(
         sketch_size=sketch_size,
         seed=seed,
         budget=budget,
+        store=store,
     )
     from lddyn.ranks import Ranks
 

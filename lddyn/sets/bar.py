@@ -16,6 +16,7 @@ class Bar:
     """
 
     def __init__(self, total: int = 0, shown: bool = False) -> None:
+        self.shown = shown
         self._bar = tqdm(
             total=total,
             disable=not shown,

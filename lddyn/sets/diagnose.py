@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -54,13 +55,13 @@ from lddyn.sets.rows import (
     Gram,
     PairReader,
     SetRows,
-    new_rows,
     read_rows,
 )
 from lddyn.sets.run import Run
 from lddyn.sets.segments import predict_run
 from lddyn.sets.sequence_diagnosis import SequenceDiagnosis
 from lddyn.sets.step import SetStep
+from lddyn.sets.stored import check_store, rows_of_start
 from lddyn.sets.validate import validate as compare_with_steps
 from lddyn.settings import Like, TrainerSettings, router_remark
 from lddyn.sketches.sketch import Sketch
@@ -113,6 +114,7 @@ def diagnose(
     so_far: Callable[[Any], None] = lambda diagnosis: None,
     progress: bool = False,
     ranks: Ranks = ALONE,
+    store: str | Path | None = None,
     **parameters: Value,
 ) -> Diagnosis | SequenceDiagnosis:
     """What a step, or a run, on a set does to log-probs, and which of its rows do it.
@@ -158,6 +160,9 @@ def diagnose(
         progress: Show bars over sequences.
         ranks: Processes that divide the passes, of `lddyn.ranks.Ranks.of_torchrun()`; each has the
             same model and rows, and gets the same diagnosis.
+        store: Folder of a store of sketched rows. Rows that it has are read, others are added as
+            they are made: an interrupted diagnosis goes on there, and another objective or subset
+            finds them. Without a run, whose rows are those of Adam's metric.
         **parameters: Hyper-parameters of the loss, where `objective` is a name.
 
     Returns:
@@ -210,9 +215,11 @@ def diagnose(
             so_far=so_far,
             progress=progress,
             ranks=ranks,
+            store=store,
         )
     set_ = PairSet.of(given, row_numbers, faults, named)  # type: ignore[arg-type]
     _check(set_, close_ups, validate)
+    check_store(store, run)
     settings = None if like is None else TrainerSettings.of(like)
     loss = Loss(_objective(objective, settings), None, **parameters)
     module = Anatomy.module_of(model)
@@ -231,13 +238,15 @@ def diagnose(
         lbk=lbk,
         progress=progress,
         ranks=ranks,
+        stored=store is not None,
     )
     access, sketch, plan = prepared.access, prepared.sketch, prepared.plan
     refresh, close_ups, lbk = plan.refresh, plan.close_ups, plan.lbk
     with closing(Bar(plan.work, progress and ranks.rank == 0)) as bar:
         passes = Passes(access, max(set_.sequences, key=len), prepared.workspace, bar, ranks)
-        reader, kept = PairReader(set_), new_rows(access, passes, set_, sketch)
-        later = run is not None and sketch is not None  # rows are then made once P is known
+        reader, kept = PairReader(set_), rows_of_start(prepared, passes, set_, store, ranks)
+        # Rows are then there already, or are made once P is known.
+        later = store is not None or (run is not None and sketch is not None)
         bar.say("log-probs" if later else "gradients")
         reading = read_rows(passes, set_, [] if later else [kept], reader=reader)
         readings = reader.readings(reading, ranks)

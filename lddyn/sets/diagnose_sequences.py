@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +31,12 @@ from lddyn.sets.forecast import Forecast
 from lddyn.sets.passes import Passes
 from lddyn.sets.preparation import prepare, rounding_remarks
 from lddyn.sets.readings import Readings
-from lddyn.sets.rows import Gram, new_rows, read_rows
+from lddyn.sets.rows import Gram, read_rows
 from lddyn.sets.run import Run
 from lddyn.sets.segments import predict_run
 from lddyn.sets.sequence_diagnosis import SequenceDiagnosis
 from lddyn.sets.sequence_set import SequenceSet, SequenceStep, response_weights
+from lddyn.sets.stored import check_store, rows_of_start
 from lddyn.settings import Like, TrainerSettings
 from lddyn.sketches.sketch import Sketch
 from lddyn.steps.precision import has_dropout, noise_remarks
@@ -57,6 +59,7 @@ def diagnose_sequences(
     so_far: Callable[[SequenceDiagnosis], None],
     progress: bool,
     ranks: Ranks,
+    store: str | Path | None,
 ) -> SequenceDiagnosis:
     """The diagnosis of the sequences of an objective; arguments as of `lddyn.diagnose`.
 
@@ -72,6 +75,7 @@ def diagnose_sequences(
             "a loss of pairs is diagnosed pair by pair: give the pairs (chosen, rejected), and the "
             "objective's name"
         )
+    check_store(store, run)
     set_ = SequenceSet(
         tuple(objective.examples), tuple(row_numbers or ()), dict(observed), _labels(objective)
     )
@@ -85,19 +89,21 @@ def diagnose_sequences(
         refresh=refresh,
         progress=progress,
         ranks=ranks,
+        stored=store is not None,
     )
     access, sketch = prepared.access, prepared.sketch
     if run is not None:
         objective.subset([0])  # errors in it are raised before the work
     with closing(Bar(prepared.plan.work, progress and ranks.rank == 0)) as bar:
         passes = Passes(access, max(set_.sequences, key=len), prepared.workspace, bar, ranks)
-        rows = new_rows(access, passes, set_, sketch)
+        rows = rows_of_start(prepared, passes, set_, store, ranks)
         tokens: list[Tensor] = [torch.empty(0)] * len(set_)
 
         def read(number: int, response: Response) -> None:
             tokens[number] = response.log_probs.detach().double().cpu()
 
-        later = run is not None and sketch is not None  # rows are then made once P is known
+        # Rows are then there already, or are made once P is known.
+        later = store is not None or (run is not None and sketch is not None)
         bar.say("log-probs" if later else "gradients")
         reading = read_rows(passes, set_, [] if later else [rows], reader=read)
         tokens = _of_all(tokens, set_, ranks)

@@ -61,8 +61,11 @@ def prepare(
     lbk: bool = False,
     progress: bool = False,
     ranks: Ranks = ALONE,
+    stored: bool = False,
 ) -> Preparation:
     """Checks a model against a set, and plans the work; arguments as of `diagnose`.
+
+    `stored` says that rows go to a store, and so are sketched.
 
     Raises:
         ValueError: If `run` is no Run, the budget is too small, or an example is too long for the
@@ -78,7 +81,7 @@ def prepare(
     workspace = parse_memory(memory, access.device)
     number = torch.promote_types(access.parameters[0].dtype, torch.float32).itemsize
     needed = exact_bytes(len(set_.sequences), access.size, number, run is not None)
-    if sketch is None and needed > workspace:
+    if sketch is None and (needed > workspace or stored):
         sketch = Sketch(k=NUMBERS)
     made = partial(SetPlan.of, set_, access, sketch, run)
     plan = plan_within(epochs, made, refresh, close_ups, lbk)

@@ -229,7 +229,11 @@ def store_features(
     step = 1 if by == "token" else WINDOW
     for start in range(0, len(missing), step):
         some = missing[start : start + step]
-        made = features(anatomy, [e for _, e in some], by=by, layout=layout, memory=memory)
+        try:
+            made = features(anatomy, [e for _, e in some], by=by, layout=layout, memory=memory)
+        except BaseException:
+            store.flush()  # Ctrl-C, and memory that runs out, keep the rows before
+            raise
         for row, (index, example) in enumerate(some):
             if by == "token":
                 store.append(example, made.rows, index=index)

@@ -309,3 +309,17 @@ def test_single_responses_refuse_what_is_of_pairs(model, tmp_path):
         (["--reference", "self"], "sft has none"),
     ):
         assert message in errors("diagnose", "--model", model, "--data", rows, *options)
+
+
+def test_rows_are_kept_in_a_store(model, data, tmp_path):
+    rows = tmp_path / "rows"
+    first = diagnose(model, data, "--store", rows, "--sketch-size", 400, "--json")
+    assert first.exit_code == 0, first.stderr
+    assert len(lddyn.Store.open(rows)) == 10
+    again = diagnose(model, data, "--store", rows, "--sketch-size", 400, "--json")
+    assert json.loads(again.stdout)["pairs"] == json.loads(first.stdout)["pairs"]
+    refused = errors(
+        *("diagnose", "--model", model, "--data", data, "--store", tmp_path / "more"),
+        *("--forecast", "--lr", 1e-4),
+    )
+    assert "rank with the store first" in refused
