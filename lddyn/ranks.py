@@ -8,14 +8,12 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["ALONE", "Ranks"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Ranks:
         rank, world = distributed.get_rank(), distributed.get_world_size()
         return cls(rank, world, lambda: distributed.barrier(group), group)
 
-    def share(self, items: Sequence[T]) -> list[T]:
+    def share(self, items: Sequence[Any]) -> list[Any]:
         """The items of this process: every `world`-th, from `rank` on."""
         return list(items[self.rank :: self.world])
 
@@ -86,7 +84,7 @@ class Ranks:
         for tensor in tensors:
             distributed.all_reduce(tensor, group=self.group)
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: Any) -> list[Any]:
         """The JSON-safe value of every process, by rank; numbers arrive as they were."""
         if self.world == 1:
             return [value]
