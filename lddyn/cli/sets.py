@@ -294,7 +294,7 @@ def filter(
     if reweight:
         warn(
             "TRL's trainers do not read the column weight: they train on a row of weight 0 as on "
-            "any other; lddyn.integrations.trl.weighted(trainer) makes a DPOTrainer read it"
+            "any other; lddyn.integrations.trl.weighted(trainer) makes them read it"
         )
     filtered.write(out)
     document = {

@@ -3,7 +3,7 @@
 lddyn.integrations.trl.watch(trainer)
 trainer.train()
 
-`weighted` lets a DPOTrainer read a column of pair weights.
+`weighted` lets a trainer of preferences, rewards or SFT read a column of row weights.
 """
 
 from __future__ import annotations
