@@ -100,12 +100,16 @@ def _replace(path: Path, data: bytes | bytearray, temporary: Path, *, durable: b
     temporary.unlink(missing_ok=True)  # with O_EXCL below: never writes through a link
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        write_all(fd, data)
-        if durable:
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-    os.replace(temporary, path)
+        try:
+            write_all(fd, data)
+            if durable:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk: calls of the kernel on numbers name no file
+        temporary.unlink(missing_ok=True)
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     if durable:
         sync_folder(path.parent)
 

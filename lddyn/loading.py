@@ -6,11 +6,15 @@ import contextlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import safetensors
+
 from lddyn.files import LARGEST_RECORD, read_regular
+from lddyn.text import first_sentences
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +37,8 @@ __all__ = [
 
 _LOG = logging.getLogger("lddyn")
 
+_TOKENIZERS = ("token*", "vocab*", "*.model", "*.tiktoken", "*.py")  # files that one has
+
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model.
@@ -47,9 +53,14 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     check_folder("tokenizer", name)
     from transformers import AutoTokenizer
 
-    base = adapter_base(name)
-    if base is not None and not any(Path(name).expanduser().glob("tokenizer*")):
+    base, folder = adapter_base(name), Path(name).expanduser()
+    if base is not None and not any(folder.glob("tokenizer*")):
         name = base  # peft saves no tokenizer; trainers do
+    elif folder.is_dir() and not any(any(folder.glob(kind)) for kind in _TOKENIZERS):
+        raise ValueError(
+            f"tokenizer {name}: this folder has no tokenizer (tokenizer.json, tokenizer.model or "
+            "vocab.json): save it there with tokenizer.save_pretrained"
+        )
 
     with _quiet_transformers(), _named_errors("tokenizer", name):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -216,6 +227,8 @@ def usable_device(device: str) -> str:
 def check_folder(what: str, name: str, needs: str | None = None) -> None:
     """Raises a ValueError for a path that is no folder, before anybody looks for it on a hub.
 
+    Also for a folder with a pipe or a device in the place of a file, which would be read for ever.
+
     Args:
         what: What is to be loaded, for the message.
         name: A path, or a name on the hub: the latter has at most one slash.
@@ -227,7 +240,12 @@ def check_folder(what: str, name: str, needs: str | None = None) -> None:
         raise ValueError(f"{what} {name}: no such folder")
     if path.is_file():
         raise ValueError(f"{what} {name}: this is a file; give the folder that it is in")
-    if path.is_dir() and needs is not None and not (path / needs).is_file():
+    if not path.is_dir():
+        return
+    for file in sorted(path.iterdir()):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise ValueError(f"{file}: must be a regular file, not a pipe or a device")
+    if needs is not None and not (path / needs).is_file():
         raise ValueError(f"{what} {name}: this folder has no {needs}")
 
 
@@ -237,13 +255,17 @@ def _quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging as theirs
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")  # it counts its attempts to reach the hub
+    hub_level = hub.level
     if not _LOG.isEnabledFor(logging.DEBUG):
         theirs.set_verbosity_error()
         theirs.disable_progress_bar()
+        hub.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         theirs.set_verbosity(level)
+        hub.setLevel(hub_level)
         if bars:
             theirs.enable_progress_bar()
 
@@ -254,7 +276,20 @@ def _named_errors(what: str, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
         place = "" if Path(name).exists() else ": there is no such folder, and the hub did not help"
-        raise ValueError(f"cannot load the {what} {name}{place}: {reason}") from error
+        raise ValueError(f"cannot load the {what} {name}{place}: {_reason(error, name)}") from error
+
+
+def _reason(error: Exception, name: str) -> str:
+    """Why a library could not load something, in one line that names the file if it is damaged."""
+    text = first_sentences(str(error)) or type(error).__name__
+    if "Unrecognized configuration class" in text:
+        found = re.search(r"\.(\w+)'>", text)
+        return f"a {found[1] if found else 'configuration'} is of no causal language model"
+    for file in sorted(Path(name).expanduser().glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(file, framework="np") as weights:
+                weights.keys()
+        except Exception as damage:
+            return f"{file} is damaged: {damage}"
+    return text

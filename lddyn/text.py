@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 import unicodedata
 
-__all__ = ["bytes_text", "printable", "readable", "seconds_text", "signed", "visible"]
+__all__ = [
+    "bytes_text",
+    "first_sentences",
+    "printable",
+    "readable",
+    "seconds_text",
+    "signed",
+    "visible",
+]
 
 _MARKS = str.maketrans(
     {" ": "␣", "Ġ": "␣", "▁": "␣", "\n": "↵", "Ċ": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "␣"}
@@ -89,6 +97,28 @@ def readable(text: str, longest: int | None = None) -> str:
     """
     shown = "\n".join(printable(line.replace("\t", "    ")) for line in text.split("\n"))
     return shown if longest is None or len(shown) <= longest else shown[: longest - 1] + "…"
+
+
+def first_sentences(text: str, longest: int = 240) -> str:
+    r"""The first line of a text in one line, with the next ones where it says nothing by itself.
+
+    Lines are added while the text ends in a colon, or while they fit.
+
+    Args:
+        text: Such as that of an exception of another library.
+        longest: Most characters, unless the first line alone is longer.
+
+    Example:
+        >>> from lddyn.text import first_sentences
+        >>> first_sentences("Couldn't make it from one of:\n (1) a file\n\n (2) a name")
+        "Couldn't make it from one of: (1) a file (2) a name"
+    """
+    shown = ""
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if shown and not shown.endswith(":") and len(shown) + len(line) >= longest:
+            break
+        shown = f"{shown} {line}".strip()
+    return shown
 
 
 def bytes_text(count: float) -> str:

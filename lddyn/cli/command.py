@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import Parameter
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -101,10 +101,9 @@ def _callback(function: Callable[..., Answer]) -> Callable[..., None]:
         # Whatever a library prints meanwhile must not get between the lines of the answer.
         with contextlib.redirect_stdout(sys.stderr):
             answer = function(**given)
-        if answer.document is not None and wants_json:
-            print_json(answer.document)
-        elif answer.document is not None:
-            print_parts(answer.parts)
+        if answer.document is not None:
+            with _named_output():
+                print_json(answer.document) if wants_json else print_parts(answer.parts)
         if not answer.passed:
             raise typer.Exit(1)
 
@@ -112,6 +111,18 @@ def _callback(function: Callable[..., Answer]) -> Callable[..., None]:
     callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     callback.__annotations__ = {p.name: p.annotation for p in parameters}
     return callback
+
+
+@contextlib.contextmanager
+def _named_output() -> Iterator[None]:
+    """Names standard output in an error of writing to it, such as a full disk."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader such as `head` has seen enough
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 def _options(kind: type) -> list[Parameter]:

@@ -84,14 +84,16 @@ _USAGE_ERROR = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "Usag
 
 
 def _message(error: Exception) -> str:
-    """The first line of an exception's text, with its class where that is news."""
+    """What an exception says, in one line, with its class where that is news."""
     if isinstance(error, _USAGE_ERROR):
         path = getattr(getattr(error, "ctx", None), "command_path", "lddyn")
         text = str(error.format_message()).strip()  # type: ignore[attr-defined]
         text = text.replace("Value error, ", "").rstrip(".")
         return f"{text} ({path} --help lists the options)"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = lines[0] if lines else type(error).__name__
+    from lddyn.text import first_sentences
+
+    # Sentences of lddyn's own are in one line; other libraries begin with "see below:".
+    message = first_sentences(str(error), longest=0) or type(error).__name__
     if isinstance(error, KeyError):
         return f"KeyError: {message}"
     if not isinstance(error, _EXPECTED):

@@ -165,7 +165,7 @@ def ntk(
     other = rows if options.update_row is None else replace(rows, row=options.update_row)
     tokenizer = model.load_tokenizer()
     observed = _encode_response(tokenizer, rows, options.observe)
-    learned = _encode_response(tokenizer, other, options.update or options.observe)
+    learned = _encode_response(tokenizer, other, options.update or options.observe, "--update-row")
     lm = model.load()
     for example, where in ((observed, rows), (learned, other)):
         check_fits(example, f"row {where.row}, {example.name}", getattr(lm, "config", None))
@@ -193,10 +193,13 @@ def ntk(
 
 
 def _encode_response(
-    tokenizer: PreTrainedTokenizerBase, rows: OneRowOptions, field: str | None
+    tokenizer: PreTrainedTokenizerBase,
+    rows: OneRowOptions,
+    field: str | None,
+    option: str = "--row",
 ) -> Example:
-    """One response of one row."""
-    row = read_row(rows)
+    """One response of one row, whose number was given as this option."""
+    row = read_row(rows, option)
     columns = choose_columns(row, rows.row, field, None, 1, "the kernel")
     examples, (name,), _ = encode_columns(tokenizer, row, rows, columns)
     return examples[name]

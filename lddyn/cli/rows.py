@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from lddyn.data.example import Example
 
 
-def read_row(options: OneRowOptions) -> JsonObject:
-    """The row that --row names.
+def read_row(options: OneRowOptions, option: str = "--row") -> JsonObject:
+    """The row that an option names.
 
     Raises:
         ValueError: If the file has fewer rows, or this one cannot be read.
@@ -34,8 +34,10 @@ def read_row(options: OneRowOptions) -> JsonObject:
                 raise row
             return row
         count += 1
+    if not count:
+        raise ValueError(f"{options.data} has no rows")
     raise ValueError(
-        f"--row must be below {count}, the number of rows in {options.data}, got {options.row}"
+        f"{option} must be below {count}, the number of rows in {options.data}, got {options.row}"
     )
 
 
@@ -76,6 +78,9 @@ def choose_columns(
         ValueError: If --update has another number of columns, or the row lacks one.
     """
     learned, watched = split(update), split(observe)
+    for option, text, names in (("--update", update, learned), ("--observe", observe, watched)):
+        if text is not None and not names:
+            raise ValueError(f"{option} must name fields of the row, got {text!r}")
     if learned and len(learned) != count:
         raise ValueError(
             f"--update must name {count} field{'s' if count > 1 else ''} for "

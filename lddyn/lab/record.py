@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import glob
 import hashlib
+import io
 import json
 import math
 import os
@@ -305,7 +306,9 @@ class Lab:
             import pyarrow.parquet as parquet
         except ImportError:  # an extra
             return
-        parquet.write_table(arrow.Table.from_pylist(rows), self.path("tables", f"{name}.parquet"))
+        buffer = io.BytesIO()
+        parquet.write_table(arrow.Table.from_pylist(rows), buffer)
+        replace_file(self.path("tables", f"{name}.parquet"), buffer.getvalue())
 
     def figure(self, name: str, figure: Figure, caption: str = "") -> None:
         """A picture, as figures/NAME.png and .pdf; its caption says what to look at."""

@@ -6,6 +6,7 @@ same in every picture. Figures are drawn off screen, without pyplot: no window, 
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
+from lddyn.files import replace_file
 from lddyn.report.data import StepData
 from lddyn.text import printable, visible
 
@@ -97,7 +99,7 @@ def save_picture(
     """Writes a figure as PNG or PDF; the same figure has the same bytes, without a date.
 
     `Figure.savefig` draws every picture once more, for the sake of layouts that depend on it. Here
-    a layout is computed once and kept.
+    a layout is computed once and kept. A file is written as a whole, and never through a link.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_pdf import FigureCanvasPdf
@@ -106,15 +108,21 @@ def save_picture(
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
     before, canvas = figure.dpi, figure.canvas
+    buffer = io.BytesIO()
     try:
         figure.set_dpi(dpi)
         if kind == "png":
-            FigureCanvasAgg(figure).print_png(target, metadata={"Software": "lddyn"})
+            FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": "lddyn"})
         else:
-            FigureCanvasPdf(figure).print_pdf(target, metadata={"CreationDate": None})
+            FigureCanvasPdf(figure).print_pdf(buffer, metadata={"CreationDate": None})
     finally:
         figure.set_dpi(before)
         figure.set_canvas(canvas)
+    data = buffer.getvalue()
+    if isinstance(target, str | Path):
+        replace_file(Path(target), data)
+    else:
+        target.write(data)
 
 
 def plain_text(artist: Any) -> Any:

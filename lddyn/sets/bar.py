@@ -19,7 +19,7 @@ class Bar:
         self.shown = shown
         self._bar = tqdm(
             total=total,
-            disable=not shown,
+            disable=None if shown else True,  # None: where there is no terminal
             leave=False,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
         )

@@ -82,7 +82,7 @@ def test_speaks(model, rows):
     [
         (["--observe", "nope"], "row 0 has no field 'nope'"),
         (["--update", "empty"], "empty: the response is empty"),
-        (["--update-row", 7], "--row must be below 2"),
+        (["--update-row", 7], "--update-row must be below 2"),
         (["--observe", "chosen,rejected"], "--update must name 1 field"),
         (["--rtol", 0], "rtol"),
         (["--norms", "some"], "'some' is not one of 'whole', 'tokens', 'none'"),

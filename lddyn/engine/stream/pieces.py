@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lddyn.engine.streamed import is_streamed
 from lddyn.errors import UnsupportedModelError
-from lddyn.files import LARGEST_RECORD, read_regular
+from lddyn.files import LARGEST_RECORD, open_regular, read_regular
 
 _ALIGNMENT = 64  # of a tensor in its slot, bytes
 
@@ -70,7 +70,7 @@ class Piece:
     def fill(self, out: Tensor) -> None:
         """Reads into a contiguous tensor of this shape, of any dtype and device."""
         flat, step = out.view(-1), self.stage(out) // self.dtype.itemsize
-        with self.path.open("rb", buffering=0) as file:
+        with os.fdopen(open_regular(self.path), "rb", buffering=0) as file:
             file.seek(self.offset)
             if not step:
                 self._read(file, flat)
@@ -99,7 +99,7 @@ def _pieces(path: Path) -> dict[str, Piece]:
         return ValueError(f"{path.name} is not a sound safetensors file: {what}; fetch it again")
 
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, 100_000_000):
             raise wrong(f"its header has {length} bytes, the file {size}")

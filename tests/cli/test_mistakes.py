@@ -1,0 +1,93 @@
+"""What the program says last for a user's mistakes, and after Ctrl-C: one line, no more."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from commands import call, errors
+
+
+@pytest.mark.case("a folder without a tokenizer, or with damaged weights")
+def test_folders_of_models_that_lack_something(model, pairs, tmp_path):
+    def refusal(**files):
+        folder = tmp_path / "model"
+        folder.mkdir()
+        for file in model.iterdir():
+            data = files.get(file.stem, file.read_bytes())
+            if data is not None:
+                (folder / file.name).write_bytes(data)
+        said = errors("decompose", "--model", folder, "--data", pairs)
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+        return said
+
+    assert "has no tokenizer (tokenizer.json," in refusal(tokenizer=None, tokenizer_config=None)
+    half = (model / "model.safetensors").read_bytes()[:1000]
+    assert "model.safetensors is damaged: " in refusal(model=half)
+    assert "T5Config is of no causal language model" in refusal(
+        config=b'{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}'
+    )
+
+
+def test_a_pipe_in_the_place_of_weights(model, pairs, tmp_path):
+    for file in model.iterdir():
+        (tmp_path / file.name).symlink_to(file)  # as the hub's cache has them
+    assert call("audit", "--model", tmp_path, "--data", pairs).exit_code == 0
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
+    said = errors("decompose", "--model", tmp_path, "--data", pairs)
+    assert "model.safetensors: must be a regular file" in said
+
+
+def test_rows_that_are_not_there(model, pairs, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    assert "empty.jsonl has no rows" in errors(
+        "decompose", "--model", model, "--data", tmp_path / "empty.jsonl"
+    )
+    arguments = ("--model", model, "--data", pairs)
+    assert "--update-row must be below 5" in errors("ntk", *arguments, "--update-row", 7)
+    assert "--observe must name fields" in errors("decompose", *arguments, "--observe", ",,")
+
+
+@pytest.mark.case("a full disk")
+def test_a_full_disk_is_named_and_leaves_no_part(model, pairs, tmp_path):
+    """Files may have 8 KiB: tensors and the record fit, the pictures do not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+        said = call("decompose", "--model", model, "--data", pairs, "--out", tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert said.exit_code == 2 and "File too large: '" in said.stderr.splitlines()[-1]
+    left = {p.suffix for p in (tmp_path / "run").iterdir()}
+    assert left <= {".json", ".safetensors"}
+
+
+START = "import sys; print(flush=True); from lddyn.__main__ import main; sys.exit(main())"
+
+
+@pytest.mark.case("Ctrl-C at any moment")
+@pytest.mark.parametrize("moment", [0.0, 0.1, 0.3, 0.6, 1.2])
+def test_ctrl_c_is_one_line_and_130(model, pairs, moment):
+    """As a user's shell starts it: while lddyn, typer and torch are imported, and in a command."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, "plan", "--model", model, "--data", pairs],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test runner may have Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    process.stdout.readline()  # Python itself has started
+    time.sleep(0.05 + moment)
+    process.send_signal(signal.SIGINT)
+    printed, said = process.communicate(timeout=60)
+    assert (printed, said) == ("", "stopped\n")
+    assert process.returncode in (130, -signal.SIGINT)  # a shell shows 130 for both
