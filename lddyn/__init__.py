@@ -40,6 +40,7 @@ _PUBLIC = {
     "LowRank": "entk.lowrank",
     "Loss": "objectives.loss",
     "MassFlow": "steps.massflow",
+    "MemoryBudgetError": "errors",
     "NTK": "entk.operator",
     "NonFiniteError": "errors",
     "Objective": "objectives.objective",

@@ -8,6 +8,7 @@ __all__ = [
     "DisagreementError",
     "EmptyResponseError",
     "ExampleError",
+    "MemoryBudgetError",
     "NonFiniteError",
     "StoreCorruptError",
     "StoreError",
@@ -20,6 +21,10 @@ __all__ = [
 
 class NonFiniteError(ValueError):
     """A weight, activation or logit is NaN or infinite; the message names the first one."""
+
+
+class MemoryBudgetError(ValueError):
+    """`memory=` is less than an analysis needs; the message says how much that is."""
 
 
 class UnsupportedModelError(ValueError):

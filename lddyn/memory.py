@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+
+from lddyn.errors import MemoryBudgetError
 
 DEFAULT_MEMORY = "auto"
 
@@ -57,6 +60,55 @@ def parse_memory(memory: int | str, device: torch.device | None = None) -> int:
     if value <= 0:
         raise ValueError(f"memory must be positive, got {memory!r}")
     return value
+
+
+FLOOR = 256 << 20  # bytes that an analysis may take beyond 1.25 times its budget
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The memory that an analysis may take beyond the model and its answer.
+
+    Vectors of all trainable values (a gradient, a step, a moved copy of the weights) count where
+    the budget is a number. "auto" is a workspace beside them and refuses nothing.
+
+    Attributes:
+        total: Bytes.
+        strict: Whether the vectors count.
+    """
+
+    total: int
+    strict: bool
+
+    @classmethod
+    def of(cls, memory: int | str, device: torch.device | None = None) -> Budget:
+        """The budget that `memory=` names; arguments and errors as of `parse_memory`."""
+        return cls(parse_memory(memory, device), memory != "auto")
+
+    def beside(self, vectors: int) -> int:
+        """Bytes of workspace beside vectors of so many bytes: at least a quarter of the budget."""
+        if not self.strict:
+            return self.total
+        return max(self.total - vectors, self.total // 4, 1)
+
+    def holds(self, vectors: int) -> bool:
+        """Whether these vectors leave a quarter of the budget for the workspace, or are small."""
+        return not self.strict or vectors + self.total // 4 <= max(self.total, FLOOR // 4)
+
+    def require(self, vectors: int, what: str, remedy: str) -> None:
+        """Raises a MemoryBudgetError, before the work, where vectors alone break the promise.
+
+        Args:
+            vectors: Their bytes.
+            what: What needs them: "this decomposition", with a reason.
+            remedy: What the caller can do besides giving more memory.
+        """
+        if self.strict and vectors > self.total + self.total // 4 + FLOOR // 2:
+            raise MemoryBudgetError(
+                f"memory: {what} needs {in_gib(vectors + FLOOR // 2)} beyond the model, memory "
+                f"allows {in_gib(self.total)}: give memory='{-(-vectors >> 20)}MiB' "
+                f"(--memory) or more, {remedy}"
+            )
 
 
 def in_gib(count: int) -> str:

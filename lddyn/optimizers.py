@@ -10,7 +10,7 @@ in g: the part of g that one token made is the part of the step that this token 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,11 +65,41 @@ class Step:
 
     def direction(self) -> Direction:
         """The whole Δθ."""
-        total = self.gradient_part()
+        return self._with_rest(self.gradient_part())
+
+    def take_direction(self) -> Direction:
+        """The whole Δθ, in the memory of the gradient, which is given up."""
+        scale, total = -self.rate * self.clip, self.gradient
+        self.gradient = {}
+        for name, value in total.items():
+            if self.precondition is None:
+                value.mul_(scale)
+            else:
+                total[name] = scale * self.precondition[name] * value
+        return self._with_rest(total)
+
+    def _with_rest(self, total: Direction) -> Direction:
+        """Adds history and decay to the gradient's part."""
         for extra in (self.history, self.decay):
             for name, value in (extra or {}).items():
                 total[name] = total[name] + value
         return total
+
+
+class Scaled(Mapping[str, Tensor]):
+    """A direction times a factor; each tensor is computed when it is asked for, and not kept."""
+
+    def __init__(self, direction: Direction, factor: float):
+        self.direction, self.factor = direction, factor
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.factor * self.direction[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.direction)
+
+    def __len__(self) -> int:
+        return len(self.direction)
 
 
 def make_optimizer(kind: str, parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:

@@ -48,7 +48,7 @@ _PUSHED = Trial("tangents are pushed by the transpose of the backward pass")
 
 _TOKENS, _COUNTED = 16, 4  # of the sequence that is compared, and its tokens with cotangents
 
-_BYTES = 256 << 20  # of plain gradients at a time
+_BYTES = 64 << 20  # of plain gradients at a time, or an eighth of them all, or the largest
 
 
 def check_pull(anatomy: Anatomy, example: Example) -> None:

@@ -11,22 +11,25 @@ Everything that lddyn computes begins here:
     check_separate    refuses trainable parameters that are views of the same memory
     replaced_forwards instance forwards to set aside while the model is analysed
     copied            a copy of a model that runs its own weights
+    frozen_shared     one that shares what does not train
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lddyn.engine.quantised import is_plain
+from lddyn.engine.quantised import is_plain, shared_state
 from lddyn.engine.trial import REPLAYED, Trial, close
+from lddyn.engine.undo import Undo, shielded
 from lddyn.errors import UnrepeatableModelError, UnsupportedModelError
 
 _SAME_FORWARD = Trial("the forward of the class computes what the instance's does", tolerant=True)
@@ -211,6 +214,26 @@ def foreign_forward(model: nn.Module) -> str:
         f" (the instance has a forward of its own, {name}; in a copy of a model such a function "
         "still runs the original's modules: delete it with `del model.forward`)"
     )
+
+
+@shielded
+def frozen_shared(model: nn.Module, memo: Mapping[int, object] | None = None) -> nn.Module:
+    """A copy of a model that shares frozen parameters and buffers, without gradients.
+
+    Args:
+        model: A model, not changed.
+        memo: Id of an object → what stands in its place in the copy.
+
+    Raises:
+        UnsupportedModelError: As `copied`.
+    """
+    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    shared |= {id(b): b for b in [*model.buffers(), *shared_state(model)]}
+    with Undo() as undo:
+        for parameter in model.parameters():  # gradients are not copied
+            undo.add(functools.partial(setattr, parameter, "grad", parameter.grad))
+            parameter.grad = None
+        return copied(model, shared | dict(memo or {}))
 
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

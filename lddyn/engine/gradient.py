@@ -6,7 +6,7 @@ these gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,12 @@ Gradient = dict[str, Tensor]  # parameter name -> tensor of the parameter's shap
 
 
 def gradient(
-    model: nn.Module | Anatomy, examples: Sequence[Example], weights: Sequence[Tensor]
+    model: nn.Module | Anatomy,
+    examples: Sequence[Example],
+    weights: Sequence[Tensor],
+    *,
+    most: int | None = None,
+    recompute: bool = False,
 ) -> Gradient:
     """Σ_l w_l ∇θ log π(y_l) over the counted tokens of several sequences.
 
@@ -26,32 +31,113 @@ def gradient(
         model: A causal LM of transformers, or its Anatomy.
         examples: The sequences; each takes one backward pass of its own.
         weights: One tensor (L,) for each example.
+        most: As of `gradient_in_parts`. Results are the same up to the rounding of a sum.
+        recompute: As of `gradient_in_parts`.
 
     Returns:
         The gradient of every trainable parameter, by name; zeros where none is reached.
 
-    Cost: 6 N T FLOPs for each sequence; one gradient the size of the trainable parameters.
+    Cost: 6 N T FLOPs for each sequence; one gradient the size of the trainable parameters, and one
+        more of a group while a further sequence is added.
     """
     anatomy = Anatomy.of(model)
     total: Gradient = {}
-    for example, weight in zip(examples, weights, strict=True):
-        part = _pulled_back(anatomy, anatomy.response_log_probs, example, weight)
-        for name, value in part.items():
-            total[name] = value if name not in total else total[name] + value
-    return total
+
+    def add(name: str, value: Tensor) -> None:
+        total[name] = total[name].add_(value) if name in total else value
+
+    gradient_in_parts(anatomy, examples, weights, add, most=most, recompute=recompute)
+    return {name: total[name] for name in anatomy.trainable}
+
+
+def gradient_in_parts(
+    anatomy: Anatomy,
+    examples: Sequence[Example],
+    weights: Sequence[Tensor],
+    take: Callable[[str, Tensor], None],
+    *,
+    most: int | None = None,
+    recompute: bool = False,
+) -> None:
+    """The same gradient in parts, each of one parameter and one sequence; they are to be added.
+
+    Args:
+        anatomy: The model.
+        examples: As of `gradient`.
+        weights: As of `gradient`.
+        take: Gets the parameter's name and a part, which it may keep and change.
+        most: Bytes of the parameters whose gradients are taken together, at least one; those of
+            the largest come first, and those of the two uses of a tied weight one by one. None: all
+            parameters together.
+        recompute: Whether blocks are run again on the way back, so that no graph of the whole model
+            is held.
+
+    Cost: for each group of parameters a forward pass, and a backward pass down to it.
+    """
+
+    def hand_out(parts: Gradient) -> None:
+        parts = _apart(parts)
+        for name in list(parts):
+            take(name, parts.pop(name))
+
+    head = anatomy.head_weight
+    for names in _groups(anatomy.trainable, most):
+        parameters = {name: anatomy.trainable[name] for name in names}
+        for example, weight in zip(examples, weights, strict=True):
+            with (
+                anatomy.analysis(),
+                anatomy.differentiating(recompute),
+                anatomy.untied(most is not None and head in parameters) as leaf,
+            ):
+                value = anatomy.response_log_probs(example)
+                loss = (value * weight.to(value.dtype)).sum()
+                hand_out(gradient_of(loss, parameters, retain_graph=leaf is not None))
+                if leaf is not None and head is not None:
+                    hand_out(gradient_of(loss, {head: leaf}))
+
+
+def _groups(parameters: Mapping[str, Tensor], most: int | None) -> Iterator[list[str]]:
+    """Names of parameters in groups of at most so many bytes, or of one; large ones first."""
+    if most is None:
+        yield list(parameters)
+        return
+    large = [name for name, p in parameters.items() if p.nbytes > most]
+    yield from ([name] for name in sorted(large, key=lambda n: -parameters[n].nbytes))
+    names: list[str] = []
+    for name in reversed([name for name in parameters if name not in set(large)]):
+        if names and sum(parameters[n].nbytes for n in (*names, name)) > most:
+            yield names
+            names = []
+        names.append(name)
+    if names:
+        yield names
+
+
+def _apart(parts: Gradient) -> Gradient:
+    """The same tensors, copied where two share memory or one repeats its own: they are added to."""
+    seen: set[int] = set()
+    for name, part in parts.items():
+        address = part.untyped_storage().data_ptr()
+        if address in seen or not part.is_contiguous():
+            parts[name] = part.clone(memory_format=torch.contiguous_format)
+        seen.add(address)
+    return parts
 
 
 def gradient_of_loss(
     model: nn.Module | Anatomy,
     examples: Sequence[Example],
     loss: Callable[[list[Tensor]], Tensor],
+    *,
+    recompute: bool = False,
 ) -> Gradient:
     """∇θ of a loss of the log-probs [(L_0,), (L_1,), …] of several sequences, by one backward pass.
 
-    Cost: 6 N T FLOPs for each sequence; the graphs of all forward passes at once.
+    Cost: 6 N T FLOPs for each sequence; the graphs of all forward passes at once, or with
+    `recompute` one block's, and another forward pass.
     """
     anatomy = Anatomy.of(model)
-    with anatomy.analysis(), anatomy.differentiating():
+    with anatomy.analysis(), anatomy.differentiating(recompute):
         log_probs = [anatomy.response_log_probs(example) for example in examples]
         return gradient_of(loss(log_probs).reshape(()), anatomy.trainable)
 
@@ -78,6 +164,15 @@ def _pulled_back(
     with anatomy.analysis(), anatomy.differentiating():
         value = forward(example)
         return gradient_of((value * cotangents.to(value.dtype)).sum(), anatomy.trainable)
+
+
+def inner_product(one: Tensor, other: Tensor) -> float:
+    """⟨one, other⟩ of two tensors of a shape; products are summed in float64, block by block."""
+    blocks = zip(one.flatten().split(_BLOCK), other.flatten().split(_BLOCK), strict=True)
+    return sum(float((a * b).sum(dtype=torch.float64)) for a, b in blocks)
+
+
+_BLOCK = 1 << 20  # numbers that are converted to float64 together
 
 
 # --------------------------------------------------------------------------- of any scalar

@@ -13,7 +13,7 @@ operation without a second derivative raises, where forward mode may return a ze
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -33,7 +33,7 @@ from lddyn.engine.trace import Trace
 from lddyn.finite import checked
 from lddyn.ops import preconditioned_push
 
-Direction = dict[str, Tensor]
+Direction = Mapping[str, Tensor]
 
 
 class AlongDirection(Source):

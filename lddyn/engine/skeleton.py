@@ -8,6 +8,7 @@ it needs no code for any architecture.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,6 +39,9 @@ class Skeleton:
         own_attention: The attention that its config names.
         keeps_attention: Whether it attends by that (SDPA), from which its eager code differs.
         joined: Why the model is one segment; empty where it is replayed block by block.
+        streamed: Whether some weights are in memory only while their block runs.
+        recomputes: Whether plain passes run blocks again on the way back: their graphs would hold
+            streamed weights, or more than memory allows.
         attention: "lddyn" or "eager".
         trainable: Parameters with requires_grad=True, by canonical name.
         ledger: How each of them is accounted for.
@@ -86,6 +90,7 @@ class Skeleton:
         self.head_weight = self._name_of(self.head.weight)
         self.head_bias = self._name_of(self.head.bias)
         self.streamed = any(map(is_streamed, model.parameters()))
+        self.recomputes = self.streamed
         self.recogniser = Recogniser({key: name for key, (name, _) in self.trainable_by_id.items()})
         # Length of the tuple that block i returns; 0 where it returns a tensor. Known by a trace.
         self.tuples = [0] * len(self.blocks)
@@ -202,11 +207,40 @@ class Skeleton:
 
     @contextlib.contextmanager
     @shielded
-    def differentiating(self) -> Iterator[None]:
-        """Within an analysis: every trainable parameter requires its gradient."""
+    def differentiating(self, recompute: bool = False) -> Iterator[None]:
+        """Within an analysis: every trainable parameter requires its gradient.
+
+        Args:
+            recompute: Whether plain passes run every block again on the way back, in the place of
+                keeping its graph.
+        """
         with Undo() as undo:
             guard.require(self.trainable.values(), undo)
+            undo.set(self, "recomputes", recompute or self.recomputes)
             yield
+
+    @contextlib.contextmanager
+    @shielded
+    def untied(self, wanted: bool = True) -> Iterator[Tensor | None]:
+        """Within `differentiating`: the embedding reads a leaf of its own with the head's memory.
+
+        Autograd sums the gradients of a weight's uses beside them; those of two leaves can be taken
+        one after the other.
+
+        Yields:
+            The embedding's leaf; None where it is not tied to a trainable head, or not wanted.
+        """
+        table: Any = self.base.get_input_embeddings()
+        own = self.head.weight
+        tied = own is not None and getattr(table, "weight", None) is own
+        if not (wanted and tied and self.head_weight) or own is None:
+            yield None
+            return
+        with Undo() as undo:
+            leaf = nn.Parameter(own.detach())
+            undo.add(functools.partial(table._parameters.__setitem__, "weight", own))
+            table._parameters["weight"] = leaf
+            yield leaf
 
     # ----- forward passes with replaced parts
 
@@ -231,8 +265,8 @@ class Skeleton:
         return (x, *[None] * (self.tuples[i] - 1)) if self.tuples[i] else x
 
     def whole(self, i: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A block as part of a plain pass; a streamed one is run again on the way back."""
-        if self.streamed and torch.is_grad_enabled():
+        """A block as part of a plain pass; one that `recomputes` is run again on the way back."""
+        if self.recomputes and torch.is_grad_enabled():
             return checkpoint(
                 forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
             )

@@ -137,8 +137,10 @@ def diagnose(
             Objective and reference are its own where they are not given here.
         reference: The reference: a model, log-probs (2, N) in nats, "adapter-off" or
             "adapter:NAME". Default: the model itself, as when training begins.
-        memory: Workspace for gradients. Where those of all sequences fit, inner products are exact;
-            elsewhere they are estimated from sketches, with standard errors.
+        memory: What the diagnosis may take beyond the model: gradients of all sequences, vectors of
+            all trainable values, a batch. Where the gradients fit, inner products are exact;
+            elsewhere they are estimated from sketches, with standard errors. Close-ups and LBK are
+            left out where a number does not hold their vectors, and the plan says so.
         sketch: The sketch of these estimates. Default: `Sketch(k=16384)`. With a sketch they are
             estimated even where gradients fit.
         run: How you will train: `Diagnosis.forecast` is what that run does, `Diagnosis.simulate`
@@ -173,6 +175,7 @@ def diagnose(
         ValueError: If there is no row, the loss or a parameter is unknown, `close_ups` is
             negative, `refresh` is below 1, the budget is too small, or an example is too long for
             the model.
+        MemoryBudgetError: If memory is a number, and less than the vectors of a run need.
 
     Cost: a forward and a backward pass a sequence, and (2N)² inner products of rows. A run: see
     `predict_run`. Each close-up about 40 forward passes, LBK eight a pair. Memory beyond the

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from lddyn.memory import in_gib
+import torch
+
+from lddyn.memory import Budget, in_gib
 from lddyn.sets.access import Access
 from lddyn.sets.close_ups import CLOSE_UP, LBK
 from lddyn.sets.passes import BACKWARD, FORWARD
@@ -34,6 +36,24 @@ def parse_budget(budget: float | str | None) -> float | None:
     if not 0 < epochs < math.inf:
         raise ValueError(f"budget must be a number of epochs such as 2x, got {budget!r}")
     return epochs
+
+
+def vector_bytes(size: int, number: int, run: Run | None, close_ups: int, lbk: bool) -> int:
+    """Bytes of vectors of all trainable values that a diagnosis holds at a time.
+
+    Args:
+        size: Number of trainable values.
+        number: Bytes of one.
+        run: A predicted run: the weights at its start, a second moment and a scratch vector.
+        close_ups: Number of close-ups: the mean gradient, those of a pair's two responses, and
+            the parts of which one of them is made.
+        lbk: Whether LBK of all pairs is computed: a gradient, and its parts.
+    """
+    running = 0 if run is None else 3 if run.optimizer == "adamw" else 2
+    looking = 4 if close_ups else 2 if lbk else 0
+    # A run's vectors are given up before the close-ups, but the mean is beside them.
+    together = max(running + bool(close_ups), looking)
+    return together * size * number
 
 
 @dataclass(frozen=True)
@@ -107,12 +127,13 @@ class SetPlan:
             kept = 2 if run is not None and run.optimizer == "adamw" else 1
             later = 0 if run is None else n + observed
             rows = 4 * sketch.k * ((sequences + observed) * kept + later)
-        vectors = (0 if run is None else 3) + bool(close_ups)
+        number = torch.promote_types(access.parameters[0].dtype, torch.float32).itemsize
+        vectors = vector_bytes(size, number, run, close_ups, lbk)
         return cls(
             parts,
             (BACKWARD + FORWARD) * sequences,
             rows,
-            4 * vectors * size,
+            vectors,
             sketch is None,
             0.0 if sketch is None else 1 / math.sqrt(sketch.k),
             refresh,
@@ -151,10 +172,12 @@ def plan_within(
     refresh: int,
     close_ups: int,
     lbk: bool,
+    memory: Budget | None = None,
 ) -> SetPlan:
-    """The plan of a diagnosis that takes at most so many epochs of training.
+    """The plan of a diagnosis that takes at most so many epochs of training, and so much memory.
 
-    LBK of all pairs is left out first, then close-ups one by one, then segments of the run.
+    LBK of all pairs is left out first, then close-ups one by one, then segments of the run. Memory
+    does not depend on the number of close-ups, nor on that of segments.
 
     Args:
         budget: Epochs; None: no limit.
@@ -162,16 +185,29 @@ def plan_within(
         refresh: As of `diagnose`.
         close_ups: As of `diagnose`.
         lbk: As of `diagnose`.
+        memory: `memory=`; None: no limit.
 
     Raises:
         ValueError: If what cannot be left out takes longer.
+        MemoryBudgetError: If what cannot be left out takes more memory.
     """
-    whole = plan = made(refresh, close_ups, lbk)
+    whole = smaller = plan = made(refresh, close_ups, lbk)
     less = [
         (refresh, close_ups, False),
         *((refresh, count, False) for count in reversed(range(close_ups))),
         *((count, 0, False) for count in reversed(range(1, refresh))),
     ]
+    if memory is not None:
+        options = [(refresh, close_ups, lbk), (refresh, 0, lbk), (refresh, 0, False)]
+        fits = [o for o in options if memory.holds(made(*o).rows + made(*o).vectors)]
+        refresh, close_ups, lbk = fits[0] if fits else options[-1]
+        smaller = plan = made(refresh, close_ups, lbk)
+        memory.require(
+            plan.rows + plan.vectors,
+            "the prediction of a run",
+            "train an adapter (--adapter), or predict no run",
+        )
+        less = [o for o in less if o[1] <= close_ups and o[2] <= lbk]
     while budget is not None and plan.epochs > budget:
         if not less:
             raise ValueError(
@@ -180,7 +216,8 @@ def plan_within(
                 "adapter (--adapter), or predict no run"
             )
         plan = made(*less.pop(0))
-    return replace(plan, left_out=_differences(whole, plan))
+    for_memory = tuple(f"{what} (memory)" for what in _differences(whole, smaller))
+    return replace(plan, left_out=(*for_memory, *_differences(smaller, plan)))
 
 
 def _differences(whole: SetPlan, plan: SetPlan) -> tuple[str, ...]:

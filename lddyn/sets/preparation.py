@@ -15,10 +15,10 @@ from lddyn.data.context import position_limit
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.guard import evaluating
 from lddyn.files import digest_of
-from lddyn.memory import parse_memory
+from lddyn.memory import Budget
 from lddyn.ranks import ALONE, Ranks
 from lddyn.sets.access import Access
-from lddyn.sets.plan import SetPlan, parse_budget, plan_within
+from lddyn.sets.plan import SetPlan, parse_budget, plan_within, vector_bytes
 from lddyn.sets.rows import exact_bytes
 from lddyn.sets.run import Run
 from lddyn.sets.training_set import TrainingSet
@@ -37,7 +37,7 @@ class Preparation:
 
     Attributes:
         access: The model.
-        workspace: Bytes for rows and batches.
+        workspace: Bytes for batches.
         sketch: How gradients are sketched; None: they fit, and inner products are exact.
         plan: What the diagnosis will take.
     """
@@ -70,6 +70,7 @@ def prepare(
     Raises:
         ValueError: If `run` is no Run, the budget is too small, or an example is too long for the
             model.
+        MemoryBudgetError: If memory is a number, and less than the vectors of a run need.
     """
     epochs = parse_budget(budget)
     if run is not None and not isinstance(run, Run):
@@ -78,20 +79,22 @@ def prepare(
         raise ValueError(f"refresh must be at least 1, got {refresh}")
     _check_limits(Anatomy.module_of(model), set_)
     access = Access(model, set_.examples[0])
-    workspace = parse_memory(memory, access.device)
+    allowed = Budget.of(memory, access.device)
     number = torch.promote_types(access.parameters[0].dtype, torch.float32).itemsize
     needed = exact_bytes(len(set_.sequences), access.size, number, run is not None)
-    if sketch is None and (needed > workspace or stored):
+    if allowed.strict:
+        needed += vector_bytes(access.size, number, run, close_ups, lbk)
+    if sketch is None and (needed > allowed.total or stored):
         sketch = Sketch(k=NUMBERS)
     made = partial(SetPlan.of, set_, access, sketch, run)
-    plan = plan_within(epochs, made, refresh, close_ups, lbk)
+    plan = plan_within(epochs, made, refresh, close_ups, lbk, allowed)
     if ranks.world > 1:
         total = sum(float(p.detach().double().sum()) for p in access.model.parameters())
         ids = "".join(example.content_id for example in set_.sequences)
         ranks.check_alike("model and rows", [repr(total), digest_of(ids.encode())])
     if progress and ranks.rank == 0:
         tqdm.write(f"diagnosis: {plan.explain()}", file=sys.stderr)
-    return Preparation(access, workspace, sketch, plan)
+    return Preparation(access, allowed.beside(plan.rows + plan.vectors), sketch, plan)
 
 
 def rounding_remarks(access: Access, set_: TrainingSet) -> list[str]:

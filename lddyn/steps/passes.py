@@ -15,9 +15,8 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, nn
 
-from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.experts import expert_remarks
-from lddyn.engine.gradient import gradient
+from lddyn.engine.gradient import gradient_in_parts, inner_product
 from lddyn.engine.gram import Side, factored_gram, token_gram
 from lddyn.engine.pullback import Pullback, segments_down
 from lddyn.engine.pushforward import AlongDirection, log_prob_shift, pair_direction, push_direction
@@ -30,7 +29,7 @@ from lddyn.optimizers import Direction
 from lddyn.steps.decomposition import Decomposition, Observed, UpdateToken
 from lddyn.steps.precision import describe_precision, has_dropout, noise_remarks
 from lddyn.steps.session import Session
-from lddyn.steps.setup import Setup, UpdateState, shifted_copy, unused
+from lddyn.steps.setup import Setup, UpdateState, unused
 from lddyn.steps.wide import coarse
 
 
@@ -140,6 +139,7 @@ def make_passes(setup: Setup) -> Decomposition:
             )
             if at in weight_at:
                 yield passes.predict(sides, shifts, pushed[at]).scaled(weight_at[at])
+            del sides, shifts  # and a copy of the model, before the next one is made
 
     total = reduce(Prediction.plus, predictions())
     return passes.result(total, pushed[0.0] - pushed[0.5])
@@ -155,7 +155,7 @@ class _Passes:
 
     def __init__(self, setup: Setup, state: UpdateState):
         self.setup, self.state = setup, state
-        self.direction = state.step.direction()
+        self.direction = state.step.take_direction()
         self.weights = torch.cat(state.weights)
         self.updated = [Side.log_probs(trace) for trace in state.traces]
         known = dict(zip(setup.update.examples, self.updated, strict=True))
@@ -170,7 +170,7 @@ class _Passes:
         """The observed responses at θ + at · Δθ."""
         if at == 0.0:
             return self.start
-        anatomy = self.setup.open(shifted_copy(self.setup.anatomy.model, self.direction, at))
+        anatomy = self.setup.moved(self.setup.anatomy, self.direction, at)
         with self.setup.shifted(at):
             return [Side.log_probs(anatomy.trace(e)) for e in self.setup.observed.values()]
 
@@ -178,7 +178,7 @@ class _Passes:
         """What the step does by the gradients of the observed responses at one point."""
         step = self.state.step
         influence, parameters = self._influence(sides)
-        self._check_parameters(sides[0].trace.anatomy, parameters)
+        self._check_parameters([side.trace for side in sides], parameters)
         history, decay = (
             torch.cat([_contract(side, part) for side in sides])
             for part in (step.history, step.decay)
@@ -188,6 +188,7 @@ class _Passes:
     def _influence(self, sides: list[Side]) -> tuple[Tensor, dict[str, Tensor]]:
         """The influence table (ΣM, L) at one point, and its row sums by parameter."""
         step, setup = self.state.step, self.setup
+        workspace = setup.budget.workspace
         factors = -step.rate * step.clip * self.weights
         rows = sum(len(side) for side in sides)
         parameters: dict[str, Tensor] = {}
@@ -199,42 +200,47 @@ class _Passes:
                 summed = block @ factors[rows_u].to(block.dtype)
                 parameters.setdefault(name, block.new_zeros(rows)).index_add_(0, rows_o, summed)
 
-            gram = token_gram(sides, self.updated, setup.memory, setup.progress, sink)
+            gram = token_gram(sides, self.updated, workspace, setup.progress, sink)
             for extra in (step.history, step.decay):
                 if extra is not None:
                     _add_along(sides, extra, parameters)
         else:
-            gram = factored_gram(
-                sides, self.updated, setup.memory, setup.progress, step.precondition
-            )
+            gram = factored_gram(sides, self.updated, workspace, setup.progress, step.precondition)
             _add_along(sides, self.direction, parameters)
         return gram * factors, _merge_experts(parameters)
 
-    def _check_parameters(self, anatomy: Anatomy, parameters: dict[str, Tensor]) -> None:
+    def _check_parameters(self, traces: list[Trace], parameters: dict[str, Tensor]) -> None:
         """Compares what went through each parameter with a plain backward pass of the whole model.
 
         Factors and push see the same operations; what both miss (a weight inside a
         torch.autograd.Function or TorchScript) only this can tell.
         """
-        examples = list(self.setup.observed.values())
-        ones = [torch.ones(len(e), device=anatomy.device) for e in examples]
+        anatomy, budget = traces[0].anatomy, self.setup.budget
         # Autograd leaves out the padding row of an embedding, but the observed response reads it.
         padded = [
             (m, m.padding_idx)
             for m in anatomy.model.modules()
             if isinstance(m, nn.Embedding) and type(m).forward is nn.Embedding.forward
         ]
+        expected = dict.fromkeys(anatomy.trainable, 0.0)
+
+        def compare(name: str, value: Tensor) -> None:
+            expected[name] += inner_product(value, self.direction[name].to(value))
+
         try:
             for module, _ in padded:
                 module.padding_idx = None
-            plain = gradient(anatomy, examples, ones)
+            gradient_in_parts(
+                anatomy,
+                [trace.example for trace in traces],
+                [torch.ones(len(t.example), device=anatomy.device) for t in traces],
+                compare,
+                most=budget.group(),
+                recompute=budget.recomputes(traces),
+            )
         finally:
             for module, index in padded:
                 module.padding_idx = index
-        expected = {
-            n: float((g * self.direction[n].to(g)).sum(dtype=torch.float64))
-            for n, g in plain.items()
-        }
         through = {n: float(parameters[n].sum()) if n in parameters else 0.0 for n in expected}
         scale = max(
             sum(abs(v) for v in expected.values()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lddyn.engine.anatomy import Anatomy
-from lddyn.engine.door import copied
+from lddyn.engine.door import frozen_shared
 from lddyn.engine.gradient import gradient_of_loss
 from lddyn.engine.gram import Side, factored_push
 from lddyn.engine.guard import true_float64, undisturbed
@@ -21,7 +21,8 @@ from lddyn.engine.quantised import plain_values
 from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Trace
 from lddyn.errors import UnsupportedModelError
-from lddyn.optimizers import Direction, check_rate, copy_optimizer, hooked
+from lddyn.optimizers import Direction, Scaled, check_rate, copy_optimizer, hooked
+from lddyn.steps.budget import vectors_of
 from lddyn.steps.precision import weight_change
 from lddyn.steps.setup import Setup, UpdateState, shifted_copy
 from lddyn.steps.verification import Verification, log_log_slope
@@ -75,14 +76,14 @@ class Session:
             raise IndexError(f"index must be one of {count} update tokens, got {index}")
         setup = self.setup
         state = UpdateState.at(setup, setup.anatomy, setup.optimizer)
-        direction = state.step.direction()
+        direction = state.step.take_direction()
         sequence, token = state.locate(index % count)
         side = Side.log_probs(state.traces[sequence])
         scale = -state.step.rate * state.step.clip * float(state.weights[sequence][token])
         example = setup.observed[observed.name]
         effects = torch.zeros_like(observed.vocabulary_shift)
         for at, portion in setup.quadrature.points:
-            trace = self._anatomy_at(state.anatomy, direction, at).trace(example)
+            trace = setup.moved(state.anatomy, direction, at).trace(example)
             moved = self._pushed(side, token, trace, state.step.precondition)
             effects = effects + scale * portion * delta_log_probs(moved, trace.logits)
         return effects
@@ -93,30 +94,28 @@ class Session:
         """Δz (M, V) of a trace by the unit log-prob cotangent of one update token."""
         select = torch.tensor([token], device=side.trace.logits.device)
         parts = factored_push(
-            [trace], [side], self.setup.memory, precondition=precondition, select=select
+            [trace],
+            [side],
+            self.setup.budget.workspace,
+            precondition=precondition,
+            select=select,
         )
         _, moved = next(parts)
         return moved[0][0]
-
-    def _anatomy_at(self, anatomy: Anatomy, direction: Direction, at: float) -> Anatomy:
-        """The model at θ + at · Δθ."""
-        if not at:
-            return anatomy
-        return self.setup.open(shifted_copy(anatomy.model, direction, at))
 
     # ----- real steps
 
     @undisturbed
     def real_step(self, dtype: torch.dtype | None) -> list[tuple[Tensor, Tensor]]:
         """All log-probs (M, V) of every observed response, before and after a real step."""
+        examples = list(self.setup.observed.values())
         with self._copy(dtype) as model:
-            stepped = self._stepped(model, self._plain_gradient(model), 1.0)
-            before, after = self.setup.open(model), self.setup.open(stepped)
-            with self.setup.shifted(1.0):
-                return [
-                    (_all_log_probs(before.trace(e)), _all_log_probs(after.trace(e)))
-                    for e in self.setup.observed.values()
-                ]
+            anatomy = self.setup.open(model)
+            before = [_all_log_probs(anatomy.trace(e)) for e in examples]
+            gradient = self._plain_gradient(anatomy)
+            with self._stepped(anatomy, gradient, 1.0) as stepped, self.setup.shifted(1.0):
+                after = [_all_log_probs(stepped.trace(e)) for e in examples]
+        return list(zip(before, after, strict=True))
 
     @undisturbed
     def verify(
@@ -135,16 +134,16 @@ class Session:
         measured, predicted = [], []
         with self._copy(dtype) as model:
             state = UpdateState.at(setup, setup.open(model), self._optimizer_over(model))
-            step = state.step.direction()
-            plain = self._plain_gradient(model)
-            before = self._realised(state.anatomy)
+            anatomy, step = state.anatomy, state.step.take_direction()
+            before = self._realised(anatomy)
+            for lr in rates:
+                predicted.append(self._predicted(anatomy, Scaled(step, lr / setup.lr)))
+            del state, step  # before the vectors of the real steps are made
+            plain = self._plain_gradient(anatomy)
             for lr in rates:
                 factor = lr / setup.lr
-                stepped = self._stepped(model, plain, factor)
-                with setup.shifted(factor):
-                    measured.append(self._realised(setup.open(stepped)) - before)
-                direction = {n: factor * d for n, d in step.items()}
-                predicted.append(self._predicted(state.anatomy, direction))
+                with self._stepped(anatomy, plain, factor) as stepped, setup.shifted(factor):
+                    measured.append(self._realised(stepped) - before)
         errors = [float((m - p).norm()) for m, p in zip(measured, predicted, strict=True)]
         answer = torch.cat([o.delta_logp for o in dec]).to(measured[0])
         own = [i for i, lr in enumerate(rates) if math.isclose(lr, setup.lr)]
@@ -166,16 +165,16 @@ class Session:
         if dtype is None:
             return None
         with self._copy(None) as model:
-            before = self._realised(self.setup.open(model))
-            stepped = self._stepped(model, self._plain_gradient(model), 1.0)
-            old, new = (
-                {n: p.detach() for n, p in m.named_parameters() if p.requires_grad}
-                for m in (model, stepped)
-            )
-            change = self._realised(self.setup.open(stepped)) - before
+            anatomy = self.setup.open(model)
+            before = self._realised(anatomy)
+            old = {n: p.detach() for n, p in self.setup.anatomy.trainable.items()}
+            with self._stepped(anatomy, self._plain_gradient(anatomy), 1.0) as stepped:
+                new = {n: p.detach() for n, p in stepped.trainable.items()}
+                moved = weight_change(old, new)
+                change = self._realised(stepped) - before
         return {
             "dtype": str(dtype).removeprefix("torch."),
-            "moved": weight_change(old, new),
+            "moved": moved,
             "measured": float(change.double().sum()),
         }
 
@@ -183,11 +182,11 @@ class Session:
         """The log π(y_m) of all observed tokens, one after another (ΣM,)."""
         return torch.cat([anatomy.trace(e).log_probs() for e in self.setup.observed.values()])
 
-    def _predicted(self, anatomy: Anatomy, direction: Direction) -> Tensor:
+    def _predicted(self, anatomy: Anatomy, direction: Mapping[str, Tensor]) -> Tensor:
         """Δ log π(y_m) of all observed tokens (ΣM,) along Δθ, by the decomposition's rule."""
         parts = []
         for at, portion in self.setup.quadrature.points:
-            moved = self._anatomy_at(anatomy, direction, at)
+            moved = self.setup.moved(anatomy, direction, at)
             parts.append(
                 portion
                 * torch.cat(
@@ -208,10 +207,8 @@ class Session:
             raise UnsupportedModelError(
                 f"a streamed model cannot be copied in {dtype}: use dtype=None, in its own"
             )
-        if dtype is not None:
-            model = copy_in(self.model, dtype)
-        else:
-            model = shifted_copy(self.model, None) if streamed else copied(self.model)
+        self._require(dtype)
+        model = frozen_shared(self.model) if dtype is None else copy_in(self.model, dtype)
         exact = true_float64() if dtype is torch.float64 else contextlib.nullcontext()
         with exact, torch.enable_grad():
             yield model
@@ -223,24 +220,62 @@ class Session:
         )
         return copy_optimizer(self.setup.optimizer, own, new, factor)
 
-    def _plain_gradient(self, model: nn.Module) -> Direction:
-        """∇θ L by one backward pass through the loss itself, with nothing of this library's own."""
-        anatomy, update = self.setup.open(model), self.setup.update
-        return gradient_of_loss(anatomy, update.examples, update.loss)
+    def _require(self, dtype: torch.dtype | None) -> None:
+        """Raises where `memory=` does not hold a copy of the model in this type, and its step."""
+        parameters, budget = list(self.model.parameters()), self.setup.budget
+        size = sum(_bytes_as(p, dtype) for p in self.setup.anatomy.trainable.values())
+        copy = size if dtype is None else sum(_bytes_as(p, dtype) for p in parameters)
+        name = str(dtype or "the model's own type").removeprefix("torch.")
+        budget.budget.require(
+            copy + size + size * vectors_of(self.setup.optimizer),
+            f"a real step on a copy of the model in {name}",
+            "or ask for it in the model's own type (dtype=None)"
+            if dtype
+            else "or train an adapter",
+        )
 
-    def _stepped(self, model: nn.Module, gradient: Direction, factor: float) -> nn.Module:
-        """A copy of the model after a real step of the real optimizer class."""
-        stepped = shifted_copy(model, None)
-        trainable = {n: p for n, p in stepped.named_parameters() if p.requires_grad}
-        optimizer = self._optimizer_over(stepped, factor)
-        for name, parameter in trainable.items():
-            parameter.grad = hooked(self.setup.anatomy.trainable[name], gradient[name].clone())
-        if self.setup.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(list(trainable.values()), self.setup.max_grad_norm)
-        optimizer.step()
-        for parameter in trainable.values():
-            parameter.grad = None
-        return stepped
+    def _plain_gradient(self, anatomy: Anatomy) -> Direction:
+        """∇θ L by one backward pass through the loss itself, with nothing of this library's own."""
+        update = self.setup.update
+        return gradient_of_loss(
+            anatomy, update.examples, update.loss, recompute=self.setup.budget.budget.strict
+        )
+
+    @contextlib.contextmanager
+    def _stepped(self, anatomy: Anatomy, gradient: Direction, factor: float) -> Iterator[Anatomy]:
+        """The copy after a real step of the real optimizer class, at the first weights on exit."""
+        setup = self.setup
+        own = {n: p.detach() for n, p in setup.anatomy.trainable.items()}
+        if not all(torch.equal(p, own[n].to(p)) for n, p in anatomy.trainable.items()):
+            # Passes of some models (RWKV's) scale their weights.
+            anatomy = setup.open(shifted_copy(anatomy.model, None))
+        trainable = anatomy.trainable
+        optimizer = self._optimizer_over(anatomy.model, factor)
+        changes = (  # whether something may change a gradient in place
+            setup.max_grad_norm is not None
+            or any(group.get("nesterov") for group in optimizer.param_groups)
+            or any(p._backward_hooks for p in setup.anatomy.trainable.values())
+        )
+        try:
+            for name, parameter in trainable.items():
+                given = gradient[name].clone() if changes else gradient[name]
+                parameter.grad = hooked(setup.anatomy.trainable[name], given)
+            if setup.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(list(trainable.values()), setup.max_grad_norm)
+            optimizer.step()
+            for parameter in trainable.values():
+                parameter.grad = None
+            yield anatomy
+        finally:
+            with torch.no_grad():
+                for name, parameter in trainable.items():
+                    parameter.grad = None
+                    parameter.copy_(own[name])
+
+
+def _bytes_as(parameter: Tensor, dtype: torch.dtype | None) -> int:
+    """Bytes of a parameter in a number type; None: its own."""
+    return parameter.nbytes if dtype is None else parameter.numel() * dtype.itemsize
 
 
 def _mark(parameter: Tensor) -> tuple[float, float]:
@@ -248,7 +283,8 @@ def _mark(parameter: Tensor) -> tuple[float, float]:
     values = plain_values(parameter)
     if not values.is_floating_point():  # quantised
         values = values.float()
-    return float(values.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(values))
+    sums = [float(x.sum(dtype=torch.float64)) for x in values.flatten().split(1 << 20)]
+    return sum(sums), float(torch.linalg.vector_norm(values))
 
 
 def _all_log_probs(trace: Trace) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +13,15 @@ from torch import Tensor, nn
 
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
-from lddyn.engine.backward_check import trust
-from lddyn.engine.door import copied
-from lddyn.engine.quantised import shared_state
+from lddyn.engine.backward_check import check_pull, trust
+from lddyn.engine.door import frozen_shared
+from lddyn.engine.stream.moved import moved_model
 from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Trace
-from lddyn.engine.undo import Undo, shielded
 from lddyn.errors import NonFiniteError, UnsupportedModelError
 from lddyn.objectives.like import Update, objective_like, row_remarks
 from lddyn.objectives.objective import Objective
 from lddyn.optimizers import (
-    Direction,
     Step,
     check_rate,
     copy_optimizer,
@@ -35,6 +32,7 @@ from lddyn.optimizers import (
     unwrapped_optimizer,
 )
 from lddyn.settings import Like, TrainerSettings, router_remark
+from lddyn.steps.budget import StepBudget
 from lddyn.steps.rules import Rule, rule_named
 from lddyn.steps.wide import wide_gradient
 
@@ -51,7 +49,7 @@ class Setup:
         lr: Learning rate of the step.
         max_grad_norm: Norm to which the gradient is clipped first, or None.
         rule: Name of the rule in `RULES`.
-        memory: Workspace in bytes, or as "2GiB".
+        budget: How `memory=` is divided.
         progress: Whether to show progress bars.
         remarks: What the trainer's settings ask for and the step leaves out, in sentences.
     """
@@ -63,7 +61,7 @@ class Setup:
     lr: float
     max_grad_norm: float | None
     rule: str
-    memory: int | str
+    budget: StepBudget
     progress: bool
     remarks: tuple[str, ...] = ()
 
@@ -89,6 +87,14 @@ class Setup:
         trust(anatomy, self.anatomy)
         return anatomy
 
+    def moved(self, anatomy: Anatomy, direction: Mapping[str, Tensor], at: float) -> Anatomy:
+        """The model at θ + at · Δθ: a copy, or where memory is short one block of it at a time."""
+        if not at:
+            return anatomy
+        if self.budget.copies or anatomy is not self.anatomy:
+            return self.open(shifted_copy(anatomy.model, direction, at))
+        return self.open(moved_model(anatomy, direction, at))
+
 
 def make_setup(
     model: nn.Module | Anatomy,
@@ -107,6 +113,7 @@ def make_setup(
     Raises:
         TypeError: If the update is no Objective, or the optimizer none of torch's that are known.
         ValueError: If an argument is out of range; the message says which.
+            Or memory is less than the step's vectors need.
         UnsupportedModelError: If the model cannot be opened, or streamed weights are trainable.
     """
     rule_named(rule)
@@ -129,6 +136,7 @@ def make_setup(
             optimizer = optimizer_like(settings, anatomy, lr)
     assert isinstance(update, Objective)
     fixed, rate = _fixed_optimizer(optimizer or "sgd", lr, anatomy.trainable)
+    budget = StepBudget.of(anatomy, fixed, memory)
     prepared = update.prepare(anatomy)
     remarks = [] if settings is None else [*settings.remarks, *settings.step_remarks]
     remarks += row_remarks(settings, prepared.examples)
@@ -141,7 +149,7 @@ def make_setup(
         rate,
         max_grad_norm or None,
         rule,
-        memory,
+        budget,
         progress,
         (*remarks, *([routers] if routers else [])),
     )
@@ -293,8 +301,17 @@ class UpdateState:
         update = setup.update
         traces = [anatomy.trace(example) for example in update.examples]
         loss, weights = update.weights([trace.log_probs() for trace in traces])
-        divided = optimizer_kind(optimizer) != "SGD"
-        total = wide_gradient(anatomy, update.examples, weights, divided=divided)
+        budget = setup.budget
+        if traces:
+            check_pull(anatomy, traces[0].example)  # with a gradient of its own, before this one
+        total = wide_gradient(
+            anatomy,
+            update.examples,
+            weights,
+            divided=optimizer_kind(optimizer) != "SGD",
+            most=budget.group(),
+            recompute=budget.recomputes(traces),
+        )
         step = optimizer_step(optimizer, anatomy.trainable, total, setup.max_grad_norm)
         return cls(anatomy, traces, loss, weights, step)
 
@@ -307,8 +324,9 @@ class UpdateState:
         raise IndexError(f"there are only {sum(map(len, self.weights))} update tokens")
 
 
-@shielded
-def shifted_copy(model: nn.Module, shift: Direction | None, scale: float = 1.0) -> nn.Module:
+def shifted_copy(
+    model: nn.Module, shift: Mapping[str, Tensor] | None, scale: float = 1.0
+) -> nn.Module:
     """A copy of the model at θ + scale · Δθ that shares frozen parameters and buffers.
 
     Args:
@@ -320,13 +338,7 @@ def shifted_copy(model: nn.Module, shift: Direction | None, scale: float = 1.0) 
         UnsupportedModelError: If a module's forward was replaced by a plain function, which in the
             copy would still use the original's weights.
     """
-    memo = {id(p): p for p in model.parameters() if not p.requires_grad}
-    memo |= {id(b): b for b in [*model.buffers(), *shared_state(model)]}  # type: ignore[misc]
-    with Undo() as undo:
-        for parameter in model.parameters():  # gradients are not copied
-            undo.add(functools.partial(setattr, parameter, "grad", parameter.grad))
-            parameter.grad = None
-        moved = copied(model, memo)
+    moved = frozen_shared(model)
     if shift:
         with torch.no_grad():
             for name, parameter in moved.named_parameters():

@@ -43,7 +43,13 @@ def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def wide_gradient(
-    anatomy: Anatomy, examples: Sequence[Example], weights: Sequence[Tensor], *, divided: bool
+    anatomy: Anatomy,
+    examples: Sequence[Example],
+    weights: Sequence[Tensor],
+    *,
+    divided: bool,
+    most: int | None = None,
+    recompute: bool = False,
 ) -> Gradient:
     """Σ_l w_l ∇θ log π(y_l), in float32 where that matters.
 
@@ -52,13 +58,15 @@ def wide_gradient(
         examples: The sequences.
         weights: One tensor (L,) for each.
         divided: Whether the optimizer divides by the gradient's size.
+        most: As of `gradient`.
+        recompute: As of `gradient`.
 
     Cost: that of `gradient`; if weights have 16 bits and `divided`, also memory for a copy of the
     model in float32.
     """
     streamed = any(map(is_streamed, anatomy.model.parameters()))
     if not divided or streamed or coarse(anatomy.trainable) is None:
-        return gradient(anatomy, examples, weights)
+        return gradient(anatomy, examples, weights, most=most, recompute=recompute)
     copy = Anatomy(copy_in(anatomy.model, torch.float32), anatomy.attention)
     trust(copy, anatomy)
-    return gradient(copy, examples, weights)
+    return gradient(copy, examples, weights, most=most, recompute=recompute)

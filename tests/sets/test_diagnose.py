@@ -534,3 +534,22 @@ def test_a_budget_leaves_out_what_is_not_needed(model, run, capsys):
     assert 0 < len(some.close_ups) < 5 and len(seen) == 3
     with pytest.raises(ValueError, match=r"budget 0.1 is too small: gradients alone take"):
         lddyn.diagnose(model, some_pairs(), budget=0.1)
+
+
+def test_memory_counts_vectors_of_all_weights(model, run, capsys, monkeypatch):
+    monkeypatch.setattr("lddyn.memory.FLOOR", 0)
+    size = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(lddyn.MemoryBudgetError, match=r"prediction of a run needs .*--memory"):
+        lddyn.diagnose(model, some_pairs(), run=run, close_ups=2, memory=size)
+    assert all(map(torch.equal, before, model.parameters()))
+    sketch = lddyn.Sketch(k=1024)
+    small, large = (
+        lddyn.diagnose(
+            model, some_pairs(), close_ups=2, sketch=sketch, memory=memory, progress=True
+        )
+        for memory in (2 * size, 8 * size)
+    )
+    assert not small.close_ups and large.close_ups
+    assert "the tokens of 2 of 2 (memory)" in capsys.readouterr().err
+    assert torch.equal(small.gram, large.gram)

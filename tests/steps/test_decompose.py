@@ -1,13 +1,13 @@
 """One step decomposed: against finite differences in true float64 and against real steps."""
 
 import copy
+import ctypes
 import dataclasses
 import json
 import math
 import os
-import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +17,11 @@ from torch.nn.functional import logsigmoid
 import lddyn
 from lddyn.errors import DisagreementError
 from lddyn.files import sealed, unsealed
+from lddyn.memory import Budget
+from lddyn.steps import setup
+from lddyn.steps.budget import StepBudget
 from lddyn.steps.decomposition import Decomposition
+from lddyn.steps.rules import RULES
 from lddyn.steps.setup import UpdateState, shifted_copy
 
 torch.set_num_threads(1)
@@ -647,57 +651,95 @@ def test_shifted_copy_shares_what_is_frozen():
 # --------------------------------------------------------------------------- memory
 
 
-def peak(script, *arguments):
-    """MiB by which a script's second part grew above its first, by the kernel's own count."""
-    preamble = """
-        import sys, torch, transformers, lddyn
-        torch.set_num_threads(1)
+def grown(function):
+    """MiB by which resident memory grows while a function runs, by the kernel's own count."""
 
-        def high():
-            with open("/proc/self/status") as status:
-                return int(next(x for x in status if x.startswith("VmHWM")).split()[1]) / 1024
+    def status(key):
+        text = Path("/proc/self/status").read_text()
+        return int(next(x for x in text.splitlines() if x.startswith(key)).split()[1]) / 1024
 
-        def reset():
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-            return high()
-    """
-    code = textwrap.dedent(preamble) + textwrap.dedent(script)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
-    )
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout)
+    ctypes.CDLL(None).malloc_trim(0)  # free memory shall not hide what the function takes
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    function()
+    return status("VmHWM") - before
 
 
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak memory counter"
 )
 def test_memory_is_obeyed():
-    """Peak memory above the model stays within the budget; without chunks it takes four times."""
-    script = """
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=64, hidden_size=64, intermediate_size=2048, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=2, pad_token_id=None,
+    """Peak memory above the model, the step's vectors included, stays within the budget."""
+    model = zoo.build(
+        "llama",
+        hidden_size=64,
+        head_dim=32,
+        intermediate_size=4096,
+        num_hidden_layers=2,
+        max_position_embeddings=256,
+    )
+    vectors = sum(p.nbytes for p in model.parameters()) / 2**20
+    prompt = [i % 60 for i in range(100)]
+    one, two = (
+        lddyn.Example(prompt, [i % 60 for i in range(s, 2 * s)], name=str(s)) for s in (4, 12)
+    )
+
+    def run(memory, observed=one):
+        lddyn.decompose(model, observed, lddyn.SFT(two), lr=1e-3, memory=memory)
+
+    run("48MiB", lddyn.Example([3, 4], [5, 6]))
+    tight, loose = grown(lambda: run("48MiB")), grown(lambda: run("4GiB"))
+    assert vectors > 6 and loose > 2 * 48, (tight, loose)
+    assert tight < 1.25 * 48 + 16, (tight, loose)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "tied"),
+    [("llama", "start", False), ("llama", "simpson", True), ("mixtral", "midpoint", False)],
+)
+def test_a_copy_of_one_block_at_a_time_changes_nothing(name, rule, tied, monkeypatch):
+    """Where memory is short, weights on the way of the step exist for one block at a time."""
+    made = []
+    original = setup.moved_model
+    monkeypatch.setattr(setup, "moved_model", lambda *a: made.append(original(*a)) or made[-1])
+    monkeypatch.setattr(Budget, "holds", lambda self, vectors: not self.strict)
+    monkeypatch.setattr(StepBudget, "group", lambda self: 4096 if self.budget.strict else None)
+    monkeypatch.setattr(StepBudget, "recomputes", lambda self, traces: self.budget.strict)
+    model = zoo.build(name, tie_word_embeddings=tied)
+    observed, updated = zoo.examples()
+    update = lddyn.DPO(observed, updated, beta=0.1)
+    wide, narrow = (
+        lddyn.decompose(model, [observed, updated], update, lr=1e-2, rule=rule, memory=memory)
+        for memory in ("auto", "4GiB")
+    )
+    assert len(made) == len({0.5, *(at for at, _ in RULES[rule].points if at)})
+    for one, other in zip(wide, narrow, strict=True):
+        assert close(other.error_estimate, one.error_estimate, 1e-3)
+        assert close(other.influence, one.influence, 5e-6)
+        if not tied:  # the two uses of a tied weight are summed in another order
+            assert torch.equal(other.error_estimate, one.error_estimate)
+            assert torch.equal(other.delta_log_probs(), one.delta_log_probs())
+    check, other = (dec.verify([1e-2, 5e-3], dtype=None) for dec in (wide, narrow))
+    assert torch.allclose(check.measured, other.measured, rtol=1e-9)
+    assert torch.allclose(check.predicted, other.predicted, rtol=1e-4, atol=1e-6)
+
+
+def test_memory_that_holds_no_step_is_refused_before_the_work(monkeypatch):
+    model = zoo.build("llama")
+    before = [p.clone() for p in model.parameters()]
+    observed, updated = zoo.examples()
+    monkeypatch.setattr("lddyn.memory.FLOOR", 0)
+    size = sum(p.nbytes for p in model.parameters())
+    with pytest.raises(lddyn.MemoryBudgetError, match=r"(?s)Adam.* needs .* \(--memory\) or more"):
+        lddyn.decompose(
+            model, observed, lddyn.SFT(updated), 1e-3, optimizer="adam", memory=size + size // 4
         )
-        model = transformers.LlamaForCausalLM(config)
-        one, two = (
-            lddyn.Example([i % 60 for i in range(s, 150 + s)], [i % 60 for i in range(64)])
-            for s in (3, 7)
-        )
-        tiny = lddyn.Example([3, 4], [5, 6])
-        lddyn.decompose(model, tiny, lddyn.SFT(tiny), lr=1e-3)
-        before = reset()
-        lddyn.decompose(model, one, lddyn.SFT(two), lr=1e-3, memory=sys.argv[1])
-        print(high() - before)
-    """
-    tight, loose = (peak(script, memory) for memory in ("128MiB", "4GiB"))
-    assert loose > 3 * 128, (tight, loose)
-    assert tight < 1.2 * 128, (tight, loose)
+    dec = lddyn.decompose(model, observed, lddyn.SFT(updated), 1e-3, memory=3 * size)
+    with pytest.raises(lddyn.MemoryBudgetError, match=r"copy of the model in float64.*dtype=None"):
+        dec.verify()
+    assert dec.verify(dtype=None).errors
+    assert all(map(torch.equal, before, model.parameters()))
+    lddyn.decompose(model, observed, lddyn.SFT(updated), 1e-3, optimizer="adam")  # "auto" takes it
 
 
 def test_a_step_of_length_zero_is_zero():

@@ -1,0 +1,203 @@
+"""How much resident memory an analysis of a real LLM takes beyond the model, against `memory=`.
+
+    python benchmarks/memory.py MODEL --out benchmarks/results/memory.json
+    python benchmarks/memory.py MODEL --only decompose --budget 512MiB
+
+Each cell runs in a process of its own, with the allocator as a user has it: it loads the model,
+makes one forward pass and a small analysis of another model (imports), gives freed memory back to
+the system, and notes resident memory; then it runs the analysis, while the kernel counts the peak.
+Cells that the results file has from this commit are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from record import provenance, record
+
+import lddyn
+from lddyn.memory import parse_memory
+
+BUDGETS = ("512MiB", "1GiB", "4GiB")
+PROMPT, RESPONSE, PAIRS = 32, 32, 8  # tokens, tokens, pairs
+RUN = lddyn.Run(lr=1e-4, epochs=1, batch=4)
+
+Pair = tuple[lddyn.Example, lddyn.Example]
+
+
+def pairs(vocabulary: int, count: int = PAIRS) -> list[Pair]:
+    """Pairs of random tokens."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+    made: list[Pair] = []
+    for i in range(count):
+        prompt = tokens(PROMPT)
+        one, other = (
+            lddyn.Example(prompt, tokens(RESPONSE), name=f"{side} {i}") for side in ("y+", "y-")
+        )
+        made.append((one, other))
+    return made
+
+
+def decompose(model: Any, data: list[Pair], memory: str) -> Any:
+    """The decomposition of a DPO step on one pair, as by default."""
+    chosen, rejected = data[0]
+    update = lddyn.DPO(chosen, rejected, beta=0.1)
+    return lddyn.decompose(model, [chosen, rejected], update, lr=1e-4, memory=memory)
+
+
+def verified(model: Any, data: list[Pair], memory: str) -> Any:
+    """The same, compared with real steps in float64."""
+    return decompose(model, data, memory).verify()
+
+
+def ntk(model: Any, data: list[Pair], memory: str) -> Any:
+    """The Gram of two responses."""
+    return lddyn.ntk(model, *data[0], memory=memory).gram()
+
+
+def features(model: Any, data: list[Pair], memory: str, by: str) -> Any:
+    """Features of 2 responses by token, or of 16 by sequence."""
+    examples = [example for pair in data for example in pair]
+    count = 2 if by == "token" else len(examples)
+    return lddyn.features(model, examples[:count], lddyn.Sketch(k=4096), by=by, memory=memory)
+
+
+def diagnose(model: Any, data: list[Pair], memory: str, run: lddyn.Run | None) -> Any:
+    """The diagnosis of all pairs."""
+    return lddyn.diagnose(model, data, memory=memory, run=run)
+
+
+Work = Callable[[Any, list[Pair], str], Any]
+
+WORK: dict[str, tuple[bool, Work]] = {  # whether LoRA trains, or all weights
+    "ntk": (False, ntk),
+    "features by token": (False, partial(features, by="token")),
+    "features by sequence": (False, partial(features, by="sequence")),
+    "decompose": (False, decompose),
+    "decompose and verify": (False, verified),
+    "diagnose": (False, partial(diagnose, run=None)),
+    "diagnose with a run": (False, partial(diagnose, run=RUN)),
+    "decompose, LoRA": (True, decompose),
+    "decompose and verify, LoRA": (True, verified),
+    "diagnose, LoRA": (True, partial(diagnose, run=None)),
+    "diagnose with a run, LoRA": (True, partial(diagnose, run=RUN)),
+}
+
+
+def status(key: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(next(x for x in text.splitlines() if x.startswith(key)).split()[1])
+
+
+def warm_up(work: Work) -> None:
+    """Imports what the analysis imports, on a model of a few kilobytes."""
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=None,
+    )
+    work(transformers.LlamaForCausalLM(config), pairs(64, 2), "256MiB")
+
+
+def cell(path: str, name: str, memory: str, threads: int) -> dict[str, Any]:
+    """Runs one analysis in this process: seconds, and bytes before it and at its peak."""
+    import ctypes
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    lora, work = WORK[name]
+    warm_up(work)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    if lora:
+        import peft
+
+        targets = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, targets)
+    data = pairs(model.config.vocab_size)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([data[0][0].ids]))
+    ctypes.CDLL(None).malloc_trim(0)  # what is free now shall not hide what the analysis takes
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    start, refusal = time.perf_counter(), None
+    try:
+        result = work(model, data, memory)
+    except (ValueError, MemoryError) as error:
+        result, refusal = None, f"{type(error).__name__}: {error}"
+    seconds, peak = time.perf_counter() - start, status("VmHWM")
+    budget, grown = parse_memory(memory), peak - before
+    del result
+    return {
+        "work": name,
+        "memory": memory,
+        "budget_bytes": budget,
+        "model_bytes": sum(p.nbytes for p in model.parameters()),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "before_bytes": before,
+        "grown_bytes": grown,
+        "grown_over_budget": grown / budget,
+        "seconds": seconds,
+        "refused": refusal,
+        **{key: value for key, value in provenance().items() if key in ("commit", "date")},
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--out", type=Path, default=Path(".benchmarks/memory.json"))
+    parser.add_argument("--only", action="append", choices=list(WORK), help="some analyses")
+    parser.add_argument("--budget", action="append", help="some budgets")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.cell:
+        print(json.dumps(cell(args.model, *args.cell, args.threads)))
+        return
+    commit = provenance()["commit"]
+    known = json.loads(args.out.read_text())["memory"]["result"] if args.out.exists() else {}
+    cells = {(c["work"], c["memory"]): c for c in known.get("cells", [])}
+    for name in args.only or WORK:
+        for memory in args.budget or BUDGETS:
+            if cells.get((name, memory), {}).get("commit") == commit:
+                continue
+            command = [sys.executable, "-W", "ignore", __file__, args.model]
+            command += ["--threads", str(args.threads), "--cell", name, memory]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(f"{name} at {memory}: {done.stderr[-600:]}", file=sys.stderr)
+                continue
+            made = json.loads(done.stdout.splitlines()[-1])
+            cells[name, memory] = made
+            print(
+                f"{name:28} {memory:7} grown {made['grown_bytes'] / 2**20:7.0f} MiB "
+                f"({made['grown_over_budget']:.2f}x), {made['seconds']:.0f} s "
+                f"{made['refused'] or ''}",
+                flush=True,
+            )
+            order = [cells[n, m] for n in WORK for m in BUDGETS if (n, m) in cells]
+            sizes = {"prompt": PROMPT, "response": RESPONSE, "pairs": PAIRS}
+            record(args.out, "memory", {"sizes": sizes, "threads": args.threads, "cells": order})
+
+
+if __name__ == "__main__":
+    main()
