@@ -29,7 +29,7 @@ import lddyn
 from lddyn.memory import parse_memory
 
 BUDGETS = ("512MiB", "1GiB", "4GiB")
-PROMPT, RESPONSE, PAIRS = 32, 32, 8  # tokens, tokens, pairs
+PROMPT, RESPONSE, PAIRS = 24, 24, 4  # tokens, tokens, pairs
 RUN = lddyn.Run(lr=1e-4, epochs=1, batch=4)
 
 Pair = tuple[lddyn.Example, lddyn.Example]

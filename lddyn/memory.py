@@ -27,6 +27,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
+def name_memory(error: BaseException, memory: object = None) -> None:
+    """Adds to the message of an allocator's error what the caller can do; once for an error.
+
+    Args:
+        error: The error; `is_out_of_memory` is true of it.
+        memory: The `memory=` of the analysis, if it is known.
+    """
+    lines = str(error).splitlines() or [type(error).__name__]
+    if _REMEDY in lines[0]:
+        return
+    given = "" if memory is None else f" (it was {memory!r})"
+    lines[0] = f"{lines[0].rstrip('.')}: {_REMEDY}{given}, or fewer or shorter sequences at a time"
+    error.args = ("\n".join(lines),)
+
+
+_REMEDY = "the machine's memory ran out: give a smaller memory= (--memory)"
+
+
 def parse_memory(memory: int | str, device: torch.device | None = None) -> int:
     """Bytes of a budget such as "2GiB", "500MB", a plain number of bytes, or "auto".
 
@@ -92,8 +110,8 @@ class Budget:
         return max(self.total - vectors, self.total // 4, 1)
 
     def holds(self, vectors: int) -> bool:
-        """Whether these vectors leave a quarter of the budget for the workspace, or are small."""
-        return not self.strict or vectors + self.total // 4 <= max(self.total, FLOOR // 4)
+        """Whether these vectors fit, or are small; a workspace is then beside them."""
+        return not self.strict or vectors <= max(self.total, FLOOR // 4)
 
     def require(self, vectors: int, what: str, remedy: str) -> None:
         """Raises a MemoryBudgetError, before the work, where vectors alone break the promise.

@@ -1,11 +1,15 @@
 """Budgets of memory, errors of allocators, CPU threads."""
 
+import sys
 import threading
 
 import pytest
 import torch
+import zoo
 
-from lddyn.memory import cpu_threads, in_gib, is_out_of_memory, parse_memory
+import lddyn
+from lddyn.memory import Budget, cpu_threads, in_gib, is_out_of_memory, name_memory, parse_memory
+from lddyn.store.build import build_store
 
 
 @pytest.mark.parametrize(
@@ -87,3 +91,130 @@ def test_threads_are_restored_whoever_leaves_last():
     with cpu_threads(3):
         pass
     assert torch.get_num_threads() == before
+
+
+def test_a_number_counts_vectors_and_auto_does_not():
+    number, auto = Budget.of("1GiB"), Budget.of("auto")
+    assert (number.total, number.strict, auto.strict) == (2**30, True, False)
+    assert number.beside(2**29) == 2**29 and number.beside(2**30) == 2**28
+    assert auto.beside(2**40) == auto.total and auto.holds(2**40)
+    assert number.holds(2**30) and not number.holds(2**30 + 1)
+    number.require(2**30, "this", "try that")
+    auto.require(2**40, "this", "try that")
+    with pytest.raises(lddyn.MemoryBudgetError, match=r"this needs 8.12 GiB .*'8192MiB'.*try that"):
+        number.require(2**33, "this", "try that")
+
+
+def test_a_remedy_is_named_once():
+    error = torch.OutOfMemoryError("no room\nat this line")
+    name_memory(error, "2GiB")
+    name_memory(error)
+    first, second = str(error).splitlines()
+    assert first.startswith("no room: ") and "(it was '2GiB')" in first and second == "at this line"
+    assert str(error).count("--memory") == 1
+
+
+# --------------------------------------------------------------------------- half-way
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.build("llama", num_hidden_layers=2, vocab_size=64).eval()
+
+
+def rows(count):
+    return [lddyn.Example([5, 9, i], [21, 9 + i, 40]) for i in range(count)]
+
+
+def pairs(count):
+    return [
+        (lddyn.Example([5, i], [21, i + 3]), lddyn.Example([5, i], [i, 7])) for i in range(count)
+    ]
+
+
+class Failing:
+    """Replaces a function by one that runs out of memory at its nth call, and at all later ones."""
+
+    def __init__(self, monkeypatch, place, name, calls, error):
+        module = sys.modules[place]
+        self.original, self.left, self.error = getattr(module, name), calls, error
+        monkeypatch.setattr(module, name, self)
+
+    def __call__(self, *args, **kwargs):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return self.original(*args, **kwargs)
+
+
+def no_room():
+    return torch.OutOfMemoryError("no room (made up)")
+
+
+def state(model):
+    weights = {n: (p.clone(), p.requires_grad, p.grad) for n, p in model.named_parameters()}
+    own = {n: dict(vars(m)) for n, m in model.named_modules()}
+    return weights, own
+
+
+def assert_restored(model, before):
+    weights, own = before
+    for name, parameter in model.named_parameters():
+        value, requires, grad = weights[name]
+        assert torch.equal(parameter, value) and (parameter.requires_grad, parameter.grad) == (
+            requires,
+            grad,
+        )
+    for name, module in model.named_modules():
+        assert vars(module).keys() == own[name].keys() and module.training == own[name]["training"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), no_room()], ids=["host", "device"])
+def test_a_store_keeps_what_was_built_before_memory_ran_out(model, tmp_path, monkeypatch, error):
+    some, sketch, before = rows(5), lddyn.Sketch(k=900), state(model)
+    whole = build_store(model, some, tmp_path / "whole", sketch).store
+    with monkeypatch.context() as patch:
+        Failing(patch, "lddyn.sketches.features", "visit_tokens", 3, error)
+        with pytest.raises(type(error), match=r"give a smaller memory= \(--memory\)"):
+            build_store(model, some, tmp_path / "s", sketch)
+    assert_restored(model, before)
+    kept = lddyn.Store.open(tmp_path / "s")
+    assert len(kept.example_ids) == 3
+    assert torch.equal(kept.rows(0, 9), whole.rows(0, 9))
+    assert build_store(model, some, tmp_path / "s", sketch).written == 2
+    assert torch.equal(lddyn.Store.open(tmp_path / "s").rows(0, 15), whole.rows(0, 15))
+
+
+@pytest.mark.parametrize("calls", [0, 3])
+@pytest.mark.parametrize("what", ["ntk", "product", "decompose", "features"])
+def test_a_model_is_whole_after_memory_ran_out(model, monkeypatch, what, calls):
+    one, other = rows(2)
+    K = lddyn.ntk(model, one, other)
+    work = {
+        "ntk": lambda: lddyn.ntk(model, one, other).gram(),
+        "product": lambda: K @ torch.ones(3, 64),
+        "decompose": lambda: lddyn.decompose(model, one, lddyn.SFT(other), 1e-3),
+        "features": lambda: lddyn.features(model, [one], lddyn.Sketch(k=900)),
+    }[what]
+    expected, before = work() if what == "product" else None, state(model)
+    with monkeypatch.context() as patch:
+        for place in ("lddyn.engine.pullback", "lddyn.engine.pushforward"):
+            name = "pull" if place.endswith("pullback") else "push"
+            Failing(patch, place, name, calls, no_room())
+        with pytest.raises(torch.OutOfMemoryError, match=r"no room .*--memory"):
+            work()
+    assert_restored(model, before)
+    if expected is not None:
+        assert torch.equal(K @ torch.ones(3, 64), expected)
+
+
+def test_a_diagnosis_keeps_what_was_ranked_before_memory_ran_out(model, monkeypatch):
+    run = lddyn.Run(lr=1e-3, epochs=1, batch=2)
+    seen, before = [], state(model)
+    whole = lddyn.diagnose(model, pairs(3), run=run, close_ups=0)
+    with monkeypatch.context() as patch:
+        Failing(patch, "lddyn.sets.segments", "read_rows", 0, no_room())
+        with pytest.raises(torch.OutOfMemoryError, match="--memory"):
+            lddyn.diagnose(model, pairs(3), run=run, close_ups=0, so_far=seen.append)
+    assert_restored(model, before)  # the weights had been moved
+    assert len(seen) == 1 and torch.equal(seen[0].gram, whole.gram)

@@ -25,6 +25,7 @@ from lddyn.engine.door import replaced_forwards
 from lddyn.engine.quantised import keep_layout
 from lddyn.engine.turns import Gate, Hold, switching, turn
 from lddyn.engine.undo import Undo, shielded
+from lddyn.memory import is_out_of_memory, name_memory
 
 _P = ParamSpec("_P")
 
@@ -255,7 +256,7 @@ def undisturbed(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Runs a function outside of the caller's inference mode and autocast, in this thread's turn.
 
     The function's first argument holds the model whose turn it is: a module, an Anatomy, a trace,
-    or an operator over traces.
+    or an operator over traces. An error of the allocator leaves with a remedy in its message.
     """
 
     @functools.wraps(function)
@@ -266,7 +267,15 @@ def undisturbed(function: Callable[_P, _R]) -> Callable[_P, _R]:
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except (MemoryError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    name_memory(
+                        error,
+                        kwargs.get("memory", getattr(args[0] if args else None, "memory", None)),
+                    )
+                raise
 
     return run
 

@@ -136,6 +136,7 @@ class NTK:
         """
         return self.products.product()(self._cotangents(self.updated, g, "G"))
 
+    @undisturbed
     def block(self, m: int, token: int) -> Tensor:
         """The dense V x V block K_{m,l} of one token pair; V pullbacks, for small vocabularies.
 
@@ -144,6 +145,7 @@ class NTK:
         """
         return self.to_dense([m], [token])[0, :, 0, :]
 
+    @undisturbed
     def to_dense(
         self, rows: Sequence[int] | None = None, columns: Sequence[int] | None = None
     ) -> Tensor:

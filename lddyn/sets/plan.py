@@ -204,8 +204,8 @@ def plan_within(
         smaller = plan = made(refresh, close_ups, lbk)
         memory.require(
             plan.rows + plan.vectors,
-            "the prediction of a run",
-            "train an adapter (--adapter), or predict no run",
+            "the prediction of a run" if plan.vectors else "a row of each sequence",
+            "train an adapter (--adapter), predict no run, or lower k of the sketch",
         )
         less = [o for o in less if o[1] <= close_ups and o[2] <= lbk]
     while budget is not None and plan.epochs > budget:
