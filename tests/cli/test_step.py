@@ -317,8 +317,9 @@ def test_a_labelled_row_takes_ktos_step_and_no_step_towards_what_is_not_wanted(m
     assert decomposed(model, file, "--no-verify")["observed"][0]["delta_logp"] > 0
     result = call("decompose", "--model", model, "--data", file, "--row", 1, "--no-verify")
     assert result.exit_code == 2 and "the row's label is false" in result.stderr
-    result = call("diagnose", "--model", model, "--data", file)
-    assert result.exit_code == 2 and "the rows have a label" in result.stderr
+    found = json.loads(call("diagnose", "--model", model, "--data", file, "--json").stdout)
+    assert found["summary"]["objective"] == "kto"
+    assert [row["wanted"] for row in found["sequences"]] == [1, -1]
 
 
 @pytest.mark.case("settings of a trainer's config")
