@@ -109,7 +109,9 @@ def _replace(path: Path, data: bytes | bytearray, temporary: Path, *, durable: b
         os.replace(temporary, path)
     except OSError as error:  # a full disk: calls of the kernel on numbers name no file
         temporary.unlink(missing_ok=True)
-        raise type(error)(error.errno, error.strerror, str(path)) from error
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     if durable:
         sync_folder(path.parent)
 
