@@ -20,6 +20,7 @@ from lddyn.lab.first_order import first_order
 from lddyn.lab.kernel_norms import influence, kernel_norms, some_tokens
 from lddyn.lab.mass import measured_flows, predicted_flows
 from lddyn.lab.record import Lab
+from lddyn.lab.sft import measure
 from lddyn.lab.sft.tables import kernel_grid
 from lddyn.lab.shares import over_prompts
 from lddyn.lab.tracker import Tracker
@@ -285,6 +286,7 @@ SFT_OPTIONS = settings.Sft(
 @pytest.mark.slow
 def test_sft_resumed_is_sft_uninterrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "KERNEL_RTOL", 0.9)  # few samples
+    monkeypatch.setattr(measure, "OPTIMIZERS", ("rmsprop",))
     whole = sft.run(tmp_path, SFT_OPTIONS, progress=False)
     names = [claim["name"] for claim in whole["claims"]]
     assert {"sft 1", "sft 2a", "sft 2b", "sft 2c", "sft 3", "sft 4", "bound", "rank"} <= set(names)

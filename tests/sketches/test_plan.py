@@ -147,7 +147,7 @@ def test_pushing_either_side_gives_the_same_table(transposed):
 )
 def test_the_expected_error_of_a_sketch_is_the_measured_one(kind, by):
     """Within 1.5, as the root mean square over 12 seeds, of another set of sequences than seen."""
-    anatomy, some = Anatomy(zoo.build("llama")), examples(8)
+    anatomy, some = Anatomy(zoo.build("llama")), examples(4)
     exact = lddyn.plan(anatomy, some, by=by).run().value.double()
     way = lddyn.plan(anatomy, some, by=by, rtol=0.2, sketch=lddyn.Sketch(kind))
     found = next(c for c in way.candidates if c.method == "features")
@@ -226,17 +226,17 @@ def test_a_near_tie_goes_to_what_is_exact():
 
 def test_memory_decides():
     """The table and the forward passes do not fit: sketches, on disk if they must."""
-    anatomy, some = Anatomy(zoo.build("llama")), examples(40, tokens=40)
+    anatomy, some = Anatomy(zoo.build("llama")), examples(24, tokens=40)
     assert lddyn.plan(anatomy, some, rtol=0.5).chosen.fits
-    tight = lddyn.plan(anatomy, some, rtol=0.5, memory="8MiB")
+    tight = lddyn.plan(anatomy, some, rtol=0.5, memory="5MiB")
     assert tight.chosen.method == "store" and tight.chosen.disk > 0
     with pytest.raises(RuntimeError, match="lddyn features build --kind"):
         tight.run()
-    low = lddyn.plan(anatomy, some, memory="8MiB", sketch=lddyn.Sketch("lowrank", rank=3))
+    low = lddyn.plan(anatomy, some, memory="5MiB", sketch=lddyn.Sketch("lowrank", rank=3))
     stored = next(c for c in low.candidates if c.method == "store")
     with pytest.raises(RuntimeError, match=r"--kind lowrank .* --rank 3,"):
         dataclasses.replace(low, chosen=stored).run()
-    nothing = lddyn.plan(anatomy, some, memory="8MiB")
+    nothing = lddyn.plan(anatomy, some, memory="5MiB")
     assert nothing.chosen is None and "raise memory or rtol" in nothing.explain()
     with pytest.raises(RuntimeError, match="no way"):
         nothing.run()

@@ -17,6 +17,8 @@ from lddyn.lab.setting import Setting
 from lddyn.lab.training import Explained, Explanations, Supervised, train
 from lddyn.optimizers import make_optimizer
 
+OPTIMIZERS = ("sgd", "rmsprop")  # with which the accuracy of the first order is measured
+
 
 def influence_maps(
     setting: Setting, model: nn.Module, prompts: int = 8
@@ -55,7 +57,7 @@ def accuracy(
     """
     probes = setting.encode(setting.probes, setting.fields).select(range(3))
     rows = []
-    for optimizer in ("sgd", "rmsprop"):
+    for optimizer in OPTIMIZERS:
         for rate in (PAPER_LR, 10 * PAPER_LR, lr, 10 * lr) if steps else ():
             model = setting.fresh().double()
             parts: list[Explained] = []
