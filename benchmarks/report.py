@@ -30,6 +30,7 @@ SECTIONS = {
     "reported": diagnosis.reported,
     "streaming": speed.streaming,
     "store": speed.store,
+    "memory": speed.memory,
     "dialogue": exactness.dialogue,
     "influence": speed.influence,
     "scaling": speed.scaling,

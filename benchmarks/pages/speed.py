@@ -197,3 +197,34 @@ def store(section: dict) -> str:
         ],
     ]
     return table(["what", "measured"], rows) + f"\n\n<sub>{made_by(section)}</sub>"
+
+
+def memory(section: dict) -> str:
+    """Growth of resident memory against `memory=`, by analysis and budget."""
+    from lddyn.memory import FLOOR
+
+    result, made = section["result"], {}
+    budgets = list(dict.fromkeys(c["memory"] for c in result["cells"]))
+    budgets.sort(key=lambda b: next(c["budget_bytes"] for c in result["cells"] if c["memory"] == b))
+    for cell in result["cells"]:
+        limit = 1.25 * cell["budget_bytes"] + FLOOR
+        grown = f"{cell['grown_bytes'] / 2**20:,.0f} MiB"
+        text = f"{grown}, {cell['grown_over_budget']:.2f}×, {duration(cell['seconds'])}"
+        if cell["refused"]:
+            text = "refused before the work"
+        elif cell["grown_bytes"] > limit:
+            text = f"**{text}: beyond the promise**"
+        made[cell["work"], cell["memory"]] = text
+    names = list(dict.fromkeys(c["work"] for c in result["cells"]))
+    rows = [[name, *(made.get((name, b), "not measured") for b in budgets)] for name in names]
+    sizes, first = result["sizes"], result["cells"][0]
+    threads = "one thread" if result["threads"] == 1 else f"{result['threads']} threads"
+    kept = {commit for c in result["cells"] if (commit := c["commit"])}
+    return (
+        f"SmolLM2 with {first['model_bytes'] / 2**20:,.0f} MiB of float32 weights, all trained but "
+        f"where LoRA is named; {sizes['pairs']} pairs, prompts and responses of {sizes['prompt']} "
+        f"and {sizes['response']} random tokens; {threads}, a process for each cell, on a busy "
+        f"machine. Growth of resident memory at its peak, that over the budget, and time:\n\n"
+        f"{table(['analysis', *budgets], rows)}\n\n"
+        f"*{made_by(section)}; cells of commit {', '.join(sorted(kept))}.*"
+    )

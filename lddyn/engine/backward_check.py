@@ -16,7 +16,7 @@ again. A verdict is remembered with the model for as long as its modules, their 
 and the choice of trainable parameters stay.
 
 Cost: a few forward and backward passes of at most 16 tokens; in memory a share of the gradients of
-all trainable parameters, and not more than 256 MiB, or the gradient of the largest one.
+all trainable parameters, and not more than 64 MiB, or the gradient of the largest one.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.factors import Factors, HeadFactor, pull
+from lddyn.engine.gradient import inner_product
 from lddyn.engine.guard import undisturbed
 from lddyn.engine.ledger import Tap
 from lddyn.engine.linearized import Source, linearize, push
@@ -326,7 +327,7 @@ def _compare_gradients(
     """Raises if the factors of a parameter are not its plain gradient, beyond rounding."""
     errors: dict[str, tuple[float, float]] = {}  # norms of the difference and of the gradient
     for name, gradient in _plain_gradients(anatomy, example, cotangents, limits):
-        size = float(gradient.double().norm())
+        size = inner_product(gradient, gradient) ** 0.5
         if not math.isfinite(size):
             raise NonFiniteError(
                 f"the gradient of {name} is NaN or infinite although all weights and logits are "
@@ -339,7 +340,7 @@ def _compare_gradients(
                 into = gradient[int(index[:-1])] if index else gradient
                 for use in parts:
                     _subtract(into, *use)
-        errors[name] = float(gradient.double().norm()), size
+        errors[name] = inner_product(gradient, gradient) ** 0.5, size
     total = sum(size**2 for _, size in errors.values()) ** 0.5
     reached = {key.partition("[")[0] for key in uses}
     for name, (error, size) in errors.items():

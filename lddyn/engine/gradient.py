@@ -169,7 +169,7 @@ def _pulled_back(
 def inner_product(one: Tensor, other: Tensor) -> float:
     """⟨one, other⟩ of two tensors of a shape; products are summed in float64, block by block."""
     blocks = zip(one.flatten().split(_BLOCK), other.flatten().split(_BLOCK), strict=True)
-    return sum(float((a * b).sum(dtype=torch.float64)) for a, b in blocks)
+    return sum(float((a.double() * b.double()).sum()) for a, b in blocks)
 
 
 _BLOCK = 1 << 20  # numbers that are converted to float64 together

@@ -49,7 +49,8 @@ class Access:
         self._anatomy: Anatomy | None = None
         try:
             self._anatomy = Anatomy.of(model)
-            self.push(probe, [torch.zeros(self.size)])
+            still = {n: p.new_zeros(()).expand(p.shape) for n, p in self.anatomy.trainable.items()}
+            log_prob_shifts(self.anatomy.trace(probe), [still])
         except UnrepeatableModelError:
             raise
         except (DisagreementError, UnsupportedModelError) as error:

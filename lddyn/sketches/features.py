@@ -16,6 +16,7 @@ from lddyn.data.token_table import table_of
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.gram import Side
 from lddyn.engine.guard import undisturbed
+from lddyn.errors import MemoryBudgetError
 from lddyn.finite import checked
 from lddyn.memory import DEFAULT_MEMORY, cpu_threads, parse_memory
 from lddyn.sketches.allocation import choose_layout
@@ -81,7 +82,8 @@ def features(
 
     Raises:
         ValueError: If there is no example, weights do not fit, the layout belongs to another model,
-            k is too small, or memory does not hold a chunk of the longest example.
+            or k is too small.
+        MemoryBudgetError: If memory does not hold a chunk of the longest example.
         UnsupportedModelError: If the model cannot be opened, or its parameters not be sketched.
 
     Cost: 2 N_θ Σ (p_m + 1) FLOPs for pulling back, N_θ the block-linear parameters and p_m the
@@ -150,7 +152,7 @@ def _token_rows(
         total = sum(map(len, examples)) * layout.width * element
         work = chunk_bytes(layout, Side(trace).bytes_per_cotangent(), count, element)
         if total + work > budget:
-            raise ValueError(
+            raise MemoryBudgetError(
                 f"memory must be at least {total + work} bytes, {total} for all rows and {work} "
                 f"for a chunk of {count} tokens of a sequence of "
                 f"{trace.length}, got {budget}: raise it, lower chunk, or give fewer examples at a "
@@ -182,7 +184,7 @@ def _sequence_rows(
         total = len(examples) * layout.width * trace.logits.element_size()
         batching = Batching.of(trace, max(map(len, examples)), chunk, budget - total, layout)
         if total + batching.least > budget:
-            raise ValueError(
+            raise MemoryBudgetError(
                 f"memory must be at least {total + batching.least} bytes, {total} for all rows and "
                 f"{batching.least} for a sequence of {trace.length} tokens, got {budget}: raise "
                 "it, or give fewer examples at a time with one layout"

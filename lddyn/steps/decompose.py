@@ -60,7 +60,9 @@ def decompose(
         max_grad_norm: Clip the gradient's global norm first, as trainers do; 0: no clipping.
         rule: Where on the step the observed gradients are taken: "start", "midpoint", "simpson";
             the error against the real step falls as η², η³, η⁵.
-        memory: Workspace in bytes or as "2GiB", beyond the model, one gradient, and the result.
+        memory: Bytes, or "2GiB", for all that is held beyond the model and the result: at least one
+            vector of all trainable values. Little of it takes more time. "auto": a workspace of
+            4 GiB beside these vectors (a third of what is free on a GPU).
         progress: Show progress bars.
 
     Returns:
@@ -69,6 +71,7 @@ def decompose(
     Raises:
         TypeError: If the update is no Objective, or the optimizer is not one of those.
         ValueError: For a bad argument, token id, or loss; the message says which.
+        MemoryBudgetError: If memory is a number, and less than the vectors of the step need.
         UnsupportedModelError: If the model cannot be opened.
         NonFiniteError: If a weight, activation or logit is NaN or infinite.
         DisagreementError: If two computations of the same change differ by more than rounding: an
@@ -78,8 +81,8 @@ def decompose(
     Cost: 2 N_θ (Σ_m p_m + Σ_l p_l) FLOPs for the table under SGD, with N_θ the number of parameters
         and p_m the position of token m in its sequence. Under a diagonal P (Adam, RMSprop) about
         L · 4 N_θ (T_u + Σ T_o), with L update tokens and T_u, T_o the lengths of the update and of
-        the observed sequences. Memory: one more gradient and a shifted copy of the trainable
-        parameters.
+        the observed sequences. Memory: one vector of all trainable values,
+        up to three more for Adam, and where there is room a shifted copy of them.
 
     Source: paper Eq. 5-7 (SFT, DPO); optimizers and finite steps go beyond it.
 
