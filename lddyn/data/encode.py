@@ -347,6 +347,7 @@ def _encode_messages(
     template.check("prompt", prompt)
     template.check(name or "response", response, notes)
     messages = [*prompt, *response]
+    _note_turns(messages, notes)
     try:
         alone = template.render_prompt(prompt)
         ids, counted = _render_response(template, messages, len(prompt), options, notes)
@@ -372,6 +373,16 @@ def _encode_messages(
             field=name or "response",
         )
     return make_example(tokenizer, ids[:start], ids[start:], mask, notes, name, options)
+
+
+def _note_turns(messages: Messages, notes: Notes) -> None:
+    """Note an end without an answer, and a system message that is not the first."""
+    if messages[-1]["role"] != "assistant":
+        detail = f"the conversation ends with a message of {messages[-1]['role']!r}"
+        notes.append(("open_end", f"{detail}: no answer is learned from it"))
+    late = [i for i, m in enumerate(messages) if i and m["role"] == "system"]
+    if late:
+        notes.append(("late_system", f"message {late[0]} of {len(messages)} is a system message"))
 
 
 def _render_response(

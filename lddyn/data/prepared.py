@@ -258,6 +258,7 @@ class _Prepared:
                 )
             )
         positions = entries(self.row["position_ids"]) if self.row.get("position_ids") else []
+        self._note_positions(positions if len(positions) == len(ids) else [], attended)
         restarts = sum(position == 0 for position in positions[1:])
         if restarts and self.row.get("attention_mask") is not None and set(attended) == {1}:
             self.read.notes.append(
@@ -270,6 +271,34 @@ class _Prepared:
                 )
             )
         self._note_ends(ids, counted, packed=bool(restarts) or max(attended, default=1) > 1)
+
+    def _note_positions(self, positions: Sequence[int], attended: Sequence[int]) -> None:
+        """Note a hole in the attention mask, and positions that do not count from 0."""
+        seen = [i for i, a in enumerate(attended) if a]
+        holes = [i for i in range(seen[0], seen[-1]) if not attended[i]] if seen else []
+        if holes:
+            self.read.notes.append(
+                (
+                    "mask_hole",
+                    "attention_mask",
+                    f"attention_mask is 0 at index {holes[0]}, between tokens that are attended "
+                    "to: lddyn leaves such tokens out, a trainer counts their positions",
+                )
+            )
+        expected = 0
+        for i in seen if positions else []:
+            expected = 0 if positions[i] == 0 else expected
+            if positions[i] != expected:
+                self.read.notes.append(
+                    (
+                        "positions",
+                        "position_ids",
+                        f"position_ids[{i}] is {positions[i]}, and {expected} here: lddyn counts "
+                        "from 0 in each document",
+                    )
+                )
+                return
+            expected += 1
 
     def _note_ends(self, ids: Sequence[int], counted: Sequence[bool], packed: bool) -> None:
         """Note an EOS that the mask leaves out, and a BOS in the middle of the sequence."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from lddyn.errors import ExampleError
+
 __all__ = ["Tokenizer"]
+
+LONGEST_TEXT = 1 << 24  # characters of a prompt or response
 
 
 class Tokenizer(Protocol):
@@ -45,7 +49,16 @@ class Tokenizer(Protocol):
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a text, with the special tokens that the tokenizer adds by default."""
+    """Token ids of a text, with the special tokens that the tokenizer adds by default.
+
+    Raises:
+        ExampleError: If the text has more than 2^24 characters, which would take minutes.
+    """
+    if len(text) > LONGEST_TEXT:
+        raise ExampleError(
+            f"a text must have at most {LONGEST_TEXT:,} characters, got {len(text):,}: no model "
+            "reads so long a row"
+        )
     return list(tokenizer(text=text)["input_ids"])
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 
 import pytest
 from chats import assistant, make_tokenizer, user
@@ -84,6 +85,43 @@ def test_packed_rows_with_a_mask_of_ones():
     assert list(encode_row(tokenizer, row)) == ["document_0", "document_1"]
     assert codes(audit(tokenizer, [row])) == {"packed_attention"}
     assert codes(audit(tokenizer, [{"input_ids": ids}]), ("note",)) == {"packed_hint"}
+
+
+@pytest.mark.case("a hole in the attention mask, positions that do not count from 0")
+def test_masks_and_positions_that_are_not_followed(tokenizer):
+    row = {"input_ids": [5, 6, 7, 50, 51, tokenizer.eos_token_id], "attention_mask": [1] * 6}
+    assert not codes(audit(tokenizer, [row]))
+    hole = {**row, "attention_mask": [1, 1, 0, 1, 1, 1]}
+    assert codes(audit(tokenizer, [hole])) == {"mask_hole"}
+    padded = {**row, "attention_mask": [0, 0, 1, 1, 1, 1], "position_ids": [1, 1, 0, 1, 2, 3]}
+    assert not codes(audit(tokenizer, [padded]))
+    for positions in ([3, 4, 5, 6, 7, 8], [0, 1, 2, 9, 10, 11], [0, 0, 0, 0, 0, 1]):
+        found = codes(audit(tokenizer, [{**row, "position_ids": positions}]))
+        assert ("positions" in found) == (positions != [0, 0, 0, 0, 0, 1])
+
+
+@pytest.mark.case("a conversation without a last answer, or with a late system message")
+def test_turns_that_are_out_of_place(tokenizer):
+    user, assistant = ({"role": r, "content": "two"} for r in ("user", "assistant"))
+    system = {"role": "system", "content": "two"}
+    for messages, note in (
+        ([system, user, assistant], set()),
+        ([user, assistant, user], {"open_end"}),
+        ([user, system, assistant], {"late_system"}),
+    ):
+        found = codes(audit(tokenizer, [{"messages": messages}]), ("note",))
+        assert found - {"assistant_only"} == note
+
+
+@pytest.mark.case("a text of 100 million characters")
+def test_a_text_that_no_model_reads_is_a_finding(tokenizer):
+    long = {"prompt": "a", "completion": "b " * 2**23 + "c"}
+    row = {"prompt": "a", "completion": "b"}
+    began = time.process_time()
+    found = audit(tokenizer, [long, row])
+    assert time.process_time() - began < 20  # tokenizing takes minutes
+    (finding,) = (f for f in found if f.row == 0)
+    assert finding.problem == "invalid" and "at most 16,777,216 characters" in finding.detail
 
 
 @pytest.mark.case("masks of a batch of reinforcement learning")
