@@ -203,10 +203,12 @@ def test_python_blocks_run(page, given, folder, service):
 
 
 NAME = re.compile(r"(?<![\w./-])lddyn(?:\.[A-Za-z_]\w*)+")
-RESOLVE = """
-import json, sys
+# In one fresh interpreter, whose imports take many seconds: names, before anything is imported but
+# lddyn, and then the examples, one after another.
+RUN_ALL = """
+import contextlib, io, json, runpy, sys, traceback
 import lddyn
-missing = {}
+missing, outcomes = {}, {}
 for name in json.load(sys.stdin):
     here = lddyn
     for part in name.split(".")[1:]:
@@ -215,28 +217,45 @@ for name in json.load(sys.stdin):
         except AttributeError as error:
             missing[name] = str(error)
             break
-print(json.dumps(missing))
+for path in sys.argv[1:]:
+    said, error = io.StringIO(), ""
+    try:
+        with contextlib.redirect_stdout(said):
+            runpy.run_path(path, run_name="__main__")
+    except BaseException:
+        error = traceback.format_exc()
+    outcomes[path] = [said.getvalue(), error]
+print(json.dumps({"missing": missing, "outcomes": outcomes}))
 """
 
 
 @pytest.fixture(scope="module")
-def missing():
-    """Names that pages write and `import lddyn` alone does not reach, with the error of each."""
+def said(world, made_once):
+    """What a fresh interpreter says of the names that pages write, and of the examples."""
     names = sorted({name for text in PAGES.values() for name in NAME.findall(text)})
-    done = subprocess.run(
-        [sys.executable, "-c", RESOLVE],
-        input=json.dumps(names),
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    about = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    about["LDDYN_CACHE_DIR"] = str(world.path.parent)
+
+    def run(folder):
+        done = subprocess.run(
+            [sys.executable, "-c", RUN_ALL, *map(str, EXAMPLES)],
+            input=json.dumps(names),
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env=os.environ | about,
+            timeout=250,
+        )
+        assert done.returncode == 0, done.stderr
+        (folder / "said.json").write_text(done.stdout.splitlines()[-1])
+
+    return json.loads((made_once("pages", run) / "said.json").read_text())
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_names_in_code_exist(page, missing):
+def test_names_in_code_exist(page, said):
     """As a reader writes them: attributes of lddyn, after `import lddyn` and nothing else."""
+    missing = said["missing"]
     assert {name: missing[name] for name in NAME.findall(PAGES[page]) if name in missing} == {}
 
 
@@ -357,41 +376,10 @@ def test_the_page_of_commands_has_them_all():
 
 # --------------------------------------------------------------------------- examples
 
-RUN_ALL = """
-import contextlib, io, json, runpy, sys, traceback
-found = {}
-for path in sys.argv[1:]:
-    said, error = io.StringIO(), ""
-    try:
-        with contextlib.redirect_stdout(said):
-            runpy.run_path(path, run_name="__main__")
-    except BaseException:
-        error = traceback.format_exc()
-    found[path] = [said.getvalue(), error]
-print(json.dumps(found))
-"""
-
-
-@pytest.fixture(scope="module")
-def outcomes(world, tmp_path_factory):
-    """What each example said, and its error: one after another in one fresh process."""
-    about = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    about["LDDYN_CACHE_DIR"] = str(world.path.parent)
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_ALL, *map(str, EXAMPLES)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path_factory.mktemp("examples"),
-        env=os.environ | about,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
-def test_examples_run(path, outcomes):
-    said, error = outcomes[str(path)]
+def test_examples_run(path, said):
+    printed, error = said["outcomes"][str(path)]
     assert not error
-    assert said.strip()
+    assert printed.strip()
     assert len(path.read_text().splitlines()) <= 60
