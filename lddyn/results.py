@@ -7,9 +7,10 @@ explain()   sentences for people           save(), load()   files, where there a
 from __future__ import annotations
 
 import abc
+import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,17 @@ __all__ = ["Result", "load_result", "save_result"]
 
 
 class Result(abc.ABC):
-    """Base of result classes. `print(result)` shows `explain()`; the repr shows the summary."""
+    """Base of result classes. `print(result)` shows `explain()`; the repr shows the summary.
+
+    Whatever a damaged or hand-made file makes of `load` is a ValueError that names the file.
+    """
+
+    def __init_subclass__(cls) -> None:
+        """Makes errors of `load` name the file."""
+        super().__init_subclass__()
+        load = vars(cls).get("load")
+        if isinstance(load, classmethod):
+            cls.load = classmethod(_naming_the_file(load.__func__))  # type: ignore[attr-defined]
 
     @abc.abstractmethod
     def summary(self) -> JsonObject:
@@ -54,6 +65,28 @@ class Result(abc.ABC):
             if value is None or isinstance(value, bool | int | float | str)
         ]
         return f"{type(self).__name__}({', '.join(shown[:8])})"
+
+
+def _naming_the_file(load: Callable[..., Any]) -> Callable[..., Any]:
+    """The function `load(cls, path, …)`, whose errors name the path."""
+
+    @functools.wraps(load)
+    def named(cls: type, path: str | Path, *rest: Any, **options: Any) -> Any:
+        try:
+            return load(cls, path, *rest, **options)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
+            raise _unreadable(path, cls, error) from error
+        except (TypeError, ValueError) as error:
+            if str(path) in str(error):
+                raise
+            raise _unreadable(path, cls, error) from error
+
+    return named
+
+
+def _unreadable(path: str | Path, cls: type, error: Exception) -> ValueError:
+    reason = f"it has no {error}" if isinstance(error, KeyError) else error
+    return ValueError(f"{path}: cannot be read as lddyn.{cls.__name__}: {reason}")
 
 
 def save_result(

@@ -11,6 +11,7 @@ import zoo
 from mutations import mutate
 
 import lddyn
+from lddyn.files import read_sealed, sealed
 from lddyn.results import Result, load_result, save_result
 
 torch.set_num_threads(1)
@@ -57,6 +58,9 @@ RESULTS = {
     ),
     "Estimate": lambda model, step: lddyn.Estimate(torch.randn(3, 2), torch.rand(3, 2), 9),
     "Diagnosis": lambda model, step: diagnosed(model),
+    "SequenceDiagnosis": lambda model, step: lddyn.diagnose(
+        model, lddyn.SFT(list(zoo.examples())), close_ups=0
+    ),
     "Forecast": lambda model, step: diagnosed(model).forecast,
     "Audit": lambda model, step: lddyn.audit(
         None, [{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2]}, "no row"]
@@ -184,3 +188,23 @@ def test_numbers_that_json_does_not_know_become_none():
     assert json.loads(json.dumps(one.summary(), allow_nan=False))["mean"] is None
     empty = lddyn.Estimate(torch.zeros(0, 2), torch.zeros(0, 2))
     assert "no entries" in empty.explain() and empty.summary()["mean"] is None
+
+
+@pytest.mark.case("a saved result that was edited and sealed anew")
+def test_entries_of_another_type_are_errors_that_name_the_file(tmp_path):
+    """As another version could write them under the same number of the format."""
+    path = tmp_path / "kept"
+    lddyn.Estimate(torch.ones(2), torch.ones(2), 9).save(path)
+    record = tmp_path / "kept.json"
+    content = read_sealed(record)
+    for change in ({"samples": "x"}, {"samples": -1}, {"samples": []}, {"tensors": None}):
+        record.write_text(sealed({**content, **change}))
+        with pytest.raises(ValueError, match=f"{path}: cannot be read as lddyn.Estimate"):
+            lddyn.Estimate.load(path)
+    record.write_text(sealed({k: v for k, v in content.items() if k != "samples"}))
+    with pytest.raises(ValueError, match="it has no 'samples'"):
+        lddyn.Estimate.load(path)
+    for text in ("[]", "null", "[" * 10**5, sealed({**content, "format": 99}), "\ufeff{}"):
+        record.write_text(text)
+        with pytest.raises(ValueError, match=str(path)):
+            lddyn.Estimate.load(path)
