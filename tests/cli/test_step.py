@@ -348,7 +348,7 @@ def test_a_row_without_a_response_names_the_objective_and_the_group(model, tmp_p
     result = call("decompose", "--model", model, "--data", file)
     assert result.exit_code == 2
     assert "no completion or chosen, which --objective sft reads" in result.stderr
-    assert "lddyn.Objective" in " ".join(result.stderr.split())
+    assert "lddyn.GRPO" in " ".join(result.stderr.split())
 
 
 @pytest.mark.case("KTO labels as words or numbers")

@@ -518,6 +518,6 @@ def test_a_group_of_responses_is_named(tokenizer):
     row = {"prompt": "2+2=", "completions": [" 4", " 5"], "rewards": [1, 0]}
     (finding,) = audit(tokenizer, [row]).of("missing_column")
     assert "'completions' holds a group of responses" in finding.detail
-    assert "lddyn.Objective" in finding.detail
+    assert "lddyn.GRPO" in finding.detail
     plain = audit(tokenizer, [{"prompt": "2+2=", "answers": " 4"}])
     assert "group" not in plain.of("missing_column")[0].detail
