@@ -11,11 +11,14 @@ Attempt number n of a promise always does the same. The counts are in one JSON f
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -470,6 +473,33 @@ def _fuzz(strategy: Any, check: Callable[[Any], None], first: int) -> Iterator[s
         number += len(ran)
 
 
+_BATCH = 2000  # executions of one process
+
+
+def guided(target: str) -> Attempts:
+    """Runs the fuzzer that follows coverage, in batches with seeds of their own."""
+
+    def attempts(folder: Path, first: int) -> Iterator[str]:
+        if importlib.util.find_spec("atheris") is None:
+            print(f"guided {target}: SKIPPED, pip install atheris")
+            return
+        number = first
+        while True:
+            program = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("guided.py"))]
+            seed = str(number // _BATCH + 1)
+            ran = subprocess.run(
+                [*program, target, "--runs", str(_BATCH), "--seed", seed],
+                capture_output=True,
+                text=True,
+            )
+            said = [line for line in ran.stderr.splitlines() if line.strip()]
+            yield "" if ran.returncode == 0 else f"seed {seed}: {' | '.join(said[-6:])[:500]}"
+            yield from [""] * (_BATCH - 1)
+            number += _BATCH
+
+    return attempts
+
+
 # --------------------------------------------------------------------------- all promises
 
 _SAVED = [name for name in test_results.RESULTS if name not in ("Observed", "Plan")]
@@ -487,6 +517,9 @@ _WORDS = {
     "Ctrl-C": "at any line of a guard leaves the model as it was",
     "threads": "that share a model get what they get alone",
     "fuzzed rows": "hostile rows are findings of their file",
+    "guided rows": "any bytes of a file of rows are findings, or an error that names the file",
+    "guided stores": "any bytes of a file of a store are an error, or changed nothing",
+    "guided results": "any bytes of a file of a result are an error, or changed nothing",
     "fuzzed files": "bytes written into stores and results are an error, or changed nothing",
 }
 
@@ -502,6 +535,9 @@ _ATTEMPTS: dict[str, tuple[int, Attempts]] = {
     "threads": (500, shared_models),
     "fuzzed rows": (50_000, fuzzed_rows),
     "fuzzed files": (50_000, fuzzed_files),
+    "guided rows": (50_000, guided("rows")),
+    "guided stores": (50_000, guided("stores")),
+    "guided results": (50_000, guided("results")),
 }
 
 PROMISES = [
