@@ -216,6 +216,8 @@ class Skeleton:
         """
         with Undo() as undo:
             guard.require(self.trainable.values(), undo)
+            # A mode of torch functions (`true_float64`) does not reach a block that runs again.
+            recompute &= not torch._C._len_torch_function_stack()
             undo.set(self, "recomputes", recompute or self.recomputes)
             yield
 

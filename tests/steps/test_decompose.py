@@ -721,6 +721,7 @@ def test_a_copy_of_one_block_at_a_time_changes_nothing(name, rule, tied, monkeyp
             assert torch.equal(other.delta_log_probs(), one.delta_log_probs())
     check, other = (dec.verify([1e-2, 5e-3], dtype=None) for dec in (wide, narrow))
     assert torch.allclose(check.measured, other.measured, rtol=1e-9)
+    assert narrow.verify([1e-2]).measured.dtype == torch.float64
     assert torch.allclose(check.predicted, other.predicted, rtol=1e-4, atol=1e-6)
 
 
