@@ -688,7 +688,9 @@ def test_memory_is_obeyed():
         lddyn.decompose(model, observed, lddyn.SFT(two), lr=1e-3, memory=memory)
 
     run("48MiB", lddyn.Example([3, 4], [5, 6]))
-    tight, loose = grown(lambda: run("48MiB")), grown(lambda: run("4GiB"))
+    # What other tests left in this process adds to a measurement, and never takes away from it.
+    tight = min(grown(lambda: run("48MiB")) for _ in range(3))
+    loose = grown(lambda: run("4GiB"))
     assert vectors > 6 and loose > 2 * 48, (tight, loose)
     assert tight < 1.25 * 48 + 16, (tight, loose)
 
