@@ -55,13 +55,12 @@ from lddyn.sets.rows import (
     Gram,
     PairReader,
     SetRows,
-    read_rows,
 )
 from lddyn.sets.run import Run
 from lddyn.sets.segments import predict_run
 from lddyn.sets.sequence_diagnosis import SequenceDiagnosis
 from lddyn.sets.step import SetStep
-from lddyn.sets.stored import check_store, rows_of_start
+from lddyn.sets.stored import check_store, read_start
 from lddyn.sets.validate import validate as compare_with_steps
 from lddyn.settings import Like, TrainerSettings, router_remark
 from lddyn.sketches.sketch import Sketch
@@ -247,11 +246,8 @@ def diagnose(
     refresh, close_ups, lbk = plan.refresh, plan.close_ups, plan.lbk
     with closing(Bar(plan.work, progress and ranks.rank == 0)) as bar:
         passes = Passes(access, max(set_.sequences, key=len), prepared.workspace, bar, ranks)
-        reader, kept = PairReader(set_), rows_of_start(prepared, passes, set_, store, ranks)
-        # Rows are then there already, or are made once P is known.
-        later = store is not None or (run is not None and sketch is not None)
-        bar.say("log-probs" if later else "gradients")
-        reading = read_rows(passes, set_, [] if later else [kept], reader=reader)
+        reader = PairReader(set_)
+        kept, reading = read_start(prepared, passes, set_, run, store, reader)
         readings = reader.readings(reading, ranks)
         if lbk:
             readings = readings.with_fact("lbk", lbk_of_pairs(access, set_, bar))

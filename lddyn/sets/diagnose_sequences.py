@@ -31,12 +31,12 @@ from lddyn.sets.forecast import Forecast
 from lddyn.sets.passes import Passes
 from lddyn.sets.preparation import prepare, rounding_remarks
 from lddyn.sets.readings import Readings
-from lddyn.sets.rows import Gram, read_rows
+from lddyn.sets.rows import Gram
 from lddyn.sets.run import Run
 from lddyn.sets.segments import predict_run
 from lddyn.sets.sequence_diagnosis import SequenceDiagnosis
 from lddyn.sets.sequence_set import SequenceSet, SequenceStep, response_weights
-from lddyn.sets.stored import check_store, rows_of_start
+from lddyn.sets.stored import check_store, read_start
 from lddyn.settings import Like, TrainerSettings
 from lddyn.sketches.sketch import Sketch
 from lddyn.steps.precision import has_dropout, noise_remarks
@@ -96,16 +96,12 @@ def diagnose_sequences(
         objective.subset([0])  # errors in it are raised before the work
     with closing(Bar(prepared.plan.work, progress and ranks.rank == 0)) as bar:
         passes = Passes(access, max(set_.sequences, key=len), prepared.workspace, bar, ranks)
-        rows = rows_of_start(prepared, passes, set_, store, ranks)
         tokens: list[Tensor] = [torch.empty(0)] * len(set_)
 
         def read(number: int, response: Response) -> None:
             tokens[number] = response.log_probs.detach().double().cpu()
 
-        # Rows are then there already, or are made once P is known.
-        later = store is not None or (run is not None and sketch is not None)
-        bar.say("log-probs" if later else "gradients")
-        reading = read_rows(passes, set_, [] if later else [rows], reader=read)
+        rows, reading = read_start(prepared, passes, set_, run, store, read)
         tokens = _of_all(tokens, set_, ranks)
         loss = _prepared(objective, access)
         step = SequenceStep(

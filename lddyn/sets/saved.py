@@ -24,7 +24,16 @@ from lddyn.sets.step import SetStep
 if TYPE_CHECKING:
     from lddyn.sets.diagnosis import Diagnosis
 
-__all__ = ["read", "write"]
+__all__ = [
+    "example_facts",
+    "forecast_facts",
+    "forecast_tensors",
+    "gram_tensors",
+    "read",
+    "read_forecast",
+    "read_gram",
+    "write",
+]
 
 KIND, FORMAT = "lddyn.Diagnosis", 3
 _EXAMPLE = ("prompt_ids", "response_ids", "response_mask", "name", "tokens", "prompt_tokens")
@@ -43,8 +52,8 @@ def write(
     step, pairs = diagnosis.step, diagnosis.pairs
     state: dict[str, Any] = {
         "loss": step.loss.to_dict(),
-        "pairs": [[_facts_of(e) for e in pair] for pair in pairs],
-        "observed": {name: _facts_of(e) for name, e in pairs.observed.items()},
+        "pairs": [[example_facts(e) for e in pair] for pair in pairs],
+        "observed": {name: example_facts(e) for name, e in pairs.observed.items()},
         "row_numbers": list(pairs.row_numbers),
         "faults": {str(k): v for k, v in pairs.faults.items()},
         "close_ups": {
@@ -58,34 +67,73 @@ def write(
     if diagnosis.adam is not None:
         state["second_moment"] = diagnosis.adam.second_moment
     if diagnosis.forecast is not None:
-        run, segments = asdict(diagnosis.forecast.run), diagnosis.forecast.segments
-        state["forecast"] = {"run": run, "segments": segments}
+        state["forecast"] = forecast_facts(diagnosis.forecast)
     facts = {**diagnosis.to_dict(), **(measured or {}), "state": state}
     save_result(path, KIND, FORMAT, _tensors(diagnosis), facts)
 
 
-def _facts_of(example: Example) -> dict[str, Any]:
+def example_facts(example: Example) -> dict[str, Any]:
+    """The fields of an example, for JSON; `Example(**…)` takes them."""
     return {k: getattr(example, k) for k in _EXAMPLE}
+
+
+def gram_tensors(gram: Gram) -> dict[str, Tensor]:
+    """The tensors of a Gram by name; `read_gram` takes them."""
+    tensors = {"gram": gram.value, "gram_observed": gram.observed}
+    if gram.stderr is not None:
+        tensors["stderr"] = gram.stderr
+    if gram.observed_stderr is not None:
+        tensors["stderr_observed"] = gram.observed_stderr
+    return tensors
+
+
+def read_gram(tensors: Mapping[str, Tensor]) -> Gram:
+    """The Gram among these tensors."""
+    return Gram(
+        tensors["gram"],
+        tensors.get("stderr"),
+        tensors["gram_observed"],
+        tensors.get("stderr_observed"),
+    )
+
+
+def forecast_facts(forecast: Forecast) -> dict[str, Any]:
+    """What of a forecast is no tensor, for JSON: the value of "forecast" in a saved state."""
+    return {"run": asdict(forecast.run), "segments": forecast.segments}
+
+
+def forecast_tensors(forecast: Forecast) -> dict[str, Tensor]:
+    """The tensors of a forecast by name; `read_forecast` takes them."""
+    return {f"forecast.{name}": x for name, x in forecast.tensors().items()}
+
+
+def read_forecast(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Forecast | None:
+    """The forecast of a saved state; None: it has none."""
+    if "forecast" not in state:
+        return None
+    run, segments = Run(**state["forecast"]["run"]), int(state["forecast"]["segments"])
+    return Forecast(run=run, segments=segments, **_under(tensors, "forecast"))
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix and a dot, by the rest of their names."""
+    start = prefix + "."
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
 
 def _tensors(diagnosis: Diagnosis) -> dict[str, Tensor]:
     step, readings = diagnosis.step, diagnosis.step.readings
-    tensors = {
-        "gram": step.gram.value,
+    tensors = gram_tensors(step.gram) | {
         "reference": step.reference,
         "log_probs": readings.log_probs,
+        "observed": readings.observed,
     }
-    tensors["gram_observed"], tensors["observed"] = step.gram.observed, readings.observed
-    if step.gram.stderr is not None:
-        tensors["stderr"] = step.gram.stderr
-    if step.gram.observed_stderr is not None:
-        tensors["stderr_observed"] = step.gram.observed_stderr
     tensors |= {f"facts.{name}": x for name, x in readings.facts.items()}
     tensors |= {f"token_facts.{k}": torch.cat(list(x)) for k, x in readings.token_facts.items()}
     if diagnosis.adam is not None:
         tensors["adam"] = diagnosis.adam.gram
     if diagnosis.forecast is not None:
-        tensors |= {f"forecast.{k}": x for k, x in diagnosis.forecast.tensors().items()}
+        tensors |= forecast_tensors(diagnosis.forecast)
     for pair, close_up in diagnosis.close_ups.items():
         tensors[f"close_up.{pair}"] = close_up.own
         tensors |= {f"close_up.{pair}.{j}": x for j, x in close_up.others.items()}
@@ -117,33 +165,20 @@ def _assemble(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Diagnosis:
         {name: Example(**facts) for name, facts in meta["observed"].items()},
     )
     sizes = [len(chosen) + len(rejected) for chosen, rejected in pairs]
-
-    def under(prefix: str) -> dict[str, Tensor]:
-        start = prefix + "."
-        return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-
-    token_facts = {name: list(x.split(sizes)) for name, x in under("token_facts").items()}
+    token_facts = {n: list(x.split(sizes)) for n, x in _under(tensors, "token_facts").items()}
     observed = tensors["observed"]
-    readings = Readings(tensors["log_probs"], under("facts"), token_facts, observed)
+    readings = Readings(tensors["log_probs"], _under(tensors, "facts"), token_facts, observed)
     step = SetStep(
         Loss(**meta["loss"]),
         pairs,
         readings,
-        Gram(
-            tensors["gram"],
-            tensors.get("stderr"),
-            tensors["gram_observed"],
-            tensors.get("stderr_observed"),
-        ),
+        read_gram(tensors),
         tensors["reference"],
         meta["reference_name"],
         tuple(meta["remarks"]),
     )
     adam = AdamMetric(tensors["adam"], meta["second_moment"]) if "adam" in tensors else None
-    forecast = None
-    if "forecast" in meta:
-        run, segments = Run(**meta["forecast"]["run"]), int(meta["forecast"]["segments"])
-        forecast = Forecast(run=run, segments=segments, **under("forecast"))
+    forecast = read_forecast(meta, tensors)
     close_ups = {
         int(i): CloseUp(
             tensors[f"close_up.{i}"],

@@ -17,14 +17,19 @@ from lddyn.results import Result, load_result, save_result
 from lddyn.sets.forecast import Forecast
 from lddyn.sets.observed import observed_rows
 from lddyn.sets.readings import Readings
-from lddyn.sets.rows import Gram
-from lddyn.sets.run import Run
+from lddyn.sets.saved import (
+    example_facts,
+    forecast_facts,
+    forecast_tensors,
+    gram_tensors,
+    read_forecast,
+    read_gram,
+)
 from lddyn.sets.sequence_set import SequenceSet, SequenceStep
 
 __all__ = ["SOURCES", "SequenceDiagnosis"]
 
 KIND, FORMAT = "lddyn.SequenceDiagnosis", 1
-_EXAMPLE = ("prompt_ids", "response_ids", "response_mask", "name", "tokens", "prompt_tokens")
 
 
 # What moves a sequence: itself, others to its prompt by what the loss wants, and the rest.
@@ -318,29 +323,22 @@ class SequenceDiagnosis(Result):
         """Writes `path`.json (with `to_dict`, for people) and its tensors, in one commit."""
         step, readings = self.step, self.step.readings
         state: dict[str, Any] = {
-            "sequences": [_facts_of(e) for e in self.sequences.responses],
-            "observed": {name: _facts_of(e) for name, e in self.sequences.observed.items()},
+            "sequences": [example_facts(e) for e in self.sequences.responses],
+            "observed": {name: example_facts(e) for name, e in self.sequences.observed.items()},
             "row_numbers": list(self.sequences.row_numbers),
             "labels": list(self.sequences.labels),
             "remarks": list(step.remarks),
             "unavailable": self.unavailable,
         }
-        tensors = {
-            "gram": step.gram.value,
-            "gram_observed": step.gram.observed,
+        tensors = gram_tensors(step.gram) | {
             "log_probs": readings.log_probs,
             "observed": readings.observed,
             "token_log_probs": torch.cat(list(step.token_log_probs)),
             "weights": step.weights,
         }
-        if step.gram.stderr is not None:
-            tensors["stderr"] = step.gram.stderr
-        if step.gram.observed_stderr is not None:
-            tensors["stderr_observed"] = step.gram.observed_stderr
         if self.forecast is not None:
-            run = asdict(self.forecast.run)
-            state["forecast"] = {"run": run, "segments": self.forecast.segments}
-            tensors |= {f"forecast.{k}": x for k, x in self.forecast.tensors().items()}
+            state["forecast"] = forecast_facts(self.forecast)
+            tensors |= forecast_tensors(self.forecast)
         save_result(path, KIND, FORMAT, tensors, {**self.to_dict(), "state": state})
 
     @classmethod
@@ -368,10 +366,6 @@ class SequenceDiagnosis(Result):
         )
 
 
-def _facts_of(example: Example) -> dict[str, Any]:
-    return {k: getattr(example, k) for k in _EXAMPLE}
-
-
 def _assemble(
     meta: dict[str, Any], described: Mapping[str, Any], tensors: dict[str, Tensor]
 ) -> SequenceDiagnosis:
@@ -386,21 +380,9 @@ def _assemble(
         described,
         set_,
         Readings(tensors["log_probs"], {}, {}, tensors["observed"]),
-        Gram(
-            tensors["gram"],
-            tensors.get("stderr"),
-            tensors["gram_observed"],
-            tensors.get("stderr_observed"),
-        ),
+        read_gram(tensors),
         tensors["token_log_probs"].split([len(e) for e in responses]),
         tensors["weights"],
         remarks=tuple(meta["remarks"]),
     )
-    forecast = None
-    if "forecast" in meta:
-        run, segments = Run(**meta["forecast"]["run"]), int(meta["forecast"]["segments"])
-        parts = {
-            k.removeprefix("forecast."): x for k, x in tensors.items() if k.startswith("forecast.")
-        }
-        forecast = Forecast(run=run, segments=segments, **parts)
-    return SequenceDiagnosis(step, forecast, str(meta["unavailable"]))
+    return SequenceDiagnosis(step, read_forecast(meta, tensors), str(meta["unavailable"]))

@@ -1,13 +1,15 @@
-"""Rows of a set in a store: an interrupted diagnosis goes on, and another one reuses them."""
+"""The first pass over a set; rows in a store survive an interrupt, and other diagnoses use them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+from lddyn.engine.logits import Response
 from lddyn.ranks import Ranks
 from lddyn.sets.passes import Passes
 from lddyn.sets.preparation import Preparation
-from lddyn.sets.rows import SetRows, new_rows
+from lddyn.sets.rows import SetReading, SetRows, new_rows, read_rows
 from lddyn.sets.run import Run
 from lddyn.sets.training_set import TrainingSet
 from lddyn.sketches.dense_rows import DenseRows
@@ -15,7 +17,7 @@ from lddyn.sketches.layout import Layout
 from lddyn.store.build import build_store
 from lddyn.store.store import Store
 
-__all__ = ["check_store", "rows_of_start"]
+__all__ = ["check_store", "read_start"]
 
 
 def check_store(store: str | Path | None, run: Run | None) -> None:
@@ -27,17 +29,26 @@ def check_store(store: str | Path | None, run: Run | None) -> None:
         )
 
 
-def rows_of_start(
+def read_start(
     prepared: Preparation,
     passes: Passes,
     set_: TrainingSet,
+    run: Run | None,
     store: str | Path | None,
-    ranks: Ranks,
-) -> SetRows:
-    """Rows of all sequences at the start: empty ones that a pass fills, or those of a store."""
+    reader: Callable[[int, Response], None],
+) -> tuple[SetRows, SetReading]:
+    """The first pass over a set: rows of all sequences, and what the responses say.
+
+    Rows are filled by the pass, or come from a store. Sketched rows of a run stay empty: they are
+    made once Adam's metric is known (`predict_run`).
+    """
     if store is None:
-        return new_rows(prepared.access, passes, set_, prepared.sketch)
-    return _stored(prepared, set_, store, ranks, passes.bar.shown)
+        rows = new_rows(prepared.access, passes, set_, prepared.sketch)
+    else:
+        rows = _stored(prepared, set_, store, passes.ranks, passes.bar.shown)
+    later = store is not None or (run is not None and prepared.sketch is not None)
+    passes.bar.say("log-probs" if later else "gradients")
+    return rows, read_rows(passes, set_, [] if later else [rows], reader=reader)
 
 
 def _stored(
