@@ -1,11 +1,11 @@
 """One step decomposed: against finite differences in true float64 and against real steps."""
 
 import copy
-import ctypes
 import dataclasses
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -651,48 +651,22 @@ def test_shifted_copy_shares_what_is_frozen():
 # --------------------------------------------------------------------------- memory
 
 
-def grown(function):
-    """MiB by which resident memory grows while a function runs, by the kernel's own count."""
-
-    def status(key):
-        text = Path("/proc/self/status").read_text()
-        return int(next(x for x in text.splitlines() if x.startswith(key)).split()[1]) / 1024
-
-    ctypes.CDLL(None).malloc_trim(0)  # free memory shall not hide what the function takes
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    function()
-    return status("VmHWM") - before
-
-
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak memory counter"
 )
 def test_memory_is_obeyed():
     """Peak memory above the model, the step's vectors included, stays within the budget."""
-    model = zoo.build(
-        "llama",
-        hidden_size=64,
-        head_dim=32,
-        intermediate_size=4096,
-        num_hidden_layers=2,
-        max_position_embeddings=256,
+    tests = Path(__file__).parents[1]
+    found = subprocess.run(
+        [sys.executable, "-c", "import grown; grown.main()"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(tests / "steps")])},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    vectors = sum(p.nbytes for p in model.parameters()) / 2**20
-    prompt = [i % 60 for i in range(100)]
-    one, two = (
-        lddyn.Example(prompt, [i % 60 for i in range(s, 2 * s)], name=str(s)) for s in (4, 12)
-    )
-
-    def run(memory, observed=one):
-        lddyn.decompose(model, observed, lddyn.SFT(two), lr=1e-3, memory=memory)
-
-    run("48MiB", lddyn.Example([3, 4], [5, 6]))
-    # What other tests left in this process adds to a measurement, and never takes away from it.
-    tight = min(grown(lambda: run("48MiB")) for _ in range(3))
-    loose = grown(lambda: run("4GiB"))
-    assert vectors > 6 and loose > 2 * 48, (tight, loose)
-    assert tight < 1.25 * 48 + 16, (tight, loose)
+    sizes = json.loads(found.stdout)
+    assert sizes["vectors"] > 6 and sizes["4GiB"] > 2 * 48, sizes
+    assert sizes["48MiB"] < 1.25 * 48 + 16, sizes
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""Memory that a step takes under two limits, measured in a process of its own.
+
+``python tests/steps/grown.py`` prints three sizes in MiB as JSON: the vectors of all weights, and
+by how much the process grows while a step is decomposed with ``memory="48MiB"`` and ``"4GiB"``.
+A fresh process is needed: freed memory that other work left behind would move the figures.
+"""
+
+import ctypes
+import json
+from pathlib import Path
+
+import torch
+import zoo
+
+import lddyn
+
+
+def status(key):
+    """A figure of this process by the kernel's own count, in MiB."""
+    text = Path("/proc/self/status").read_text()
+    return int(next(x for x in text.splitlines() if x.startswith(key)).split()[1]) / 1024
+
+
+def grown(function):
+    """MiB by which resident memory grows while a function runs."""
+    ctypes.CDLL(None).malloc_trim(0)  # free memory shall not hide what the function takes
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    function()
+    return status("VmHWM") - before
+
+
+def main():
+    """Measure, and print."""
+    torch.set_num_threads(1)
+    model = zoo.build(
+        "llama",
+        hidden_size=64,
+        head_dim=32,
+        intermediate_size=4096,
+        num_hidden_layers=2,
+        max_position_embeddings=256,
+    )
+    prompt = [i % 60 for i in range(100)]
+    one, two = (
+        lddyn.Example(prompt, [i % 60 for i in range(s, 2 * s)], name=str(s)) for s in (4, 12)
+    )
+
+    def run(memory, observed=one):
+        lddyn.decompose(model, observed, lddyn.SFT(two), lr=1e-3, memory=memory)
+
+    run("48MiB", lddyn.Example([3, 4], [5, 6]))  # libraries load with the first step
+    sizes = {x: min(grown(lambda x=x: run(x)) for _ in range(3)) for x in ("48MiB", "4GiB")}
+    print(json.dumps({"vectors": sum(p.nbytes for p in model.parameters()) / 2**20, **sizes}))
+
+
+if __name__ == "__main__":
+    main()
