@@ -105,6 +105,16 @@ class Ranks:
             for part, size in zip(received, sizes.tolist(), strict=True)
         ]
 
+    def map(self, work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """`work(item)` of every item, in order, in all processes; each makes those of its share.
+
+        Args:
+            work: Returns a JSON-safe value.
+            items: The same in all processes.
+        """
+        parts = self.gather([work(item) for item in self.share(items)])
+        return [parts[i % self.world][i // self.world] for i in range(len(items))]
+
     def check_alike(self, what: str, value: object) -> None:
         """Raises a RuntimeError in every process if a value is not the same in all of them."""
         values = self.gather(value)

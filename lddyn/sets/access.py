@@ -17,6 +17,7 @@ from lddyn.engine.pushforward import log_prob_shifts
 from lddyn.engine.reference_policy import Reference, reference_log_probs
 from lddyn.engine.trace import Trace
 from lddyn.errors import DisagreementError, UnrepeatableModelError, UnsupportedModelError
+from lddyn.ranks import ALONE, Ranks
 
 __all__ = ["Access"]
 
@@ -95,8 +96,23 @@ class Access:
             raise UnsupportedModelError(self.unavailable)
         return self._anatomy
 
-    def reference_log_probs(self, reference: Reference, examples: Sequence[Example]) -> Tensor:
-        """Log π_ref of N chosen, then N rejected responses, (2, N) float64, nats."""
+    def reference_log_probs(
+        self, reference: Reference, examples: Sequence[Example], ranks: Ranks = ALONE
+    ) -> Tensor:
+        """Log π_ref of N chosen, then N rejected responses, (2, N) float64, nats.
+
+        The processes divide the pairs.
+        """
+        n = len(examples) // 2
+        mine = ranks.share(range(n))
+        part = [examples[side * n + i] for side in range(2) for i in mine]
+        whole = torch.zeros(2, n, dtype=torch.float64)
+        if part:
+            whole[:, mine] = self._reference_log_probs(reference, part)
+        ranks.add_up(whole)
+        return whole
+
+    def _reference_log_probs(self, reference: Reference, examples: Sequence[Example]) -> Tensor:
         if isinstance(reference, nn.Module) and self._anatomy is None:
             with evaluating(reference), torch.no_grad():
                 values = [float(own_response(reference, e).log_probs.sum()) for e in examples]

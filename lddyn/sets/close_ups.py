@@ -12,6 +12,7 @@ from torch import Tensor
 from lddyn.data.example import Example
 from lddyn.engine.guard import evaluating
 from lddyn.engine.trace import Trace
+from lddyn.ranks import ALONE, Ranks
 from lddyn.sets.access import Access
 from lddyn.sets.bar import Bar
 from lddyn.sets.pairs import Pair, PairSet
@@ -44,6 +45,7 @@ def look_at_tokens(
     mean_chosen: Tensor,
     wanted: Mapping[int, Sequence[int]],
     bar: Bar,
+    ranks: Ranks = ALONE,
 ) -> dict[int, CloseUp]:
     """Close-ups of the keys of `wanted`, each also with the tokens of the pairs in its value.
 
@@ -52,41 +54,55 @@ def look_at_tokens(
         pairs: The set.
         mean_chosen: Mean gradient of all chosen responses, (P,).
         wanted: Pair -> other pairs whose tokens are paired with the gradient of its y+.
-        bar: Advanced by `CLOSE_UP` for each pair.
+        bar: Advanced by `CLOSE_UP` for each pair, in all processes.
+        ranks: Processes that divide the pairs.
 
     Cost: two gradients and up to eight pushes a pair, each push about four forward passes.
     """
     if access.unavailable:
         return {}
-    close_ups = {}
     bar.say("tokens")
-    for pair, others in wanted.items():
+
+    def look(pair: int) -> tuple[list[list[float]], list[list[float]], float]:
         with evaluating(access.model), torch.enable_grad():
             up, down = (access.gradient(example) for example in pairs[pair])
         own, bound = _own(access, pairs[pair], [up, down, mean_chosen])
+        others = [
+            torch.cat([_inner(access, e, [up])[0][0] for e in pairs[j]]).tolist()
+            for j in wanted[pair]
+        ]
+        bar.advance(CLOSE_UP * ranks.world)
+        return own.tolist(), others, bound
+
+    close_ups = {}
+    for pair, (own, others, bound) in zip(wanted, ranks.map(look, list(wanted)), strict=True):
+        lists = zip(wanted[pair], others, strict=True)
         close_ups[pair] = CloseUp(
-            own,
-            {j: torch.cat([_inner(access, e, [up])[0][0] for e in pairs[j]]) for j in others},
+            torch.tensor(own, dtype=torch.float64),
+            {j: torch.tensor(values, dtype=torch.float64) for j, values in lists},
             bound,
         )
-        bar.advance(CLOSE_UP)
     return close_ups
 
 
-def lbk_of_pairs(access: Access, pairs: PairSet, bar: Bar) -> Tensor:
+def lbk_of_pairs(access: Access, pairs: PairSet, bar: Bar, ranks: Ranks = ALONE) -> Tensor:
     """LBK of a step on y− at y+, for every pair (N,); NaN where the model cannot be pushed through.
 
-    Cost: a gradient, a push and a forward pass a pair: about eight forward passes.
+    Cost: a gradient, a push and a forward pass a pair, which the processes divide: about eight
+    forward passes.
     """
-    values = torch.full((len(pairs),), math.nan, dtype=torch.float64)
+    if access.unavailable:
+        return torch.full((len(pairs),), math.nan, dtype=torch.float64)
     bar.say("LBK")
-    for i, pair in enumerate(() if access.unavailable else pairs):
+
+    def bound(pair: Pair) -> float:
         with evaluating(access.model), torch.enable_grad():
             down = access.gradient(pair[1])
         _, trace, change = _inner(access, pair[0], [down])
-        values[i] = _bound(access, pair[1], trace, change[0])
-        bar.advance(LBK)
-    return values
+        bar.advance(LBK * ranks.world)
+        return _bound(access, pair[1], trace, change[0])
+
+    return torch.tensor(ranks.map(bound, list(pairs)), dtype=torch.float64)
 
 
 def _own(access: Access, pair: Pair, directions: list[Tensor]) -> tuple[Tensor, float]:

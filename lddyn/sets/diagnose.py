@@ -250,8 +250,8 @@ def diagnose(
         kept, reading = read_start(prepared, passes, set_, run, store, reader)
         readings = reader.readings(reading, ranks)
         if lbk:
-            readings = readings.with_fact("lbk", lbk_of_pairs(access, set_, bar))
-        known = _reference_log_probs(reference, set_, access, readings)
+            readings = readings.with_fact("lbk", lbk_of_pairs(access, set_, bar, ranks))
+        known = _reference_log_probs(reference, set_, access, readings, ranks)
         remarks = (
             *_remarks(module, loss, settings),
             *expert_remarks(access.model, list(access.named)),
@@ -279,12 +279,18 @@ def diagnose(
         diagnosis = Diagnosis(step, adam, forecast, unavailable=access.unavailable)
         if run is not None:
             so_far(diagnosis)
-        seen = look_at_tokens(access, set_, mean, _wanted(diagnosis, close_ups), bar)
+        seen = look_at_tokens(access, set_, mean, _wanted(diagnosis, close_ups), bar, ranks)
     validation = None
     if validate:
         batch = 8 if run is None else run.batch
         validation = compare_with_steps(
-            module, step, diagnosis.scores, steps=validate, batch=batch, progress=progress
+            module,
+            step,
+            diagnosis.scores,
+            steps=validate,
+            batch=batch,
+            progress=progress,
+            ranks=ranks,
         )
     return replace(diagnosis, close_ups=seen, validation=validation)
 
@@ -365,13 +371,15 @@ def _check(pairs: PairSet, close_ups: int, validate: int) -> None:
 
 
 def _reference_log_probs(
-    reference: Reference, pairs: PairSet, access: Access, readings: Readings
+    reference: Reference, pairs: PairSet, access: Access, readings: Readings, ranks: Ranks
 ) -> Tensor:
     """Log π_ref of all responses, (2, N) float64, nats."""
     if isinstance(reference, str) and reference == "self":
         return readings.log_probs
     known = check_reference(reference, len(pairs))
-    return known if known is not None else access.reference_log_probs(reference, pairs.examples)
+    if known is not None:
+        return known
+    return access.reference_log_probs(reference, pairs.examples, ranks)
 
 
 def _wanted(diagnosis: Diagnosis, count: int) -> dict[int, list[int]]:

@@ -70,6 +70,7 @@ class SetPlan:
         error: Standard error of a sketched inner product, in parts of √(K_ii K_jj); 0 if exact.
         refresh, close_ups, lbk: As of `diagnose`, after what a budget leaves out.
         left_out: What a budget leaves out, in words.
+        processes: Number of processes that divide the work; memory is that of each.
     """
 
     parts: dict[str, int]
@@ -82,6 +83,7 @@ class SetPlan:
     close_ups: int
     lbk: bool
     left_out: tuple[str, ...] = ()
+    processes: int = 1
 
     @classmethod
     def of(
@@ -93,6 +95,7 @@ class SetPlan:
         refresh: int,
         close_ups: int,
         lbk: bool,
+        processes: int = 1,
     ) -> SetPlan:
         """The plan of a diagnosis; arguments as of `diagnose`."""
         n, size, observed = len(set_), access.size, len(set_.observed)
@@ -139,6 +142,7 @@ class SetPlan:
             refresh,
             close_ups,
             lbk,
+            processes=processes,
         )
 
     @property
@@ -159,9 +163,14 @@ class SetPlan:
             if self.exact
             else f"inner products are estimated, ±{self.error:.1%} of √(K_ii K_jj)"
         )
+        divided = ""
+        if self.processes > 1:
+            alone = self.epochs / self.processes
+            divided = f", the time of {alone:.2g} on one, divided among {self.processes} processes"
         return (
-            f"{self.epochs:.1f} epochs of the training that is explained ({parts}); "
+            f"{self.epochs:.1f} epochs of the training that is explained ({parts}){divided}; "
             f"{how}; {in_gib(self.rows + self.vectors)} beyond the model"
+            + (" in each process" if self.processes > 1 else "")
             + "".join(f"; left out for the budget: {what}" for what in self.left_out)
         )
 

@@ -86,7 +86,7 @@ def prepare(
         needed += vector_bytes(access.size, number, run, close_ups, lbk)
     if sketch is None and (needed > allowed.total or stored):
         sketch = Sketch(k=NUMBERS)
-    made = partial(SetPlan.of, set_, access, sketch, run)
+    made = partial(SetPlan.of, set_, access, sketch, run, processes=ranks.world)
     plan = plan_within(epochs, made, refresh, close_ups, lbk, allowed)
     if ranks.world > 1:
         total = sum(float(p.detach().double().sum()) for p in access.model.parameters())

@@ -14,6 +14,7 @@ from lddyn.engine.gradient import flat_gradient
 from lddyn.engine.guard import evaluating
 from lddyn.engine.logits import own_response
 from lddyn.engine.turns import switching
+from lddyn.ranks import ALONE, Ranks
 from lddyn.sets.step import SetStep
 from lddyn.stats import spearman
 
@@ -28,6 +29,7 @@ def validate(
     steps: int,
     batch: int,
     progress: bool,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Compares scores with real steps of SGD on random batches, each from the model as it is.
 
@@ -38,6 +40,7 @@ def validate(
         steps: Number of real steps.
         batch: Pairs in a batch, at most half of the set.
         progress: Show a bar.
+        ranks: Processes that divide the steps.
 
     Returns:
         "steps", "batch", "lr" (the largest predicted |Δ log π(y+)| is 0.1 nats); for the pairs of a
@@ -55,7 +58,7 @@ def validate(
     predicted = torch.stack([step.effects[:n, at].mean(1) for at in batches])
     largest = float(predicted.abs().max())
     lr = 0.1 / largest if largest else 0.0
-    measured = _take_steps(model, step, batches, lr, progress)
+    measured = _take_steps(model, step, batches, lr, progress, ranks)
     inside = torch.zeros_like(predicted, dtype=torch.bool)
     for row, at in enumerate(batches):
         inside[row, at] = True
@@ -76,10 +79,15 @@ def validate(
 
 
 def _take_steps(
-    model: nn.Module, step: SetStep, batches: Sequence[Tensor], lr: float, progress: bool
+    model: nn.Module,
+    step: SetStep,
+    batches: Sequence[Tensor],
+    lr: float,
+    progress: bool,
+    ranks: Ranks,
 ) -> Tensor:
     """Measured Δ log π(y+) of all pairs by a step on each batch, (batches, N) nats."""
-    measured = torch.empty(len(batches), len(step), dtype=torch.float64)
+    measured = torch.zeros(len(batches), len(step), dtype=torch.float64)
     moved = copied(model)
     pairs = zip(moved.parameters(), model.parameters(), strict=True)
     parts = [(new, old) for new, old in pairs if old.requires_grad]
@@ -88,7 +96,8 @@ def _take_steps(
     pull = -step.weights
     with switching(moved, moves=True), evaluating(moved), torch.enable_grad():
         before = [own_response(moved, chosen).log_probs.detach() for chosen, _ in step.pairs]
-        for row, at in enumerate(tqdm(batches, desc="steps", disable=not progress, leave=False)):
+        mine = ranks.share(list(enumerate(batches)))
+        for row, at in tqdm(mine, desc="steps", disable=not progress, leave=False):
             direction = torch.zeros(sum(sizes))
             for j in at.tolist():
                 for side, example in enumerate(step.pairs[j]):
@@ -102,4 +111,5 @@ def _take_steps(
                     measured[row, i] = float((after.double() - before[i].double()).sum())
                 for new, old in parts:
                     new.copy_(old)
+    ranks.add_up(measured)
     return measured

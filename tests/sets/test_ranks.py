@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import zoo
 from preference_pairs import some_pairs
 from ranks import run_ranks
 
@@ -34,6 +35,12 @@ def numbers(diagnosis):
     parts |= {f"facts.{k}": v for k, v in facts.items()}
     for name, values in diagnosis.step.readings.token_facts.items():
         parts[f"tokens.{name}"] = torch.cat(list(values)).double()
+    if isinstance(diagnosis, lddyn.Diagnosis):
+        parts["reference"] = diagnosis.step.reference
+        measured = (diagnosis.validation or {"scores": []})["scores"]
+        parts["real steps"] = torch.tensor([[row["own"]["rho"] for row in measured]])
+        for pair, seen in diagnosis.close_ups.items():
+            parts[f"close-up.{pair}"] = torch.cat([seen.own.flatten(), *seen.others.values()])
     return {k: v.double().tolist() for k, v in parts.items()}
 
 
@@ -43,7 +50,9 @@ def test_two_processes_get_the_diagnosis_of_one(model, run, tmp_path, sketched, 
     rows = [pair[0] for pair in pairs] if single else pairs
     options = {"observe": [pairs[0][1]], "run": lddyn.Run(lr=1e-4, epochs=2, batch=2)}
     options |= {"sketch": lddyn.Sketch(k=512)} if sketched else {}
-    options |= {} if single else {"close_ups": 1}
+    if not single:
+        other = zoo.build("llama", seed=1).eval()
+        options |= {"close_ups": 1, "lbk": True, "validate": 4, "reference": other}
 
     def work(ranks):
         return numbers(
