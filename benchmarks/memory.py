@@ -6,7 +6,9 @@
 Each cell runs in a process of its own, with the allocator as a user has it: it loads the model,
 makes one forward pass and a small analysis of another model (imports), gives freed memory back to
 the system, and notes resident memory; then it runs the analysis, while the kernel counts the peak.
-Cells that the results file has from this commit are not run again.
+Afterwards it notes what the allocator kept although it was free, and what is left for good when
+the answer is dropped: buffers, tables that are kept, pages of code that ran.
+Cells that the results file has from this commit are not run again; the smallest budget comes first.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,14 +32,14 @@ import lddyn
 from lddyn.memory import parse_memory
 
 BUDGETS = ("512MiB", "1GiB", "4GiB")
-PROMPT, RESPONSE, PAIRS = 24, 24, 4  # tokens, tokens, pairs
+SHORT, LONG, PAIRS = 24, 128, 4  # tokens of a prompt, and of a response; pairs
 RUN = lddyn.Run(lr=1e-4, epochs=1, batch=4)
 
 Pair = tuple[lddyn.Example, lddyn.Example]
 
 
-def pairs(vocabulary: int, count: int = PAIRS) -> list[Pair]:
-    """Pairs of random tokens."""
+def pairs(vocabulary: int, count: int = PAIRS, length: int = SHORT) -> list[Pair]:
+    """Pairs of random tokens, as many in a prompt as in a response."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(length: int) -> list[int]:
@@ -44,19 +47,26 @@ def pairs(vocabulary: int, count: int = PAIRS) -> list[Pair]:
 
     made: list[Pair] = []
     for i in range(count):
-        prompt = tokens(PROMPT)
+        prompt = tokens(length)
         one, other = (
-            lddyn.Example(prompt, tokens(RESPONSE), name=f"{side} {i}") for side in ("y+", "y-")
+            lddyn.Example(prompt, tokens(length), name=f"{side} {i}") for side in ("y+", "y-")
         )
         made.append((one, other))
     return made
 
 
-def decompose(model: Any, data: list[Pair], memory: str) -> Any:
-    """The decomposition of a DPO step on one pair, as by default."""
-    chosen, rejected = data[0]
-    update = lddyn.DPO(chosen, rejected, beta=0.1)
-    return lddyn.decompose(model, [chosen, rejected], update, lr=1e-4, memory=memory)
+def decompose(model: Any, data: list[Pair], memory: str, optimizer: str = "sgd") -> Any:
+    """The decomposition of a DPO step on one pair."""
+    update = lddyn.DPO(*data[0], beta=0.1)
+    return lddyn.decompose(
+        model, list(data[0]), update, lr=1e-4, optimizer=optimizer, memory=memory
+    )
+
+
+def decompose_sft(model: Any, data: list[Pair], memory: str) -> Any:
+    """The decomposition of a step of SFT on one response."""
+    chosen = data[0][0]
+    return lddyn.decompose(model, chosen, lddyn.SFT(chosen), lr=1e-4, memory=memory)
 
 
 def verified(model: Any, data: list[Pair], memory: str) -> Any:
@@ -70,7 +80,7 @@ def ntk(model: Any, data: list[Pair], memory: str) -> Any:
 
 
 def features(model: Any, data: list[Pair], memory: str, by: str) -> Any:
-    """Features of 2 responses by token, or of 16 by sequence."""
+    """Features of 2 responses by token, or of all by sequence."""
     examples = [example for pair in data for example in pair]
     count = 2 if by == "token" else len(examples)
     return lddyn.features(model, examples[:count], lddyn.Sketch(k=4096), by=by, memory=memory)
@@ -81,20 +91,33 @@ def diagnose(model: Any, data: list[Pair], memory: str, run: lddyn.Run | None) -
     return lddyn.diagnose(model, data, memory=memory, run=run)
 
 
-Work = Callable[[Any, list[Pair], str], Any]
+@dataclass(frozen=True)
+class Work:
+    """An analysis: the function, whether LoRA trains, the weights' type, and tokens of a prompt."""
 
-WORK: dict[str, tuple[bool, Work]] = {  # whether LoRA trains, or all weights
-    "ntk": (False, ntk),
-    "features by token": (False, partial(features, by="token")),
-    "features by sequence": (False, partial(features, by="sequence")),
-    "decompose": (False, decompose),
-    "decompose and verify": (False, verified),
-    "diagnose": (False, partial(diagnose, run=None)),
-    "diagnose with a run": (False, partial(diagnose, run=RUN)),
-    "decompose, LoRA": (True, decompose),
-    "decompose and verify, LoRA": (True, verified),
-    "diagnose, LoRA": (True, partial(diagnose, run=None)),
-    "diagnose with a run, LoRA": (True, partial(diagnose, run=RUN)),
+    run: Callable[[Any, list[Pair], str], Any]
+    lora: bool = False
+    dtype: str = "float32"
+    length: int = SHORT
+
+
+WORK = {
+    "ntk": Work(ntk),
+    "features by token": Work(partial(features, by="token")),
+    "features by sequence": Work(partial(features, by="sequence")),
+    "decompose": Work(decompose),
+    "decompose by Adam": Work(partial(decompose, optimizer="adam")),
+    "decompose, bfloat16": Work(decompose, dtype="bfloat16"),
+    "decompose by Adam, bfloat16": Work(partial(decompose, optimizer="adam"), dtype="bfloat16"),
+    "decompose and verify": Work(verified),
+    "decompose SFT, long": Work(decompose_sft, length=LONG),
+    "diagnose": Work(partial(diagnose, run=None)),
+    "diagnose, long": Work(partial(diagnose, run=None), length=LONG),
+    "diagnose with a run": Work(partial(diagnose, run=RUN)),
+    "decompose, LoRA": Work(decompose, lora=True),
+    "decompose and verify, LoRA": Work(verified, lora=True),
+    "diagnose, LoRA": Work(partial(diagnose, run=None), lora=True),
+    "diagnose with a run, LoRA": Work(partial(diagnose, run=RUN), lora=True),
 }
 
 
@@ -114,46 +137,57 @@ def warm_up(work: Work) -> None:
         num_attention_heads=2,
         pad_token_id=None,
     )
-    work(transformers.LlamaForCausalLM(config), pairs(64, 2), "256MiB")
+    work.run(transformers.LlamaForCausalLM(config), pairs(64, 2), "256MiB")
 
 
 def cell(path: str, name: str, memory: str, threads: int) -> dict[str, Any]:
     """Runs one analysis in this process: seconds, and bytes before it and at its peak."""
     import ctypes
+    import gc
 
+    trim = ctypes.CDLL(None).malloc_trim
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    lora, work = WORK[name]
+    work = WORK[name]
     warm_up(work)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    if lora:
+    dtype = getattr(torch, work.dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    if work.lora:
         import peft
 
         targets = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, targets)
-    data = pairs(model.config.vocab_size)
+    data = pairs(model.config.vocab_size, length=work.length)
     with torch.no_grad():
         model(input_ids=torch.tensor([data[0][0].ids]))
-    ctypes.CDLL(None).malloc_trim(0)  # what is free now shall not hide what the analysis takes
+    trim(0)  # what is free now shall not hide what the analysis takes
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     start, refusal = time.perf_counter(), None
     try:
-        result = work(model, data, memory)
+        result = work.run(model, data, memory)
     except (ValueError, MemoryError) as error:
         result, refusal = None, f"{type(error).__name__}: {error}"
-    seconds, peak = time.perf_counter() - start, status("VmHWM")
+    seconds, peak, after = time.perf_counter() - start, status("VmHWM"), status("VmRSS")
     budget, grown = parse_memory(memory), peak - before
+    trim(0)
+    kept = after - status("VmRSS")
     del result
+    gc.collect()
+    trim(0)
     return {
         "work": name,
         "memory": memory,
         "budget_bytes": budget,
         "model_bytes": sum(p.nbytes for p in model.parameters()),
+        "largest_bytes": max(p.nbytes for p in model.parameters() if p.requires_grad),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "tokens": work.length,
         "before_bytes": before,
         "grown_bytes": grown,
         "grown_over_budget": grown / budget,
+        "kept_free_bytes": kept,
+        "left_bytes": status("VmRSS") - before,
         "seconds": seconds,
         "refused": refusal,
         **{key: value for key, value in provenance().items() if key in ("commit", "date")},
@@ -176,8 +210,8 @@ def main() -> None:
     commit = provenance()["commit"]
     known = json.loads(args.out.read_text())["memory"]["result"] if args.out.exists() else {}
     cells = {(c["work"], c["memory"]): c for c in known.get("cells", [])}
-    for name in args.only or WORK:
-        for memory in args.budget or BUDGETS:
+    for memory in args.budget or BUDGETS:
+        for name in args.only or WORK:
             if cells.get((name, memory), {}).get("commit") == commit:
                 continue
             command = [sys.executable, "-W", "ignore", __file__, args.model]
@@ -189,13 +223,13 @@ def main() -> None:
             made = json.loads(done.stdout.splitlines()[-1])
             cells[name, memory] = made
             print(
-                f"{name:28} {memory:7} grown {made['grown_bytes'] / 2**20:7.0f} MiB "
+                f"{name:30} {memory:7} grown {made['grown_bytes'] / 2**20:7.0f} MiB "
                 f"({made['grown_over_budget']:.2f}x), {made['seconds']:.0f} s "
                 f"{made['refused'] or ''}",
                 flush=True,
             )
             order = [cells[n, m] for n in WORK for m in BUDGETS if (n, m) in cells]
-            sizes = {"prompt": PROMPT, "response": RESPONSE, "pairs": PAIRS}
+            sizes = {"tokens": SHORT, "long": LONG, "pairs": PAIRS}
             record(args.out, "memory", {"sizes": sizes, "threads": args.threads, "cells": order})
 
 

@@ -75,7 +75,7 @@ class Step:
             if self.precondition is None:
                 value.mul_(scale)
             else:
-                total[name] = scale * self.precondition[name] * value
+                value.mul_(scale * self.precondition[name])
         return self._with_rest(total)
 
     def _with_rest(self, total: Direction) -> Direction:
@@ -278,7 +278,9 @@ def optimizer_step(
     terms = {}
     for name, p, group, state in held:
         g = seen[name]
-        made = _TERMS[kind](p.detach().to(g.dtype), clip * g, group, state).after(factors[name])
+        clipped = g if clip == 1.0 else clip * g
+        made = _TERMS[kind](p.detach().to(g.dtype), clipped, group, state).after(factors[name])
+        del clipped
         terms[name] = made.to(p.dtype)
         _check_terms(name, p, g, terms[name], group)
     rates = {t.factor for t in terms.values() if isinstance(t.factor, float)}
@@ -419,16 +421,18 @@ def _adam(p: Tensor, g: Tensor, group: _Group, state: _State, decoupled: bool = 
     beta1, beta2 = (float(b) for b in group["betas"])
     sign = -1.0 if group.get("maximize") else 1.0
     decoupled = decoupled or bool(group.get("decoupled_weight_decay"))
-    seen = sign * g if decoupled or not decay else sign * g + decay * p
+    seen = g if sign == 1.0 else -g
+    if decay and not decoupled:
+        seen = seen + decay * p
     count = float(state.get("step", 0)) + 1
     first = state.get("exp_avg")
-    second = (1 - beta2) * seen.square()
+    second = seen.square().mul_(1 - beta2)
     if "exp_avg_sq" in state:
-        second = second + beta2 * state["exp_avg_sq"]
+        second.add_(beta2 * state["exp_avg_sq"])
     if group.get("amsgrad") and "max_exp_avg_sq" in state:
         second = torch.maximum(second, state["max_exp_avg_sq"])
-    spread = second.sqrt() / (1 - beta2**count) ** 0.5 + group["eps"]
-    scale = lr / ((1 - beta1**count) * spread)
+    spread = second.sqrt_().div_((1 - beta2**count) ** 0.5).add_(group["eps"])
+    scale = lr / spread.mul_(1 - beta1**count)
     history = None if first is None else -scale * beta1 * first
     if not decay:
         decayed = None
@@ -436,7 +440,7 @@ def _adam(p: Tensor, g: Tensor, group: _Group, state: _State, decoupled: bool = 
         decayed = -lr * decay * p
     else:
         decayed = -scale * (1 - beta1) * decay * p
-    return _Terms(sign * (1 - beta1) * scale, history, decayed)
+    return _Terms(scale.mul_(sign * (1 - beta1)), history, decayed)
 
 
 def _adamw(p: Tensor, g: Tensor, group: _Group, state: _State) -> _Terms:
@@ -446,16 +450,18 @@ def _adamw(p: Tensor, g: Tensor, group: _Group, state: _State) -> _Terms:
 def _rmsprop(p: Tensor, g: Tensor, group: _Group, state: _State) -> _Terms:
     lr, decay, alpha = float(group["lr"]), group["weight_decay"], float(group["alpha"])
     sign = -1.0 if group.get("maximize") else 1.0
-    seen = sign * g + decay * p if decay else sign * g
-    square = (1 - alpha) * seen.square()
+    seen = g if sign == 1.0 else -g
+    if decay:
+        seen = seen + decay * p
+    square = seen.square().mul_(1 - alpha)
     if "square_avg" in state:
-        square = square + alpha * state["square_avg"]
+        square.add_(alpha * state["square_avg"])
     if group["centered"]:
         mean = (1 - alpha) * seen
         if "grad_avg" in state:
             mean = mean + alpha * state["grad_avg"]
-        square = square - mean.square()
-    scale = lr / (square.sqrt() + group["eps"])
+        square.sub_(mean.square())
+    scale = lr / square.sqrt_().add_(group["eps"])
     buffer = state.get("momentum_buffer") if group["momentum"] else None
     history = None if buffer is None else -lr * group["momentum"] * buffer
     return _Terms(sign * scale, history, -scale * decay * p if decay else None)

@@ -211,7 +211,7 @@ def memory(section: dict) -> str:
         grown = f"{cell['grown_bytes'] / 2**20:,.0f} MiB"
         text = f"{grown}, {cell['grown_over_budget']:.2f}×, {duration(cell['seconds'])}"
         if cell["refused"]:
-            text = "refused before the work"
+            text = f"refused before the work ({grown})"
         elif cell["grown_bytes"] > limit:
             text = f"**{text}: beyond the promise**"
         made[cell["work"], cell["memory"]] = text
@@ -221,10 +221,11 @@ def memory(section: dict) -> str:
     threads = "one thread" if result["threads"] == 1 else f"{result['threads']} threads"
     kept = {commit for c in result["cells"] if (commit := c["commit"])}
     return (
-        f"SmolLM2 with {first['model_bytes'] / 2**20:,.0f} MiB of float32 weights, all trained but "
-        f"where LoRA is named; {sizes['pairs']} pairs, prompts and responses of {sizes['prompt']} "
-        f"and {sizes['response']} random tokens; {threads}, a process for each cell, on a busy "
-        f"machine. Growth of resident memory at its peak, that over the budget, and time:\n\n"
+        f"SmolLM2 with {first['model_bytes'] / 2**20:,.0f} MiB of float32 weights (half of that in "
+        f"bfloat16), all trained but where LoRA is named; {sizes['pairs']} pairs, prompts and "
+        f"responses of {sizes['tokens']} random tokens each, {sizes['long']} where it says long; "
+        f"{threads}, a process for each cell, on a busy machine. Growth of resident memory at its "
+        f"peak, that over the budget, and time:\n\n"
         f"{table(['analysis', *budgets], rows)}\n\n"
         f"*{made_by(section)}; cells of commit {', '.join(sorted(kept))}.*"
     )

@@ -364,20 +364,39 @@ def _plain_gradients(
     The model attends by its own attention, unless 16 bits would let tokens choose other experts.
     """
     streamed = any(map(is_streamed, anatomy.trainable.values()))
-    with anatomy.analysis(own_attention=limits.coarse), anatomy.differentiating():
+    with (
+        anatomy.analysis(own_attention=limits.coarse),
+        anatomy.differentiating(),
+        anatomy.untied() as leaf,
+    ):
         value = (anatomy.response_logits(example) * cotangents).sum()
         groups = [] if streamed or not value.requires_grad else list(_groups(anatomy))
         for names in groups:
             parameters = [anatomy.trainable[name] for name in names]
-            keep = names is not groups[-1]
-            gradients = list(
-                torch.autograd.grad(value, parameters, retain_graph=keep, allow_unused=True)
+            both = [leaf] if leaf is not None and anatomy.head_weight in names else []
+            gradients: list[Tensor | None] = list(
+                torch.autograd.grad(
+                    value,
+                    [*parameters, *both],
+                    retain_graph=names is not groups[-1],
+                    allow_unused=True,
+                )
             )
+            if both:
+                place = names.index(str(anatomy.head_weight))
+                gradients[place] = _sum_of(gradients[place], gradients.pop())
             for i, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-                gradient, gradients[i] = gradients[i], None  # type: ignore[call-overload]
+                gradient, gradients[i] = gradients[i], None
                 if gradient is None:
                     gradient = torch.zeros_like(parameter)
                 yield name, gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+
+
+def _sum_of(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, in the memory of the first; None is zero."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one.add_(other)
 
 
 def _groups(anatomy: Anatomy) -> Iterator[list[str]]:

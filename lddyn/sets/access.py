@@ -19,7 +19,19 @@ from lddyn.engine.trace import Trace
 from lddyn.errors import DisagreementError, UnrepeatableModelError, UnsupportedModelError
 from lddyn.ranks import ALONE, Ranks
 
-__all__ = ["Access"]
+__all__ = ["Access", "trainable_parameters"]
+
+
+def trainable_parameters(model: nn.Module | Anatomy) -> list[nn.Parameter]:
+    """The trainable parameters of a model, in its order.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    parameters = [p for p in Anatomy.module_of(model).parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("no parameter of the model has requires_grad=True: no step moves it")
+    return parameters
 
 
 class Access:
@@ -42,9 +54,7 @@ class Access:
 
     def __init__(self, model: nn.Module | Anatomy, probe: Example):
         self.model: nn.Module = Anatomy.module_of(model)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise ValueError("no parameter of the model has requires_grad=True: no step moves it")
+        self.parameters = trainable_parameters(self.model)
         check_separate(self.model)
         self.unavailable = ""
         self._anatomy: Anatomy | None = None

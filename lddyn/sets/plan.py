@@ -6,10 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-
 from lddyn.memory import Budget, in_gib
-from lddyn.sets.access import Access
 from lddyn.sets.close_ups import CLOSE_UP, LBK
 from lddyn.sets.passes import BACKWARD, FORWARD
 from lddyn.sets.rows import SURVEY, exact_bytes
@@ -89,7 +86,8 @@ class SetPlan:
     def of(
         cls,
         set_: TrainingSet,
-        access: Access,
+        size: int,
+        number: int,
         sketch: Sketch | None,
         run: Run | None,
         refresh: int,
@@ -97,8 +95,20 @@ class SetPlan:
         lbk: bool,
         processes: int = 1,
     ) -> SetPlan:
-        """The plan of a diagnosis; arguments as of `diagnose`."""
-        n, size, observed = len(set_), access.size, len(set_.observed)
+        """The plan of a diagnosis.
+
+        Args:
+            set_: The set.
+            size: Number of trainable values.
+            number: Bytes of one.
+            sketch: As of `diagnose`.
+            run: As of `diagnose`.
+            refresh: As of `diagnose`.
+            close_ups: As of `diagnose`.
+            lbk: As of `diagnose`.
+            processes: That divide the passes.
+        """
+        n, observed = len(set_), len(set_.observed)
         sequences = len(set_.examples)
         parts, segments = {"gradients": BACKWARD * (sequences + observed)}, 1
         if run is not None:
@@ -130,7 +140,6 @@ class SetPlan:
             kept = 2 if run is not None and run.optimizer == "adamw" else 1
             later = 0 if run is None else n + observed
             rows = 4 * sketch.k * ((sequences + observed) * kept + later)
-        number = torch.promote_types(access.parameters[0].dtype, torch.float32).itemsize
         vectors = vector_bytes(size, number, run, close_ups, lbk)
         return cls(
             parts,

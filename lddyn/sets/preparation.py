@@ -17,7 +17,7 @@ from lddyn.engine.guard import evaluating
 from lddyn.files import digest_of
 from lddyn.memory import Budget
 from lddyn.ranks import ALONE, Ranks
-from lddyn.sets.access import Access
+from lddyn.sets.access import Access, trainable_parameters
 from lddyn.sets.plan import SetPlan, parse_budget, plan_within, vector_bytes
 from lddyn.sets.rows import exact_bytes
 from lddyn.sets.run import Run
@@ -78,23 +78,28 @@ def prepare(
     if refresh < 1:
         raise ValueError(f"refresh must be at least 1, got {refresh}")
     _check_limits(Anatomy.module_of(model), set_)
-    access = Access(model, set_.examples[0])
-    allowed = Budget.of(memory, access.device)
-    number = torch.promote_types(access.parameters[0].dtype, torch.float32).itemsize
-    needed = exact_bytes(len(set_.sequences), access.size, number, run is not None)
+    parameters = trainable_parameters(model)
+    size, first = sum(p.numel() for p in parameters), parameters[0]
+    allowed = Budget.of(memory, first.device)
+    number = torch.promote_types(first.dtype, torch.float32).itemsize
+    needed = exact_bytes(len(set_.sequences), size, number, run is not None)
     if allowed.strict:
-        needed += vector_bytes(access.size, number, run, close_ups, lbk)
+        needed += vector_bytes(size, number, run, close_ups, lbk)
     if sketch is None and (needed > allowed.total or stored):
         sketch = Sketch(k=NUMBERS)
-    made = partial(SetPlan.of, set_, access, sketch, run, processes=ranks.world)
+    made = partial(SetPlan.of, set_, size, number, sketch, run, processes=ranks.world)
     plan = plan_within(epochs, made, refresh, close_ups, lbk, allowed)
+    access = Access(model, set_.examples[0])  # passes, after what is refused is refused
     if ranks.world > 1:
         total = sum(float(p.detach().double().sum()) for p in access.model.parameters())
         ids = "".join(example.content_id for example in set_.sequences)
         ranks.check_alike("model and rows", [repr(total), digest_of(ids.encode())])
     if progress and ranks.rank == 0:
         tqdm.write(f"diagnosis: {plan.explain()}", file=sys.stderr)
-    return Preparation(access, allowed.beside(plan.rows + plan.vectors), sketch, plan)
+    # A pass over a batch also makes the gradient of one parameter at a time.
+    largest = max(p.numel() for p in parameters) * number
+    workspace = allowed.beside(plan.rows + plan.vectors + largest)
+    return Preparation(access, workspace, sketch, plan)
 
 
 def rounding_remarks(access: Access, set_: TrainingSet) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.gram import graph_bytes
@@ -12,6 +14,7 @@ from lddyn.engine.stream.moved import inside_blocks, moved_bytes
 from lddyn.engine.trace import Trace
 from lddyn.memory import Budget
 from lddyn.optimizers import optimizer_kind
+from lddyn.steps.wide import is_widened
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,11 @@ class StepBudget:
 
     Attributes:
         budget: `memory=`.
-        vectors: Bytes of the vectors that it holds throughout: Δθ, and what the optimizer adds.
         copies: Whether the weights on the way of the step are copied; else a block at a time is.
         workspace: Bytes for the rest.
     """
 
     budget: Budget
-    vectors: int
     copies: bool
     workspace: int
 
@@ -39,18 +40,20 @@ class StepBudget:
         Raises:
             MemoryBudgetError: If memory is a number, and less than the vectors need.
         """
-        budget = Budget.of(memory, anatomy.device)
-        size = sum(p.nbytes for p in anatomy.trainable.values())
-        values = sum(p.numel() for p in anatomy.trainable.values())
-        count = 1 + vectors_of(optimizer)
-        held, moved = count * size, moved_bytes(anatomy)
-        copies = budget.holds(held + size) or not inside_blocks(anatomy)
+        budget, trainable = Budget.of(memory, anatomy.device), anatomy.trainable
+        size, moved = sum(p.nbytes for p in trainable.values()), moved_bytes(anatomy)
+        values = sum(p.numel() for p in trainable.values())
+        held = held_bytes(trainable, optimizer)
+        making = making_bytes(anatomy, trainable, optimizer)
+        copies = budget.holds(max(held + size, making)) or not inside_blocks(anatomy)
+        needed = max(held + (size if copies else moved), making)
+        several = needed > size + moved
         budget.require(
-            held + (size if copies else moved),
+            needed,
             f"a step of {values:,} trainable values with {type(optimizer).__name__}",
-            'or train an adapter, or use optimizer="sgd"' if count > 1 else "or train an adapter",
+            'or train an adapter, or use optimizer="sgd"' if several else "or train an adapter",
         )
-        return cls(budget, held, copies, budget.beside(held + (size if copies else moved)))
+        return cls(budget, copies, budget.beside(needed))
 
     def group(self) -> int | None:
         """Bytes of the parameters whose gradients are taken together; None: all of them."""
@@ -60,6 +63,49 @@ class StepBudget:
         """Whether backward passes of these sequences run blocks again, rather than keep graphs."""
         largest = max((graph_bytes(trace) for trace in traces), default=0)
         return self.budget.strict and largest > self.workspace
+
+
+def held_bytes(trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that a step holds throughout: Δθ, P, history, decay, and a copy of the state."""
+    size = sum(p.nbytes for p in trainable.values())
+    state = sum(
+        value.nbytes
+        for of in optimizer.state.values()
+        for value in of.values()
+        if isinstance(value, Tensor)
+    )
+    return (1 + vectors_of(optimizer)) * size + state
+
+
+def making_bytes(
+    anatomy: Anatomy, trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> int:
+    """Bytes at the moment at which a step is made of its gradient.
+
+    Adam and RMSprop compute each parameter's step with three tensors of its shape. Of 16-bit
+    weights they take the gradient in float32, on a copy of the model in float32; the copy is given
+    up before the step.
+    """
+    held = held_bytes(trainable, optimizer)
+    if optimizer_kind(optimizer) == "SGD":
+        return held
+    wide = is_widened(anatomy, divided=True)
+    number = {n: 4 if wide else p.dtype.itemsize for n, p in trainable.items()}
+    largest = max((number[n] * p.numel() for n, p in trainable.items()), default=0)
+    if not wide:
+        return held + 3 * largest
+    gradient = sum(number[n] * p.numel() for n, p in trainable.items())
+    copy = 4 * sum(p.numel() for p in anatomy.model.parameters())
+    return max(copy + gradient, held + gradient + 3 * largest)
+
+
+def states_of(optimizer: torch.optim.Optimizer) -> int:
+    """Vectors of all trainable values in an optimizer's state after its step."""
+    kind, groups = optimizer_kind(optimizer), optimizer.param_groups
+    if kind in ("Adam", "AdamW"):
+        return 2 + any(group.get("amsgrad") for group in groups)
+    momentum = any(group.get("momentum") for group in groups)
+    return int(momentum) + (kind == "RMSprop") + any(group.get("centered") for group in groups)
 
 
 def vectors_of(optimizer: torch.optim.Optimizer) -> int:

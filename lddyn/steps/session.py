@@ -22,7 +22,7 @@ from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Trace
 from lddyn.errors import UnsupportedModelError
 from lddyn.optimizers import Direction, Scaled, check_rate, copy_optimizer, hooked
-from lddyn.steps.budget import vectors_of
+from lddyn.steps.budget import held_bytes, making_bytes, states_of
 from lddyn.steps.precision import weight_change
 from lddyn.steps.setup import Setup, UpdateState, shifted_copy
 from lddyn.steps.verification import Verification, log_log_slope
@@ -222,12 +222,22 @@ class Session:
 
     def _require(self, dtype: torch.dtype | None) -> None:
         """Raises where `memory=` does not hold a copy of the model in this type, and its step."""
-        parameters, budget = list(self.model.parameters()), self.setup.budget
-        size = sum(_bytes_as(p, dtype) for p in self.setup.anatomy.trainable.values())
+        setup, parameters = self.setup, list(self.model.parameters())
+        optimizer, trainable = setup.optimizer, setup.anatomy.trainable
+        own = sum(p.nbytes for p in trainable.values())
+        size = sum(_bytes_as(p, dtype) for p in trainable.values())
         copy = size if dtype is None else sum(_bytes_as(p, dtype) for p in parameters)
+        # The step that is predicted, in the copy's type, and where it is not looked at from its
+        # start a second copy; then the gradient and the state of the one that is taken.
+        predicted = held_bytes(trainable, optimizer) * size // max(own, 1)
+        if any(at for at, _ in setup.quadrature.points):
+            predicted += size
+        if dtype is None:
+            predicted = max(predicted, making_bytes(setup.anatomy, trainable, optimizer))
+        taken = size * (1 + states_of(optimizer) + self._changes_gradients())
         name = str(dtype or "the model's own type").removeprefix("torch.")
-        budget.budget.require(
-            copy + size + size * vectors_of(self.setup.optimizer),
+        setup.budget.budget.require(
+            copy + max(predicted, taken),
             f"a real step on a copy of the model in {name}",
             "or ask for it in the model's own type (dtype=None)"
             if dtype
@@ -241,6 +251,15 @@ class Session:
             anatomy, update.examples, update.loss, recompute=self.setup.budget.budget.strict
         )
 
+    def _changes_gradients(self) -> bool:
+        """Whether a real step may change a gradient in place."""
+        setup = self.setup
+        return (
+            setup.max_grad_norm is not None
+            or any(group.get("nesterov") for group in setup.optimizer.param_groups)
+            or any(p._backward_hooks for p in setup.anatomy.trainable.values())
+        )
+
     @contextlib.contextmanager
     def _stepped(self, anatomy: Anatomy, gradient: Direction, factor: float) -> Iterator[Anatomy]:
         """The copy after a real step of the real optimizer class, at the first weights on exit."""
@@ -251,11 +270,7 @@ class Session:
             anatomy = setup.open(shifted_copy(anatomy.model, None))
         trainable = anatomy.trainable
         optimizer = self._optimizer_over(anatomy.model, factor)
-        changes = (  # whether something may change a gradient in place
-            setup.max_grad_norm is not None
-            or any(group.get("nesterov") for group in optimizer.param_groups)
-            or any(p._backward_hooks for p in setup.anatomy.trainable.values())
-        )
+        changes = self._changes_gradients()
         try:
             for name, parameter in trainable.items():
                 given = gradient[name].clone() if changes else gradient[name]

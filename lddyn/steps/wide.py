@@ -21,7 +21,7 @@ from lddyn.engine.guard import evaluating
 from lddyn.engine.quantised import dequantise
 from lddyn.engine.streamed import is_streamed
 
-__all__ = ["coarse", "copy_in", "wide_gradient"]
+__all__ = ["coarse", "copy_in", "is_widened", "wide_gradient"]
 
 _COARSE = (torch.bfloat16, torch.float16)
 
@@ -40,6 +40,12 @@ def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     with evaluating(copy):
         dequantise(copy)
     return copy.to(dtype)
+
+
+def is_widened(anatomy: Anatomy, divided: bool) -> bool:
+    """Whether a gradient is taken on a copy of the model in float32; `divided`: see below."""
+    streamed = any(map(is_streamed, anatomy.model.parameters()))
+    return divided and not streamed and coarse(anatomy.trainable) is not None
 
 
 def wide_gradient(
@@ -64,8 +70,7 @@ def wide_gradient(
     Cost: that of `gradient`; if weights have 16 bits and `divided`, also memory for a copy of the
     model in float32.
     """
-    streamed = any(map(is_streamed, anatomy.model.parameters()))
-    if not divided or streamed or coarse(anatomy.trainable) is None:
+    if not is_widened(anatomy, divided):
         return gradient(anatomy, examples, weights, most=most, recompute=recompute)
     copy = Anatomy(copy_in(anatomy.model, torch.float32), anatomy.attention)
     trust(copy, anatomy)

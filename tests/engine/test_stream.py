@@ -54,7 +54,7 @@ def tight(folder, **options):
 
 
 def weights_of(model):
-    return next(p for p in model.parameters() if hasattr(p, "fetch")).fetch.func.__self__
+    return next(p for p in model.parameters() if hasattr(p, "fetch")).fetch.args[0]()
 
 
 def grams(model, *methods):

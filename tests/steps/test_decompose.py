@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import gc
 import json
 import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,12 @@ import zoo
 from torch.nn.functional import logsigmoid
 
 import lddyn
+from lddyn.engine.stream.moved import moved_model
 from lddyn.errors import DisagreementError
 from lddyn.files import sealed, unsealed
 from lddyn.memory import Budget
 from lddyn.steps import setup
-from lddyn.steps.budget import StepBudget
+from lddyn.steps.budget import StepBudget, held_bytes, states_of
 from lddyn.steps.decomposition import Decomposition
 from lddyn.steps.rules import RULES
 from lddyn.steps.setup import UpdateState, shifted_copy
@@ -717,6 +720,47 @@ def test_memory_that_holds_no_step_is_refused_before_the_work(monkeypatch):
     assert dec.verify(dtype=None).errors
     assert all(map(torch.equal, before, model.parameters()))
     lddyn.decompose(model, observed, lddyn.SFT(updated), 1e-3, optimizer="adam")  # "auto" takes it
+    # Adam's gradient of 16-bit weights is float32, taken on a float32 copy: four times the weights.
+    half = zoo.build("llama").to(torch.bfloat16)
+    lddyn.decompose(half, observed, lddyn.SFT(updated), 1e-3, memory=size)
+    with pytest.raises(lddyn.MemoryBudgetError, match=r"(?s)Adam needs .*optimizer=\"sgd\""):
+        lddyn.decompose(
+            half, observed, lddyn.SFT(updated), 1e-3, optimizer="adam", memory=size + size // 4
+        )
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_what_a_step_holds_is_counted(stateful):
+    """Δθ and P, and a copy of the optimizer's state with the history that is made of it."""
+    model = zoo.build("llama")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    if stateful:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    size = sum(p.nbytes for p in model.parameters())
+    steps = 4 * len(list(model.parameters())) if stateful else 0  # float32 counters
+    trainable = dict(model.named_parameters())
+    assert held_bytes(trainable, optimizer) == (5 if stateful else 2) * size + steps
+    assert states_of(optimizer) == 2
+    assert states_of(torch.optim.SGD(model.parameters(), lr=1e-3)) == 0
+
+
+def test_a_moved_copy_is_freed_with_its_last_user():
+    """It holds Δθ: in a circle it would stay until Python's next collection."""
+    model = zoo.build("llama")
+    anatomy = lddyn.Anatomy(model)
+    change = {n: torch.zeros_like(p) for n, p in anatomy.trainable.items()}
+    gc.collect()
+    gc.disable()
+    try:
+        moved = lddyn.Anatomy(moved_model(anatomy, change, 0.5))
+        moved.trace(zoo.examples()[0])
+        kept = [weakref.ref(moved.model), weakref.ref(next(iter(change.values())))]
+        del moved, change
+        assert [ref() for ref in kept] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_step_of_length_zero_is_zero():

@@ -7,10 +7,12 @@ place of the block that was used longest ago.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -74,8 +76,10 @@ class Weights:
         for index, block in enumerate(blocks):
             for parameter in block.parameters.values():
                 parameter.data = absent_tensor(parameter, device)
-                # `is_streamed` and `present` look for this attribute.
-                parameter.fetch = partial(self.load, index)  # type: ignore[attr-defined]
+                # `is_streamed` and `present` look for this attribute. A strong reference would make
+                # a circle, and the weights of a copy would stay until Python's next collection.
+                fetch = partial(_load, weakref.ref(self), index)
+                parameter.fetch = fetch  # type: ignore[attr-defined]
 
     def load(self, index: int) -> None:
         """Reads a block's weights into memory, unless they are there."""
@@ -123,11 +127,30 @@ class Weights:
         return self._held.pop(index)
 
 
+def _load(weights: weakref.ref[Weights], index: int) -> None:
+    """Reads a block's weights, for as long as their model exists."""
+    own = weights()
+    if own is None:
+        raise RuntimeError("the model of this streamed weight no longer exists: keep the model")
+    own.load(index)
+
+
 class OnDemand:
-    """A block's forward that reads the block's weights first."""
+    """A block's forward that reads the block's weights first.
+
+    The module holds this object, so a method of the module is held by a weak reference: a copy of a
+    model is then freed with its last user.
+    """
 
     def __init__(self, weights: Weights, index: int, forward: Any):
-        self.weights, self.index, self.forward = weights, index, forward
+        self.weights, self.index = weights, index
+        weak = isinstance(forward, MethodType)
+        self._forward = weakref.WeakMethod(forward) if weak else lambda: forward
+
+    @property
+    def forward(self) -> Any:
+        """The block's own forward."""
+        return self._forward()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Loads the weights of this block, then runs its own forward."""
