@@ -7,6 +7,7 @@ Everything that lddyn computes begins here:
     unwrapped         the module inside wrappers that add no computation of their own
     shells            the module, its adapters, and the transformers model inside
     check_whole       refuses weights that are not in this process's memory
+    device_of         where a model takes its token ids
     check_unmerged    refuses trainable adapters that are merged into their layers
     check_separate    refuses trainable parameters that are views of the same memory
     replaced_forwards instance forwards to set aside while the model is analysed
@@ -68,12 +69,15 @@ def shells(model: nn.Module) -> list[nn.Module]:
     return [outer, *middle, inner] if outer is not inner else [inner]
 
 
-def check_whole(model: nn.Module, *, allow_fsdp2: bool = False) -> None:
+def check_whole(
+    model: nn.Module, *, allow_fsdp2: bool = False, allow_offloaded: bool = False
+) -> None:
     """Refuses a model whose weights are not whole in this process's memory.
 
     Args:
         model: The model.
         allow_fsdp2: Accept weights that `fully_shard` splits: plain passes gather them.
+        allow_offloaded: Accept frozen weights that accelerate offloads: plain passes load them.
 
     Raises:
         UnsupportedModelError: The message says what splits or offloads them, and what to use.
@@ -96,12 +100,24 @@ def check_whole(model: nn.Module, *, allow_fsdp2: bool = False) -> None:
                 "and analyse the saved one, or watch the run with lddyn.integrations, whose passes "
                 "gather the weights"
             )
-        if parameter.is_meta:
+        if parameter.is_meta and parameter.requires_grad and allow_offloaded:
+            raise UnsupportedModelError(
+                f"parameter {name} trains and is offloaded (accelerate's device_map put it on CPU "
+                "or disk), where no optimizer moves it: keep it in memory, or freeze the model and "
+                "train an adapter on it (peft), whose weights stay in memory"
+            )
+        if parameter.is_meta and not allow_offloaded:
             raise UnsupportedModelError(
                 f"parameter {name} is on the meta device, as accelerate leaves the weights that it "
                 "offloads to CPU or disk: lddyn.stream(folder) reads the weights of a model that "
                 "does not fit into memory"
             )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its token ids: the device of its first parameter that is in memory."""
+    devices = [p.device for p in model.parameters()]
+    return next((device for device in devices if device.type != "meta"), devices[0])
 
 
 def check_unmerged(model: nn.Module) -> None:

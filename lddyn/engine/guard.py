@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lddyn.engine import layers
-from lddyn.engine.door import replaced_forwards
+from lddyn.engine.door import device_of, replaced_forwards
 from lddyn.engine.quantised import keep_layout
 from lddyn.engine.turns import Gate, Hold, switching, turn
 from lddyn.engine.undo import Undo, shielded
@@ -47,7 +47,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         evaluate(modules, undo)
         implement(modules, QUIET, undo)
         strip_forwards(model, undo)
-        device = next(model.parameters()).device.type
+        device = device_of(model).type
         with torch.autocast(device, enabled=False), eager_code(modules):
             yield
 

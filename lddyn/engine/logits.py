@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.cached import cached_logits
+from lddyn.engine.door import device_of
 from lddyn.engine.grouping import Part
 from lddyn.engine.packed import packable, packed_logits
 from lddyn.engine.realised import realised_log_probs
@@ -120,7 +121,7 @@ def own_response(model: nn.Module | Anatomy, example: Example) -> Response:
     Cost: one forward pass, with logits at every position.
     """
     model = Anatomy.module_of(model)
-    device = next(model.parameters()).device
+    device = device_of(model)
     captured: list[Tensor] = []
     # Not output_hidden_states=True, for which transformers leaves hooks on the blocks.
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
@@ -130,7 +131,7 @@ def own_response(model: nn.Module | Anatomy, example: Example) -> Response:
     at = list(example.positions)
     logits = out.logits[0, at]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    targets = torch.tensor(list(example.targets), device=device)
+    targets = torch.tensor(list(example.targets), device=logits.device)
     return Response(logits, first_stream(captured[-1])[0, at], targets)
 
 

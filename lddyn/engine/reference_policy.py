@@ -36,6 +36,7 @@ from lddyn.engine.undo import shielded
 __all__ = [
     "Reference",
     "adapter_remarks",
+    "adapters_switched",
     "check_reference",
     "describe_reference",
     "policy_of",
@@ -169,18 +170,29 @@ def policy_of(reference: Reference, anatomy: Anatomy) -> Iterator[Anatomy]:
     elif not isinstance(reference, str):
         raise ValueError(f"reference must name a policy, got log-probs {reference!r}")
     else:
-        policy: Any = anatomy.model
-        if not hasattr(policy, "disable_adapter"):
-            raise ValueError(
-                f"reference={reference!r} needs a peft model with adapters, got "
-                f"{type(policy).__name__}: wrap it with peft, or pass the reference model"
-            )
-        warn_of_adapter(reference, policy)
-        with switching(policy) as undo:
-            for parameter in policy.parameters():  # peft trains what it switches
-                undo.add(functools.partial(parameter.requires_grad_, parameter.requires_grad))
-            with _adapters(policy, reference):
-                yield Anatomy(policy, anatomy.attention, allow_frozen=True)
+        with adapters_switched(anatomy.model, reference):
+            yield Anatomy(anatomy.model, anatomy.attention, allow_frozen=True)
+
+
+@contextlib.contextmanager
+@shielded
+def adapters_switched(policy: Any, reference: str) -> Iterator[None]:
+    """A peft model as its own reference within: "adapter-off", or "adapter:NAME".
+
+    Raises:
+        ValueError: If it is no peft model, or has no adapter of this name.
+    """
+    if not hasattr(policy, "disable_adapter"):
+        raise ValueError(
+            f"reference={reference!r} needs a peft model with adapters, got "
+            f"{type(policy).__name__}: wrap it with peft, or pass the reference model"
+        )
+    warn_of_adapter(reference, policy)
+    with switching(policy) as undo:
+        for parameter in policy.parameters():  # peft trains what it switches
+            undo.add(functools.partial(parameter.requires_grad_, parameter.requires_grad))
+        with _adapters(policy, reference):
+            yield
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import distributed, nn
 
-from lddyn.integrations.wrapping import is_sharded
+from lddyn.engine.sharded import is_sharded
 
 __all__ = ["Processes"]
 

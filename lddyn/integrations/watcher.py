@@ -23,10 +23,10 @@ from lddyn.data.example import Example
 from lddyn.data.tokenizer import Tokenizer
 from lddyn.engine.door import check_whole, unwrapped
 from lddyn.engine.pushforward import Direction, batched_shifts
+from lddyn.engine.sharded import reshard
 from lddyn.integrations.budget import Budget, budget_share
 from lddyn.integrations.dynamics_file import DynamicsFile, Row
 from lddyn.integrations.processes import Processes
-from lddyn.integrations.wrapping import reshard
 from lddyn.probes.measure import measure
 from lddyn.probes.probe_set import LABELS, Encoded, ProbeSet
 from lddyn.report import write_dynamics

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
-from lddyn.engine.door import check_repeatable, check_separate
-from lddyn.engine.gradient import flat_gradient, unflatten
+from lddyn.engine.door import check_repeatable, check_separate, check_whole
+from lddyn.engine.gradient import flat_gradient, gradient_of, unflatten
 from lddyn.engine.guard import evaluating
 from lddyn.engine.logits import own_response
 from lddyn.engine.pushforward import log_prob_shifts
-from lddyn.engine.reference_policy import Reference, reference_log_probs
+from lddyn.engine.reference_policy import (
+    Reference,
+    adapters_switched,
+    reference_log_probs,
+)
+from lddyn.engine.sharded import Shards, gradient_in_place, is_sharded, reshard
 from lddyn.engine.trace import Trace
 from lddyn.errors import DisagreementError, UnrepeatableModelError, UnsupportedModelError
 from lddyn.ranks import ALONE, Ranks
@@ -44,20 +50,34 @@ class Access:
     Attributes:
         model: The module.
         parameters: Its trainable parameters; gradients of them are flat, one after the other.
-        unavailable: Reason why the model cannot be pushed through, so that token gradients, LBK
-            and runs are unavailable; empty if it can.
+        unavailable: Reason why the model cannot be pushed through, so that token gradients and LBK
+            are unavailable, and passes run the model itself, one sequence after the other; empty if
+            it can.
+        shards: How the parameters are divided among processes, by FSDP2.
 
     Raises:
+        UnsupportedModelError: If the weights are split by something else than FSDP2, or trainable
+            ones are offloaded.
         ValueError: If no parameter is trainable, or two of them share memory.
         UnrepeatableModelError: If the model's logits change from one pass to the next.
     """
 
     def __init__(self, model: nn.Module | Anatomy, probe: Example):
         self.model: nn.Module = Anatomy.module_of(model)
+        check_whole(self.model, allow_fsdp2=True, allow_offloaded=True)
+        reshard(self.model)
         self.parameters = trainable_parameters(self.model)
+        self._own = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         check_separate(self.model)
+        self.shards = Shards.of(self._own)
         self.unavailable = ""
         self._anatomy: Anatomy | None = None
+        if is_sharded(self.model):
+            self.unavailable = (
+                "its weights are split over processes (FSDP 2), which make every pass together; "
+                "save the model and diagnose the saved one for tokens and LBK"
+            )
+            return
         try:
             self._anatomy = Anatomy.of(model)
             still = {n: p.new_zeros(()).expand(p.shape) for n, p in self.anatomy.trainable.items()}
@@ -84,7 +104,7 @@ class Access:
         """Name → trainable parameter, in the order of `parameters`."""
         if self._anatomy is not None:
             return dict(self._anatomy.trainable)
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return dict(self._own)
 
     @property
     def looked_up(self) -> set[str]:
@@ -123,11 +143,26 @@ class Access:
         return whole
 
     def _reference_log_probs(self, reference: Reference, examples: Sequence[Example]) -> Tensor:
-        if isinstance(reference, nn.Module) and self._anatomy is None:
-            with evaluating(reference), torch.no_grad():
-                values = [float(own_response(reference, e).log_probs.sum()) for e in examples]
-            return torch.tensor(values, dtype=torch.float64).view(2, -1)
-        return reference_log_probs(reference, self.anatomy, examples)
+        if self._anatomy is not None or isinstance(reference, Anatomy):
+            return reference_log_probs(reference, self.anatomy, examples)
+        policy = reference if isinstance(reference, nn.Module) else self.model
+        with contextlib.ExitStack() as stack:
+            if isinstance(reference, str):
+                stack.enter_context(adapters_switched(self.model, reference))
+            stack.enter_context(evaluating(policy))
+            stack.enter_context(torch.no_grad())
+            values = [float(own_response(policy, e).log_probs.sum()) for e in examples]
+        reshard(policy)
+        return torch.tensor(values, dtype=torch.float64).view(2, -1)
+
+    def own_gradient(self, value: Tensor) -> Mapping[str, Tensor]:
+        """The gradient of a scalar of the model's own pass; split where parameters are.
+
+        Where parameters are split, all processes have the same scalar, and call this.
+        """
+        if is_sharded(self.model):
+            return gradient_in_place(value, self.model, self._own)
+        return gradient_of(value, self.named)
 
     def gradient(self, example: Example) -> Tensor:
         """∇θ log π(y | x), (P,) float32 on the host."""

@@ -243,8 +243,11 @@ def diagnose(
         stored=store is not None,
     )
     access, sketch, plan = prepared.access, prepared.sketch, prepared.plan
+    shown, ranks = progress and ranks.rank == 0, prepared.ranks
+    if validate and access.shards.split:
+        raise ValueError("validate takes steps on a copy, and split weights (FSDP 2) have none")
     refresh, close_ups, lbk = plan.refresh, plan.close_ups, plan.lbk
-    with closing(Bar(plan.work, progress and ranks.rank == 0)) as bar:
+    with closing(Bar(plan.work, shown)) as bar:
         passes = Passes(access, max(set_.sequences, key=len), prepared.workspace, bar, ranks)
         reader = PairReader(set_)
         kept, reading = read_start(prepared, passes, set_, run, store, reader)

@@ -92,9 +92,10 @@ def diagnose_sequences(
         stored=store is not None,
     )
     access, sketch = prepared.access, prepared.sketch
+    shown, ranks = progress and ranks.rank == 0, prepared.ranks
     if run is not None:
         objective.subset([0])  # errors in it are raised before the work
-    with closing(Bar(prepared.plan.work, progress and ranks.rank == 0)) as bar:
+    with closing(Bar(prepared.plan.work, shown)) as bar:
         passes = Passes(access, max(set_.sequences, key=len), prepared.workspace, bar, ranks)
         tokens: list[Tensor] = [torch.empty(0)] * len(set_)
 

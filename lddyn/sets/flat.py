@@ -7,11 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lddyn.engine.sharded import local
+
 __all__ = ["Flat"]
 
 
 class Flat:
     """A vector of all trainable values, float32 or wider, with a view of every parameter's shape.
+
+    Of parameters that are split over processes it has this process's parts.
 
     Attributes:
         vector: (P,) on the model's device.
@@ -19,6 +23,7 @@ class Flat:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        parameters = {name: local(p) for name, p in parameters.items()}
         first = next(iter(parameters.values()))
         sizes = [p.numel() for p in parameters.values()]
         dtype = torch.promote_types(first.dtype, torch.float32)
@@ -29,4 +34,4 @@ class Flat:
     def copy(self, values: Mapping[str, Tensor]) -> None:
         """Takes the values of some parameters, or of tensors of their shapes."""
         for name, value in values.items():
-            self.views[name].copy_(value.detach())
+            self.views[name].copy_(local(value.detach()))

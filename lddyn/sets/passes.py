@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lddyn.data.example import Example
-from lddyn.engine.gradient import gradient_of
 from lddyn.engine.guard import evaluating
 from lddyn.engine.logits import Response, own_response
 from lddyn.engine.sequences import batches, pass_together, pull_sequences
+from lddyn.engine.sharded import reshard
 from lddyn.engine.trace import Batch
 from lddyn.ranks import ALONE, Ranks
 from lddyn.sets.access import Access
@@ -73,6 +73,7 @@ class Passes:
                 for i in numbers:
                     see(i, own_response(self.access.model, examples[i]))
                     self.advance(FORWARD)
+            reshard(self.access.model)
             return
         some = [examples[i] for i in numbers]
         for length, index in batches(self.access.anatomy, some, CHUNK):
@@ -207,7 +208,7 @@ class Passes:
                 response = own_response(self.access.model, examples[i])
                 if see is not None:
                     see(i, response)
-                gradient = gradient_of(response.log_probs.sum(), self.access.named)
+                gradient = self.access.own_gradient(response.log_probs.sum())
                 for name, value in gradient.items():
                     take(i, Piece(name, wide(value)))
                 self.advance(BACKWARD)

@@ -99,7 +99,7 @@ class SetPlan:
 
         Args:
             set_: The set.
-            size: Number of trainable values.
+            size: Number of trainable values in this process.
             number: Bytes of one.
             sketch: As of `diagnose`.
             run: As of `diagnose`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,9 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lddyn.data.context import position_limit
 from lddyn.engine.anatomy import Anatomy
+from lddyn.engine.door import check_whole
 from lddyn.engine.guard import evaluating
+from lddyn.engine.sharded import is_sharded, local, reshard, whole
 from lddyn.files import digest_of
 from lddyn.memory import Budget
 from lddyn.ranks import ALONE, Ranks
@@ -40,12 +43,15 @@ class Preparation:
         workspace: Bytes for batches.
         sketch: How gradients are sketched; None: they fit, and inner products are exact.
         plan: What the diagnosis will take.
+        ranks: Processes that divide the passes; this one alone where weights are split over
+            processes, which make every pass together.
     """
 
     access: Access
     workspace: int
     sketch: Sketch | None
     plan: SetPlan
+    ranks: Ranks
 
 
 def prepare(
@@ -77,29 +83,55 @@ def prepare(
         raise ValueError(f"run must be a lddyn.Run, got {type(run).__name__}")
     if refresh < 1:
         raise ValueError(f"refresh must be at least 1, got {refresh}")
-    _check_limits(Anatomy.module_of(model), set_)
-    parameters = trainable_parameters(model)
+    module = Anatomy.module_of(model)
+    _check_limits(module, set_)
+    check_whole(module, allow_fsdp2=True, allow_offloaded=True)
+    reshard(module)
+    parameters = [local(p) for p in trainable_parameters(model)]
     size, first = sum(p.numel() for p in parameters), parameters[0]
-    allowed = Budget.of(memory, first.device)
+    allowed, shown, split = Budget.of(memory, first.device), progress and not ranks.rank, False
+    with _together(module, ranks) as every:
+        _check_alike(module, set_, every)
+        told = every.gather([size, allowed.total])  # so that all of them choose the same
+    size, total = max(one for one, _ in told), min(other for _, other in told)
+    if is_sharded(module):
+        split, close_ups, lbk, ranks = True, 0, False, ALONE
     number = torch.promote_types(first.dtype, torch.float32).itemsize
     needed = exact_bytes(len(set_.sequences), size, number, run is not None)
     if allowed.strict:
         needed += vector_bytes(size, number, run, close_ups, lbk)
-    if sketch is None and (needed > allowed.total or stored):
+    if sketch is None and (needed > total or stored):
         sketch = Sketch(k=NUMBERS)
+    if (
+        split
+        and sketch is not None
+        and sketch.k >= sum(p.numel() for p in trainable_parameters(model))
+    ):
+        sketch = None  # whole gradients are not larger, and each process holds a part of them
     made = partial(SetPlan.of, set_, size, number, sketch, run, processes=ranks.world)
     plan = plan_within(epochs, made, refresh, close_ups, lbk, allowed)
     access = Access(model, set_.examples[0])  # passes, after what is refused is refused
-    if ranks.world > 1:
-        total = sum(float(p.detach().double().sum()) for p in access.model.parameters())
-        ids = "".join(example.content_id for example in set_.sequences)
-        ranks.check_alike("model and rows", [repr(total), digest_of(ids.encode())])
-    if progress and ranks.rank == 0:
+    if shown:
         tqdm.write(f"diagnosis: {plan.explain()}", file=sys.stderr)
     # A pass over a batch also makes the gradient of one parameter at a time.
     largest = max(p.numel() for p in parameters) * number
     workspace = allowed.beside(plan.rows + plan.vectors + largest)
-    return Preparation(access, workspace, sketch, plan)
+    return Preparation(access, workspace, sketch, plan, ranks)
+
+
+def _together(model: nn.Module, ranks: Ranks) -> contextlib.AbstractContextManager[Ranks]:
+    """The processes that work together: those that divide the passes, or hold parts of a model."""
+    return Ranks.of_torchrun() if is_sharded(model) else contextlib.nullcontext(ranks)
+
+
+def _check_alike(model: nn.Module, set_: TrainingSet, ranks: Ranks) -> None:
+    """Raises a RuntimeError if processes that work together differ in their weights or rows."""
+    if ranks.world == 1:
+        return
+    sums = (whole(p.detach().double().sum()) for p in model.parameters() if not p.is_meta)
+    ids = "".join(example.content_id for example in set_.sequences)
+    value = [repr(sum(map(float, sums))), digest_of(ids.encode())]
+    ranks.check_alike("model and rows", value)
 
 
 def rounding_remarks(access: Access, set_: TrainingSet) -> list[str]:

@@ -7,7 +7,7 @@ Adam, rows of √P ∘ ∇θ log π have the inner products J P Jᵀ.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lddyn.engine.gram import sequence_gram
 from lddyn.engine.logits import Response
+from lddyn.engine.sharded import WHOLE, Shards, local
 from lddyn.finite import checked
 from lddyn.ranks import Ranks
 from lddyn.sets.access import Access
@@ -137,19 +138,21 @@ class SetRows:
         dense: The rows; where they are exact, of the plain gradients.
         numbers: The sequences they are of, numbered as in `TrainingSet.sequences`.
         root: √P that sketched rows were multiplied by; None: ones.
+        shards: How exact rows are divided among processes.
     """
 
     dense: DenseRows
     numbers: Sequence[int]
     root: Flat | None = None
+    shards: Shards = WHOLE
 
     def empty(self, numbers: Sequence[int]) -> SetRows:
         """Empty rows of these sequences under the same metric."""
-        return SetRows(self.dense.empty(len(numbers)), numbers, self.root)
+        return replace(self, dense=self.dense.empty(len(numbers)), numbers=numbers)
 
     def first(self, numbers: Sequence[int]) -> SetRows:
         """The same memory, as rows of these sequences."""
-        return SetRows(self.dense.first(len(numbers)), numbers, self.root)
+        return replace(self, dense=self.dense.first(len(numbers)), numbers=numbers)
 
     def gram(self, set_: TrainingSet, diagonal: Tensor | None = None) -> Gram:
         """J P Jᵀ, of rows of all sequences.
@@ -160,7 +163,9 @@ class SetRows:
         """
         same, count = set_.representatives, len(set_.examples)
         if self.dense.exact:
-            whole = sequence_gram(self.dense.rows, diagonal)[same][:, same]
+            whole = sequence_gram(self.dense.rows, diagonal)
+            self.shards.add_up(whole)
+            whole = whole[same][:, same]
             checked(whole, "the Gram matrix of the set", self.dense.rows.dtype)
             return Gram.of(whole, None, count)
         estimate = self.dense.gram()
@@ -203,17 +208,21 @@ def new_rows(
     if sketch is not None:
 
         def note(_: int, piece: Piece) -> None:
-            value = (piece if root is None else piece.scaled(root.views[piece.name])).value
-            square = float(torch.linalg.vector_norm(value)) ** 2
+            scaled = piece if root is None else piece.scaled(root.views[piece.name])
+            square = float(torch.linalg.vector_norm(scaled.whole().value)) ** 2
             squares[piece.name] = squares.get(piece.name, 0.0) + square
 
         n = len(set_)
         numbers = [i + side * n for i in range(n) for side in range(set_.sides)]
         passes.gradients(set_.sequences, numbers[:SURVEY], note)
     parameters = access.named
+    split = sketch is None and access.shards.split
+    if split:
+        parameters = {name: local(p) for name, p in parameters.items()}
     layout = dense_layout(sketch, parameters, squares, access.looked_up)
     count = len(set_.sequences)
-    return SetRows(DenseRows(layout, parameters, count), range(count), root)
+    dense = DenseRows(layout, parameters, count, split=split)
+    return SetRows(dense, range(count), root, access.shards)
 
 
 def read_rows(
@@ -252,7 +261,7 @@ def read_rows(
             scaled = piece if kept.root is None else piece.scaled(kept.root.views[piece.name])
             kept.dense.add(place[number], scaled)
         if along is not None and at is not None and piece.name in at:
-            along[number] += piece.inner(at[piece.name])
+            along[number] += piece.inner(local(at[piece.name]))
 
     windows = [range(start, min(n, start + _WINDOW)) for start in range(0, n, _WINDOW)]
     starts = range(trained, len(sequences), 2 * _WINDOW)
@@ -264,5 +273,7 @@ def read_rows(
             passes.gradients(sequences, filled, take, see)
         passes.forward(sequences, [i for i in part if i not in place], see)
     passes.ranks.add_up(log_probs, *([] if along is None else [along]))
+    if along is not None:
+        passes.access.shards.add_up(along)
     passes.ranks.add_up(*(kept.dense.rows for kept in rows))
     return SetReading(log_probs[:trained].view(-1, n), log_probs[trained:], along)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lddyn.engine.gram import sequence_gram
+from lddyn.engine.sharded import WHOLE, Shards, local
 from lddyn.engine.turns import switching
 from lddyn.sets.access import Access
 from lddyn.sets.flat import Flat
@@ -48,10 +49,11 @@ class Moments:
     Args:
         parameters: Name → trainable parameter.
         run: Settings of the run.
+        shards: How the parameters are divided among processes.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], run: Run) -> None:
-        self._sum, self._steps = Flat(parameters), 0
+    def __init__(self, parameters: Mapping[str, Tensor], run: Run, shards: Shards = WHOLE) -> None:
+        self._sum, self._steps, self._shards = Flat(parameters), 0, shards
         self._batch, self._epsilon = run.batch, run.epsilon
 
     def add_exact(self, rows: Tensor, pulls: Tensor, steps: int) -> None:
@@ -89,7 +91,9 @@ class Moments:
     @property
     def total(self) -> float:
         """Σ v."""
-        return float(self._sum.vector.sum(dtype=torch.float64)) / self._steps
+        total = self._sum.vector.sum(dtype=torch.float64)
+        self._shards.add_up(total)
+        return float(total) / self._steps
 
     def precondition(self, vector: Tensor, power: float = 1.0) -> None:
         """Multiplies a vector (P,) by P = 1/(√v + ε), or a power of it, in blocks."""
@@ -151,7 +155,9 @@ class _Segments:
         self.start.copy(self.parameters)
         decaying = run.decaying(access.model)
         self.decaying = {n: p for n, p in access.named.items() if n in decaying}
-        self.moments = Moments(self.parameters, run) if run.optimizer == "adamw" else None
+        self.moments = (
+            Moments(self.parameters, run, access.shards) if run.optimizer == "adamw" else None
+        )
 
     def kernel(self, rows: SetRows, now: Tensor, steps: int) -> _Kernel:
         """Gradients at the present weights, paired.
@@ -180,6 +186,7 @@ class _Segments:
             self.scratch.vector.zero_()
             self.scratch.copy(self.decaying)
             along = (rows.dense.rows @ self.scratch.vector).double().cpu()
+            self.access.shards.add_up(along)
         if self.moments is not None:
             self.moments.add_exact(rows.dense.rows[: pulls.numel()], pulls, steps)
             self.moments.precondition(self.scratch.vector.fill_(1.0))
@@ -212,8 +219,8 @@ class _Segments:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 kept = 1 - shrunk if name in self.decaying else 1.0
-                moved = parameter.to(total) * kept + self.scratch.views[name]
-                parameter.copy_(moved)
+                part = local(parameter)
+                part.copy_(part.to(total) * kept + self.scratch.views[name])
 
     def arrive(self, kernel: _Kernel, ends: SetRows) -> tuple[SetReading, Tensor]:
         """Reads the set where a segment ends.
@@ -238,6 +245,7 @@ class _Segments:
         parts = [part for part in (here[:n], here[trained if whole else n :]) if len(part)]
         if exact:
             inner = [sequence_gram(part, scratch if metric else None, there) for part in parts]
+            self.access.shards.add_up(*inner)
         else:
             inner = [ends.dense.layout.value(part, there).double().cpu() for part in parts]
         return reading, torch.cat(inner)[:, set_.representatives[:trained]]
@@ -252,7 +260,7 @@ class _Segments:
     def _put_back(self) -> None:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(self.start.views[name])
+                local(parameter).copy_(self.start.views[name])
 
 
 def predict_run(

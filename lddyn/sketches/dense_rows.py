@@ -23,14 +23,18 @@ class DenseRows:
         layout: What a row stores (`dense_layout`).
         parameters: Name → parameter: shapes, dtype and device.
         count: Number of rows.
+        split: Whether exact rows hold this process's part of split gradients alone; `parameters`
+            are then these parts.
 
     Attributes:
         layout: The layout.
         rows: (count, layout.width), at least float32, on the device of the parameters.
     """
 
-    def __init__(self, layout: Layout, parameters: Mapping[str, Tensor], count: int) -> None:
-        self.layout = layout
+    def __init__(
+        self, layout: Layout, parameters: Mapping[str, Tensor], count: int, *, split: bool = False
+    ) -> None:
+        self.layout, self._split = layout, split
         self._parts = {part.name: part for part in layout.parts}
         self._shapes = {name: p.shape for name, p in parameters.items()}
         first = next(iter(parameters.values()))
@@ -56,6 +60,7 @@ class DenseRows:
 
     def add(self, row: int, piece: Piece) -> None:
         """Adds a piece of one sequence's gradient to its row."""
+        piece = piece if self._split else piece.whole()
         part = self._parts[piece.name]
         place = self.layout.places[part.name, part.kind]
         if part.kind == "exact":

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from lddyn.engine.factors import HeadFactor
+from lddyn.engine.sharded import like_local, local, whole
 from lddyn.sketches.gradients import Gradients, base_name, wide
 from lddyn.sketches.projections import Term
 
@@ -25,7 +26,9 @@ class Piece:
 
     Attributes:
         name: Canonical name of the parameter.
-        value: Of the parameter's shape; with `expert` of one expert's; with `ids` rows of it.
+        value: Of the parameter's shape; with `expert` of one expert's; with `ids` rows of it. It is
+            split over processes where the parameter is; tensors that a piece is combined with are
+            then of the shape of this process's part.
         expert: Which expert of a packed weight; None: the parameter is not packed.
         ids: The row of the parameter that each row of `value` is added to; rows may repeat. None:
             `value` has all rows.
@@ -36,32 +39,42 @@ class Piece:
     expert: int | None = None
     ids: Tensor | None = None
 
+    def whole(self) -> Piece:
+        """The piece with a value that is not split; all processes call this."""
+        value = whole(self.value)
+        return self if value is self.value else replace(self, value=value)
+
     def _part(self, tensor: Tensor) -> Tensor:
         """The part of a tensor of the parameter's shape that the piece belongs to."""
         return tensor if self.expert is None else tensor[self.expert]
 
     def like(self, tensor: Tensor) -> Tensor:
         """The entries of a tensor of the parameter's shape that stand beside those of `value`."""
-        part = self._part(tensor)
+        part, value = self._part(tensor), local(self.value)
         if self.ids is None:
-            return part.reshape(self.value.shape).to(self.value.device)
-        return part[self.ids.to(part.device)].to(self.value.device)
+            return part.reshape(value.shape).to(value.device)
+        return part[self.ids.to(part.device)].to(value.device)
 
     def scaled(self, tensor: Tensor) -> Piece:
         """The piece times a diagonal, which has the parameter's shape."""
-        return replace(self, value=self.value * self.like(tensor))
+        scaled = local(self.value) * self.like(tensor)
+        return replace(self, value=like_local(self.value, scaled))
 
     def add_to(self, tensor: Tensor, weight: float = 1.0) -> None:
         """Adds the piece to a tensor of the parameter's shape."""
         part = self._part(tensor)
         if self.ids is None:
-            part.add_(self.value.view(part.shape).to(part), alpha=weight)
+            part.add_(local(self.value).view(part.shape).to(part), alpha=weight)
         else:
             part.index_add_(0, self.ids.to(part.device), self.value.to(part), alpha=weight)
 
     def inner(self, tensor: Tensor) -> float:
-        """The inner product with a tensor of the parameter's shape, summed in float32 by rows."""
-        product = self.value * self.like(tensor.detach()).to(self.value)
+        """The inner product with a tensor of the parameter's shape, summed in float32 by rows.
+
+        Where the value is split, of this process's part.
+        """
+        value = local(self.value)
+        product = value * self.like(tensor.detach()).to(value)
         return float(product.flatten(1 if product.dim() > 1 else 0).sum(-1).double().sum())
 
 
