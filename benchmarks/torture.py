@@ -27,27 +27,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import damaged
 import interrupts
-import mutations
 import power
 import store_torture
 import test_results
 import test_turns
 import torch
 import zoo
+from damaged import Attempts, problem
 
 import lddyn
 from lddyn.data.audit import audit
 from lddyn.data.read import placed_rows
 from lddyn.errors import StoreError
-from lddyn.files import append_text, read_sealed, replace_file, sealed
-from lddyn.report.dynamics import read_lines
-from lddyn.steps.folder import read_steps, write_steps
+from lddyn.files import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Runs the attempts first, first + 1, … and yields "" for each that survives, else what happened.
-Attempts = Callable[[Path, int], Iterator[str]]
 
 
 @dataclass(frozen=True)
@@ -58,121 +54,6 @@ class Promise:
     words: str
     target: int
     attempts: Attempts
-
-
-def problem(error: BaseException) -> str:
-    """One line on an exception that should not have come."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-
-
-# --------------------------------------------------------------------------- saved results
-
-
-def damaged_results(name: str) -> Attempts:
-    """Damages two saves of one kind of result, and loads them."""
-
-    def attempts(folder: Path, first: int) -> Iterator[str]:
-        model = zoo.build("llama").eval()
-        step = test_results.step.__wrapped__(model)
-        other = lddyn.decompose(model, zoo.examples()[0], lddyn.SFT(zoo.examples()[1]), 2e-3)
-        more = [model] if name == "LowRank" else []
-        saves, whole = [], []
-        for number, held in enumerate((step, other)):
-            result = test_results.RESULTS[name](model, held)
-            result.save(folder / str(number) / "result")
-            saves.append({p.name: p.read_bytes() for p in (folder / str(number)).iterdir()})
-            whole.append(type(result).load(folder / str(number) / "result", *more).to_dict())
-        yield from _loads(
-            folder, first, saves, lambda p: type(result).load(p / "result", *more).to_dict(), whole
-        )
-
-    return attempts
-
-
-def _loads(
-    folder: Path, first: int, saves: list[dict[str, bytes]], load: Callable[[Path], Any], whole: Any
-) -> Iterator[str]:
-    """Loads damaged copies of saved files: an error of lddyn's, or one of the whole results."""
-    place, number = folder / "damaged", first
-    while True:
-        damaged = mutations.mutate(*saves, random.Random(number))
-        shutil.rmtree(place, ignore_errors=True)
-        for file, data in damaged.items():
-            (place / file).parent.mkdir(parents=True, exist_ok=True)
-            (place / file).write_bytes(data)
-        try:
-            loaded = load(place)
-            right = whole(loaded) if callable(whole) else loaded in whole
-            yield "" if right else f"attempt {number}: silently wrong"
-        except (ValueError, StoreError, FileNotFoundError) as error:
-            yield (
-                ""
-                if str(place) in str(error)
-                else (f"attempt {number}: does not name the file: {problem(error)}")
-            )
-        except Exception as error:
-            yield f"attempt {number}: {problem(error)}"
-        number += 1
-
-
-def damaged_steps(folder: Path, first: int) -> Iterator[str]:
-    """Damages folders of `lddyn decompose --out`."""
-    model = zoo.build("llama").eval()
-    step = test_results.step.__wrapped__(model)
-    other = lddyn.decompose(model, zoo.examples()[0], lddyn.SFT(zoo.examples()[1]), 2e-3)
-    saves, whole = [], []
-
-    def load(place: Path) -> Any:
-        decs, checks, facts = read_steps(place)
-        return [
-            {name: dec.to_dict() for name, dec in decs.items()},
-            {name: None if c is None else c.to_dict() for name, c in checks.items()},
-            facts,
-        ]
-
-    for number, dec in enumerate((step, other)):
-        check = dec.verify([1e-3, 5e-4])
-        place = folder / str(number)
-        write_steps(place, {"": dec}, {"": check}, title=str(number))
-        kept = [p for p in place.rglob("*") if p.suffix in (".json", ".safetensors")]
-        saves.append({p.relative_to(place).as_posix(): p.read_bytes() for p in kept})
-        whole.append(load(place))
-    # Without its summary, or the check, the rest of a folder may still be read.
-    parts = [
-        [w[0], check, facts] for w in whole for check in (w[1], {"": None}) for facts in (w[2], {})
-    ]
-    yield from _loads(folder, first, saves, load, parts)
-
-
-def damaged_watches(folder: Path, first: int) -> Iterator[str]:
-    """Damages the file of a watched run: whole lines of it are read, from the first on."""
-    saves, whole = [], []
-    for number in range(2):
-        path = folder / str(number) / "dynamics.jsonl"
-        path.parent.mkdir()
-        for step in range(20):
-            append_text(path, sealed({"step": step, "log_prob/a": -step - number / 3}, indent=None))
-        saves.append({path.name: path.read_bytes()})
-        whole.append(read_lines(path))
-    yield from _loads(
-        folder,
-        first,
-        saves,
-        lambda place: read_lines(place / "dynamics.jsonl"),
-        lambda rows: any(rows == run[: len(rows)] for run in whole),
-    )
-
-
-def damaged_labs(folder: Path, first: int) -> Iterator[str]:
-    """Damages results.json of an experiment."""
-    saves, whole = [], []
-    for number in range(2):
-        path = folder / str(number) / "results.json"
-        path.parent.mkdir()
-        replace_file(path, sealed({"experiment": "x", "claims": [[number, 0.25]] * 30}))
-        saves.append({path.name: path.read_bytes()})
-        whole.append(read_sealed(path))
-    yield from _loads(folder, first, saves, lambda p: read_sealed(p / "results.json"), whole)
 
 
 # --------------------------------------------------------------------------- stores
@@ -510,6 +391,8 @@ _WORDS = {
     "saved steps": _WHOLE,
     "watched runs": "a damaged file is an error, or only its end is missing",
     "lab results": "damaged files are an error",
+    "probe answers": "a damaged file is an error, or only its end is asked for again",
+    "filters": "a damaged diagnosis, or rows that changed since, are an error",
     "stores": "damaged files are an error, or are made whole",
     "killed writers": "SIGKILL loses no row that was flushed; going on makes the same files",
     "killed saves": "SIGKILL leaves the old result or the new one",
@@ -524,9 +407,11 @@ _WORDS = {
 }
 
 _ATTEMPTS: dict[str, tuple[int, Attempts]] = {
-    "saved steps": (10_000, damaged_steps),
-    "watched runs": (10_000, damaged_watches),
-    "lab results": (10_000, damaged_labs),
+    "saved steps": (10_000, damaged.damaged_steps),
+    "watched runs": (10_000, damaged.damaged_watches),
+    "lab results": (10_000, damaged.damaged_labs),
+    "probe answers": (10_000, damaged.damaged_answers),
+    "filters": (10_000, damaged.damaged_filters),
     "stores": (10_000, damaged_stores),
     "killed writers": (500, killed_writers),
     "killed saves": (1000, killed_saves),
@@ -541,7 +426,7 @@ _ATTEMPTS: dict[str, tuple[int, Attempts]] = {
 }
 
 PROMISES = [
-    *(Promise(f"saved {name}", _WHOLE, 10_000, damaged_results(name)) for name in _SAVED),
+    *(Promise(f"saved {name}", _WHOLE, 10_000, damaged.damaged_results(name)) for name in _SAVED),
     *(Promise(name, _WORDS[name], *attempts) for name, attempts in _ATTEMPTS.items()),
 ]
 

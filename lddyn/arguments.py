@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lddyn.files import LARGEST_RECORD, read_regular
+from lddyn.files import parse_json, read_regular
 from lddyn.frameworks import translate
 
 __all__ = ["TRAINERS", "arguments"]
@@ -115,26 +114,86 @@ def _has_trl() -> bool:
     return importlib.util.find_spec("trl") is not None
 
 
+# ----- files
+
+_LARGEST = 1 << 20  # bytes of a configuration
+
+_VALUES = 100_000  # that it may hold where every alias stands for what it names
+
+
 def _file(path: Path) -> Mapping[str, Any]:
     """The arguments in a YAML or JSON file."""
     try:
-        text = read_regular(path, limit=LARGEST_RECORD).decode("utf-8")
+        text = read_regular(path, limit=_LARGEST).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as a configuration: {error}") from error
     try:
-        if path.suffix == ".json":
-            values = json.loads(text)
-        else:
-            import yaml  # type: ignore[import-untyped]
-
-            values = yaml.safe_load(text)
+        values = parse_json(text) if path.suffix == ".json" else _parse_yaml(text)
     except ImportError as error:
         raise ValueError(f"{path}: reading YAML needs PyYAML: pip install pyyaml") from error
     except Exception as error:  # also yaml.YAMLError, which cannot be named before the import
-        raise ValueError(f"{path}: not a configuration: {error}") from error
+        reason = " ".join(str(error).split())  # in one line
+        if isinstance(error, RecursionError):
+            reason = "too deeply nested"
+        raise ValueError(f"{path}: not a configuration: {reason}") from error
     if not isinstance(values, Mapping):
         raise ValueError(f"{path}: must hold arguments by name, got {type(values).__name__}")
     return values
+
+
+def _parse_yaml(text: str) -> object:
+    """The value of a YAML text, whose aliases are limited and whose keys are unique."""
+    import yaml  # type: ignore[import-untyped]
+
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _check_node(root, {})
+        return loader.construct_document(root)  # type: ignore[no-any-return]
+    finally:
+        loader.dispose()
+
+
+def _check_node(node: Any, sizes: dict[int, int]) -> int:
+    """How many values a node of YAML holds where every alias stands for what it names.
+
+    Args:
+        node: A scalar, a sequence or a mapping.
+        sizes: id of a node → this number, 0 while it is counted; it is filled.
+
+    Raises:
+        ValueError: If they are more than `_VALUES`, a node holds itself, or a key stands twice.
+    """
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise ValueError(f"an alias in line {_line(node)} names what holds it")
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    parts = node.value if isinstance(node.value, list) else []
+    if parts and isinstance(parts[0], tuple):
+        _check_keys([key for key, _ in parts])
+        parts = [part for entry in parts for part in entry]
+    size = 1 + sum(_check_node(part, sizes) for part in parts)
+    if size > _VALUES:
+        raise ValueError(f"it has more than {_VALUES:,} values, those of aliases counted again")
+    sizes[id(node)] = size
+    return size
+
+
+def _check_keys(keys: list[Any]) -> None:
+    """Raises a ValueError for a key of YAML that stands twice in one mapping."""
+    seen: set[tuple[str, str]] = set()
+    for key in keys:
+        if isinstance(key.value, str) and not key.tag.endswith(":merge"):  # << may be repeated
+            if (key.tag, key.value) in seen:
+                raise ValueError(f"the key {key.value!r} occurs twice, again in line {_line(key)}")
+            seen.add((key.tag, key.value))
+
+
+def _line(node: Any) -> int:
+    return int(node.start_mark.line) + 1
 
 
 def _kind_of_class(source: type, end: str) -> str:
@@ -252,16 +311,16 @@ def _value(name: str, value: Any) -> Any:
     if name in _SWITCHES:
         word = _WORDS.get(str(value).lower(), value)
         if word not in (True, False):
-            raise ValueError(f"{name} must be true or false, got {value!r}")
+            raise ValueError(f"{name} must be true or false, got {str(value)!r:.80}")
         return bool(word)
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+        raise ValueError(f"{name} must be a finite number, got {str(value)!r:.80}")
     if name in _WHOLE and not number.is_integer():
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
+        raise ValueError(f"{name} must be a whole number, got {value!r:.80}")
     return int(number) if name in _WHOLE else number
 
 

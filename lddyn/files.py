@@ -26,6 +26,7 @@ __all__ = [
     "read_stored",
     "replace_file",
     "sealed",
+    "subfolder",
     "unsealed",
     "write_durably",
 ]
@@ -120,18 +121,43 @@ def open_regular(path: Path | str, flags: int = os.O_RDONLY) -> int:
     """A file descriptor of a regular file; it must be closed.
 
     A pipe or a device of that name is refused without waiting for it. When the flags ask for
-    writing, a link is refused, too: in a shared folder it could lead to a file of somebody else.
+    writing, a link is refused, too, and a file with several names: in a shared folder it could be a
+    file of somebody else, or that of a backup.
 
     Raises:
         OSError: If it cannot be opened, or is a link and would be written.
-        ValueError: If it is no regular file.
+        ValueError: If it is no regular file, or has several names (hard links) and would be
+            written.
     """
     writes = flags & (os.O_WRONLY | os.O_RDWR)
     fd = os.open(path, flags | os.O_NONBLOCK | (os.O_NOFOLLOW if writes else 0), 0o666)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
+    about = os.fstat(fd)
+    names = about.st_nlink if writes else 1
+    if stat.S_ISREG(about.st_mode) and names < 2:
+        return fd
+    os.close(fd)
+    if not stat.S_ISREG(about.st_mode):
         raise ValueError(f"{path}: must be a regular file")
-    return fd
+    raise ValueError(
+        f"{path}: has {names} names (hard links), and writing would change the others, too: put a "
+        "copy of the file in its place"
+    )
+
+
+def subfolder(folder: Path, *names: str) -> Path:
+    """A folder inside the folder of a result, which is made; it is never one elsewhere.
+
+    Raises:
+        ValueError: If one of the names is a link: it could lead to a folder of somebody else.
+    """
+    for name in names:
+        folder = folder / name
+        if folder.is_symlink():
+            raise ValueError(
+                f"{folder}: is a link, and a result is written into a folder of its own"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def read_regular(

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from lddyn.arguments import arguments
@@ -131,9 +132,14 @@ class TrainerSettings:
         """
         if isinstance(source, TrainerSettings):
             return source
-        values, kind, remarks = arguments(source)
         trainer = source if hasattr(source, "args") else None
-        return _Reading(values, kind, trainer, remarks).settings()
+        try:
+            values, kind, remarks = arguments(source)
+            return _Reading(values, kind, trainer, remarks).settings()
+        except ValueError as error:
+            if not isinstance(source, str | Path) or str(source) in str(error):
+                raise
+            raise ValueError(f"{source}: {error}") from error
 
     @property
     def old(self) -> bool:
@@ -332,9 +338,11 @@ class _Reading:
         try:
             options = json.loads(given) if isinstance(given, str) else given
         except ValueError as error:
-            raise ValueError(f"lr_scheduler_kwargs must be JSON, got {given!r}: {error}") from error
+            raise ValueError(
+                f"lr_scheduler_kwargs must be JSON, got {given!r:.80}: {error}"
+            ) from error
         if not isinstance(options, Mapping):
-            raise ValueError(f"lr_scheduler_kwargs must have names and values, got {given!r}")
+            raise ValueError(f"lr_scheduler_kwargs must have names and values, got {given!r:.80}")
         return {str(name): _number(value) for name, value in options.items()}
 
     def _warmup_ratio(self) -> float:

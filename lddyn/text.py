@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import unicodedata
 
 __all__ = [
     "bytes_text",
     "first_sentences",
+    "hides",
+    "json_printable",
     "printable",
     "readable",
     "seconds_text",
@@ -41,18 +44,61 @@ def visible(text: str, longest: int | None = None) -> str:
     return shown or "∅"
 
 
+# Characters without a width, or blank, whose category is that of letters, marks or signs: Unicode's
+# Default_Ignorable_Code_Point, and an empty Braille cell. U+FE0F makes a sign an emoji, and stays.
+_BLANK = frozenset(
+    map(
+        chr,
+        (
+            *(0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0),
+            *range(0x180B, 0x1810),
+            *range(0xFE00, 0xFE0F),
+            *range(0xE0100, 0xE01F0),
+        ),
+    )
+)
+
+
+def hides(character: str) -> bool:
+    r"""Whether a character has no width, reorders or joins others, or controls a terminal.
+
+    Line breaks and tabs are such characters; spaces of every width are none.
+
+    Example:
+        >>> from lddyn.text import hides
+        >>> [hides(c) for c in "a\u202e\u200b\u3164 "]
+        [False, True, True, True, False]
+    """
+    kind = unicodedata.category(character)
+    return kind[0] == "C" or kind in ("Zl", "Zp", "Me") or character in _BLANK
+
+
 def printable(text: str) -> str:
-    """The text with escapes for control characters and for those that reorder or join text.
+    """The text with escapes for control characters and for those that reorder, join or hide text.
 
     A terminal shows the result without moving its cursor. Letters, signs and the space stay; line
-    breaks and tabs are escaped too (`readable` keeps them).
+    breaks, tabs and other spaces are escaped too (`readable` keeps line breaks).
     """
+    if text.isascii() and text.isprintable():
+        return text
     return "".join(
-        c
-        if c == " " or (unicodedata.category(c)[0] not in "CZ" and unicodedata.category(c) != "Me")
-        else f"\\u{ord(c):04x}"
+        f"\\u{ord(c):04x}" if hides(c) or (c != " " and unicodedata.category(c) == "Zs") else c
         for c in text
     )
+
+
+def json_printable(text: str) -> str:
+    r"""The same JSON, with escapes in the place of characters that `hides` names.
+
+    Args:
+        text: A JSON text; line breaks between its values stay.
+
+    Example:
+        >>> from lddyn.text import json_printable
+        >>> json_printable('["a\u202e"]')
+        '["a\\u202e"]'
+    """
+    return "".join(json.dumps(c)[1:-1] if c != "\n" and hides(c) else c for c in text)
 
 
 def signed(value: float, digits: int = 3) -> str:

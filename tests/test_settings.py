@@ -1,5 +1,6 @@
 """A trainer's settings, read from its configuration, and the step that follows them."""
 
+import itertools
 import json
 import warnings
 from types import SimpleNamespace
@@ -122,6 +123,57 @@ def test_what_is_no_configuration_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             TrainerSettings.of(source)
+
+
+BOMB = "\n".join(
+    [
+        "a: &a [x, x, x, x, x, x, x, x, x]",
+        *(f"{k}: &{k} [{', '.join(9 * [f'*{j}'])}]" for j, k in itertools.pairwise("abcdefghij")),
+        "trainer: dpo\npacking: *j",
+    ]
+)
+
+
+@pytest.mark.case("a configuration with a key twice, or aliases without end")
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("a.yaml", BOMB, "more than 100,000 values, those of aliases"),
+        ("a.yaml", BOMB.replace(": &", ": &x").replace("*", "*x"), "more than 100,000 values"),
+        ("a.yaml", "trainer: dpo\nbeta: &b [*b]", "alias in line 2 names what holds it"),
+        ("a.yaml", "trainer: dpo\nbeta: 1\nseed: 2\nbeta: 3", "'beta' occurs twice, .* line 4"),
+        ("a.yaml", "trainer: dpo\nx: {a: {b: 1, b: 2}}", "'b' occurs twice"),
+        ("a.json", '{"trainer": "dpo", "beta": 1, "beta": 2}', "'beta' occurs twice"),
+        ("a.json", '{"trainer": "dpo", "beta": NaN}', "NaN is no number"),
+        ("a.json", '{"trainer": "dpo", "beta": 1' + 5000 * "0" + "}", "digits"),
+        ("a.json", '{"trainer": "dpo", "beta": 1' + 500 * "0" + "}", "beta must be a finite"),
+        ("a.json", 10**5 * "[", "too deeply nested"),
+        ("a.yaml", 10**3 * "[", "too deeply nested"),
+        ("a.yaml", 10**4 * "? ", "not a configuration"),
+        ("a.yaml", "beta: !!python/object/apply:os.system [exit]", "not a configuration"),
+        ("a.yaml", "when: 2024-99-99\ntrainer: dpo", "not a configuration"),
+        ("a.yaml", "trainer: dpo\nbeta: \x07", "not a configuration"),
+        ("a.yaml", "trainer: dpo\npacking: [1, 2]", "packing must be true or false"),
+        ("a.yaml", "trainer: ppo", "trainer must be one of"),
+        ("a.yaml", "#" * (1 << 20) + "\n", "larger than"),
+        ("a.yaml", "", "must hold arguments by name"),
+    ],
+)
+def test_a_hostile_configuration_is_an_error_in_one_line(tmp_path, name, text, reason):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=reason) as caught:
+        TrainerSettings.of(tmp_path / name)
+    said = str(caught.value)
+    assert said.startswith(str(tmp_path / name)) and "\n" not in said and len(said) < 500
+
+
+def test_anchors_and_merged_mappings_of_yaml_are_read(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "base: &base {beta: 0.3, seed: 7}\nmore: &more {max_length: 99}\ntrainer: dpo\n"
+        "<<: *base\n<<: *more\nseed: 8\n"
+    )
+    settings = TrainerSettings.of(tmp_path / "a.yaml")
+    assert (settings.parameters["beta"], settings.max_length, settings.seed) == (0.3, 99, 8)
 
 
 @pytest.mark.case("a step like the trainer's")

@@ -30,8 +30,10 @@ def safe(text: str) -> str:
 def print_json(document: Mapping[str, Any]) -> None:
     """Prints one JSON document; NaN and infinities become null."""
     from lddyn.files import json_safe
+    from lddyn.text import json_printable
 
-    typer.echo(json.dumps(json_safe(document), ensure_ascii=False, indent=1, allow_nan=False))
+    text = json.dumps(json_safe(document), ensure_ascii=False, indent=1, allow_nan=False)
+    typer.echo(json_printable(text))
 
 
 def print_parts(parts: Iterable[str | Table]) -> None:

@@ -223,9 +223,10 @@ def _of_sequences(
         if page.out is None:
             return None
         say_progress("writing the page …")
+        written = diagnosis.report(page.out / "index.html", extra)
         if given.rows:
             write_source(page.out, rows.data)
-        return diagnosis.report(page.out / "index.html", extra)
+        return written
 
     diagnosis = lddyn.diagnose(
         lm,
@@ -278,15 +279,14 @@ def filter(
     """
     from lddyn.data.read import placed_rows
     from lddyn.errors import ExampleError
-    from lddyn.files import read_sealed
-    from lddyn.sets.filter import check_source, filter_rows
+    from lddyn.sets.filter import check_source, filter_rows, read_diagnosed
 
     if not drop and not reweight:
         raise ValueError("give --drop N, --reweight, or both: what is to change?")
     file = check_source(folder, data)
     if (out / "kept.jsonl").resolve() == file.resolve():
         raise ValueError(f"{out}: kept.jsonl there is the data file itself; give another --out")
-    diagnosis = read_sealed(folder / "diagnosis.json")
+    diagnosis = read_diagnosed(folder)
     rows = [None if isinstance(row, ExampleError) else row for _, row in placed_rows(file)]
     filtered = filter_rows(rows, diagnosis, drop=drop, reweight=reweight)
     if filtered.helpful:
@@ -347,14 +347,15 @@ def _write_page(
     from lddyn.sets.filter import write_source
 
     assert page.out is not None
-    write_source(page.out, data)
-    return diagnosis.report(
+    written = diagnosis.report(
         page.out / "index.html",
         *loaded,
         watched=page.watched,
         measured=None if moved is None else moved - diagnosis.log_probs[0],
         extra=extra,
     )
+    write_source(page.out, data)
+    return written
 
 
 def _explain(

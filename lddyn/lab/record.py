@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from lddyn import __version__
-from lddyn.files import digest_of, json_safe, read_sealed, replace_file, sealed
+from lddyn.files import digest_of, json_safe, read_sealed, replace_file, sealed, subfolder
 from lddyn.report import render
 from lddyn.report.canvas import save_picture
 from lddyn.results import load_result, save_result
@@ -289,11 +289,10 @@ class Lab:
             path.unlink(missing_ok=True)
 
     def path(self, *parts: str) -> Path:
-        """A path in the folder; its parent folder is made."""
+        """A path in the folder; its parent folder is made, and must be no link."""
         self._begin()
-        path = self.folder.joinpath(*parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        path = Path(*parts)
+        return subfolder(self.folder, *path.parent.parts) / path.name
 
     def table(self, name: str, rows: Rows) -> None:
         """Every number of a figure, as tables/NAME.json and, with pyarrow, tables/NAME.parquet."""

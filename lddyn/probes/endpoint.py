@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lddyn.files import append_text, replace_file
+from lddyn.files import LARGEST_RECORD, append_text, read_regular, replace_file, sealed, unsealed
 from lddyn.probes.build import joined_like
 from lddyn.probes.probe_set import ProbeSet
 
@@ -140,7 +140,7 @@ def write(
         The set with the written responses.
 
     Raises:
-        ValueError: If a field is not among those that a service writes.
+        ValueError: If a field is not among those that a service writes, or the journal is damaged.
         RuntimeError: If the service fails; the journal keeps the answers so far.
 
     Cost: one request for each missing response.
@@ -157,7 +157,7 @@ def write(
         if request.key not in answers:
             answers[request.key] = endpoint.ask(request.text)
             line = {"key": request.key, "text": answers[request.key]}
-            append_text(journal, json.dumps(line) + "\n")
+            append_text(journal, sealed(line, indent=None))
         row = rows[request.row]
         row[request.field] = joined_like(row["chosen"], answers[request.key].split(" "))
     return ProbeSet(rows)
@@ -199,12 +199,20 @@ def _missing(probes: ProbeSet, endpoint: Endpoint, fields: Sequence[str]) -> lis
 
 
 def _read_journal(path: Path) -> dict[str, str]:
-    """Answers by key; a last line without its end is removed from the file."""
+    """Answers by key; a last line without its end is removed from the file.
+
+    Raises:
+        ValueError: If another line has changed since it was written.
+    """
     if not path.exists():
         return {}
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        replace_file(path, whole)
-    entries = map(json.loads, whole.splitlines())
-    return {entry["key"]: entry["text"] for entry in entries}
+    *lines, end = read_regular(path, limit=LARGEST_RECORD).split(b"\n")
+    answers = {}
+    for number, line in enumerate(lines, 1):
+        entry = unsealed(line, f"{path}: line {number}")
+        if not all(isinstance(entry.get(name), str) for name in ("key", "text")):
+            raise ValueError(f"{path}: line {number} holds no answer of a service")
+        answers[entry["key"]] = entry["text"]
+    if end:
+        replace_file(path, b"".join(line + b"\n" for line in lines))
+    return answers

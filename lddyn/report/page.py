@@ -10,15 +10,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.metadata
+import json
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lddyn.files import JsonObject
-from lddyn.text import signed
+from lddyn.text import hides, signed
 
 __all__ = ["axis", "installation", "render", "versions", "word"]
 
@@ -82,16 +82,29 @@ def installation(environment: Mapping[str, Any]) -> dict[str, str]:
 
 def _without_hidden(value: Any) -> Any:
     """A text with escapes for characters that have no width or reorder others; markup stays."""
-    if not isinstance(value, str) or hasattr(value, "__html__") or value.isascii():
+    if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
-    return "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) == "Cf" else c for c in value)
+    if value.isascii() and value.isprintable():
+        return value
+    return "".join(f"\\u{ord(c):04x}" if c not in "\n\t" and hides(c) else c for c in value)
+
+
+def _json(value: Any, **options: Any) -> str:
+    """JSON for a page's script, whose texts hide nothing either."""
+
+    def shown(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {_without_hidden(str(name)): shown(inner) for name, inner in part.items()}
+        return [shown(x) for x in part] if isinstance(part, list | tuple) else _without_hidden(part)
+
+    return json.dumps(shown(value), **options)
 
 
 @cache
 def _environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -99,6 +112,8 @@ def _environment() -> Any:
         finalize=_without_hidden,
         loader=FileSystemLoader(_TEMPLATES),
     )
+    environment.policies["json.dumps_function"] = _json
+    return environment
 
 
 def render(name: str, **values: Any) -> str:

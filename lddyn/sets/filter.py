@@ -9,15 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lddyn.data.read import source_files
-from lddyn.files import digest_of, read_sealed, replace_file, sealed
+from lddyn.files import (
+    LARGEST_RECORD,
+    JsonObject,
+    digest_of,
+    read_regular,
+    read_sealed,
+    replace_file,
+    sealed,
+)
 
 if TYPE_CHECKING:
     from lddyn.sets.diagnosis import Diagnosis
     from lddyn.sets.sequence_diagnosis import SequenceDiagnosis
 
-__all__ = ["Filtered", "check_source", "filter_rows", "write_source"]
+__all__ = ["Filtered", "check_source", "filter_rows", "read_diagnosed", "write_source"]
 
-_SOURCE = "source.json"
+_SOURCE, _RECORD = "source.json", "diagnosis.json"
+_KINDS = ("lddyn.Diagnosis", "lddyn.SequenceDiagnosis")
 
 
 @dataclass(frozen=True)
@@ -131,17 +140,25 @@ def write_source(folder: str | Path, data: str | Path) -> None:
     """Writes the path and digest of the diagnosed rows into the folder of a diagnosis.
 
     Args:
-        folder: Folder of the diagnosis.
+        folder: Folder of the diagnosis, which was saved there.
         data: A file, a folder of files, or a glob.
     """
     data = Path(data).resolve()
-    source = {"data": str(data), "data_digest": _digest(data)}
+    source = {
+        "data": str(data),
+        "data_digest": _digest(data),
+        "diagnosis_digest": digest_of(_record(Path(folder))),
+    }
     replace_file(Path(folder) / _SOURCE, sealed(source))
+
+
+def _record(folder: Path) -> bytes:
+    return read_regular(folder / _RECORD, limit=LARGEST_RECORD)
 
 
 def _digest(data: Path) -> str:
     """Digest of the content of a data file, or of all files of a folder or a glob."""
-    digests = [digest_of(file.read_bytes()) for file in source_files(data)]
+    digests = [digest_of(read_regular(file)) for file in source_files(data)]
     return digests[0] if len(digests) == 1 else digest_of("".join(digests).encode())
 
 
@@ -156,12 +173,7 @@ def check_source(folder: str | Path, data: str | Path | None = None) -> Path:
         FileNotFoundError: If the folder has no diagnosis, or the file is gone.
         ValueError: If the file is not the one that was diagnosed.
     """
-    path = Path(folder) / _SOURCE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder}: no {_SOURCE} here; expected a folder that lddyn diagnose --out wrote"
-        )
-    source = read_sealed(path)
+    source = _source(Path(folder))
     file = Path(source["data"] if data is None else data)
     try:
         digest = _digest(file)
@@ -175,3 +187,36 @@ def check_source(folder: str | Path, data: str | Path | None = None) -> Path:
             "these rows first"
         )
     return file
+
+
+def read_diagnosed(folder: str | Path) -> JsonObject:
+    """The content of diagnosis.json in the folder of a diagnosis, as `filter_rows` takes it.
+
+    Raises:
+        FileNotFoundError: If the folder has no diagnosis.
+        ValueError: If it is damaged, no diagnosis, or not the one of the rows in source.json.
+    """
+    folder = Path(folder)
+    source, record = _source(folder), folder / _RECORD
+    document = read_sealed(record)
+    if document.get("kind") not in _KINDS:
+        raise ValueError(f"{record}: must hold a diagnosis, got {document.get('kind')!r:.80}")
+    if source["diagnosis_digest"] != digest_of(_record(folder)):
+        raise ValueError(
+            f"{folder}: {_RECORD} and {_SOURCE} are not of one diagnosis: diagnose again"
+        )
+    return document
+
+
+def _source(folder: Path) -> dict[str, str]:
+    """What `write_source` wrote."""
+    path = folder / _SOURCE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder}: no {_SOURCE} here; expected a folder that lddyn diagnose --out wrote"
+        )
+    source = read_sealed(path)
+    for name in ("data", "data_digest", "diagnosis_digest"):
+        if not isinstance(source.get(name), str):
+            raise ValueError(f"{path}: has no {name}; diagnose again with this version of lddyn")
+    return source

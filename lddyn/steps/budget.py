@@ -89,7 +89,7 @@ def making_bytes(
     held = held_bytes(trainable, optimizer)
     if optimizer_kind(optimizer) == "SGD":
         return held
-    wide = is_widened(anatomy, divided=True)
+    wide = is_widened(anatomy, optimizer)
     number = {n: 4 if wide else p.dtype.itemsize for n, p in trainable.items()}
     largest = max((number[n] * p.numel() for n, p in trainable.items()), default=0)
     if not wide:

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lddyn.files import digest_of, json_safe, read_regular, read_sealed, replace_file, sealed
+from lddyn.files import (
+    digest_of,
+    json_safe,
+    read_regular,
+    read_sealed,
+    replace_file,
+    sealed,
+    subfolder,
+)
 from lddyn.report.figures import plot_step
 from lddyn.report.step import measured_totals, write_step_page
 from lddyn.steps.decomposition import Decomposition
@@ -55,7 +63,7 @@ def write_steps(
         Path of the page, `index.html`.
 
     Raises:
-        ValueError: If a name is none of a folder inside this one.
+        ValueError: If a name is none of a folder inside this one, or such a folder is a link.
 
     Cost: the drawing, about a second per picture for the page and as much again for the pictures
         in print resolution.
@@ -72,7 +80,7 @@ def write_steps(
     pictures, checks = {}, {}
     steps = {name: dec.to_dict() for name, dec in decs.items()}
     for name, dec in decs.items():
-        place = folder / name
+        place = subfolder(folder, name) if name else folder
         dec.save(place / "decomposition")
         pictures[name] = plot_step(steps[name], place)
         verification = verifications.get(name)

@@ -299,7 +299,7 @@ class _Passes:
             )
         ]
         trainable = setup.anatomy.trainable
-        start_log_probs = [trace.log_probs().detach() for trace in state.traces]
+        start_log_probs = [log_probs.detach() for log_probs in state.log_probs]
         settings = {
             **setup.update.describe(),
             **setup.update.describe_start(start_log_probs),

@@ -15,6 +15,8 @@ from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.backward_check import check_pull, trust
 from lddyn.engine.door import frozen_shared
+from lddyn.engine.gradient import gradient
+from lddyn.engine.logits import token_log_probs
 from lddyn.engine.stream.moved import moved_model
 from lddyn.engine.streamed import is_streamed
 from lddyn.engine.trace import Trace
@@ -34,7 +36,7 @@ from lddyn.optimizers import (
 from lddyn.settings import Like, TrainerSettings, router_remark
 from lddyn.steps.budget import StepBudget
 from lddyn.steps.rules import Rule, rule_named
-from lddyn.steps.wide import wide_gradient
+from lddyn.steps.wide import prepared, wide_anatomy
 
 
 @dataclass(frozen=True)
@@ -137,14 +139,14 @@ def make_setup(
     assert isinstance(update, Objective)
     fixed, rate = _fixed_optimizer(optimizer or "sgd", lr, anatomy.trainable)
     budget = StepBudget.of(anatomy, fixed, memory)
-    prepared = update.prepare(anatomy)
+    fixed_update = prepared(update, anatomy, fixed)
     remarks = [] if settings is None else [*settings.remarks, *settings.step_remarks]
-    remarks += row_remarks(settings, prepared.examples)
+    remarks += row_remarks(settings, fixed_update.examples)
     routers = router_remark(anatomy.model.config, settings)
     return Setup(
         anatomy,
         named,
-        prepared,
+        fixed_update,
         fixed,
         rate,
         max_grad_norm or None,
@@ -280,6 +282,7 @@ class UpdateState:
     Attributes:
         anatomy: The model at that point.
         traces: A trace of each update sequence.
+        log_probs: log π(y_l), one (L_i,) tensor per sequence, as the loss saw it.
         loss: The loss.
         weights: w_l = ∂L/∂log π(y_l), one (L_i,) tensor per sequence.
         step: The optimizer's step on the gradient, not taken.
@@ -287,6 +290,7 @@ class UpdateState:
 
     anatomy: Anatomy
     traces: list[Trace]
+    log_probs: list[Tensor]
     loss: float
     weights: list[Tensor]
     step: Step
@@ -296,24 +300,29 @@ class UpdateState:
         """Forward and backward of the update at the parameters of `anatomy`.
 
         Cost: a forward and a backward pass per update sequence, and one gradient in memory; see
-        `wide_gradient` for 16-bit weights.
+        `wide_anatomy` for 16-bit weights.
         """
         update = setup.update
         traces = [anatomy.trace(example) for example in update.examples]
-        loss, weights = update.weights([trace.log_probs() for trace in traces])
         budget = setup.budget
         if traces:
             check_pull(anatomy, traces[0].example)  # with a gradient of its own, before this one
-        total = wide_gradient(
-            anatomy,
+        wide = wide_anatomy(anatomy, optimizer)
+        if wide is anatomy:
+            log_probs = [trace.log_probs() for trace in traces]
+        else:
+            log_probs = token_log_probs(wide, update.examples)
+        loss, weights = update.weights(log_probs)
+        total = gradient(
+            wide,
             update.examples,
             weights,
-            divided=optimizer_kind(optimizer) != "SGD",
             most=budget.group(),
             recompute=budget.recomputes(traces),
         )
+        del wide
         step = optimizer_step(optimizer, anatomy.trainable, total, setup.max_grad_norm)
-        return cls(anatomy, traces, loss, weights, step)
+        return cls(anatomy, traces, log_probs, loss, weights, step)
 
     def locate(self, token: int) -> tuple[int, int]:
         """Sequence, and index in it, of an update token counted over all sequences."""

@@ -17,6 +17,7 @@ import lddyn
 from lddyn import report
 from lddyn.files import sealed
 from lddyn.probes.probe_set import LABELS
+from lddyn.report.page import _json
 from lddyn.sets.diagnosis import Diagnosis
 from lddyn.sets.page import write_page
 from lddyn.sets.pair_steps import take_apart
@@ -26,7 +27,7 @@ from lddyn.sets.rows import Gram
 from lddyn.sets.scores import SCORES
 from lddyn.sets.step import SetStep
 from lddyn.sets.summary import summarise
-from lddyn.text import readable, visible
+from lddyn.text import hides, readable, visible
 
 ALERT = "window.pwned=1"
 NAMES = [name for name in SCORES if not name.startswith("run_")]
@@ -69,6 +70,7 @@ HOSTILE = [
     "Z" + "\u0301\u0489" * 40,  # piles marks up
     "\U0001f468\u200d\U0001f469\u200d\U0001f467\ufeff\U000e0041",
     "\ud800 lone \udfff",
+    "blank\u3164\u115f\u034f\u2800\ufe01\U000e0101\u00ad\u061c\u2029end",
     "&lt;script&gt; &amp; &#60; &#x3c;script&#x3e; %3Cscript%3E \\u003cscript\\u003e",
     "x" * 3000,
 ]
@@ -172,6 +174,19 @@ LOOKS = {
     "phone": {"width": 360, "height": 740},
     "dark phone": {"width": 360, "height": 740, "dark": True},
 }
+
+
+@pytest.mark.case("texts that hide or reorder characters, in a page")
+def test_no_character_of_a_page_hides_or_reorders_text(hostile):
+    text = hostile.read_text(encoding="utf-8")
+    assert {c for c in text if hides(c)} <= {"\n", "\t"}
+    assert r"\u202e" in text and r"\u3164" in text
+
+
+def test_a_script_is_given_nothing_hidden():
+    value = {"a\u202e": ["b\u200b", ("c\u3164", 1.5, None)]}
+    expected = {r"a\u202e": [r"b\u200b", [r"c\u3164", 1.5, None]]}
+    assert json.loads(_json(value, ensure_ascii=False)) == expected
 
 
 # --------------------------------------------------------------------------- in the browser
