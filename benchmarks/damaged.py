@@ -14,7 +14,7 @@ import test_results
 import zoo
 
 import lddyn
-from lddyn.data.read import read_rows
+from lddyn.data.read import placed_rows
 from lddyn.errors import StoreError
 from lddyn.files import append_text, read_sealed, replace_file, sealed
 from lddyn.probes.endpoint import Endpoint, write
@@ -174,7 +174,9 @@ def damaged_filters(folder: Path, first: int) -> Iterator[str]:
 
     def load(place: Path) -> Any:
         file = check_source(place, place / "rows.jsonl")
-        return vars(filter_rows(read_rows(file), read_diagnosed(place), drop=1))
+        return vars(
+            filter_rows([row for _, row in placed_rows(file)], read_diagnosed(place), drop=1)
+        )
 
     for number in range(2):
         place = folder / str(number)

@@ -6,12 +6,15 @@ import signal
 
 import pytest
 import torch
+import zoo
 from store_torture import data_set, fill
 
 import lddyn
 from lddyn.data.read import rows
 from lddyn.errors import ExampleError
+from lddyn.files import append_text
 from lddyn.loading import check_indices
+from lddyn.report import write_dynamics
 from lddyn.settings import TrainerSettings
 from lddyn.steps.folder import write_steps
 
@@ -142,3 +145,90 @@ def test_names_of_steps_stay_in_their_folder(tmp_path, name):
     with pytest.raises(ValueError, match="the name of a step"):
         write_steps(tmp_path / "out", {name: None}, {}, title="x")
     assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------- links
+
+
+@pytest.mark.case("shared folders: hard links")
+@pytest.mark.parametrize("name", ["journal.jsonl", "lock"])
+def test_a_store_does_not_write_a_file_of_several_names(tmp_path, name):
+    """It could be somebody else's file, or one that a backup of hard links has."""
+    store = fill(tmp_path / "s", data_set(2), 6, 2**20)
+    store.close()
+    kept, place = tmp_path / "kept", store.path / name
+    os.link(place, kept)
+    before = kept.read_bytes()
+    with pytest.raises(lddyn.StoreError, match=rf"{name}.*has 2 names \(hard links\)"):
+        fill(tmp_path / "s", data_set(200), 6, 2**20)
+    assert kept.read_bytes() == before
+    kept.unlink()
+    fill(tmp_path / "s", data_set(200), 6, 2**20).close()
+
+
+def test_a_watched_run_does_not_append_to_a_file_of_several_names(tmp_path):
+    path, kept = tmp_path / "dynamics.jsonl", tmp_path / "kept"
+    append_text(path, "a\n")
+    os.link(path, kept)
+    with pytest.raises(ValueError, match=rf"{path}: has 2 names"):
+        append_text(path, "b\n")
+    assert kept.read_text() == "a\n"
+
+
+LINKS = {
+    "symbolic": lambda new, old: new.symlink_to(old),
+    "hard": lambda new, old: os.link(old, new),
+}
+
+
+@pytest.mark.case("shared folders: links at names of pictures, tables and pages")
+@pytest.mark.parametrize("kind", LINKS)
+def test_pictures_tables_and_pages_are_not_written_through_links(tmp_path, kind):
+    from matplotlib.figure import Figure
+
+    from lddyn.lab.record import Lab
+    from lddyn.sets.filter import Filtered
+
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    victim.write_text("untouched")
+    lab = Lab("x", out, 0, {})
+    lab.path("begun")
+    names = ["tables/t.json", "tables/t.parquet", "figures/f.png", "figures/f.pdf", "index.html"]
+    names += ["results.json", "kept.jsonl", "dropped.jsonl"]
+    for name in names:
+        for path in (out / name, out / f"{name}.tmp"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            LINKS[kind](path, victim)
+    lab.table("t", [{"a": 1.0}])
+    lab.figure("f", Figure((1, 1)))
+    lab.finish([], [])
+    Filtered([{}], [0], [], [], 0).write(out)
+    write_dynamics([{"step": 0.0, "change/a": 0.0}] * 2, out / "index.html")
+    assert victim.read_text() == "untouched"
+    written = [out / name for name in names if (out / name).exists()]
+    assert len(written) >= len(names) - 1  # without pyarrow no parquet
+    assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in written)
+
+
+@pytest.mark.case("shared folders: linked folders inside of a result")
+def test_results_are_not_written_into_linked_folders(tmp_path):
+    from lddyn.lab.record import Lab
+
+    (tmp_path / "other").mkdir()
+    out = tmp_path / "out"
+    lab = Lab("x", out, 0, {})
+    lab.path("begun")
+    for name in ("tables", "step"):
+        (out / name).symlink_to(tmp_path / "other")
+    (out / "steps").symlink_to(tmp_path / "absent")
+    with pytest.raises(ValueError, match=f"{out / 'tables'}: is a link"):
+        lab.table("t", [])
+    with pytest.raises(ValueError, match=f"{out / 'steps'}: is a link"):
+        lab.path("steps", "a.json")
+    observed, updated = zoo.examples()
+    step = lddyn.decompose(
+        zoo.build("llama", num_hidden_layers=1), observed, lddyn.SFT(updated), 1e-3
+    )
+    with pytest.raises(ValueError, match=f"{out / 'step'}: is a link"):
+        write_steps(out, {"step": step}, {}, title="x")
+    assert not list((tmp_path / "other").iterdir()) and not (tmp_path / "absent").exists()

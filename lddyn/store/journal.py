@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lddyn.errors import StoreCorruptError
+from lddyn.errors import StoreCorruptError, StoreError
 from lddyn.files import canonical, digest_of, open_regular, parse_json, read_stored, write_all
 
 _PART = 1 << 24  # bytes that are read at a time
@@ -131,11 +131,15 @@ class Journal:
 
         Raises:
             OSError: If the line cannot be written; the file then ends as it did before.
+            StoreError: If the file is no regular file, or has several names.
         """
         payload = record.payload()
         checksum = digest_of(self._chain.encode(), payload)
         line = payload + b" " + checksum.encode() + b"\n"
-        fd = open_regular(self.path, os.O_WRONLY)
+        try:
+            fd = open_regular(self.path, os.O_WRONLY)
+        except ValueError as error:
+            raise StoreError(str(error)) from error
         try:
             if os.fstat(fd).st_size != self._offset:
                 os.ftruncate(fd, self._offset)

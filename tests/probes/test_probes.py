@@ -240,6 +240,11 @@ def test_write_asks_for_what_is_missing_and_resumes(service, tmp_path):
     assert len(Service.seen) == 5 and again.rows[0] == done.rows[0]
     with pytest.raises(ValueError, match="fields must be among"):
         write(ProbeSet(rows), service, journal, fields=["random_permute"])
+    whole = journal.read_bytes()
+    for damaged in (whole.replace(b"reply", b"rep1y", 1), b'{"key": "a"}\n', b"[]\n", b"\xff\n"):
+        journal.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{journal}: line \d"):
+            write(ProbeSet(rows), service, journal, fields=["chosen_gptsemantic"])
 
 
 def test_a_refusal_is_not_tried_again(service, tmp_path, monkeypatch):

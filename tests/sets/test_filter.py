@@ -8,7 +8,8 @@ import torch
 from preference_pairs import some_pairs, with_gram
 
 import lddyn
-from lddyn.sets.filter import filter_rows
+from lddyn.files import sealed
+from lddyn.sets.filter import check_source, filter_rows, read_diagnosed, write_source
 from lddyn.sets.pairs import PairSet
 
 ROWS = [{"prompt": str(i)} for i in range(7)]
@@ -73,3 +74,27 @@ def test_a_model_may_be_opened_and_a_loss_an_object(model, found):
     assert other.loss == found.loss == loss
     assert all(torch.equal(other.scores[k], found.scores[k]) for k in found.scores)
     assert repr(other) == repr(found) and str(other) != repr(other)
+
+
+@pytest.mark.case("a diagnosis put beside the rows of another one")
+def test_a_diagnosis_and_its_rows_are_of_one_save(tmp_path):
+    for name in ("one", "other"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "rows.jsonl").write_text(f'{{"prompt": "{name}"}}\n')
+        content = {"kind": "lddyn.Diagnosis", "worst": [0], "name": name, "pairs": [{"row": 0}]}
+        (folder / "diagnosis.json").write_text(sealed(content))
+        write_source(folder, folder / "rows.jsonl")
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert read_diagnosed(one)["name"] == "one" and check_source(one) == one / "rows.jsonl"
+    with pytest.raises(ValueError, match=r"rows\.jsonl: not the rows that were diagnosed"):
+        check_source(one, other / "rows.jsonl")
+    (one / "diagnosis.json").write_bytes((other / "diagnosis.json").read_bytes())
+    with pytest.raises(ValueError, match="not of one diagnosis: diagnose again"):
+        read_diagnosed(one)
+    (one / "diagnosis.json").write_text(sealed({"kind": "lddyn.Estimate"}))
+    with pytest.raises(ValueError, match=r"diagnosis\.json: must hold a diagnosis, got 'lddyn\.E"):
+        read_diagnosed(one)
+    (one / "source.json").write_text(sealed({"data": "x"}))
+    with pytest.raises(ValueError, match=r"source\.json: has no data_digest"):
+        check_source(one)
