@@ -151,7 +151,7 @@ def _parse_yaml(text: str) -> object:
         if root is None:
             return None
         _check_node(root, {})
-        return loader.construct_document(root)  # type: ignore[no-any-return]
+        return loader.construct_document(root)
     finally:
         loader.dispose()
 
