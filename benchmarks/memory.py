@@ -63,10 +63,12 @@ def decompose(model: Any, data: list[Pair], memory: str, optimizer: str = "sgd")
     )
 
 
-def decompose_sft(model: Any, data: list[Pair], memory: str) -> Any:
+def decompose_sft(model: Any, data: list[Pair], memory: str, optimizer: str = "sgd") -> Any:
     """The decomposition of a step of SFT on one response."""
     chosen = data[0][0]
-    return lddyn.decompose(model, chosen, lddyn.SFT(chosen), lr=1e-4, memory=memory)
+    return lddyn.decompose(
+        model, chosen, lddyn.SFT(chosen), lr=1e-4, optimizer=optimizer, memory=memory
+    )
 
 
 def verified(model: Any, data: list[Pair], memory: str) -> Any:
@@ -107,8 +109,10 @@ WORK = {
     "features by sequence": Work(partial(features, by="sequence")),
     "decompose": Work(decompose),
     "decompose by Adam": Work(partial(decompose, optimizer="adam")),
-    "decompose, bfloat16": Work(decompose, dtype="bfloat16"),
-    "decompose by Adam, bfloat16": Work(partial(decompose, optimizer="adam"), dtype="bfloat16"),
+    "decompose SFT, bfloat16": Work(decompose_sft, dtype="bfloat16"),
+    "decompose SFT by Adam, bfloat16": Work(
+        partial(decompose_sft, optimizer="adam"), dtype="bfloat16"
+    ),
     "decompose and verify": Work(verified),
     "decompose SFT, long": Work(decompose_sft, length=LONG),
     "diagnose": Work(partial(diagnose, run=None)),
@@ -223,7 +227,7 @@ def main() -> None:
             made = json.loads(done.stdout.splitlines()[-1])
             cells[name, memory] = made
             print(
-                f"{name:30} {memory:7} grown {made['grown_bytes'] / 2**20:7.0f} MiB "
+                f"{name:31} {memory:7} grown {made['grown_bytes'] / 2**20:7.0f} MiB "
                 f"({made['grown_over_budget']:.2f}x), {made['seconds']:.0f} s "
                 f"{made['refused'] or ''}",
                 flush=True,

@@ -27,22 +27,29 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
-def name_memory(error: BaseException, memory: object = None) -> None:
+def name_memory(error: BaseException, memory: object = None, *, instead: str | None = None) -> None:
     """Adds to the message of an allocator's error what the caller can do; once for an error.
 
     Args:
         error: The error; `is_out_of_memory` is true of it.
         memory: The `memory=` of the analysis, if it is known.
+        instead: What the caller can do, where that is something else; it takes the place of what
+            an analysis inside has said.
     """
     lines = str(error).splitlines() or [type(error).__name__]
-    if _REMEDY in lines[0]:
+    first, said, _ = lines[0].partition(_RAN_OUT)
+    if said and instead is None:
         return
     given = "" if memory is None else f" (it was {memory!r})"
-    lines[0] = f"{lines[0].rstrip('.')}: {_REMEDY}{given}, or fewer or shorter sequences at a time"
+    remedy = instead or (
+        f"give a smaller memory= (--memory){given}, fewer or shorter sequences (--limit), or train "
+        "an adapter (--adapter)"
+    )
+    lines[0] = f"{first.rstrip('.: ')}{_RAN_OUT}{remedy}"
     error.args = ("\n".join(lines),)
 
 
-_REMEDY = "the machine's memory ran out: give a smaller memory= (--memory)"
+_RAN_OUT = ": the machine's memory ran out: "
 
 
 def parse_memory(memory: int | str, device: torch.device | None = None) -> int:

@@ -2,13 +2,19 @@
 
 import sys
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
+import typer
 import zoo
 
 import lddyn
+from lddyn.cli.console import one_line_errors
+from lddyn.lab.experiment import experiment
+from lddyn.lab.settings import Settings, option
 from lddyn.memory import Budget, cpu_threads, in_gib, is_out_of_memory, name_memory, parse_memory
+from lddyn.probes.measure import measure
 from lddyn.store.build import build_store
 
 
@@ -218,3 +224,76 @@ def test_a_diagnosis_keeps_what_was_ranked_before_memory_ran_out(model, monkeypa
             lddyn.diagnose(model, pairs(3), run=run, close_ups=0, so_far=seen.append)
     assert_restored(model, before)  # the weights had been moved
     assert len(seen) == 1 and torch.equal(seen[0].gram, whole.gram)
+
+
+def test_measuring_goes_on_with_less_at_a_time(model, monkeypatch):
+    some, before = rows(6), state(model)
+    whole, asked, calls = measure(model, some, tokens=16), [], []
+    module = sys.modules["lddyn.probes.measure"]
+    statistics, logits = module._statistics, module.response_logits
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise no_room()
+        return statistics(*args)
+
+    def recorded(model, examples, *, tokens):
+        asked.append((tokens, len(examples)))
+        return logits(model, examples, tokens=tokens)
+
+    monkeypatch.setattr(module, "_statistics", failing)
+    monkeypatch.setattr(module, "response_logits", recorded)
+    again = measure(model, some, tokens=16)
+    assert_restored(model, before)
+    assert [tokens for tokens, _ in asked] == [16, 8] and 0 < asked[1][1] < asked[0][1] == 6
+    assert torch.allclose(again.log_prob, whole.log_prob, rtol=1e-5)
+    assert torch.allclose(again.entropy, whole.entropy, rtol=1e-5)
+
+
+def test_one_response_too_large_says_what_to_do(model, monkeypatch):
+    with monkeypatch.context() as patch:
+        Failing(patch, "lddyn.probes.measure", "_statistics", 0, no_room())
+        with pytest.raises(torch.OutOfMemoryError, match=r"one response at a time .* shorter"):
+            measure(model, rows(2))
+
+
+@dataclass(frozen=True)
+class Sized(Settings):
+    """An experiment of two steps."""
+
+    cases: int = option(3, "Number of cases.")
+
+
+def test_an_experiment_keeps_its_steps_when_memory_runs_out(tmp_path, capsys):
+    made = []
+
+    @experiment("sized", Sized)
+    def run(lab, settings):
+        """Makes a small step and a large one."""
+        first = lab.once("small", lambda: made.append("small") or settings.cases)
+        return lab.once("large", lambda: large(first))
+
+    def large(first):
+        made.append("large")
+        if made.count("large") == 1:
+            error = MemoryError()
+            name_memory(error, "2GiB")  # as an analysis inside does
+            raise error
+        return 2 * first
+
+    with pytest.raises(typer.Exit) as stopped, one_line_errors():
+        run(tmp_path, progress=False)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.exit_code == 2
+    assert line.startswith("error: MemoryError: the machine's memory ran out: ")
+    assert str(tmp_path) in line and "the same command again" in line and "--cases" in line
+    assert line.count("memory ran out") == 1 and "--memory" not in line
+    assert run(tmp_path, progress=False) == 6 and made == ["small", "large", "large"]
+
+
+def test_a_command_out_of_memory_names_its_options(capsys):
+    with pytest.raises(typer.Exit), one_line_errors():
+        raise no_room()
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert all(option in line for option in ("no room", "--memory", "--limit", "--adapter"))

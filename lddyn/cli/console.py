@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("lddyn")
 
 # Exceptions whose text was written for users; others show their class, too.
-_EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, KeyError, IndexError)
+_EXPECTED = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    RuntimeError,
+    KeyError,
+    IndexError,
+    MemoryError,
+)
 
 
 def safe(text: str) -> str:
@@ -94,6 +103,11 @@ def _message(error: Exception) -> str:
         return f"{text} ({path} --help lists the options)"
     from lddyn.text import first_sentences
 
+    if "torch" in sys.modules:
+        from lddyn.memory import is_out_of_memory, name_memory
+
+        if is_out_of_memory(error):
+            name_memory(error)
     # Sentences of lddyn's own are in one line; other libraries begin with "see below:".
     message = first_sentences(str(error), longest=0) or type(error).__name__
     if isinstance(error, KeyError):

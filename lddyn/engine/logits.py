@@ -187,11 +187,14 @@ def response_logits(
     another forward pass), and for each response token. The trial reads nine times the longest.
     """
     model = Anatomy.module_of(model)
-    vocabulary = _text_config(model).vocab_size
-    if tokens is None:
-        tokens = max(256, min(4096, (1 << 26) // vocabulary))
+    tokens = tokens_of_a_pass(model) if tokens is None else tokens
     longest = max((example.length for example in examples), default=0)
     return fastest(model, longest)(model, examples, tokens)
+
+
+def tokens_of_a_pass(model: nn.Module) -> int:
+    """The most tokens in one forward pass by default: their logits take at most 0.25 GiB."""
+    return max(256, min(4096, (1 << 26) // int(_text_config(model).vocab_size)))
 
 
 Way = Callable[[nn.Module, Sequence[Example], int], Iterator[Part]]

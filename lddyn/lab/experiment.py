@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 from lddyn.lab.record import Lab, Results
 from lddyn.lab.settings import Settings
+from lddyn.memory import is_out_of_memory, name_memory
 
 __all__ = ["Run", "experiment"]
 
@@ -31,7 +32,23 @@ Raises:
     ValueError: If a setting is out of bounds, the data are corrupt, or the folder holds another
         experiment.
     ImportError: If a package of `lddyn[lab]` is needed and not installed.
+    MemoryError: By Python, or torch's OutOfMemoryError, if memory runs out; finished steps are
+        kept in the folder, and the message says what to do.
 """
+
+
+# Settings that decide how much memory an experiment takes.
+_SIZES = ("limit", "prompts", "batch", "train", "cases", "length")
+
+
+def _after_memory(lab: Lab) -> str:
+    """What to do after an experiment ran out of memory."""
+    sizes = " or ".join(f"--{name}" for name in _SIZES if name in lab.options)
+    smaller = f", or give another --out with a smaller {sizes}" if sizes else ""
+    return (
+        f"the finished steps are kept in {lab.folder}; free some memory and give the same command "
+        f"again, which goes on there{smaller}"
+    )
 
 
 class Run(Protocol[_S]):
@@ -65,7 +82,13 @@ def experiment(name: str, kind: type[S]) -> Callable[[Callable[[Lab, S], Results
             progress: bool = True,
         ) -> Results:
             chosen = settings or kind()
-            return measure(Lab(name, Path(out), seed, chosen.decisive(), progress), chosen)
+            lab = Lab(name, Path(out), seed, chosen.decisive(), progress)
+            try:
+                return measure(lab, chosen)
+            except (MemoryError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    name_memory(error, instead=_after_memory(lab))
+                raise
 
         run.__module__ = measure.__module__
         run.__doc__ = inspect.cleandoc(measure.__doc__ or "") + _COMMON.format(kind=kind.__name__)

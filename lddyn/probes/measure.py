@@ -12,7 +12,8 @@ from lddyn import ops
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.guard import evaluating
-from lddyn.engine.logits import response_logits
+from lddyn.engine.logits import response_logits, tokens_of_a_pass
+from lddyn.memory import is_out_of_memory, name_memory
 from lddyn.probes.probe_set import Encoded
 
 __all__ = ["Measured", "measure"]
@@ -82,6 +83,7 @@ def measure(
         model: A causal LM of transformers, or its Anatomy. It is measured in evaluation mode.
         probes: An encoded probing set, or examples in any order.
         tokens: Most tokens in one forward pass. None: as many as keep the logits below 256 MiB.
+            Where memory runs out, half as many are tried; examples that are done stay done.
 
     Returns:
         The sums of each example, in the order of the examples.
@@ -101,11 +103,42 @@ def measure(
     model = Anatomy.module_of(model)
     examples = probes.examples if isinstance(probes, Encoded) else list(probes)
     sums = torch.zeros(len(examples), len(_SUMS), dtype=torch.float64)
-    with evaluating(model):
-        for logits, targets, owners in response_logits(model, examples, tokens=tokens):
-            sums.index_add_(0, owners, _statistics(logits, targets).cpu())
     count = torch.tensor([float(len(e)) for e in examples], dtype=torch.float64)
+    tokens, left = tokens or tokens_of_a_pass(model), torch.arange(len(examples))
+    with evaluating(model):
+        while len(left):
+            try:
+                _add(model, examples, tokens, left, sums, seen := torch.zeros_like(count))
+                break
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if tokens <= max(examples[i].length for i in left.tolist()):  # one at a time
+                    name_memory(error, instead=_ALONE)
+                    raise
+                tokens //= 2
+            left = left[seen[left] < count[left]]
+            sums[left] = 0
     return Measured(count, *sums.unbind(1))
+
+
+_ALONE = "one response at a time does not fit: give shorter ones, or a model in fewer bits"
+
+
+def _add(
+    model: nn.Module,
+    examples: Sequence[Example],
+    tokens: int,
+    left: Tensor,
+    sums: Tensor,
+    seen: Tensor,
+) -> None:
+    """Adds the tokens of the examples `left` to their sums, and counts those that were added."""
+    some = [examples[i] for i in left.tolist()]
+    for logits, targets, owners in response_logits(model, some, tokens=tokens):
+        statistics = _statistics(logits, targets).cpu()
+        sums.index_add_(0, left[owners], statistics)
+        seen.index_add_(0, left[owners], torch.ones(len(owners), dtype=seen.dtype))
 
 
 def _statistics(logits: Tensor, targets: Tensor) -> Tensor:
