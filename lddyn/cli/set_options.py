@@ -103,6 +103,17 @@ class RunOptions:
         ),
     ] = None
 
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Predict the rest of the run from this checkpoint of transformers' Trainer on, "
+            "whose weights are --model: steps that are made, and the optimizer's moments.",
+            exists=True,
+            show_default=False,
+            rich_help_panel=RUN,
+        ),
+    ] = None
+
     refresh: Annotated[
         int,
         typer.Option(
@@ -114,6 +125,15 @@ class RunOptions:
 
     def make(self, settings: TrainerSettings | None, seed: int) -> Run | None:
         """The run. None: no forecast is wanted."""
+        run = self._whole(settings, seed)
+        if self.resume is None:
+            return run
+        if run is None:
+            raise ValueError("--resume is of a run that --forecast predicts: give --forecast, too")
+        return run.resumed(self.resume)
+
+    def _whole(self, settings: TrainerSettings | None, seed: int) -> Run | None:
+        """The run from its first step on."""
         from dataclasses import replace
 
         from lddyn.sets.run import Run

@@ -266,9 +266,11 @@ def _own_steps(summary: Summary) -> str:
 def explain_run(run: Mapping[str, Any]) -> str:
     """A prediction of a run in one sentence, from `Forecast.summary()`."""
     amount, unit = (run["max_steps"], "step") if run["max_steps"] else (run["epochs"], "epoch")
+    rest = f"The rest, from step {run['start']} on, of " if run["start"] else ""
+    plural = amount != 1 and not run["start"]
     return (
-        f"{count(amount, unit)} of {run['optimizer']} at a learning rate of "
-        f"{run['lr']:g}, batches of {run['batch']}, {'is' if amount == 1 else 'are'} "
+        f"{rest}{count(amount, unit)} of {run['optimizer']} at a learning rate of "
+        f"{run['lr']:g}, batches of {run['batch']}, {'are' if plural else 'is'} "
         f"predicted to change log π(y+) by {signed(run['chosen'], 2)} nats and log π(y−) by "
         f"{signed(run['rejected'], 2)} nats on average; log π(y+) falls in {run['chosen_falls']} "
         f"of {count(run['pairs'])}."

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,6 +159,20 @@ class Forecast(Result):
 _KIND = "lddyn.Forecast"
 
 
+class Net(NamedTuple):
+    """Some steps of a run together: Δθ = P (Σ_j c_j ∇θ log π(y_j) + h m) − s D θ.
+
+    Attributes:
+        coefficients: c (sides, N).
+        shrunk: s, by which the parameters that decay shrink.
+        history: h, of what the optimizer remembered before the run, m.
+    """
+
+    coefficients: Tensor
+    shrunk: float
+    history: float
+
+
 class Simulation:
     """A run on log-probs alone, some steps at a time.
 
@@ -167,6 +181,8 @@ class Simulation:
         pull: log π (sides, N), and a batch of B rows -> −∂L/∂ log π of its loss, (sides, B).
         run: Settings of the run.
         rows: The rows that are trained on.
+        made: Steps that the optimizer has made before.
+        square: The sum of Adam's second moment before the run, not corrected for its start.
 
     Attributes:
         now: log π, (sides, N) nats.
@@ -180,18 +196,27 @@ class Simulation:
         pull: Callable[[Tensor, Batch], Tensor],
         run: Run,
         rows: Sequence[int],
+        *,
+        made: int = 0,
+        square: float = 0.0,
     ) -> None:
         self.now, self.path = log_probs.clone(), [log_probs]
         self._pull, self._run = pull, run
         self._batches = run.batches(rows)
         self.steps = len(self._batches)
         self._rates = run.rates(self.steps)
-        self._done, self._square = 0, 0.0
+        self._done, self._made, self._square = 0, made, square
+        self._left = 1.0  # of the first moment before the run
         self._moment = torch.zeros_like(log_probs)
 
     def advance(
-        self, steps: int, gram: Tensor, adam: AdamMetric | None, along: Tensor | None = None
-    ) -> tuple[Tensor, float]:
+        self,
+        steps: int,
+        gram: Tensor,
+        adam: AdamMetric | None,
+        along: Tensor | None = None,
+        history: Tensor | None = None,
+    ) -> Net:
         """Makes some steps with gradients that stay as they are.
 
         Args:
@@ -199,14 +224,13 @@ class Simulation:
             gram: J Jᵀ (S, S).
             adam: Adam's diagonal; None for SGD.
             along: ⟨∇θ log π, θ⟩ (S,), for weight decay.
-
-        Returns:
-            c (sides, N) and s with Δθ = P Σ_j c_j ∇θ log π(y_j) − s θ of these steps.
+            history: ⟨∇θ log π, P m⟩ (S,), with m what the optimizer remembered before the run.
 
         Cost: 2 S² a step.
         """
         start, run = self.now, self._run
-        kernel, net, shrunk = gram if adam is None else adam.gram, torch.zeros_like(start), 0.0
+        kernel, net = gram if adam is None else adam.gram, torch.zeros_like(start)
+        shrunk = pushed = 0.0
         for step in range(self._done, self._done + steps):
             batch, rate = self._batches[step], self._rates[step]
             c = torch.zeros_like(net)
@@ -215,28 +239,35 @@ class Simulation:
             if run.max_grad_norm is not None:
                 clip = min(1.0, run.max_grad_norm / (math.sqrt(square) + 1e-6))
                 c, square = clip * c, clip**2 * square
-            net = net + rate * self._direction(c, square, step, adam)
+            direction, remembered = self._direction(c, square, step, adam)
+            net = net + rate * direction
+            pushed += rate * remembered
             shrunk += rate * run.weight_decay
             moved = kernel @ net.flatten()
             if along is not None:
                 moved = moved - shrunk * along
+            if history is not None:
+                moved = moved + pushed * history
             self.now = start + moved.view_as(start)
             self.path.append(self.now)
         self._done += steps
-        return net, shrunk
+        return Net(net, shrunk, pushed)
 
-    def _direction(self, c: Tensor, square: float, step: int, adam: AdamMetric | None) -> Tensor:
-        """Coefficients of a step at rate 1; `square` is ‖g‖² of the batch."""
-        momentum, beta2 = self._run.momentum, self._run.beta2
+    def _direction(
+        self, c: Tensor, square: float, step: int, adam: AdamMetric | None
+    ) -> tuple[Tensor, float]:
+        """Coefficients of a step at rate 1 and h of it; `square` is ‖g‖² of the batch."""
+        momentum, beta2, made = self._run.momentum, self._run.beta2, self._made + step + 1
+        self._left *= momentum
         if adam is None:
             self._moment = momentum * self._moment + c
-            return self._moment
+            return self._moment, -self._left  # torch's buffer sums gradients, c has their sign
         # Adam's two moments, corrected for their start from zero.
         self._moment = momentum * self._moment + (1 - momentum) * c
         self._square = beta2 * self._square + (1 - beta2) * square
-        v = max(self._square / (1 - beta2 ** (step + 1)), 1e-300)
-        scale = math.sqrt(adam.second_moment / v)
-        return self._moment / (1 - momentum ** (step + 1)) * scale
+        v = max(self._square / (1 - beta2**made), 1e-300)
+        scale = math.sqrt(adam.second_moment / v) / (1 - momentum**made)
+        return self._moment * scale, -self._left * scale
 
 
 def simulate(
@@ -269,10 +300,10 @@ def simulate(
         return -(weights_at(now) * pair_weights)[:, batch.pairs] * batch.weights
 
     simulation = Simulation(log_probs, pull, run, pairs)
-    net, _ = simulation.advance(simulation.steps, gram, adam)
+    net, *_ = simulation.advance(simulation.steps, gram, adam)
     effects = response_effects((gram if adam is None else adam.gram)[: net.shape[1]], net)
     path = torch.stack(simulation.path)
-    return Forecast(run, path, net, simulation.now - log_probs, effects)
+    return Forecast(run.without_state(), path, net, simulation.now - log_probs, effects)
 
 
 def response_effects(kernel: Tensor, net: Tensor) -> Tensor:

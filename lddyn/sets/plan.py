@@ -41,12 +41,14 @@ def vector_bytes(size: int, number: int, run: Run | None, close_ups: int, lbk: b
     Args:
         size: Number of trainable values.
         number: Bytes of one.
-        run: A predicted run: the weights at its start, a second moment and a scratch vector.
+        run: A predicted run: the weights at its start, a second moment and a scratch vector, and
+            what an optimizer remembers.
         close_ups: Number of close-ups: the mean gradient, those of a pair's two responses, and
             the parts of which one of them is made.
         lbk: Whether LBK of all pairs is computed: a gradient, and its parts.
     """
     running = 0 if run is None else 3 if run.optimizer == "adamw" else 2
+    running += run is not None and run.optimizer_state is not None  # its first moment
     looking = 4 if close_ups else 2 if lbk else 0
     # A run's vectors are given up before the close-ups, but the mean is beside them.
     together = max(running + bool(close_ups), looking)

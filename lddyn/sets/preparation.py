@@ -22,6 +22,7 @@ from lddyn.memory import Budget
 from lddyn.ranks import ALONE, Ranks
 from lddyn.sets.access import Access, trainable_parameters
 from lddyn.sets.plan import SetPlan, parse_budget, plan_within, vector_bytes
+from lddyn.sets.resumed import OptimizerState
 from lddyn.sets.rows import exact_bytes
 from lddyn.sets.run import Run
 from lddyn.sets.training_set import TrainingSet
@@ -111,6 +112,8 @@ def prepare(
     made = partial(SetPlan.of, set_, size, number, sketch, run, processes=ranks.world)
     plan = plan_within(epochs, made, refresh, close_ups, lbk, allowed)
     access = Access(model, set_.examples[0])  # passes, after what is refused is refused
+    if run is not None and run.optimizer_state is not None:
+        OptimizerState.of(run.optimizer_state, run.optimizer, access.named, access.model)
     if shown:
         tqdm.write(f"diagnosis: {plan.explain()}", file=sys.stderr)
     # A pass over a batch also makes the gradient of one parameter at a time.

@@ -31,6 +31,7 @@ from lddyn.sketches.sketch import Sketch
 
 __all__ = [
     "SURVEY",
+    "Direction",
     "Gram",
     "PairReader",
     "SetReading",
@@ -75,12 +76,33 @@ class SetReading(NamedTuple):
     Attributes:
         log_probs: log π (sides, N) float64 nats.
         observed: log π of the observed sequences (M,) float64 nats.
-        along: ⟨∇θ log π, θ⟩ (S + M,) float64, or None.
+        along: ⟨∇θ log π, d⟩ (D, S + M) float64, of D directions.
     """
 
     log_probs: Tensor
     observed: Tensor
-    along: Tensor | None
+    along: Tensor
+
+
+class Direction(NamedTuple):
+    """A direction d that gradients are paired with as they are made.
+
+    Attributes:
+        values: d by parameter, without those where it is 0.
+        root: √P; the direction is then P ∘ d.
+    """
+
+    values: Mapping[str, Tensor]
+    root: Flat | None = None
+
+    def inner(self, piece: Piece) -> float:
+        """Its part of ⟨∇θ log π, d⟩."""
+        if piece.name not in self.values:
+            return 0.0
+        if self.root is not None:
+            root = self.root.views[piece.name]
+            piece = piece.scaled(root).scaled(root)
+        return piece.inner(local(self.values[piece.name]))
 
 
 class PairReader:
@@ -231,7 +253,7 @@ def read_rows(
     rows: Sequence[SetRows] = (),
     *,
     reader: Callable[[int, Response], None] | None = None,
-    at: Mapping[str, Tensor] | None = None,
+    along: Sequence[Direction] = (),
 ) -> SetReading:
     """One pass over the set and what is observed: fills rows, and reads the responses.
 
@@ -240,13 +262,13 @@ def read_rows(
         set_: The set.
         rows: What is filled, all of the same sequences; the other sequences are only read.
         reader: Gets every response of the set, numbered as in `TrainingSet.examples`.
-        at: θ by parameter, of those that decay: ⟨∇θ log π, θ⟩ of them is summed.
+        along: Directions whose inner products with all gradients are wanted.
 
     Cost: a forward pass a sequence; for those of the rows also a backward pass.
     """
     n, sequences, trained = len(set_), set_.sequences, len(set_.examples)
     log_probs = torch.zeros(len(sequences), dtype=torch.float64)
-    along = None if at is None else torch.zeros_like(log_probs)
+    inner = torch.zeros(len(along), len(sequences), dtype=torch.float64)
     place = {number: row for kept in rows[:1] for row, number in enumerate(kept.numbers)}
     for kept in rows:
         kept.dense.rows.zero_()
@@ -260,8 +282,8 @@ def read_rows(
         for kept in rows:
             scaled = piece if kept.root is None else piece.scaled(kept.root.views[piece.name])
             kept.dense.add(place[number], scaled)
-        if along is not None and at is not None and piece.name in at:
-            along[number] += piece.inner(local(at[piece.name]))
+        for place_of, direction in enumerate(along):
+            inner[place_of, number] += direction.inner(piece)
 
     windows = [range(start, min(n, start + _WINDOW)) for start in range(0, n, _WINDOW)]
     starts = range(trained, len(sequences), 2 * _WINDOW)
@@ -272,8 +294,7 @@ def read_rows(
         if filled:
             passes.gradients(sequences, filled, take, see)
         passes.forward(sequences, [i for i in part if i not in place], see)
-    passes.ranks.add_up(log_probs, *([] if along is None else [along]))
-    if along is not None:
-        passes.access.shards.add_up(along)
+    passes.ranks.add_up(log_probs, inner)
+    passes.access.shards.add_up(inner)
     passes.ranks.add_up(*(kept.dense.rows for kept in rows))
-    return SetReading(log_probs[:trained].view(-1, n), log_probs[trained:], along)
+    return SetReading(log_probs[:trained].view(-1, n), log_probs[trained:], inner)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lddyn.optimizers import trainer_decays
+from lddyn.sets.resumed import steps_made
 from lddyn.settings import Like, TrainerSettings
 
 __all__ = ["Batch", "Run"]
@@ -62,6 +63,9 @@ class Run:
         drop_last: Leave out a last part of an epoch that is too small.
         shuffle: Whether pairs are shuffled in each epoch.
         beta2, epsilon: Adam's β₂ and ε.
+        start: Steps of the run that are made already: it is predicted from there on, with the
+            batches and rates that are left.
+        optimizer_state: What the optimizer remembers of steps before, see `resumed`; None: nothing.
         schedule_options: `lr_scheduler_kwargs` of TrainingArguments.
 
     Raises:
@@ -98,6 +102,8 @@ class Run:
     beta2: float = 0.999
     epsilon: float = 1e-8
     schedule_options: Mapping[str, Any] = field(default_factory=dict)
+    start: int = 0
+    optimizer_state: object = field(default=None, compare=False)
 
     @classmethod
     def like(cls, source: Like, seed: int | None = None) -> Run:
@@ -135,11 +141,43 @@ class Run:
             schedule_options=settings.schedule_options,
         )
 
+    def resumed(self, source: object, start: int | None = None) -> Run:
+        """The rest of the run, from a checkpoint or a moment within it.
+
+        The diagnosed model has the weights of that moment. Adam's moments move them even without a
+        gradient, and scale every step.
+
+        Args:
+            source: A trainer or an optimizer of torch on the diagnosed model; an optimizer's
+                `state_dict()`; a checkpoint's folder of transformers' Trainer, or its optimizer.pt.
+            start: Steps that are made. Default: those of the trainer or the checkpoint, else of the
+                optimizer.
+
+        Raises:
+            ValueError: If there is no state in `source`.
+            FileNotFoundError: If there is no such file.
+
+        Example:
+            >>> import lddyn, torch
+            >>> weight = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = torch.optim.AdamW([weight])
+            >>> weight.grad = torch.ones(2)
+            >>> optimizer.step()
+            >>> lddyn.Run(lr=1e-4, epochs=2, batch=2).resumed(optimizer)
+            Run(lr=0.0001, epochs=2, batch=2, start=1)
+        """
+        made = steps_made(source) if start is None else start
+        return replace(self, start=made, optimizer_state=source)
+
+    def without_state(self) -> Run:
+        """The same run without what its optimizer remembers: its settings alone."""
+        return replace(self, optimizer_state=None)
+
     def __post_init__(self) -> None:
         """Checks values."""
         for name in ("lr", "epochs", "momentum", "warmup", "weight_decay", "beta2", "epsilon"):
             self._check_kind(name, (int, float), "a number")
-        for name in ("batch", "accumulation", "seed"):
+        for name in ("batch", "accumulation", "seed", "start"):
             self._check_kind(name, (int,), "a whole number")
         if self.max_steps is not None:
             self._check_kind("max_steps", (int,), "a whole number or None")
@@ -151,6 +189,8 @@ class Run:
         for name in ("batch", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.start < 0:
+            raise ValueError(f"start must be a number of steps, 0 or more, got {self.start}")
         if self.batch % self.accumulation:
             raise ValueError(
                 f"batch must be a multiple of accumulation, got {self.batch} pairs in "
@@ -189,10 +229,11 @@ class Run:
             raise ValueError(f"epsilon must be positive, got {self.epsilon}")
 
     def batches(self, pairs: Sequence[int]) -> list[Batch]:
-        """The steps of the whole run, drawn from these pairs.
+        """The steps of the run from `start` on, drawn from these pairs.
 
         Raises:
-            ValueError: If no step is left, because `drop_last` leaves out every pair.
+            ValueError: If no step is left, because `drop_last` leaves out every pair, or all are
+                made.
         """
         index, size = torch.tensor(list(pairs)), self.batch // self.accumulation
         per_epoch = len(index) // size if self.drop_last else -(-len(index) // size)
@@ -205,10 +246,15 @@ class Run:
                 f"{len(index)}"
             )
         steps = self.max_steps or math.ceil(self.epochs * per_epoch)
+        if self.start >= steps:
+            raise ValueError(
+                f"start={self.start} leaves no step: the whole run has {steps}; give more epochs, "
+                "or start=0 for another run with this optimizer"
+            )
         drawn: list[Batch] = []
         for epoch in itertools.count():
             if len(drawn) >= steps:
-                return drawn[:steps]
+                return drawn[self.start : steps]
             order = torch.arange(len(index))
             if self.shuffle:
                 order = torch.randperm(
@@ -224,10 +270,10 @@ class Run:
         raise AssertionError  # itertools.count() does not end
 
     def rates(self, steps: int) -> list[float]:
-        """The learning rate of every step, from transformers' own schedule.
+        """The learning rate of every step from `start` on, from transformers' own schedule.
 
         Args:
-            steps: Steps of the whole run.
+            steps: Steps from `start` on.
 
         Raises:
             ValueError: If the schedule is unknown or depends on the loss of an evaluation.
@@ -241,6 +287,7 @@ class Run:
         known = [kind.value for kind in SchedulerType if kind.value not in _UNKNOWN]
         if self.schedule not in known:
             raise ValueError(f"schedule must be one of {', '.join(known)}, got {self.schedule!r}")
+        steps += self.start
         rise = math.ceil(steps * self.warmup) if self.warmup < 1 else int(self.warmup)
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=self.lr)
         try:
@@ -254,7 +301,7 @@ class Run:
         except (TypeError, ValueError) as error:
             raise ValueError(f"schedule {self.schedule!r}: {error}") from error
         (part,) = schedule.lr_lambdas
-        return [self.lr * float(part(step)) for step in range(steps)]
+        return [self.lr * float(part(step)) for step in range(self.start, steps)]
 
     def decaying(self, model: nn.Module) -> set[str]:
         """Names of the parameters that decay: all but biases and the weights of norms."""
@@ -266,7 +313,7 @@ class Run:
             f"{f.name}={getattr(self, f.name)!r}"
             for f in fields(self)
             if f.name == "lr"
-            or (f.name != "schedule_options" and getattr(self, f.name) != f.default)
+            or (f.compare and f.name != "schedule_options" and getattr(self, f.name) != f.default)
         ]
         if self.schedule_options:
             shown.append(f"schedule_options={dict(self.schedule_options)}")

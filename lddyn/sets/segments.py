@@ -3,9 +3,10 @@
 A segment takes the gradients, Adam's diagonal P (averaged over the segments so far) and log π at
 its own start, runs on log-probs to its end (`Simulation`), and moves θ by
 
-    Δθ = P Σ_j c_j ∇θ log π(y_j) − s D θ
+    Δθ = P (Σ_j c_j ∇θ log π(y_j) + h m) − s D θ
 
-D is 1 for the parameters that decay, and 0 for the others; c and s are what the simulation returns.
+D is 1 for the parameters that decay, and 0 for the others; m is the first moment of an optimizer
+that made steps before the run; c, h and s are what the simulation returns.
 The change that is predicted is log π at the last θ minus log π at the first. So the curvature along
 each straight step is in it; what is left out is that gradients change within a segment.
 
@@ -29,9 +30,10 @@ from lddyn.engine.sharded import WHOLE, Shards, local
 from lddyn.engine.turns import switching
 from lddyn.sets.access import Access
 from lddyn.sets.flat import Flat
-from lddyn.sets.forecast import AdamMetric, Forecast, Simulation, response_effects
+from lddyn.sets.forecast import AdamMetric, Forecast, Net, Simulation, response_effects
 from lddyn.sets.passes import Passes
-from lddyn.sets.rows import Gram, SetReading, SetRows, new_rows, read_rows
+from lddyn.sets.resumed import OptimizerState
+from lddyn.sets.rows import Direction, Gram, SetReading, SetRows, new_rows, read_rows
 from lddyn.sets.run import Batch, Run
 from lddyn.sets.training_step import TrainingStep
 from lddyn.sketches.sketch import Sketch
@@ -50,11 +52,37 @@ class Moments:
         parameters: Name → trainable parameter.
         run: Settings of the run.
         shards: How the parameters are divided among processes.
+        state: What the optimizer remembers of steps before the run: they count as many steps as
+            Adam's mean has not forgotten, fewer with each segment.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], run: Run, shards: Shards = WHOLE) -> None:
-        self._sum, self._steps, self._shards = Flat(parameters), 0, shards
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        run: Run,
+        shards: Shards = WHOLE,
+        state: OptimizerState | None = None,
+    ) -> None:
+        self._sum, self._steps, self._shards = Flat(parameters), 0.0, shards
         self._batch, self._epsilon = run.batch, run.epsilon
+        self._kept = 1.0  # of what is known, by a step
+        if state is not None and state.steps:
+            self._kept = run.beta2
+            self._sum.copy(state.second)
+            self._sum.vector /= 1 - run.beta2
+            self._steps = (1 - run.beta2**state.steps) / (1 - run.beta2)
+
+    def _count(self, steps: int) -> float:
+        """The weight of some more steps, after which those before count less."""
+        if self._kept == 1.0:
+            counted = float(steps)
+        else:
+            left = self._kept**steps
+            self._sum.vector *= left
+            self._steps *= left
+            counted = (1 - left) / (1 - self._kept)
+        self._steps += counted
+        return counted
 
     def add_exact(self, rows: Tensor, pulls: Tensor, steps: int) -> None:
         """Adds a segment whose gradients are known: v = E[g]² + Var[g]/|B| over rows.
@@ -64,14 +92,13 @@ class Moments:
             pulls: −∂L/∂ log π, (sides, N).
             steps: Steps of the segment.
         """
-        pulls = pulls.to(rows)[:, :, None]
+        pulls, counted = pulls.to(rows)[:, :, None], self._count(steps)
         for start in range(0, rows.shape[1], _COLUMNS):
             at = slice(start, start + _COLUMNS)
             pull = (pulls * rows[:, at].view(*pulls.shape[:2], -1)).sum(0)
             mean = pull.mean(0).square()
             variance = (pull.square().mean(0) - mean).clamp(min=0)
-            self._sum.vector[at] += steps * (mean + variance / self._batch)
-        self._steps += steps
+            self._sum.vector[at] += counted * (mean + variance / self._batch)
 
     def add_measured(
         self, passes: Passes, step: TrainingStep, now: Tensor, run: Run, steps: int, scratch: Flat
@@ -81,12 +108,11 @@ class Moments:
         Cost: a forward and a backward pass for each response of half of the batches of an epoch, or
         of 8 batches if that is more.
         """
-        batches = measured_batches(run, len(step))
+        batches, counted = measured_batches(run, len(step)), self._count(steps)
         for batch in batches:
             pull = step.pull(now, batch).flatten()
             passes.sum_gradients(step.set_.of_rows(batch.pairs), pull, scratch)
-            self._sum.vector.addcmul_(scratch.vector, scratch.vector, value=steps / len(batches))
-        self._steps += steps
+            self._sum.vector.addcmul_(scratch.vector, scratch.vector, value=counted / len(batches))
 
     @property
     def total(self) -> float:
@@ -119,7 +145,8 @@ class _Kernel:
     gram: Gram
     under: Gram  # the Gram under P
     adam: AdamMetric | None
-    along: Tensor | None
+    shrinks: Tensor | None  # ⟨∇θ log π, D θ⟩ (S,)
+    history: Tensor | None  # ⟨∇θ log π, P m⟩ (S,)
 
     @property
     def watched(self) -> Tensor:
@@ -155,9 +182,17 @@ class _Segments:
         self.start.copy(self.parameters)
         decaying = run.decaying(access.model)
         self.decaying = {n: p for n, p in access.named.items() if n in decaying}
-        self.moments = (
-            Moments(self.parameters, run, access.shards) if run.optimizer == "adamw" else None
-        )
+        state, self.history, self.made, self.square = None, None, 0, 0.0
+        if run.optimizer_state is not None:
+            source = run.optimizer_state
+            state = OptimizerState.of(source, run.optimizer, self.parameters, access.model)
+            self.history, self.made = Flat(self.parameters), state.steps
+            self.history.copy(state.first)
+            square = sum((v.double().sum() for v in state.second.values()), torch.zeros(1).double())
+            access.shards.add_up(square)
+            self.square = float(square)
+        adam = run.optimizer == "adamw"
+        self.moments = Moments(self.parameters, run, access.shards, state) if adam else None
 
     def kernel(self, rows: SetRows, now: Tensor, steps: int) -> _Kernel:
         """Gradients at the present weights, paired.
@@ -177,48 +212,73 @@ class _Segments:
             self.moments.precondition(self.scratch.vector.fill_(1.0), 0.5)
             under = [new_rows(self.access, self.passes, self.step.set_, self.sketch, self.scratch)]
         self.passes.bar.say("gradients")
-        reading = read_rows(self.passes, self.step.set_, [rows, *under], at=self.decaying or None)
-        return self._pair(rows, [rows, *under][-1], None, reading.along)
+        along = [Direction(self.decaying)] if self.decaying else []
+        if self.history is not None:
+            root = self.scratch if self.moments is not None else None
+            along.append(Direction(self.history.views, root))
+        reading = read_rows(self.passes, self.step.set_, [rows, *under], along=along)
+        told = list(reading.along[:, : len(self.step.set_.examples)])
+        shrinks = told[0] if self.decaying else None
+        history = told[-1] if self.history is not None else None
+        return self._pair(rows, [rows, *under][-1], None, shrinks, history)
 
     def _exact(self, rows: SetRows, pulls: Tensor, steps: int) -> _Kernel:
-        along = None
+        shrinks = history = None
         if self.decaying:
             self.scratch.vector.zero_()
             self.scratch.copy(self.decaying)
-            along = (rows.dense.rows @ self.scratch.vector).double().cpu()
-            self.access.shards.add_up(along)
+            shrinks = self._along(rows, self.scratch.vector)
         if self.moments is not None:
             self.moments.add_exact(rows.dense.rows[: pulls.numel()], pulls, steps)
             self.moments.precondition(self.scratch.vector.fill_(1.0))
         diagonal = None if self.moments is None else self.scratch.vector
-        return self._pair(rows, rows, diagonal, along)
+        if self.history is not None:
+            history = self._along(rows, self.history.vector, diagonal)
+        return self._pair(rows, rows, diagonal, shrinks, history)
+
+    def _along(self, rows: SetRows, vector: Tensor, diagonal: Tensor | None = None) -> Tensor:
+        """⟨∇θ log π, P d⟩ of the set's sequences (S,) float64, of exact rows."""
+        kept = rows.dense.rows[: len(self.step.set_.examples)]
+        total = torch.zeros(len(kept), dtype=torch.float64)
+        for start in range(0, len(vector), _COLUMNS):
+            at = slice(start, start + _COLUMNS)
+            part = vector[at] if diagonal is None else vector[at] * diagonal[at]
+            total += (kept[:, at] @ part).double().cpu()
+        self.access.shards.add_up(total)
+        return total
 
     def _pair(
-        self, rows: SetRows, under: SetRows, diagonal: Tensor | None, along: Tensor | None
+        self,
+        rows: SetRows,
+        under: SetRows,
+        diagonal: Tensor | None,
+        shrinks: Tensor | None,
+        history: Tensor | None,
     ) -> _Kernel:
         """Inner products of plain rows, and of those under P."""
         set_, n = self.step.set_, len(self.step)
         gram = rows.gram(set_)
-        along = None if along is None else along[: len(set_.examples)]
         if self.moments is None:
-            return _Kernel(n, rows, gram, gram, None, along)
+            return _Kernel(n, rows, gram, gram, None, shrinks, history)
         metric = under.gram(set_, diagonal)
         adam = AdamMetric(metric.value, self.moments.total)
-        return _Kernel(n, under, gram, metric, adam, along)
+        return _Kernel(n, under, gram, metric, adam, shrinks, history)
 
-    def move(self, rows: SetRows, net: Tensor, shrunk: float) -> None:
-        """θ ← θ + P Σ_j c_j ∇θ log π(y_j) − s D θ."""
-        total, weights = self.scratch.vector, net.flatten()
+    def move(self, rows: SetRows, net: Net) -> None:
+        """θ ← θ + P (Σ_j c_j ∇θ log π(y_j) + h m) − s D θ."""
+        total, weights = self.scratch.vector, net.coefficients.flatten()
         if rows.dense.exact:
             torch.mv(rows.dense.rows[: len(weights)].T, weights.to(total), out=total)
         else:
             self.passes.bar.say("net step")
             self.passes.sum_gradients(self.step.set_.examples, weights, self.scratch)
+        if self.history is not None:
+            total.add_(self.history.vector, alpha=net.history)
         if self.moments is not None:
             self.moments.precondition(total)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                kept = 1 - shrunk if name in self.decaying else 1.0
+                kept = 1 - net.shrunk if name in self.decaying else 1.0
                 part = local(parameter)
                 part.copy_(part.to(total) * kept + self.scratch.views[name])
 
@@ -294,7 +354,7 @@ def predict_run(
     """
     model, n, set_ = _Segments(access, passes, step, run, sketch), len(step), step.set_
     before = step.readings.log_probs
-    simulation = Simulation(before, step.pull, run, range(n))
+    simulation = Simulation(before, step.pull, run, range(n), made=model.made, square=model.square)
     count = min(segments, simulation.steps)
     cuts = [round(simulation.steps * k / count) for k in range(count + 1)]
     effects, total = torch.zeros(len(set_.watched), n).double(), torch.zeros_like(before)
@@ -307,9 +367,11 @@ def predict_run(
             kernel = model.kernel(rows, simulation.now, steps)
             if first is None:
                 ranked(kernel.gram)
-            net, shrunk = simulation.advance(steps, kernel.gram.value, kernel.adam, kernel.along)
-            total, first = total + net, first or (kernel.gram, kernel.adam)
-            model.move(rows, net, shrunk)
+            net = simulation.advance(
+                steps, kernel.gram.value, kernel.adam, kernel.shrinks, kernel.history
+            )
+            total, first = total + net.coefficients, first or (kernel.gram, kernel.adam)
+            model.move(rows, net)
             if spare is None:
                 ends = kernel.rows.empty(set_.watched)
             else:
@@ -317,13 +379,13 @@ def predict_run(
             reading, inner = model.arrive(kernel, ends)
             simulation.now = simulation.path[-1] = reading.log_probs
             observed = reading.observed
-            effects += response_effects((kernel.watched + inner) / 2, net)
+            effects += response_effects((kernel.watched + inner) / 2, net.coefficients)
             if spare is not None:
                 rows, spare = spare, rows
     assert first is not None
     change = simulation.now - before
     forecast = Forecast(
-        run,
+        run.without_state(),
         torch.stack(simulation.path),
         total,
         change,

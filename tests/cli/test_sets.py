@@ -180,6 +180,8 @@ def test_what_cannot_end_well_is_said_before_the_work(model, data, tmp_path, mon
         (("--watched", tmp_path), "--watched and --after are for the page: give --out"),
         (("--forecast",), "--forecast needs --lr"),
         (("--lr", "1e-4"), "--lr 0.0001 is the learning rate of a run that --forecast predicts"),
+        (("--resume", tmp_path), "--resume is of a run that --forecast predicts"),
+        (("--forecast", "--lr", 1, "--resume", tmp_path), "optimizer.pt: no such file"),
         (("--close-ups", -1), "greater than or equal to 0"),
         (("--objective", "ppo"), "'ppo' is not one of 'sft'"),
     ):
