@@ -216,11 +216,13 @@ def usable_device(device: str) -> str:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.empty(0, device=device)
+        there = torch.empty(0, device=device).device.type != "meta"
     except (RuntimeError, AssertionError):
+        there = False
+    if not there:
         raise ValueError(
-            f"device must be one of this machine, such as cpu or cuda:0, got {device!r}"
-        ) from None
+            f"device must be one of this machine, such as cpu or cuda:0, got {device!r:.60}"
+        )
     return device
 
 

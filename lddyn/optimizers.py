@@ -258,7 +258,8 @@ def optimizer_step(
         UnsupportedModelError: If a gradient hook of a parameter is not a fixed factor.
         NonFiniteError: If a gradient, a number of the optimizer's state or the step is NaN or
             infinite; the message names the parameter.
-        ValueError: If the optimizer holds none of the parameters.
+        ValueError: If the optimizer holds none of the parameters, or its state is on another
+            device.
     """
     kind = optimizer_kind(optimizer)
     names = {id(p): n for n, p in parameters.items()}
@@ -324,6 +325,12 @@ def _check_ingredients(
         if not isinstance(value, Tensor | int | float):
             continue
         kept = torch.as_tensor(value)
+        if kept.shape == parameter.shape and kept.device != parameter.device:
+            raise ValueError(
+                f"the optimizer's {key} of {name} is on {kept.device}, the parameter itself on "
+                f"{parameter.device}: make the optimizer, or load its state, after the model was "
+                "moved"
+            )
         if not is_finite(kept):
             wrong = f"has {broken_entries(kept)}" if kept.numel() > 1 else f"is {float(kept)}"
         elif key in (*_SQUARES, "step") and kept.numel() and float(kept.min()) < 0:

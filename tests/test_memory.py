@@ -24,7 +24,7 @@ from lddyn.store.build import build_store
         ("2GiB", 2**31),
         ("500MB", 500 * 10**6),
         (" 1.5 gib ", 3 * 2**29),
-        ("4096", 4096),
+        ("4194304", 4194304),
         (4096, 4096),
         ("1TiB", 2**40),
         ("auto", 2**32),
@@ -38,6 +38,12 @@ def test_budgets(text, expected):
 @pytest.mark.parametrize("bad", ["", "GiB", "2 sheep", "nan GiB", "infGB", True, None, "2GiB3"])
 def test_what_is_no_budget(bad):
     with pytest.raises(ValueError, match="memory must look like '2GiB'"):
+        parse_memory(bad)
+
+
+@pytest.mark.parametrize("bad", ["1", "4096", "2KiB", "1e-6GiB", "16"])
+def test_a_budget_of_a_few_bytes_lacks_its_unit(bad):
+    with pytest.raises(ValueError, match=rf"at least 64KiB, got '{bad}', which .* give a unit"):
         parse_memory(bad)
 
 

@@ -52,14 +52,26 @@ class OneLineGroup(TyperGroup):
     """A group of commands that tells wrong options in one line, as it tells all other errors."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        """As typer does it."""
+        """As typer does it; an empty word, as an unset variable leaves it, is an error."""
         with one_line_errors():
+            _check_words(args[1] if len(args) > 1 else kwargs["args"])
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         """As typer does it."""
         with one_line_errors():
             return super().invoke(ctx)
+
+
+def _check_words(words: list[str]) -> None:
+    """Raises a ValueError for an empty word: a path of that name would be the current folder."""
+    for before, word in zip(["", *words], words, strict=False):
+        option, equals, value = word.partition("=")
+        if word.startswith("--") and equals and not value:
+            raise ValueError(f"{option} must not be empty")
+        if not word:
+            what = before if before.startswith("-") else "an argument"
+            raise ValueError(f"{what} must not be empty")
 
 
 def group(help: str) -> typer.Typer:

@@ -108,6 +108,11 @@ def _message(error: Exception) -> str:
 
         if is_out_of_memory(error):
             name_memory(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        name, reason = str(error.filename), error.strerror
+        if isinstance(error, FileExistsError):
+            reason = "is there already, and is no folder"
+        return f"{name if len(name) < 300 else name[:60] + '…'}: {reason}"
     # Sentences of lddyn's own are in one line; other libraries begin with "see below:".
     message = first_sentences(str(error), longest=0) or type(error).__name__
     if isinstance(error, KeyError):

@@ -168,7 +168,7 @@ def ntk(
     learned = _encode_response(tokenizer, other, options.update or options.observe, "--update-row")
     lm = model.load()
     for example, where in ((observed, rows), (learned, other)):
-        check_fits(example, f"row {where.row}, {example.name}", getattr(lm, "config", None))
+        check_fits(example, f"{where.place}, {example.name}", getattr(lm, "config", None))
     if learned.content_id == observed.content_id:
         learned = observed  # one sequence is traced and pulled back once
     loaded = time.perf_counter()
@@ -200,7 +200,7 @@ def _encode_response(
 ) -> Example:
     """One response of one row, whose number was given as this option."""
     row = read_row(rows, option)
-    columns = choose_columns(row, rows.row, field, None, 1, "the kernel")
+    columns = choose_columns(row, rows.place, field, None, 1, "the kernel")
     examples, (name,), _ = encode_columns(tokenizer, row, rows, columns)
     return examples[name]
 

@@ -291,6 +291,11 @@ class OneRowOptions(FileOptions):
         int, typer.Option(min=0, help="Which row of the data, from 0.", rich_help_panel=DATA)
     ] = 0
 
+    @property
+    def place(self) -> str:
+        """The file and the row, as errors name them."""
+        return f"{self.data}: row {self.row}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(FileOptions):

@@ -58,7 +58,7 @@ class Columns:
 
 def choose_columns(
     row: Mapping[str, Any],
-    number: int,
+    where: str,
     update: str | None,
     observe: str | None,
     count: int,
@@ -68,7 +68,7 @@ def choose_columns(
 
     Args:
         row: The row.
-        number: Its number, for messages.
+        where: Its file and number, for messages.
         update: The option --update.
         observe: The option --observe.
         count: How many responses are read, 1 or 2.
@@ -92,7 +92,7 @@ def choose_columns(
         there = ", ".join(name for name in row if name != "prompt")
         if not any(name.endswith("_ids") for name in row) and "messages" not in row:
             raise ValueError(
-                f"row {number} has no completion or chosen, which {reader} reads: name the "
+                f"{where} has no completion or chosen, which {reader} reads: name the "
                 f"response with --update; there are: {there}{group_advice(row)}"
             )
     tokenized = any(name.endswith("_ids") for name in row)
@@ -118,21 +118,20 @@ def encode_columns(
     from lddyn.data.rows import encode_row
     from lddyn.errors import EmptyResponseError, ExampleError
 
-    number, named = options.row, list(columns.named)
+    place, named = options.place, list(columns.named)
     try:
         examples = encode_row(
             tokenizer, row, named or None, options.encoding, skip_empty=bool(named)
         )
     except EmptyResponseError as error:
-        raise ValueError(f"row {number}: {error}") from error
+        raise ValueError(f"{place}: {error}") from error
     except ExampleError as error:
-        where = f"row {number}, {error.field}" if error.field else f"row {number}"
+        where = f"{place}, {error.field}" if error.field else place
         raise ValueError(f"{where}: {error}") from error
     for name in named:
         if name not in examples:
             raise ValueError(
-                f"row {number}, {name}: the response is empty: there is no log-probability to "
-                "measure"
+                f"{place}, {name}: the response is empty: there is no log-probability to measure"
             )
     learned = list(columns.update) or list(examples)[:1]
     watched = list(columns.observe) or learned
@@ -140,7 +139,7 @@ def encode_columns(
     if absent:
         texts = [name for name, value in row.items() if isinstance(value, str) and name != "prompt"]
         raise ValueError(
-            f"row {number} has no field {absent[0]!r}; there are: "
+            f"{place} has no field {absent[0]!r}; there are: "
             + ", ".join(dict.fromkeys((*examples, *texts)))
         )
     return examples, learned, watched

@@ -119,13 +119,13 @@ def prepare(
     row = read_row(rows)
     settings = step.adjusted(rows.settings)
     count, reader = step.responses(row, settings), f"--objective {step.name(settings)}"
-    columns = choose_columns(row, rows.row, step.update, step.observe, count, reader)
+    columns = choose_columns(row, rows.place, step.update, step.observe, count, reader)
     tokenizer = model.load_tokenizer()
     examples, learned, watched = encode_columns(tokenizer, row, rows, columns)
     lm = model.load() if stream is None else _open_stream(model, stream)
     config = getattr(lm, "config", None)
     for name in dict.fromkeys((*learned, *watched)):
-        check_fits(examples[name], name, config)
+        check_fits(examples[name], f"{rows.place}, {name}", config)
     from lddyn.data.audit import audit
 
     audited = audit(

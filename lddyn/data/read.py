@@ -20,7 +20,13 @@ from typing import IO, Any, NamedTuple
 
 from lddyn.data.columns import Row
 from lddyn.errors import ExampleError, glimpse
-from lddyn.files import LARGEST_RECORD, open_regular, read_regular, unique_keys
+from lddyn.files import (
+    LARGEST_RECORD,
+    open_regular,
+    parse_json,
+    read_regular,
+    unique_keys,
+)
 
 __all__ = ["rows"]
 
@@ -154,6 +160,8 @@ def source_files(path: str | os.PathLike[str]) -> list[Path]:
     if path.exists():
         raise _unreadable(str(path), "must be a regular file or a folder, not a pipe or a device")
     named = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    if path in named:  # os.path.exists is False for what its own glob names
+        raise _unreadable(str(path), "a link that leads nowhere")
     if not named:
         raise FileNotFoundError(
             f"{path}: no such file or folder; expected {', '.join(_FILES)} (also with .gz), a "
@@ -162,11 +170,28 @@ def source_files(path: str | os.PathLike[str]) -> list[Path]:
     return [file for name in named for file in source_files(name)]
 
 
+def _listed(path: Path, key: str, inner: str | None = None) -> list[str]:
+    """Names of files or folders beside a JSON file of datasets' that lists them.
+
+    Raises:
+        ExampleError: If it lists none, or one elsewhere.
+    """
+    try:
+        listed = parse_json(read_regular(path, limit=LARGEST_RECORD))[key]
+        names = [entry if inner is None else entry[inner] for entry in listed]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unreadable(str(path), f"not as datasets writes it ({error})") from error
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or name != os.path.basename(name):
+            raise _unreadable(str(path), f"names what cannot be beside it: {name!r:.80}")
+    return names
+
+
 def _folder_files(path: Path) -> list[Path]:
     """The data files of a folder; one of `save_to_disk` says which they are."""
     splits = path / "dataset_dict.json"
     if splits.is_file():
-        names = json.loads(read_regular(splits, limit=LARGEST_RECORD))["splits"]
+        names = _listed(splits, "splits")
         if len(names) != 1:
             raise _unreadable(
                 str(path), f"has the splits {', '.join(names)}: give one, such as {path / names[0]}"
@@ -174,8 +199,7 @@ def _folder_files(path: Path) -> list[Path]:
         path = path / names[0]
     state = path / "state.json"
     if state.is_file():
-        listed = json.loads(read_regular(state, limit=LARGEST_RECORD))["_data_files"]
-        files = [path / entry["filename"] for entry in listed]
+        files = [path / name for name in _listed(state, "_data_files", "filename")]
     else:
         files = sorted(file for file in path.rglob("*") if _is_data(file, path))
         found = {match[0]: file for file in files if (match := _SPLIT.match(file.name))}

@@ -120,6 +120,27 @@ def device_of(model: nn.Module) -> torch.device:
     return next((device for device in devices if device.type != "meta"), devices[0])
 
 
+def misplaced(model: nn.Module, device: torch.device) -> str:
+    """Which parameters and buffers are on another device, in words; empty: none is.
+
+    Args:
+        model: The model.
+        device: That of its head, where token ids go.
+    """
+    tensors = itertools.chain(
+        (("parameter", name, p) for name, p in model.named_parameters()),
+        (("buffer", name, b) for name, b in model.named_buffers()),
+    )
+    others = [f"{kind} {name} is on {x.device}" for kind, name, x in tensors if x.device != device]
+    if not others:
+        return ""
+    more = f", as are {len(others) - 1} more," if len(others) > 1 else ""
+    return (
+        f"{others[0]}{more} and the head on {device}: move the whole model to one device "
+        f'(model.to("{device}")), or load it with device_map'
+    )
+
+
 def check_unmerged(model: nn.Module) -> None:
     """Refuses adapters that train and are merged: the layers do not read them, K would be zero.
 

@@ -172,7 +172,7 @@ def keep_buffers(modules: Sequence[nn.Module], undo: Undo, most: int = 1 << 16) 
 
     def put_back(buffers: dict[str, Tensor | None], name: str, own: Tensor, values: Tensor) -> None:
         buffers[name] = own
-        if not torch.equal(own, values):
+        if not own.is_meta and not torch.equal(own, values):
             own.copy_(values)
 
     for module in modules:

@@ -260,7 +260,13 @@ class Skeleton:
         """The model's own forward pass on token ids (B, T); `model`: one that is around it."""
         if self.scales_with_length:
             guard.reset_scaling(self.base)
-        return (model or self.base)(input_ids=ids, use_cache=False, return_dict=True)
+        try:
+            return (model or self.base)(input_ids=ids, use_cache=False, return_dict=True)
+        except RuntimeError as error:
+            where = door.misplaced(self.base, self.device) if "same device" in str(error) else ""
+            if where:
+                raise UnsupportedModelError(where) from error
+            raise
 
     def output(self, i: int, x: Tensor) -> Tensor | tuple[Tensor | None, ...]:
         """A hidden state in the form in which block i returns its output."""

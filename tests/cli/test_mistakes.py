@@ -65,7 +65,7 @@ def test_a_full_disk_is_named_and_leaves_no_part(model, pairs, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
-    assert said.exit_code == 2 and "File too large: '" in said.stderr.splitlines()[-1]
+    assert said.exit_code == 2 and ".png: File too large" in said.stderr.splitlines()[-1]
     left = {p.suffix for p in (tmp_path / "run").iterdir()}
     assert left <= {".json", ".safetensors"}
 
@@ -91,3 +91,20 @@ def test_ctrl_c_is_one_line_and_130(model, pairs, moment):
     printed, said = process.communicate(timeout=60)
     assert (printed, said) == ("", "stopped\n")
     assert process.returncode in (130, -signal.SIGINT)  # a shell shows 130 for both
+
+
+@pytest.mark.case("an unset variable in a command, a size without a unit, a folder that is none")
+def test_words_that_cannot_be_meant(model, pairs, tmp_path):
+    arguments = ("decompose", "--model", model, "--data", pairs, "--no-verify")
+    for more in (("--out", ""), ("--out=",)):
+        assert errors(*arguments, *more) == "error: --out must not be empty"
+    assert errors("filter", "", "--drop", 1) == "error: an argument must not be empty"
+    assert "memory must be at least 64KiB, got '1', which is 1 bytes: give a unit" in errors(
+        *arguments, "--memory", 1
+    )
+    os.mkfifo(tmp_path / "pipe")
+    said = errors(*arguments, "--out", tmp_path / "pipe")
+    assert said == f"error: {tmp_path / 'pipe'}: is there already, and is no folder"
+    assert "device must be one of this machine" in errors(*arguments, "--device", "meta")
+    said = errors(*arguments, "--update", "nope")
+    assert said.startswith(f"error: {pairs}: row 0 has no field 'nope'")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lddyn.data.read import placed_rows, rows
+from lddyn.data.read import placed_rows, rows, source_files
 from lddyn.errors import ExampleError
 
 TABLE = [{"prompt": "a", "completion": "b"}, {"prompt": "χ", "completion": "d"}]
@@ -114,3 +114,22 @@ def test_tables_that_are_not_utf8(tmp_path):
     table.write_text("prompt,chosen,chosen\na,b,c\n")
     with pytest.raises(ExampleError, match="two columns are called 'chosen'"):
         list(placed_rows(table))
+
+
+@pytest.mark.case("links that lead nowhere, and data sets that list files elsewhere")
+def test_links_and_lists_that_lead_elsewhere(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
+    for name in ("loop", "gone", "g*"):
+        with pytest.raises(ExampleError, match="a link that leads nowhere"):
+            source_files(tmp_path / name)
+    saved = tmp_path / "set"
+    saved.mkdir()
+    for file, texts in (
+        ("state.json", ['{"_data_files": [{"filename": "../gone"}]}', '{"_data_files": [3]}']),
+        ("dataset_dict.json", ['{"splits": ["/etc"]}', '{"splits": [".."]}', "[]", "{", "{}"]),
+    ):
+        for text in texts:
+            (saved / file).write_text(text)
+            with pytest.raises(ExampleError, match=rf"{saved / file}: (names|not as)"):
+                source_files(saved)

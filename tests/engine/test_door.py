@@ -244,3 +244,23 @@ def test_a_forward_of_another_model_is_named():
 def test_an_anatomy_is_taken_as_it_is():
     anatomy = Anatomy(nn.DataParallel(small()))
     assert Anatomy.module_of(anatomy) is anatomy.model is Anatomy.module_of(anatomy.model)
+
+
+@pytest.mark.case("a model of which a part is on another device")
+def test_what_is_on_another_device_is_named():
+    """The meta device stands for a GPU, and a hook for the error of torch's products there."""
+    model = zoo.build("llama", num_hidden_layers=1)
+    model.model.layers[0].mlp.register_buffer("scale", torch.ones(1, device="meta"))
+
+    def fail(*_):
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            "cuda:0 and cpu!"
+        )
+
+    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(fail)
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"buffer model\.layers\.0\.mlp\.scale is on meta and the head on cpu: move the whole",
+    ):
+        lddyn.token_log_probs(model, CHOSEN)

@@ -59,6 +59,15 @@ def test_a_broken_state_names_its_parameter(llama, kind, key, value, options):
         decompose(llama, optimizer)
 
 
+@pytest.mark.case("an optimizer's state on another device")
+def test_a_state_on_another_device_names_its_parameter(llama):
+    optimizer = optimizer_with(llama, "AdamW", "exp_avg", 0.0)
+    state = optimizer.state[llama.get_parameter(NAME)]
+    state["exp_avg"] = state["exp_avg"].to("meta")
+    with pytest.raises(ValueError, match=rf"exp_avg of {NAME} is on meta, the parameter .* on cpu"):
+        decompose(llama, optimizer)
+
+
 @pytest.mark.case("an optimizer with eps=0, or whose squares overflow")
 def test_steps_that_are_no_numbers_say_why(llama):
     without_eps = torch.optim.Adam(llama.parameters(), lr=1e-3, eps=0.0)
