@@ -7,6 +7,7 @@ options (`lddyn.cli.command`).
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -315,7 +316,8 @@ class DataOptions(FileOptions):
         """The rows with their places; one that cannot be read is an error in its place."""
         from lddyn.data.read import placed_rows
 
-        return list(itertools.islice(placed_rows(self.data), self.limit))
+        most = None if self.limit is None else min(self.limit, sys.maxsize)
+        return list(itertools.islice(placed_rows(self.data), most))
 
 
 @dataclass(frozen=True, kw_only=True)
