@@ -121,7 +121,12 @@ By = Annotated[
     ),
 ]
 
-Seed = Annotated[int, typer.Option(help="Seed of all random numbers.", rich_help_panel=COMPUTATION)]
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=0, max=2**63 - 1, help="Seed of all random numbers.", rich_help_panel=COMPUTATION
+    ),
+]
 
 SketchKind = Literal["twosided", "lowrank", "sjlt", "rademacher", "gaussian", "tensorsketch"]
 
