@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lddyn.engine.sharded import local
+from lddyn.files import read_regular
 from lddyn.optimizers import optimizer_kind, trainer_decays, unwrapped_optimizer
 
 __all__ = ["OptimizerState", "steps_made"]
@@ -86,7 +87,7 @@ def steps_made(source: object) -> int:
     if isinstance(progress, int):
         return progress
     if isinstance(source, str | Path) and (Path(source) / _PROGRESS).is_file():
-        return int(json.loads((Path(source) / _PROGRESS).read_text())["global_step"])
+        return int(json.loads(read_regular(Path(source) / _PROGRESS))["global_step"])
     source = _optimizer_of(source)
     held = source.state if isinstance(source, torch.optim.Optimizer) else _read(source)["state"]
     return max((int(state.get("step", 0)) for state in held.values()), default=0)
@@ -110,7 +111,10 @@ def _read(source: object) -> Mapping[str, Any]:
                 f"{path}: no such file; a checkpoint of transformers' Trainer has the optimizer's "
                 "state there, unless save_only_model=True"
             )
-        source = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:  # tensors and numbers alone: nothing in the file is run
+            source = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path}: cannot be read as an optimizer's state: {error}") from error
     if not isinstance(source, Mapping) or not {"state", "param_groups"} <= {*source}:
         raise ValueError(
             "the state must be a torch optimizer, its state_dict, a trainer, or a checkpoint's "
