@@ -11,6 +11,8 @@ Runs wherever torch, transformers and the library are: none of this needs lddyn,
 from __future__ import annotations
 
 import importlib.util
+import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -554,3 +556,20 @@ METHODS = {
     "TensorSketch 2048": Method(tensor_sketch(2048), LIGHT, "sdi"),
     "TRAK, 2048": Method(trak(2048), LIGHT, "trak"),
 }
+
+
+def main(name: str, folder: Path) -> None:
+    """Writes the Gram of the rows of a folder (`model`, `rows.json`) by one method, `gram.npy`."""
+    import numpy as np
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
+    rows = [Row(*row) for row in json.loads((folder / "rows.json").read_text())]
+    answer = METHODS[name].run(model.eval(), rows)
+    np.save(folder / "gram.npy", answer.gram.detach().double().numpy())
+    print(json.dumps({"bytes_per_row": answer.stored / len(rows)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
