@@ -124,8 +124,9 @@ def retrained(
 
 def peer_gram(method: str, python: str, folder: Path) -> tuple[Tensor, float]:
     """The Gram of a method by its own interpreter, and the bytes that it keeps of a row."""
-    command = [python, str(Path(__file__).with_name("peer_methods.py")), method, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    script, place = Path(__file__).with_name("peer_methods.py"), folder.resolve()
+    command = [python, str(script.resolve()), method, str(place)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=place)
     if done.returncode:
         raise RuntimeError(f"{method}: {done.stderr[-2000:]}")
     kept = json.loads(done.stdout.strip().splitlines()[-1])["bytes_per_row"]

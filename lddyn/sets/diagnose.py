@@ -179,7 +179,7 @@ def diagnose(
     Cost: a forward and a backward pass a sequence, and (2N)² inner products of rows. A run: see
     `predict_run`. Each close-up about 40 forward passes, LBK eight a pair. Memory beyond the
     model: rows of all sequences, at most `memory`; with a run three vectors of all trainable
-    values, as AdamW's training has.
+    values where gradients are sketched, as AdamW's training has, and seven where they are exact.
 
     Source: paper Eq. 6-7; Yuan et al. 2024 (2410.13828); Razin et al. 2025 (2410.08847); Deng et
     al. 2025 (2505.18830).

@@ -17,7 +17,8 @@ from lddyn.objectives.loss import Loss
 from lddyn.objectives.losses import Value
 from lddyn.results import Result
 from lddyn.sets.close_ups import CloseUp
-from lddyn.sets.forecast import AdamMetric, Forecast, projected, simulate
+from lddyn.sets.forecast import Forecast, projected, simulate
+from lddyn.sets.motion import AdamMetric
 from lddyn.sets.pairs import Pair, PairSet
 from lddyn.sets.run import Run
 from lddyn.sets.scores import SCORES, TOKENS

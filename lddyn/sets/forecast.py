@@ -1,14 +1,8 @@
 """A whole run of preference training, predicted without making it.
 
-If gradients stayed constant, a run could be simulated on the log-probs of the set alone. One step
-on the batch B, whose loss has the derivatives w_j(log π) = ∂L_B/∂ log π, changes all log-probs by
-
-    Δ log π = −rate K w,      K = J P Jᵀ
-
-J holds the gradients ∇θ log π of all sequences, P is 1 for SGD and 1/(√v + ε) for Adam, with v the
-mean of its second moment over batches. P is rescaled as gradients grow or shrink: ‖g‖² = cᵀ J Jᵀ c
-of each step is known, and so is the factor by which it is clipped. Momentum averages w. So any
-loss, rate and choice of rows is a loop over vectors of as many numbers: `Simulation`.
+If gradients stayed constant, a run could be simulated on the log-probs of the set alone: any loss,
+rate, clipping and choice of rows is a loop over vectors of as many numbers (`Simulation`), in which
+a `Motion` says how a step moves log π.
 
 Gradients do change. So `lddyn.sets.segments` divides a run into segments, computes the net step Δθ
 of each, and takes gradients and log-probs anew at θ + Δθ.
@@ -20,35 +14,22 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lddyn.results import Result, load_result, save_result
+from lddyn.sets.motion import AdamMetric, GramMotion, Motion
 from lddyn.sets.run import Batch, Run
 
 __all__ = [
-    "AdamMetric",
     "Forecast",
     "Simulation",
     "projected",
     "response_effects",
     "simulate",
 ]
-
-
-@dataclass(frozen=True)
-class AdamMetric:
-    """What a simulated run needs of Adam's diagonal P at the start.
-
-    Attributes:
-        gram: J P Jᵀ, (S, S) float64, laid out as the Gram.
-        second_moment: Σ v, the sum of Adam's second moment at the start over all parameters.
-    """
-
-    gram: Tensor
-    second_moment: float
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,8 +39,8 @@ class Forecast(Result):
     Attributes:
         run: Settings of the run.
         path: log π after every step, linear in θ within a segment, (steps + 1, 2, N) nats.
-        coefficients: (2, N): Δθ of a segment is P Σ_j coefficients_j ∇ log π(y_j); summed over the
-            segments.
+        coefficients: (2, N): Δθ of a segment is about P Σ_j coefficients_j ∇ log π(y_j); summed
+            over the segments.
         change: Δ log π of y+ and y− by the run, (2, N) nats.
         effects: (N, N) nats: the part of Δ log π(y_i+) that pair j causes; rows and `left_over` sum
             to `change[0]`.
@@ -159,20 +140,6 @@ class Forecast(Result):
 _KIND = "lddyn.Forecast"
 
 
-class Net(NamedTuple):
-    """Some steps of a run together: Δθ = P (Σ_j c_j ∇θ log π(y_j) + h m) − s D θ.
-
-    Attributes:
-        coefficients: c (sides, N).
-        shrunk: s, by which the parameters that decay shrink.
-        history: h, of what the optimizer remembered before the run, m.
-    """
-
-    coefficients: Tensor
-    shrunk: float
-    history: float
-
-
 class Simulation:
     """A run on log-probs alone, some steps at a time.
 
@@ -181,8 +148,6 @@ class Simulation:
         pull: log π (sides, N), and a batch of B rows -> −∂L/∂ log π of its loss, (sides, B).
         run: Settings of the run.
         rows: The rows that are trained on.
-        made: Steps that the optimizer has made before.
-        square: The sum of Adam's second moment before the run, not corrected for its start.
 
     Attributes:
         now: log π, (sides, N) nats.
@@ -196,78 +161,31 @@ class Simulation:
         pull: Callable[[Tensor, Batch], Tensor],
         run: Run,
         rows: Sequence[int],
-        *,
-        made: int = 0,
-        square: float = 0.0,
     ) -> None:
         self.now, self.path = log_probs.clone(), [log_probs]
         self._pull, self._run = pull, run
         self._batches = run.batches(rows)
         self.steps = len(self._batches)
         self._rates = run.rates(self.steps)
-        self._done, self._made, self._square = 0, made, square
-        self._left = 1.0  # of the first moment before the run
-        self._moment = torch.zeros_like(log_probs)
+        self._done = 0
 
-    def advance(
-        self,
-        steps: int,
-        gram: Tensor,
-        adam: AdamMetric | None,
-        along: Tensor | None = None,
-        history: Tensor | None = None,
-    ) -> Net:
+    def advance(self, steps: int, motion: Motion) -> None:
         """Makes some steps with gradients that stay as they are.
 
         Args:
             steps: How many.
-            gram: J Jᵀ (S, S).
-            adam: Adam's diagonal; None for SGD.
-            along: ⟨∇θ log π, θ⟩ (S,), for weight decay.
-            history: ⟨∇θ log π, P m⟩ (S,), with m what the optimizer remembered before the run.
-
-        Cost: 2 S² a step.
+            motion: How a step moves log π; a segment of it has begun.
         """
-        start, run = self.now, self._run
-        kernel, net = gram if adam is None else adam.gram, torch.zeros_like(start)
-        shrunk = pushed = 0.0
+        start, limit = self.now, self._run.max_grad_norm
         for step in range(self._done, self._done + steps):
             batch, rate = self._batches[step], self._rates[step]
-            c = torch.zeros_like(net)
+            c = torch.zeros_like(start)
             c[:, batch.pairs] = self._pull(self.now, batch)
-            square = max(float(c.flatten() @ gram @ c.flatten()), 0.0)
-            if run.max_grad_norm is not None:
-                clip = min(1.0, run.max_grad_norm / (math.sqrt(square) + 1e-6))
-                c, square = clip * c, clip**2 * square
-            direction, remembered = self._direction(c, square, step, adam)
-            net = net + rate * direction
-            pushed += rate * remembered
-            shrunk += rate * run.weight_decay
-            moved = kernel @ net.flatten()
-            if along is not None:
-                moved = moved - shrunk * along
-            if history is not None:
-                moved = moved + pushed * history
-            self.now = start + moved.view_as(start)
+            square = motion.square(c)
+            clip = 1.0 if limit is None else min(1.0, limit / (math.sqrt(square) + 1e-6))
+            self.now = start + motion.step(c, clip, square, rate, step)
             self.path.append(self.now)
         self._done += steps
-        return Net(net, shrunk, pushed)
-
-    def _direction(
-        self, c: Tensor, square: float, step: int, adam: AdamMetric | None
-    ) -> tuple[Tensor, float]:
-        """Coefficients of a step at rate 1 and h of it; `square` is ‖g‖² of the batch."""
-        momentum, beta2, made = self._run.momentum, self._run.beta2, self._made + step + 1
-        self._left *= momentum
-        if adam is None:
-            self._moment = momentum * self._moment + c
-            return self._moment, -self._left  # torch's buffer sums gradients, c has their sign
-        # Adam's two moments, corrected for their start from zero.
-        self._moment = momentum * self._moment + (1 - momentum) * c
-        self._square = beta2 * self._square + (1 - beta2) * square
-        v = max(self._square / (1 - beta2**made), 1e-300)
-        scale = math.sqrt(adam.second_moment / v) / (1 - momentum**made)
-        return self._moment * scale, -self._left * scale
 
 
 def simulate(
@@ -299,9 +217,11 @@ def simulate(
     def pull(now: Tensor, batch: Batch) -> Tensor:
         return -(weights_at(now) * pair_weights)[:, batch.pairs] * batch.weights
 
-    simulation = Simulation(log_probs, pull, run, pairs)
-    net, *_ = simulation.advance(simulation.steps, gram, adam)
-    effects = response_effects((gram if adam is None else adam.gram)[: net.shape[1]], net)
+    simulation, motion = Simulation(log_probs, pull, run, pairs), GramMotion(run)
+    motion.begin(log_probs.shape, gram, adam)
+    simulation.advance(simulation.steps, motion)
+    net, kernel = motion.net, gram if adam is None else adam.gram
+    effects = response_effects(kernel[: net.shape[1]], net)
     path = torch.stack(simulation.path)
     return Forecast(run.without_state(), path, net, simulation.now - log_probs, effects)
 

@@ -35,20 +35,27 @@ def parse_budget(budget: float | str | None) -> float | None:
     return epochs
 
 
-def vector_bytes(size: int, number: int, run: Run | None, close_ups: int, lbk: bool) -> int:
+def vector_bytes(
+    size: int, number: int, run: Run | None, exact: bool, close_ups: int, lbk: bool
+) -> int:
     """Bytes of vectors of all trainable values that a diagnosis holds at a time.
 
     Args:
         size: Number of trainable values.
         number: Bytes of one.
-        run: A predicted run: the weights at its start, a second moment and a scratch vector, and
-            what an optimizer remembers.
+        run: A predicted run: the weights at its start and a scratch vector; of Adam a second
+            moment, and where rows are exact, what `AdamMotion` keeps; what an optimizer remembers.
+        exact: Whether rows are exact.
         close_ups: Number of close-ups: the mean gradient, those of a pair's two responses, and
             the parts of which one of them is made.
         lbk: Whether LBK of all pairs is computed: a gradient, and its parts.
     """
-    running = 0 if run is None else 3 if run.optimizer == "adamw" else 2
-    running += run is not None and run.optimizer_state is not None  # its first moment
+    running = 0
+    if run is not None:
+        running, adam = 2, run.optimizer == "adamw"
+        running += 5 if adam and exact else 1 if adam else 0
+        if run.optimizer_state is not None:  # its first moment, and what that moves
+            running += 2 if adam and exact else 1
     looking = 4 if close_ups else 2 if lbk else 0
     # A run's vectors are given up before the close-ups, but the mean is beside them.
     together = max(running + bool(close_ups), looking)
@@ -142,7 +149,7 @@ class SetPlan:
             kept = 2 if run is not None and run.optimizer == "adamw" else 1
             later = 0 if run is None else n + observed
             rows = 4 * sketch.k * ((sequences + observed) * kept + later)
-        vectors = vector_bytes(size, number, run, close_ups, lbk)
+        vectors = vector_bytes(size, number, run, sketch is None, close_ups, lbk)
         return cls(
             parts,
             (BACKWARD + FORWARD) * sequences,

@@ -100,7 +100,7 @@ def prepare(
     number = torch.promote_types(first.dtype, torch.float32).itemsize
     needed = exact_bytes(len(set_.sequences), size, number, run is not None)
     if allowed.strict:
-        needed += vector_bytes(size, number, run, close_ups, lbk)
+        needed += vector_bytes(size, number, run, True, close_ups, lbk)
     if sketch is None and (needed > total or stored):
         sketch = Sketch(k=NUMBERS)
     if (

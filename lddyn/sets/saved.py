@@ -14,7 +14,8 @@ from lddyn.data.example import Example
 from lddyn.objectives.loss import Loss
 from lddyn.results import load_result, save_result
 from lddyn.sets.close_ups import CloseUp
-from lddyn.sets.forecast import AdamMetric, Forecast
+from lddyn.sets.forecast import Forecast
+from lddyn.sets.motion import AdamMetric
 from lddyn.sets.pairs import PairSet
 from lddyn.sets.readings import Readings
 from lddyn.sets.rows import Gram

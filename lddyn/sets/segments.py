@@ -1,18 +1,21 @@
 """Predicting a run with the model, in segments with gradients of their own.
 
-A segment takes the gradients, Adam's diagonal P (averaged over the segments so far) and log π at
-its own start, runs on log-probs to its end (`Simulation`), and moves θ by
+A segment takes the gradients and log π at its own start, runs on log-probs to its end
+(`Simulation`), and moves θ by the sum of the steps that were simulated (`lddyn.sets.motion`):
 
-    Δθ = P (Σ_j c_j ∇θ log π(y_j) + h m) − s D θ
+    exact rows under Adam:  Δθ = Σ_t rate_t m̂_t / (√v̂_t + ε) − s D θ
+    else:                   Δθ = P (Σ_j c_j ∇θ log π(y_j) + h m) − s D θ
 
-D is 1 for the parameters that decay, and 0 for the others; m is the first moment of an optimizer
-that made steps before the run; c, h and s are what the simulation returns.
-The change that is predicted is log π at the last θ minus log π at the first. So the curvature along
-each straight step is in it; what is left out is that gradients change within a segment.
+D is 1 for the parameters that decay, and 0 for the others; m is what the optimizer remembered
+before the run; c, h and s are the simulation's. P is 1 for SGD; for Adam it is estimated from
+batches, over the segments so far. The change that is predicted is log π at the last θ minus log π
+at the first. So the curvature along each straight step is in it; what is left out is that gradients
+change within a segment.
 
 What pair j does to y_i+ in a segment is ⟨ḡ_i, P c_j ∇θ log π(y_j)⟩, with ḡ_i the mean of the
-gradients of log π(y_i+) at both ends of the segment (the trapezoidal rule). Of
-single sequences, y+ is the sequence itself.
+gradients of log π(y_i+) at both ends of the segment (the trapezoidal rule), and P as estimated from
+batches, scaled to the segment's Δθ. (Adam's own P is 1/|g| in its first steps; where the gradients
+of rows cancel, it would tell of rounding.) Of single sequences, y+ is the sequence itself.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from lddyn.engine.sharded import WHOLE, Shards, local
 from lddyn.engine.turns import switching
 from lddyn.sets.access import Access
 from lddyn.sets.flat import Flat
-from lddyn.sets.forecast import AdamMetric, Forecast, Net, Simulation, response_effects
+from lddyn.sets.forecast import Forecast, Simulation, response_effects
+from lddyn.sets.motion import AdamMetric, AdamMotion, GramMotion
 from lddyn.sets.passes import Passes
 from lddyn.sets.resumed import OptimizerState
 from lddyn.sets.rows import Direction, Gram, SetReading, SetRows, new_rows, read_rows
@@ -54,6 +58,9 @@ class Moments:
         shards: How the parameters are divided among processes.
         state: What the optimizer remembers of steps before the run: they count as many steps as
             Adam's mean has not forgotten, fewer with each segment.
+
+    Attributes:
+        segments: Segments so far.
     """
 
     def __init__(
@@ -64,6 +71,7 @@ class Moments:
         state: OptimizerState | None = None,
     ) -> None:
         self._sum, self._steps, self._shards = Flat(parameters), 0.0, shards
+        self.segments = 0
         self._batch, self._epsilon = run.batch, run.epsilon
         self._kept = 1.0  # of what is known, by a step
         if state is not None and state.steps:
@@ -82,6 +90,7 @@ class Moments:
             self._steps *= left
             counted = (1 - left) / (1 - self._kept)
         self._steps += counted
+        self.segments += 1
         return counted
 
     def add_exact(self, rows: Tensor, pulls: Tensor, steps: int) -> None:
@@ -140,18 +149,11 @@ def measured_batches(run: Run, pairs: int) -> list[Batch]:
 class _Kernel:
     """What the steps of one segment need of gradients."""
 
-    rows_of_set: int
     rows: SetRows  # under P where they are sketched
     gram: Gram
-    under: Gram  # the Gram under P
     adam: AdamMetric | None
     shrinks: Tensor | None  # ⟨∇θ log π, D θ⟩ (S,)
-    history: Tensor | None  # ⟨∇θ log π, P m⟩ (S,)
-
-    @property
-    def watched(self) -> Tensor:
-        """J P Jᵀ of the watched sequences with all of the set, (N + M, S) float64."""
-        return torch.cat([self.under.value[: self.rows_of_set], self.under.observed])
+    remembered: Tensor | None  # ⟨∇θ log π, P m⟩ (S,)
 
 
 @dataclass(frozen=True)
@@ -182,20 +184,27 @@ class _Segments:
         self.start.copy(self.parameters)
         decaying = run.decaying(access.model)
         self.decaying = {n: p for n, p in access.named.items() if n in decaying}
-        state, self.history, self.made, self.square = None, None, 0, 0.0
+        state, self.first = None, None
         if run.optimizer_state is not None:
             source = run.optimizer_state
             state = OptimizerState.of(source, run.optimizer, self.parameters, access.model)
-            self.history, self.made = Flat(self.parameters), state.steps
-            self.history.copy(state.first)
+        adam, shards = run.optimizer == "adamw", access.shards
+        self.moments = Moments(self.parameters, run, shards, state) if adam else None
+        self.motion: AdamMotion | GramMotion
+        if adam and sketch is None:
+            work = self.scratch.vector
+            self.motion = AdamMotion(run, self.parameters, state, work, shards)
+        elif state is None:
+            self.motion = GramMotion(run)
+        else:
+            self.first = Flat(self.parameters)
+            self.first.copy(state.first)
             square = sum((v.double().sum() for v in state.second.values()), torch.zeros(1).double())
-            access.shards.add_up(square)
-            self.square = float(square)
-        adam = run.optimizer == "adamw"
-        self.moments = Moments(self.parameters, run, access.shards, state) if adam else None
+            shards.add_up(square)
+            self.motion = GramMotion(run, state.steps, float(square))
 
-    def kernel(self, rows: SetRows, now: Tensor, steps: int) -> _Kernel:
-        """Gradients at the present weights, paired.
+    def begin(self, rows: SetRows, now: Tensor, steps: int) -> _Kernel:
+        """Begins a segment at the present weights: gradients there, paired.
 
         Args:
             rows: Rows of plain gradients. Exact ones are those of the present weights, sketched
@@ -203,8 +212,17 @@ class _Segments:
             now: log π at the present weights.
             steps: Steps of the segment.
         """
-        if rows.dense.exact:
-            return self._exact(rows, -self.step.weights_at(now), steps)
+        kernel = (self._exact if rows.dense.exact else self._sketched)(rows, now, steps)
+        if isinstance(self.motion, AdamMotion):
+            same = self.step.set_.representatives[: now.numel()]
+            self.motion.begin(now.shape, rows.dense.rows[: now.numel()], same, kernel.shrinks)
+        else:
+            self.motion.begin(
+                now.shape, kernel.gram.value, kernel.adam, kernel.shrinks, kernel.remembered
+            )
+        return kernel
+
+    def _sketched(self, rows: SetRows, now: Tensor, steps: int) -> _Kernel:
         under: list[SetRows] = []
         if self.moments is not None:
             self.passes.bar.say("second moment")
@@ -213,37 +231,33 @@ class _Segments:
             under = [new_rows(self.access, self.passes, self.step.set_, self.sketch, self.scratch)]
         self.passes.bar.say("gradients")
         along = [Direction(self.decaying)] if self.decaying else []
-        if self.history is not None:
+        if self.first is not None:
             root = self.scratch if self.moments is not None else None
-            along.append(Direction(self.history.views, root))
+            along.append(Direction(self.first.views, root))
         reading = read_rows(self.passes, self.step.set_, [rows, *under], along=along)
         told = list(reading.along[:, : len(self.step.set_.examples)])
         shrinks = told[0] if self.decaying else None
-        history = told[-1] if self.history is not None else None
-        return self._pair(rows, [rows, *under][-1], None, shrinks, history)
+        remembered = told[-1] if self.first is not None else None
+        return self._pair(rows, [rows, *under][-1], None, shrinks, remembered)
 
-    def _exact(self, rows: SetRows, pulls: Tensor, steps: int) -> _Kernel:
-        shrinks = history = None
+    def _exact(self, rows: SetRows, now: Tensor, steps: int) -> _Kernel:
+        shrinks = remembered = diagonal = None
         if self.decaying:
             self.scratch.vector.zero_()
             self.scratch.copy(self.decaying)
             shrinks = self._along(rows, self.scratch.vector)
         if self.moments is not None:
-            self.moments.add_exact(rows.dense.rows[: pulls.numel()], pulls, steps)
-            self.moments.precondition(self.scratch.vector.fill_(1.0))
-        diagonal = None if self.moments is None else self.scratch.vector
-        if self.history is not None:
-            history = self._along(rows, self.history.vector, diagonal)
-        return self._pair(rows, rows, diagonal, shrinks, history)
+            fresh, pulls = not self.moments.segments, -self.step.weights_at(now)
+            self.moments.add_exact(rows.dense.rows[: now.numel()], pulls, steps)
+            if fresh:  # for `simulate`, at the start
+                self.moments.precondition(diagonal := self.scratch.vector.fill_(1.0))
+        elif self.first is not None:
+            remembered = self._along(rows, self.first.vector)
+        return self._pair(rows, rows, diagonal, shrinks, remembered)
 
-    def _along(self, rows: SetRows, vector: Tensor, diagonal: Tensor | None = None) -> Tensor:
-        """⟨∇θ log π, P d⟩ of the set's sequences (S,) float64, of exact rows."""
-        kept = rows.dense.rows[: len(self.step.set_.examples)]
-        total = torch.zeros(len(kept), dtype=torch.float64)
-        for start in range(0, len(vector), _COLUMNS):
-            at = slice(start, start + _COLUMNS)
-            part = vector[at] if diagonal is None else vector[at] * diagonal[at]
-            total += (kept[:, at] @ part).double().cpu()
+    def _along(self, rows: SetRows, vector: Tensor) -> Tensor:
+        """⟨∇θ log π, d⟩ of the set's sequences (S,) float64, of exact rows."""
+        total = (rows.dense.rows[: len(self.step.set_.examples)] @ vector).double().cpu()
         self.access.shards.add_up(total)
         return total
 
@@ -253,32 +267,34 @@ class _Segments:
         under: SetRows,
         diagonal: Tensor | None,
         shrinks: Tensor | None,
-        history: Tensor | None,
+        remembered: Tensor | None,
     ) -> _Kernel:
         """Inner products of plain rows, and of those under P."""
-        set_, n = self.step.set_, len(self.step)
-        gram = rows.gram(set_)
-        if self.moments is None:
-            return _Kernel(n, rows, gram, gram, None, shrinks, history)
-        metric = under.gram(set_, diagonal)
-        adam = AdamMetric(metric.value, self.moments.total)
-        return _Kernel(n, under, gram, metric, adam, shrinks, history)
+        gram = rows.gram(self.step.set_)
+        if self.moments is None or (under is rows and diagonal is None):
+            return _Kernel(rows, gram, None, shrinks, remembered)
+        metric = AdamMetric(under.gram(self.step.set_, diagonal).value, self.moments.total)
+        return _Kernel(under, gram, metric, shrinks, remembered)
 
-    def move(self, rows: SetRows, net: Net) -> None:
-        """θ ← θ + P (Σ_j c_j ∇θ log π(y_j) + h m) − s D θ."""
-        total, weights = self.scratch.vector, net.coefficients.flatten()
-        if rows.dense.exact:
-            torch.mv(rows.dense.rows[: len(weights)].T, weights.to(total), out=total)
+    def move(self, rows: SetRows) -> None:
+        """θ ← θ + Δθ of the segment."""
+        total, motion = self.scratch.vector, self.motion
+        weights = motion.net.flatten()
+        if isinstance(motion, AdamMotion):
+            total.copy_(motion.delta)
         else:
-            self.passes.bar.say("net step")
-            self.passes.sum_gradients(self.step.set_.examples, weights, self.scratch)
-        if self.history is not None:
-            total.add_(self.history.vector, alpha=net.history)
-        if self.moments is not None:
-            self.moments.precondition(total)
+            if rows.dense.exact:
+                torch.mv(rows.dense.rows[: len(weights)].T, weights.to(total), out=total)
+            else:
+                self.passes.bar.say("net step")
+                self.passes.sum_gradients(self.step.set_.examples, weights, self.scratch)
+            if self.first is not None:
+                total.add_(self.first.vector, alpha=motion.history)
+            if self.moments is not None:
+                self.moments.precondition(total)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                kept = 1 - net.shrunk if name in self.decaying else 1.0
+                kept = 1 - motion.shrunk if name in self.decaying else 1.0
                 part = local(parameter)
                 part.copy_(part.to(total) * kept + self.scratch.views[name])
 
@@ -290,25 +306,35 @@ class _Segments:
             ends: Rows to be filled, of all sequences or of the watched ones.
 
         Returns:
-            log π, and ⟨g_i, P g_j⟩ (N + M, S) float64 with the gradients g_i of the watched
-            sequences here, and g_j of all responses where the segment began.
+            log π, and ⟨ḡ_i, P g_j⟩ (N + M, S) float64 with the mean ḡ_i of the gradients of the
+            watched sequences here and where the segment began, and g_j of all responses there.
         """
-        set_, scratch = self.step.set_, self.scratch.vector
-        exact, metric = ends.dense.exact, self.moments is not None
+        scratch, exact = self.scratch.vector, ends.dense.exact
         if self.moments is not None:
             self.moments.precondition(scratch.fill_(1.0), 1.0 if exact else 0.5)
+        if isinstance(self.motion, AdamMotion):
+            self.motion.fit(scratch, self.motion.delta.clone())
         self.passes.bar.say("gradients after a segment")
-        reading = read_rows(self.passes, set_, [ends])
-        n, trained = len(set_), len(set_.examples)
-        here, there = ends.dense.rows, kernel.rows.dense.rows[:trained]
-        whole = len(here) == len(set_.sequences)
-        parts = [part for part in (here[:n], here[trained if whole else n :]) if len(part)]
-        if exact:
-            inner = [sequence_gram(part, scratch if metric else None, there) for part in parts]
-            self.access.shards.add_up(*inner)
-        else:
-            inner = [ends.dense.layout.value(part, there).double().cpu() for part in parts]
-        return reading, torch.cat(inner)[:, set_.representatives[:trained]]
+        reading = read_rows(self.passes, self.step.set_, [ends])
+        there = kernel.rows.dense.rows[: self.motion.net.numel()]
+        diagonal = None if self.moments is None else scratch
+        inner = torch.zeros(())
+        for rows in (kernel.rows, ends):
+            parts = self._watched(rows)
+            if exact:
+                paired = [sequence_gram(part, diagonal, there) for part in parts]
+                self.access.shards.add_up(*paired)
+            else:
+                paired = [rows.dense.layout.value(x, there).double().cpu() for x in parts]
+            inner = inner + torch.cat(paired) / 2
+        return reading, inner[:, self.step.set_.representatives[: len(there)]]
+
+    def _watched(self, rows: SetRows) -> list[Tensor]:
+        """The rows of the first sequences of the set, and of the observed ones."""
+        n, values, set_ = len(self.step), rows.dense.rows, self.step.set_
+        whole = len(values) == len(set_.sequences)
+        parts = (values[:n], values[len(set_.examples) if whole else n :])
+        return [part for part in parts if len(part)]
 
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
@@ -354,7 +380,7 @@ def predict_run(
     """
     model, n, set_ = _Segments(access, passes, step, run, sketch), len(step), step.set_
     before = step.readings.log_probs
-    simulation = Simulation(before, step.pull, run, range(n), made=model.made, square=model.square)
+    simulation = Simulation(before, step.pull, run, range(n))
     count = min(segments, simulation.steps)
     cuts = [round(simulation.steps * k / count) for k in range(count + 1)]
     effects, total = torch.zeros(len(set_.watched), n).double(), torch.zeros_like(before)
@@ -363,15 +389,13 @@ def predict_run(
     spare = rows.empty(rows.numbers) if rows.dense.exact else None
     with model.moving():
         for since, after in pairwise(cuts):
-            steps = after - since
-            kernel = model.kernel(rows, simulation.now, steps)
+            kernel = model.begin(rows, simulation.now, after - since)
             if first is None:
                 ranked(kernel.gram)
-            net = simulation.advance(
-                steps, kernel.gram.value, kernel.adam, kernel.shrinks, kernel.history
-            )
-            total, first = total + net.coefficients, first or (kernel.gram, kernel.adam)
-            model.move(rows, net)
+                first = kernel.gram, kernel.adam
+            simulation.advance(after - since, model.motion)
+            total = total + model.motion.net
+            model.move(rows)
             if spare is None:
                 ends = kernel.rows.empty(set_.watched)
             else:
@@ -379,7 +403,7 @@ def predict_run(
             reading, inner = model.arrive(kernel, ends)
             simulation.now = simulation.path[-1] = reading.log_probs
             observed = reading.observed
-            effects += response_effects((kernel.watched + inner) / 2, net.coefficients)
+            effects += response_effects(inner, model.motion.net)
             if spare is not None:
                 rows, spare = spare, rows
     assert first is not None

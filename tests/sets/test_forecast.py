@@ -10,7 +10,8 @@ import zoo
 from preference_pairs import log_probs, some_pairs, with_gram
 
 import lddyn
-from lddyn.sets.forecast import AdamMetric, projected
+from lddyn.sets.forecast import projected
+from lddyn.sets.motion import AdamMetric
 
 
 def test_simulation_is_training_of_a_linear_model(found):
@@ -110,10 +111,13 @@ def test_a_run_is_predicted_in_segments(model, optimizer, sketched):
         assert torch.allclose(told.effects.sum(1) + told.left_over, told.change[0])
         assert torch.allclose(told.weighted(torch.ones(5)), told.change[0])
         left = float(told.left_over.norm() / told.change[0].norm())
-        assert left < (0.2 if sketched else 0.1)  # of the attribution: the trapezoidal rule
+        # Of the attribution: the trapezoidal rule, and under Adam one diagonal for a segment.
+        assert left < (0.2 if sketched else 0.15 if optimizer == "adamw" else 0.1)
         errors.append(float((told.change - measured).norm() / measured.norm()))
-    # What is left under Adam is its second moment: 12 steps are few for a mean.
-    assert max(errors) < 0.2 if optimizer == "adamw" else errors[1] < 0.5 * errors[0] < 0.5
+    if sketched and optimizer == "adamw":
+        assert max(errors) < 0.2  # its second moment: 12 steps are few for a mean
+    else:
+        assert errors[1] < 0.5 * errors[0] < 0.5
     assert all(map(torch.equal, weights, model.parameters()))
 
 

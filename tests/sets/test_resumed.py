@@ -98,8 +98,11 @@ def test_a_continued_run_has_the_moments_of_its_optimizer(model, tmp_path, optim
         name: float((forecast.change - measured).norm() / measured.norm())
         for name, forecast in told.items()
     }
-    assert errors["state"] < min(0.03, errors["one segment"], 0.1 * errors["cold"])
-    assert errors["sketched"] < 0.06
+    assert errors["state"] < 0.1 * errors["cold"] and errors["sketched"] < 0.06
+    if optimizer == "adamw":  # Adam's own steps: what is left is rounding and curvature
+        assert max(errors["state"], errors["one segment"]) < 0.003
+    else:
+        assert errors["state"] < min(0.03, errors["one segment"])
 
 
 def test_states_that_are_not_of_the_run(model, tmp_path):
