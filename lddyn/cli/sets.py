@@ -262,6 +262,14 @@ def filter(
             help="Add a column `weight` to every row: how much its loss should count.",
         ),
     ] = False,
+    resample: Annotated[
+        bool,
+        typer.Option(
+            "--resample",
+            help="Write every row as often as its weight says, for trainers that read no weights.",
+        ),
+    ] = False,
+    seed: Seed = 0,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -272,7 +280,7 @@ def filter(
         ),
     ] = None,
 ) -> Answer:
-    """Leave the most harmful pairs out of a data file, or weight its rows; needs no model.
+    """Leave the most harmful rows out of a data file, weight or repeat its rows; needs no model.
 
     --out FOLDER gets kept.jsonl (rows to train on, in their order) and dropped.jsonl. Rows that
     were not diagnosed are kept.
@@ -281,20 +289,23 @@ def filter(
     from lddyn.errors import ExampleError
     from lddyn.sets.filter import check_source, filter_rows, read_diagnosed
 
-    if not drop and not reweight:
-        raise ValueError("give --drop N, --reweight, or both: what is to change?")
+    if not (drop or reweight or resample):
+        raise ValueError("give --drop N, --reweight, or both, or --resample: what is to change?")
     file = check_source(folder, data)
     if (out / "kept.jsonl").resolve() == file.resolve():
         raise ValueError(f"{out}: kept.jsonl there is the data file itself; give another --out")
     diagnosis = read_diagnosed(folder)
     rows = [None if isinstance(row, ExampleError) else row for _, row in placed_rows(file)]
-    filtered = filter_rows(rows, diagnosis, drop=drop, reweight=reweight)
+    filtered = filter_rows(
+        rows, diagnosis, drop=drop, reweight=reweight, resample=resample, seed=seed
+    )
     if filtered.helpful:
         warn(f"only {drop - filtered.helpful} of the {drop} dropped pairs lower chosen responses")
     if reweight:
         warn(
             "TRL's trainers do not read the column weight: they train on a row of weight 0 as on "
-            "any other; lddyn.integrations.trl.weighted(trainer) makes them read it"
+            "any other; lddyn.integrations.trl.weighted(trainer) makes them read it; --resample "
+            "writes rows for every other trainer"
         )
     filtered.write(out)
     document = {
@@ -305,6 +316,8 @@ def filter(
         "file": str(out / "kept.jsonl"),
     }
     line = f"{document['file']}: {len(filtered.kept)} rows kept, {len(filtered.dropped)} dropped"
+    if resample:
+        line += f"; {len({*filtered.kept_rows})} different ones, repeated by weight"
     named = ", ".join(map(str, filtered.dropped_rows))
     return Answer(document, [line + (f" (rows {named})" if named else "")])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,8 @@ class Filtered:
     """Rows that are kept and rows that are not, in their order.
 
     Attributes:
-        kept: The rows to train on, with a `"weight"` each if they were reweighted.
+        kept: The rows to train on, with a `"weight"` each if they were reweighted, and some several
+            times if they were resampled.
         kept_rows: Their numbers in the data set, from 0.
         dropped: The rows that are left out, the most harmful pair first.
         dropped_rows: Their numbers.
@@ -63,8 +66,10 @@ def filter_rows(
     *,
     drop: int = 0,
     reweight: bool = False,
+    resample: bool = False,
+    seed: int = 0,
 ) -> Filtered:
-    """Leaves the most harmful pairs out of the rows, or adds a pair weight to each row.
+    """Leaves the most harmful rows out, gives each row its weight, or repeats rows by weight.
 
     Args:
         rows: All rows of the data set. Rows that were not diagnosed are kept, with weight 1; None,
@@ -73,11 +78,16 @@ def filter_rows(
             of all rows in their order.
         drop: Number of pairs to leave out, the most harmful first (`Diagnosis.worst`).
         reweight: Give every kept row a `"weight"`: the factor of its loss
-            (`Diagnosis.pair_weights`).
+            (`Diagnosis.pair_weights`, `SequenceDiagnosis.row_weights`).
+        resample: Write every kept row as often as its weight says, for trainers that read no
+            weights: a whole number of times whose mean over seeds is the weight, and that differs
+            from it by less than 1.
+        seed: Of `resample`.
 
     Raises:
         ValueError: If `drop` exceeds the number of pairs or leaves no row, a diagnosed row does not
-            exist, a row has a `"weight"` already, or all pair weights are 0.
+            exist, a row has a `"weight"` already, all weights are 0, or rows are to be both
+            weighted and resampled.
 
     Example:
         >>> from lddyn.sets.filter import filter_rows
@@ -88,11 +98,17 @@ def filter_rows(
         [{'prompt': 'a'}, {'prompt': 'b'}]
         >>> [row["weight"] for row in filter_rows(rows, diagnosis, reweight=True).kept]
         [1.3, 1.0, 0.7]
+        >>> filter_rows(rows, diagnosis, resample=True).kept_rows
+        [0, 1, 2]
     """
     document = diagnosis if isinstance(diagnosis, Mapping) else diagnosis.to_dict()
     pairs = document["pairs"] if "pairs" in document else document["sequences"]
-    if reweight and "pair_weights" not in document:
-        raise ValueError("weights are of pairs alone: leave the worst sequences out (drop)")
+    if reweight and resample:
+        raise ValueError("reweight and resample are two ways of one weight: choose one of them")
+    given = document.get("pair_weights", document.get("row_weights"))
+    by_weight = reweight or resample
+    if by_weight and given is None:
+        raise ValueError("the diagnosis has no weights: make it anew with this version")
     if not 0 <= drop <= len(pairs) or drop == len(rows):
         raise ValueError(
             f"drop must be from 0 to {len(pairs)}, the number of pairs, and leave a row, got {drop}"
@@ -102,9 +118,9 @@ def filter_rows(
         raise ValueError(
             f"row {weighted[0]} has a weight already: rename that column, or no new weights"
         )
-    if reweight and not any(document["pair_weights"]):
+    if by_weight and not any(given):
         raise ValueError(
-            "no pair weights keep every chosen response from falling, so that there is none to "
+            "no weights keep every chosen response from falling, so that there is none to "
             "write: leave the worst pairs out (drop), or choose another loss"
         )
     numbers = [int(pair.get("row", pair.get("pair", pair.get("sequence")))) for pair in pairs]
@@ -118,7 +134,9 @@ def filter_rows(
     content = [{} if row is None else dict(row) for row in rows]
     readable = [number for number, row in enumerate(rows) if row is not None]
     kept = [number for number in readable if number not in set(dropped)]
-    weights = dict(zip(numbers, document["pair_weights"], strict=True)) if reweight else {}
+    weights = dict(zip(numbers, given, strict=True)) if by_weight else {}
+    if resample:
+        kept = _repeated(kept, [weights.get(number, 1.0) for number in kept], seed)
     return Filtered(
         kept=[
             content[number] | ({"weight": weights.get(number, 1.0)} if reweight else {})
@@ -129,6 +147,17 @@ def filter_rows(
         dropped_rows=dropped,
         helpful=sum(_contribution(pairs[pair]) >= 0 for pair in gone),
     )
+
+
+def _repeated(numbers: Sequence[int], weights: Sequence[float], seed: int) -> list[int]:
+    """Each number floor(w) or ceil(w) times, w on average over seeds (systematic resampling)."""
+    passed, repeated = random.Random(seed).random(), []
+    for number, weight in zip(numbers, weights, strict=True):
+        before, passed = math.floor(passed), passed + weight
+        repeated += [number] * (math.floor(passed) - before)
+    if not repeated:
+        raise ValueError("no row is left by these weights: give another seed, or reweight")
+    return repeated
 
 
 def _contribution(pair: Mapping[str, Any]) -> float:

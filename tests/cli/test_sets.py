@@ -300,6 +300,10 @@ def test_single_responses_are_diagnosed(model, tmp_path, name, kind, count):
     else:
         kept = call("filter", out, "--drop", 1, "--out", tmp_path / "kept", "--json")
         assert json.loads(kept.stdout)["dropped"] == [document["worst"][0]]
+        again = call("filter", out, "--resample", "--out", tmp_path / "again", "--json")
+        drawn = json.loads(again.stdout)["kept"]
+        for row, weight in enumerate(document["row_weights"]):
+            assert abs(drawn.count(row) - weight) < 1
 
 
 def test_single_responses_refuse_what_is_of_pairs(model, tmp_path):

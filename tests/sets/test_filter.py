@@ -47,6 +47,23 @@ def test_rows_get_the_weights_of_their_pairs(diagnosed):
     assert "weight" not in ROWS[0]
 
 
+@pytest.mark.case("rows repeated by weight, for a trainer that reads no weights")
+def test_rows_are_repeated_by_weight(diagnosed):
+    given = [0.5, 0.0, 2.25, 1.5, 0.75]
+    document = {**diagnosed.to_dict(), "pair_weights": given}
+    wanted = {**dict.fromkeys(range(7), 1.0), **dict(zip(NUMBERS, given, strict=True))}
+    counts = torch.zeros(7)
+    for seed in range(200):
+        filtered = filter_rows(ROWS, document, resample=True, seed=seed)
+        assert filtered.kept == [ROWS[i] for i in filtered.kept_rows]
+        drawn = torch.tensor([filtered.kept_rows.count(i) for i in range(7)])
+        assert all(abs(int(c) - wanted[i]) < 1 for i, c in enumerate(drawn))
+        counts += drawn / 200
+    assert torch.allclose(counts, torch.tensor([wanted[i] for i in range(7)]), atol=0.12)
+    with pytest.raises(ValueError, match="two ways of one weight"):
+        filter_rows(ROWS, document, resample=True, reweight=True)
+
+
 def test_rows_that_cannot_be_filtered(diagnosed):
     with pytest.raises(ValueError, match="row 6 was diagnosed, but there are 5 rows"):
         filter_rows(ROWS[:5], diagnosed, drop=1)
@@ -55,7 +72,7 @@ def test_rows_that_cannot_be_filtered(diagnosed):
     with pytest.raises(ValueError, match="row 0 has a weight already"):
         filter_rows([{**row, "weight": 1} for row in ROWS], diagnosed, reweight=True)
     nothing = {**diagnosed.to_dict(), "pair_weights": [0.0] * 5}
-    with pytest.raises(ValueError, match="no pair weights keep every chosen response"):
+    with pytest.raises(ValueError, match="no weights keep every chosen response"):
         filter_rows(ROWS, nothing, reweight=True)
 
 
