@@ -84,6 +84,8 @@ def prepare(
         raise ValueError(f"run must be a lddyn.Run, got {type(run).__name__}")
     if refresh < 1:
         raise ValueError(f"refresh must be at least 1, got {refresh}")
+    steps = 1 if run is None else len(run.batches(range(len(set_))))
+    refresh, close_ups = min(refresh, max(steps, 1)), min(close_ups, len(set_))
     module = Anatomy.module_of(model)
     _check_limits(module, set_)
     check_whole(module, allow_fsdp2=True, allow_offloaded=True)

@@ -35,6 +35,9 @@ class Batch(NamedTuple):
     weights: Tensor
 
 
+_MOST_STEPS = 10**6  # of a run
+
+
 @dataclass(frozen=True, repr=False)
 class Run:
     """Settings of a training run that is to be predicted.
@@ -233,7 +236,7 @@ class Run:
 
         Raises:
             ValueError: If no step is left, because `drop_last` leaves out every pair, or all are
-                made.
+                made. Or if the run has more than a million steps.
         """
         index, size = torch.tensor(list(pairs)), self.batch // self.accumulation
         per_epoch = len(index) // size if self.drop_last else -(-len(index) // size)
@@ -246,6 +249,11 @@ class Run:
                 f"{len(index)}"
             )
         steps = self.max_steps or math.ceil(self.epochs * per_epoch)
+        if steps > _MOST_STEPS:
+            raise ValueError(
+                f"a run of {steps:,} steps is too long to be predicted, at most {_MOST_STEPS:,}: "
+                "give fewer epochs or max_steps"
+            )
         if self.start >= steps:
             raise ValueError(
                 f"start={self.start} leaves no step: the whole run has {steps}; give more epochs, "
@@ -260,7 +268,7 @@ class Run:
                 order = torch.randperm(
                     len(index), generator=torch.Generator().manual_seed(self.seed + epoch)
                 )
-            parts = list(index[order].split(size))
+            parts = list(index[order].split(min(size, len(index))))
             if self.drop_last and len(parts[-1]) < size:
                 parts.pop()
             for start in range(0, len(parts), self.accumulation):

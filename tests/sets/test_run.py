@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+import zoo
 
 import lddyn
 
@@ -130,3 +131,16 @@ def test_a_run_says_what_is_not_the_default():
         "Run(lr=0.0001, schedule='cosine_with_min_lr', schedule_options={'min_lr': 1e-05})"
     )
     assert torch.equal(run.batches(range(3))[0].weights, torch.full((3,), 1 / 3))
+
+
+@pytest.mark.case("numbers of epochs, pairs or segments without measure")
+def test_runs_without_measure_end_soon():
+    for options in ({"epochs": 1e12}, {"max_steps": 10**18}):
+        with pytest.raises(ValueError, match=r"a run of [\d,]+ steps is too long to be predicted"):
+            lddyn.Run(lr=1e-3, **options).batches(range(8))
+    (only,) = lddyn.Run(lr=1e-3, batch=10**30).batches(range(8))
+    assert sorted(only.pairs.tolist()) == list(range(8))
+    model, pairs = zoo.build("llama", num_hidden_layers=1), [zoo.examples()]
+    run = lddyn.Run(lr=1e-3, epochs=2)
+    found = lddyn.diagnose(model, pairs, run=run, refresh=10**20, close_ups=0)
+    assert found.forecast.segments == len(run.batches(range(1))) == 2
