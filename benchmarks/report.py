@@ -25,6 +25,8 @@ SECTIONS = {
     "dropped pairs": diagnosis.dropped_pairs,
     "dropped pairs, TRL": diagnosis.dropped_trl,
     "attribution": diagnosis.attribution,
+    "halves": diagnosis.halves,
+    "real-llm": diagnosis.real_llm,
     "kernel methods": diagnosis.kernel_methods,
     "dropped pairs, tuned on": diagnosis.dropped_pairs,
     "reported": diagnosis.reported,
@@ -43,6 +45,7 @@ SECTIONS = {
     "norms-large": speed.norms_large,
     "versions": exactness.versions,
 }
+WHOLE = ("real-llm",)  # files whose sections are rows of one table
 IN_README = {"dropped pairs": diagnosis.dropped_pairs_in_short}
 
 
@@ -59,7 +62,10 @@ def main() -> int:
     pages = {page: page.read_text(encoding="utf-8") for page in PAGES}
     original = dict(pages)
     for path in sorted(RESULTS.glob("*.json")):
-        for name, section in json.loads(path.read_text()).items():
+        sections = json.loads(path.read_text())
+        if path.stem in WHOLE:
+            sections = {path.stem: {"result": sections}}
+        for name, section in sections.items():
             start, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
             for page, text in pages.items():
                 short = IN_README.get(name) if page.name == "README.md" else None

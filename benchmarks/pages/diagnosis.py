@@ -221,6 +221,54 @@ def attribution(section: dict) -> str:
     )
 
 
+def halves(section: dict) -> str:
+    """Linear datamodeling scores of methods, each in its best form; bytes of a sequence."""
+    r = section["result"]
+    targets = ("y+", "y−", "held out")
+
+    def mean(row: dict) -> float:
+        return sum(row[target]["lds"] for target in targets) / len(targets)
+
+    best: dict[str, dict] = {}
+    for row in r["rows"]:
+        parts = row["method"].split(", ")
+        form = next((i for i, x in enumerate(parts) if x in ("cosine", "inverted")), len(parts))
+        name = ", ".join(parts[:form])
+        row = row | {"form": ", ".join(parts[form:]) or "as it is"}
+        if name not in best or mean(row) > mean(best[name]):
+            best[name] = row
+    rows = [
+        [
+            name,
+            row["form"],
+            f"{row['bytes'] / 1e3:,.1f} kB" if row["bytes"] else "–",
+            *(f"{x['lds']:.2f} ({x['low']:.2f} to {x['high']:.2f})" for x in map(row.get, targets)),
+        ]
+        for name, row in sorted(best.items(), key=lambda item: -mean(item[1]))
+    ]
+    header = ["scores", "form", "kept of a sequence", *targets]
+    return (
+        f"hh-llama-2m after SFT; {r['count']} pairs and {r['held']} held out; DPO with AdamW, "
+        f"{r['epochs']} epochs, lr {r['lr']:g}, on {r['subsets']} random halves, mean over "
+        f"{r['orders']} orders each:\n\n{table(header, rows)}\n\n<sub>{made_by(section)}</sub>"
+    )
+
+
+def real_llm(section: dict) -> str:
+    """Runs of a real LLM, predicted and measured."""
+    rows = []
+    for name, part in section["result"].items():
+        r = part["result"]
+        if "rho" not in r:
+            continue
+        rho = [f"{x['rho']:.2f} ({x['low']:.2f} to {x['high']:.2f})" for x in r["rho"]]
+        told, seen = (" / ".join(f"{x:+.2f}" for x in r[k]) for k in ("predicted", "measured"))
+        falls = f"{r['falls'][0]}, {r['falls'][1]} of {r['pairs']}"
+        rows.append([name, *rho, told, seen, falls, f"{r['epochs_of_training']:.1f}", r["commit"]])
+    header = ["run", "ρ of y+ (95 %)", "ρ of y−", "predicted", "measured"]
+    return table([*header, "y+ falls: predicted, measured", "cost, epochs", "commit"], rows)
+
+
 def objectives(section: dict) -> str:
     """Runs on several losses, predicted and measured."""
     r = section["result"]
