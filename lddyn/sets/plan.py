@@ -77,6 +77,8 @@ class SetPlan:
         refresh, close_ups, lbk: As of `diagnose`, after what a budget leaves out.
         left_out: What a budget leaves out, in words.
         processes: Number of processes that divide the work; memory is that of each.
+        seconds: How long the work takes at the model's own speed, by a forward pass that was timed;
+            small models take up to three times as long. None: not measured.
     """
 
     parts: dict[str, int]
@@ -90,6 +92,7 @@ class SetPlan:
     lbk: bool
     left_out: tuple[str, ...] = ()
     processes: int = 1
+    seconds: float | None = None
 
     @classmethod
     def of(
@@ -185,12 +188,21 @@ class SetPlan:
         if self.processes > 1:
             alone = self.epochs / self.processes
             divided = f", the time of {alone:.2g} on one, divided among {self.processes} processes"
+        time = "" if self.seconds is None else f"{_duration(self.seconds)} or more: "
         return (
-            f"{self.epochs:.1f} epochs of the training that is explained ({parts}){divided}; "
+            f"{time}{self.epochs:.1f} epochs of the training that is explained ({parts}){divided}; "
             f"{how}; {in_gib(self.rows + self.vectors)} beyond the model"
             + (" in each process" if self.processes > 1 else "")
             + "".join(f"; left out for the budget: {what}" for what in self.left_out)
         )
+
+
+def _duration(seconds: float) -> str:
+    """A rough time in the unit that fits."""
+    for size, unit in ((5400, "h"), (90, "min")):
+        if seconds >= size:
+            return f"{seconds / (3600 if unit == 'h' else 60):.2g} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def plan_within(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -116,12 +118,31 @@ def prepare(
     access = Access(model, set_.examples[0])  # passes, after what is refused is refused
     if run is not None and run.optimizer_state is not None:
         OptimizerState.of(run.optimizer_state, run.optimizer, access.named, access.model)
+    if progress:
+        seconds = plan.work * _forward_seconds(module, set_, first.device) / ranks.world
+        plan = replace(plan, seconds=seconds)
     if shown:
         tqdm.write(f"diagnosis: {plan.explain()}", file=sys.stderr)
     # A pass over a batch also makes the gradient of one parameter at a time.
     largest = max(p.numel() for p in parameters) * number
     workspace = allowed.beside(plan.rows + plan.vectors + largest)
     return Preparation(access, workspace, sketch, plan, ranks)
+
+
+def _forward_seconds(model: nn.Module, set_: TrainingSet, device: torch.device) -> float:
+    """Seconds of a sequence's forward pass: measured on one of about the mean length."""
+    mean = sum(e.length for e in set_.sequences) / len(set_.sequences)
+    one = min(set_.sequences, key=lambda e: abs(e.length - mean))
+    ids = torch.tensor([one.ids], device=device)
+    seconds = math.inf
+    with evaluating(model), torch.no_grad():
+        for _ in range(2):  # the first one may have to warm up
+            start = time.perf_counter()
+            model(input_ids=ids)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = min(seconds, time.perf_counter() - start)
+    return seconds * mean / one.length
 
 
 def _together(model: nn.Module, ranks: Ranks) -> contextlib.AbstractContextManager[Ranks]:
