@@ -17,7 +17,7 @@ from lddyn.frameworks import translate
 
 __all__ = ["TRAINERS", "arguments"]
 
-TRAINERS = ("sft", "dpo", "kto", "cpo", "orpo")
+TRAINERS = ("sft", "dpo", "kto", "cpo", "orpo", "grpo")
 
 # What TRL 1.16 has where a file leaves an argument out, and TRL is not installed.
 _COMMON: dict[str, Any] = {
@@ -46,11 +46,20 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "simpo_gamma": 0.5,
     },
     "orpo": {**_CUT, "learning_rate": 1e-6, "beta": 0.1},
+    "grpo": {
+        **{"learning_rate": 1e-6, "loss_type": "dapo", "beta": 0.0, "epsilon": 0.2},
+        **{"scale_rewards": "group", "importance_sampling_level": "token"},
+        **{"max_completion_length": 512, "use_bias_correction_kl": True},
+    },
     "other": {},
 }
 
 # Arguments that only one trainer has: how a file without the word `trainer` is recognised.
 _TELLING = {
+    "grpo": {
+        *("num_generations", "scale_rewards", "importance_sampling_level", "reward_weights"),
+        *("epsilon", "epsilon_high", "steps_per_generation"),
+    },
     "kto": {"desirable_weight", "undesirable_weight"},
     "cpo": {"cpo_alpha", "simpo_gamma"},
     "sft": {"assistant_only_loss", "completion_only_loss", "packing", "dataset_text_field"},
@@ -271,7 +280,7 @@ _NUMBERS = {
     *("max_grad_norm", "num_train_epochs", "warmup_steps", "warmup_ratio", "beta", "rpo_alpha"),
     *("label_smoothing", "simpo_gamma", "cpo_alpha", "ld_alpha", "discopop_tau", "alpha"),
     *("desirable_weight", "undesirable_weight", "router_aux_loss_coef", "neftune_noise_alpha"),
-    *("label_smoothing_factor", "f_alpha_divergence_coef"),
+    *("label_smoothing_factor", "f_alpha_divergence_coef", "epsilon", "epsilon_high"),
 }
 _WHOLE = {
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "seed"),

@@ -40,10 +40,10 @@ class TrainerSettings:
     """What a run trains with, as far as lddyn follows it.
 
     Attributes:
-        trainer: "sft", "dpo", "kto", "cpo", "orpo"; "other" for transformers' own; for other
-            trainers of TRL their name, such as "grpo": they have no `losses`.
+        trainer: "sft", "dpo", "kto", "cpo", "orpo", "grpo"; "other" for transformers' own; for
+            other trainers of TRL their name, such as "gkd": they have no `losses`.
         trl_version: Version of TRL whose rules hold; empty: not known, and those of 1.16 hold.
-        losses: Names of losses of `lddyn.Loss`, or of `lddyn.SFT` and `lddyn.KTO`.
+        losses: Names of losses of `lddyn.Loss`, or of `lddyn.SFT`, `lddyn.KTO` and `lddyn.GRPO`.
         loss_weights: One weight per loss.
         parameters: Name → value, of the losses.
         max_length, max_prompt_length, max_completion_length: Most tokens; None: no limit.
@@ -243,6 +243,7 @@ class _Reading:
             "kto": self._kto,
             "cpo": self._cpo,
             "orpo": self._orpo,
+            "grpo": self._grpo,
             "other": self._other,
         }
         return readers[self.kind]() if self.kind in readers else ((), (), {})
@@ -253,6 +254,16 @@ class _Reading:
     def _kto(self) -> Losses:
         names = ("beta", "desirable_weight", "undesirable_weight")
         return (str(self.get("loss_type", "kto")),), (), self._numbers(names)
+
+    def _grpo(self) -> Losses:
+        scale = self.get("scale_rewards", "group")
+        given: dict[str, float | str] = {
+            "scale_rewards": {True: "group", False: "none"}.get(scale, scale),
+            "importance_sampling_level": str(self.get("importance_sampling_level", "token")),
+            "use_bias_correction_kl": bool(self.get("use_bias_correction_kl", True)),
+        }
+        given |= self._numbers(("beta", "epsilon", "epsilon_high", "max_completion_length"))
+        return (str(self.get("loss_type", "dapo")),), (), given
 
     def _orpo(self) -> Losses:
         return ("orpo",), (), self._numbers(("beta",))
@@ -438,6 +449,22 @@ _NOT_FOLLOWED: tuple[_Unlike, ...] = (
         "label_smoothing_factor",
         _yes,
         "smoothing reads the whole distribution; the step here is that of the plain loss.",
+    ),
+    ("delta", _yes, "the two-sided clip of ratios is left out."),
+    (
+        "top_entropy_quantile",
+        lambda part: float(part) < 1,
+        "training reads the tokens of highest entropy alone; here all tokens count.",
+    ),
+    (
+        "mask_truncated_completions",
+        _yes,
+        "completions without an end are left out in training: leave them out of the rows.",
+    ),
+    (
+        "num_iterations",
+        lambda count: int(count) > 1,
+        "training makes several steps on the same completions; ratios here are those of the first.",
     ),
     ("use_weighting", _yes, "WPO's weights of pairs are not followed; here every pair has 1."),
     ("neftune_noise_alpha", _yes, "noise on embeddings is left out."),

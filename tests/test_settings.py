@@ -291,7 +291,7 @@ def test_rows_are_cut_and_counted_like_the_trainers(tmp_path):
 
 
 @pytest.mark.case("a trainer whose loss lddyn does not have")
-@pytest.mark.parametrize("kind", ["GRPO", "Reward", "GKD", "OnlineDPO", "SDPO"])
+@pytest.mark.parametrize("kind", ["RLOO", "Reward", "GKD", "OnlineDPO", "SDPO"])
 def test_other_trainers_are_refused_by_name(tmp_path, kind):
     """Also where the class inherits from SFTConfig, or its name ends as DPO's does."""
     import importlib

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lddyn.cli.pairs import encode_rows, warn_of_first
@@ -69,9 +69,11 @@ class Responses:
         from lddyn.objectives.unpaired import KTO
 
         given: dict[str, Any] = {} if beta is None else {"beta": beta}
-        if self.kind == "grpo":
+        if self.kind == "grpo" and settings is None:
             return GRPO(self.examples, self.marks, **given)
         if settings is not None:
+            if self.kind == "grpo":  # --beta is before the file's
+                settings = replace(settings, parameters={**settings.parameters, **given})
             labelled: Any = list(zip(self.examples, self.marks, strict=True)) if self.marks else ()
             return objective_like(settings, labelled or self.examples, model)
         if self.kind == "kto":

@@ -10,7 +10,9 @@ from torch import nn
 
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
-from lddyn.engine.reference_policy import Reference, trainer_reference
+from lddyn.engine.logits import token_log_probs
+from lddyn.engine.reference_policy import Reference, policy_of, trainer_reference
+from lddyn.objectives.grouped import GRPO
 from lddyn.objectives.loss import Loss
 from lddyn.objectives.losses import COMMON, LOSSES
 from lddyn.objectives.objective import SFT, Objective
@@ -21,7 +23,7 @@ from lddyn.settings import TrainerSettings
 __all__ = ["Update", "loss_like", "objective_like", "reference_like", "row_remarks"]
 
 Pair: TypeAlias = tuple[Example, Example]
-Labelled: TypeAlias = tuple[Example, bool]
+Labelled: TypeAlias = tuple[Example, bool | float]  # a label of KTO, or a reward of GRPO
 
 # What a step learns from: an objective, or with settings the rows of one batch alone.
 Update: TypeAlias = (
@@ -36,6 +38,11 @@ def loss_like(settings: TrainerSettings) -> Loss:
         ValueError: If lddyn has no loss of this name, or none of this trainer.
     """
     _check_known(settings)
+    if settings.trainer == "grpo":
+        raise ValueError(
+            "GRPO learns from completions with rewards, not from pairs: give rows (example, "
+            "reward), or an lddyn.GRPO"
+        )
     if settings.trainer == "other":
         raise ValueError(
             "a TrainingArguments does not tell a loss of pairs: give the objective, or TRL's config"
@@ -76,7 +83,8 @@ def objective_like(
     Args:
         settings: Settings of the run.
         update: All rows that the step learns from: for SFT an Example or several; for preference
-            losses a pair (chosen, rejected) or several; for KTO a pair (example, label) or several.
+            losses a pair (chosen, rejected) or several; for KTO a pair (example, label) or several;
+            for GRPO (example, reward), several.
             An Objective is returned as it is.
         model: The policy.
 
@@ -96,6 +104,12 @@ def objective_like(
     if not rows or not all(map(_is_row, rows)):
         raise ValueError(_wanted(settings, "pairs (chosen, rejected), or (example, label) of KTO"))
     firsts, seconds = zip(*rows, strict=True)
+    if isinstance(seconds[0], bool | int | float) and settings.trainer == "grpo":
+        return _grpo(settings, firsts, seconds, model)
+    if settings.trainer == "grpo":
+        raise ValueError(_wanted(settings, "completions with rewards (example, reward)"))
+    if isinstance(seconds[0], float):
+        raise ValueError(_wanted(settings, "pairs (chosen, rejected), or (example, label) of KTO"))
     if isinstance(seconds[0], bool):
         if settings.trainer != "kto":
             raise ValueError(_wanted(settings, "pairs (chosen, rejected)"))
@@ -115,6 +129,23 @@ def objective_like(
         seconds,
         reference=reference_like(settings, model, len(rows)),
     )
+
+
+def _grpo(
+    settings: TrainerSettings,
+    examples: Sequence[Example],
+    rewards: Sequence[float],
+    model: nn.Module | Anatomy,
+) -> GRPO:
+    """GRPO on rated completions, with the reference's log-probs where it has a β."""
+    given: dict[str, Any] = dict(settings.parameters)
+    if given.get("beta"):
+        reference = reference_like(settings, model, len(examples), sides=1)
+        if reference != "self":
+            with policy_of(reference, Anatomy.of(model)) as policy:
+                known = token_log_probs(policy, examples)
+            given["reference"] = [value.detach() for value in known]
+    return GRPO(examples, [float(r) for r in rewards], loss_type=settings.losses[0], **given)
 
 
 def row_remarks(settings: TrainerSettings | None, examples: Sequence[Example]) -> list[str]:
@@ -145,12 +176,12 @@ def _check_known(settings: TrainerSettings) -> None:
 
 
 def _is_row(value: object) -> bool:
-    """Whether this is one pair, or one response with its label."""
+    """Whether this is one pair, or one response with its label or reward."""
     return (
         isinstance(value, tuple)
         and len(value) == 2
         and isinstance(value[0], Example)
-        and isinstance(value[1], Example | bool)
+        and isinstance(value[1], Example | bool | int | float)
     )
 
 

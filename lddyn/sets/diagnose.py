@@ -70,7 +70,7 @@ from lddyn.steps.setup import named_examples
 __all__ = ["diagnose"]
 
 
-Sequences = Objective | Iterable[Example] | Iterable[tuple[Example, bool]]
+Sequences = Objective | Iterable[Example] | Iterable[tuple[Example, bool | float]]
 
 
 @overload
@@ -127,7 +127,7 @@ def diagnose(
         model: A causal LM of transformers, or its Anatomy; only parameters with
             requires_grad=True move.
         rows: (chosen, rejected) examples; or an Objective with its sequences as one batch; or
-            Examples, for "sft"; or (Example, label), for "kto".
+            Examples, for "sft"; or (Example, label), for "kto"; or (Example, reward), for "grpo".
         objective: A loss of pairs, `lddyn.Loss("dpo", beta=0.1)`, or its name: dpo, ipo, simpo, …
             Default: that of `like`, else dpo. Of single sequences "sft" or "kto", or nothing.
         observe: Other sequences, by name: what a step on the pairs, and the run, do to them, and

@@ -158,27 +158,30 @@ def as_sequences(
             )
         return rows
     single = sum(isinstance(row, Example) for row in rows)
-    labelled = sum(
-        isinstance(row, tuple) and len(row) == 2 and isinstance(row[1], bool) for row in rows
-    )
-    if not single and not labelled:
+    marks = [row[1] for row in rows if isinstance(row, tuple) and len(row) == 2]
+    labelled = sum(isinstance(mark, bool) for mark in marks)
+    rated = sum(isinstance(mark, int | float) for mark in marks) - labelled
+    if not single and not labelled and not rated:
         return None
-    if max(single, labelled) != len(rows):
+    if max(single, labelled, rated) != len(rows):
         raise ValueError(
-            f"rows must be all of one kind, got {single} Examples, {labelled} with a label, and "
-            f"{len(rows) - single - labelled} others"
+            f"rows must be all of one kind, got {single} Examples, {labelled} with a label, "
+            f"{rated} with a reward, and {len(rows) - single - labelled - rated} others"
         )
     if like is not None and objective is None:
         return objective_like(TrainerSettings.of(like), rows, model)
-    known = "sft" if single else "kto"
+    known = "sft" if single else "kto" if labelled else "grpo"
     if objective not in (None, known):
+        of = {"sft": "Examples", "kto": "rows with a label", "grpo": "rows with a reward"}[known]
         raise ValueError(
-            f"{'Examples' if single else 'rows with a label'} have the objective {known!r}, got "
+            f"{of} have the objective {known!r}, got "
             f"{objective!r}; other losses are made as an lddyn.Objective, such as lddyn.GRPO"
         )
     if single:
         return SFT(rows, **parameters)  # type: ignore[arg-type]
     examples, labels = zip(*rows, strict=True)
+    if rated:
+        return GRPO(examples, [float(reward) for reward in labels], **parameters)  # type: ignore[arg-type]
     return KTO(examples, labels, reference=reference or "self", **parameters)  # type: ignore[arg-type]
 
 

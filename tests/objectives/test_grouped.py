@@ -160,3 +160,61 @@ def test_equal_rewards_are_said():
 def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
         lddyn.GRPO(EXAMPLES, **{"rewards": REWARDS, **arguments})
+
+
+@pytest.mark.case("GRPO as TRL's config has it")
+def test_a_config_of_trl_is_read(tmp_path):
+    trl = pytest.importorskip("trl")
+    options = {"loss_type": "dr_grpo", "scale_rewards": "none", "epsilon": 0.3, "beta": 0.04}
+    options |= {"max_completion_length": 32}
+    config = trl.GRPOConfig(
+        str(tmp_path), top_entropy_quantile=0.5, bf16=False, use_cpu=True, report_to=[], **options
+    )
+    (tmp_path / "grpo.yaml").write_text(
+        "".join(f"{k}: {v}\n" for k, v in options.items()) + "num_generations: 4\n"
+    )
+    model = zoo.build("llama", num_hidden_layers=1)
+    rows = list(zip(EXAMPLES, REWARDS, strict=True))
+    wanted = lddyn.diagnose(model, lddyn.GRPO(EXAMPLES, REWARDS, **options))
+    for source in (config, tmp_path / "grpo.yaml"):
+        found = lddyn.diagnose(model, rows, like=source)
+        assert found.step.described == wanted.step.described
+        assert torch.equal(found.step.weights, wanted.step.weights)
+    assert "tokens of highest entropy alone" in " ".join(
+        lddyn.diagnose(model, rows, like=config).step.remarks
+    )
+    assert lddyn.Run.like(config).lr == 1e-6
+    told = lddyn.decompose(model, EXAMPLES[0], rows, like=config)[0]
+    own = lddyn.decompose(
+        model, EXAMPLES[0], lddyn.GRPO(EXAMPLES, REWARDS, **options), like=config
+    )[0]
+    assert torch.equal(told.influence, own.influence)
+    default = lddyn.diagnose(model, rows)
+    assert default.step.described["loss_type"] == "grpo"
+    with pytest.raises(ValueError, match="completions with rewards"):
+        lddyn.decompose(model, EXAMPLES[0], (EXAMPLES[0], EXAMPLES[1]), like=config)
+    with pytest.raises(ValueError, match="GRPO learns from completions with rewards, not from"):
+        lddyn.diagnose(model, [(EXAMPLES[0], EXAMPLES[1])], like=config)
+
+
+def test_the_reference_of_a_config_is_the_adapters():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(zoo.build("llama", num_hidden_layers=1), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.3)
+    with model.disable_adapter():
+        known = [lp.detach() for lp in lddyn.token_log_probs(model, EXAMPLES)]
+    options = {"beta": 0.5, "loss_type": "dapo"}
+    rows = list(zip(EXAMPLES, REWARDS, strict=True))
+    like, own, without = (
+        lddyn.decompose(model, EXAMPLES[0], update, like={"trainer": "grpo", **options})[0]
+        for update in (
+            rows,
+            lddyn.GRPO(EXAMPLES, REWARDS, reference=known, **options),
+            lddyn.GRPO(EXAMPLES, REWARDS, **options),
+        )
+    )
+    torch.testing.assert_close(like.influence, own.influence)
+    assert not torch.allclose(like.influence, without.influence)
