@@ -211,7 +211,7 @@ def memory(section: dict) -> str:
         grown = f"{cell['grown_bytes'] / 2**20:,.0f} MiB"
         text = f"{grown}, {cell['grown_over_budget']:.2f}×, {duration(cell['seconds'])}"
         if cell["refused"]:
-            text = f"refused before the work ({grown})"
+            text = f"refused ({grown})"
         elif cell["grown_bytes"] > limit:
             text = f"**{text}: beyond the promise**"
         made[cell["work"], cell["memory"]] = text

@@ -248,7 +248,7 @@ def diagnose(
         raise ValueError("validate takes steps on a copy, and split weights (FSDP 2) have none")
     refresh, close_ups, lbk = plan.refresh, plan.close_ups, plan.lbk
     with closing(Bar(plan.work, shown)) as bar:
-        passes = Passes(access, max(set_.sequences, key=len), prepared.workspace, bar, ranks)
+        passes = Passes(access, prepared.batching, bar, ranks)
         reader = PairReader(set_)
         kept, reading = read_start(prepared, passes, set_, run, store, reader)
         readings = reader.readings(reading, ranks)

@@ -96,7 +96,7 @@ def diagnose_sequences(
     if run is not None:
         objective.subset([0])  # errors in it are raised before the work
     with closing(Bar(prepared.plan.work, shown)) as bar:
-        passes = Passes(access, max(set_.sequences, key=len), prepared.workspace, bar, ranks)
+        passes = Passes(access, prepared.batching, bar, ranks)
         tokens: list[Tensor] = [torch.empty(0)] * len(set_)
 
         def read(number: int, response: Response) -> None:

@@ -26,7 +26,7 @@ from lddyn.sets.flat import Flat
 from lddyn.sketches.gradients import CHUNK, Batching, Gradients, wide
 from lddyn.sketches.pieces import Piece, pieces_of, pieces_of_sum
 
-__all__ = ["BACKWARD", "FORWARD", "Passes"]
+__all__ = ["BACKWARD", "FORWARD", "Passes", "batching_of"]
 
 FORWARD, BACKWARD = 1, 3  # costs of a sequence's pass: forward alone, forward and backward
 
@@ -34,13 +34,27 @@ See = Callable[[int, Response], None]  # a sequence's number and the outputs of 
 Take = Callable[[int, Piece], None]  # a sequence's number and a piece of its gradient
 
 
+def batching_of(access: Access, longest: Example, memory: int) -> Batching:
+    """How many sequences share a pass.
+
+    Args:
+        access: The model.
+        longest: The longest sequence; a batch of such sequences fits into memory.
+        memory: Workspace in bytes for a batch.
+
+    Cost: a forward pass.
+    """
+    if access.unavailable:
+        return Batching(1, keep_graphs=False, least=0)
+    return Batching.of(access.anatomy.trace(longest), len(longest), CHUNK, memory)
+
+
 class Passes:
     """Passes over sequences: forward alone, one gradient a sequence, or a weighted sum of them.
 
     Args:
         access: The model.
-        longest: The longest sequence; batches of it fit into memory.
-        memory: Workspace in bytes for a batch.
+        batching: How many sequences share a pass, by `batching_of`.
         bar: Advanced by the cost of each sequence's pass, in all processes.
         ranks: Processes that divide the sequences.
     """
@@ -48,16 +62,12 @@ class Passes:
     def __init__(
         self,
         access: Access,
-        longest: Example,
-        memory: int,
+        batching: Batching,
         bar: Bar,
         ranks: Ranks = ALONE,
     ) -> None:
         self.access, self.bar, self.ranks = access, bar, ranks
-        self._batching = Batching(1, keep_graphs=False, least=0)
-        if not access.unavailable:
-            trace = access.anatomy.trace(longest)
-            self._batching = Batching.of(trace, len(longest), CHUNK, memory)
+        self._batching = batching
 
     def advance(self, work: int) -> None:
         """Counts work of this process, and as much of each other one."""

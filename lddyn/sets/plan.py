@@ -72,6 +72,8 @@ class SetPlan:
             a backward pass a sequence, and a forward pass of the reference.
         rows: Bytes of the rows of all sequences.
         vectors: Bytes of vectors of all trainable values.
+        batch: Bytes of the graphs of one batch, and of the largest parameter's gradient; 0 until
+            the model was looked at.
         exact: Whether inner products are exact.
         error: Standard error of a sketched inner product, in parts of √(K_ii K_jj); 0 if exact.
         refresh, close_ups, lbk: As of `diagnose`, after what a budget leaves out.
@@ -91,6 +93,7 @@ class SetPlan:
     close_ups: int
     lbk: bool
     left_out: tuple[str, ...] = ()
+    batch: int = 0
     processes: int = 1
     seconds: float | None = None
 
@@ -172,6 +175,11 @@ class SetPlan:
         return sum(self.parts.values())
 
     @property
+    def memory(self) -> int:
+        """Bytes beyond the model."""
+        return self.rows + self.vectors + self.batch
+
+    @property
     def epochs(self) -> float:
         """The work in epochs of the training that is explained."""
         return self.work / self.epoch
@@ -191,7 +199,7 @@ class SetPlan:
         time = "" if self.seconds is None else f"{_duration(self.seconds)} or more: "
         return (
             f"{time}{self.epochs:.1f} epochs of the training that is explained ({parts}){divided}; "
-            f"{how}; {in_gib(self.rows + self.vectors)} beyond the model"
+            f"{how}; {in_gib(self.memory)} beyond the model"
             + (" in each process" if self.processes > 1 else "")
             + "".join(f"; left out for the budget: {what}" for what in self.left_out)
         )

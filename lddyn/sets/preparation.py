@@ -23,11 +23,13 @@ from lddyn.files import digest_of
 from lddyn.memory import Budget
 from lddyn.ranks import ALONE, Ranks
 from lddyn.sets.access import Access, trainable_parameters
+from lddyn.sets.passes import batching_of
 from lddyn.sets.plan import SetPlan, parse_budget, plan_within, vector_bytes
 from lddyn.sets.resumed import OptimizerState
 from lddyn.sets.rows import exact_bytes
 from lddyn.sets.run import Run
 from lddyn.sets.training_set import TrainingSet
+from lddyn.sketches.gradients import Batching
 from lddyn.sketches.sketch import Sketch
 from lddyn.steps.precision import rounding_error
 from lddyn.steps.wide import coarse
@@ -44,6 +46,7 @@ class Preparation:
     Attributes:
         access: The model.
         workspace: Bytes for batches.
+        batching: How many sequences share a pass.
         sketch: How gradients are sketched; None: they fit, and inner products are exact.
         plan: What the diagnosis will take.
         ranks: Processes that divide the passes; this one alone where weights are split over
@@ -52,6 +55,7 @@ class Preparation:
 
     access: Access
     workspace: int
+    batching: Batching
     sketch: Sketch | None
     plan: SetPlan
     ranks: Ranks
@@ -121,12 +125,14 @@ def prepare(
     if progress:
         seconds = plan.work * _forward_seconds(module, set_, first.device) / ranks.world
         plan = replace(plan, seconds=seconds)
-    if shown:
-        tqdm.write(f"diagnosis: {plan.explain()}", file=sys.stderr)
     # A pass over a batch also makes the gradient of one parameter at a time.
     largest = max(p.numel() for p in parameters) * number
     workspace = allowed.beside(plan.rows + plan.vectors + largest)
-    return Preparation(access, workspace, sketch, plan, ranks)
+    batching = batching_of(access, max(set_.sequences, key=len), workspace)
+    plan = replace(plan, batch=batching.bytes_of(len(set_.sequences)) + largest)
+    if shown:
+        tqdm.write(f"diagnosis: {plan.explain()}", file=sys.stderr)
+    return Preparation(access, workspace, batching, sketch, plan, ranks)
 
 
 def _forward_seconds(model: nn.Module, set_: TrainingSet, device: torch.device) -> float:

@@ -134,11 +134,17 @@ class Batching:
         keep_graphs: Whether the graphs of all segments are kept between the two passes; if not, a
             segment is computed again for the backward pass.
         least: Bytes that one sequence needs without kept graphs.
+        kept: Bytes that one sequence needs with them.
     """
 
     size: int
     keep_graphs: bool
     least: int
+    kept: int = 0
+
+    def bytes_of(self, sequences: int) -> int:
+        """Bytes of the largest batch of so many sequences."""
+        return min(self.size, sequences) * (self.kept if self.keep_graphs else self.least)
 
     @classmethod
     def of(
@@ -160,7 +166,7 @@ class Batching:
         # Twice the outputs of the products, as measured; attention and activations vary.
         kept = least + 3 * element * sum(work.elements for work in trace.work.values())
         size = min(chunk, free // kept)
-        return cls(max(1, size), size > 0 and not trace.anatomy.streamed, least)
+        return cls(max(1, size), size > 0 and not trace.anatomy.streamed, least, kept)
 
 
 def visit_sequences(
