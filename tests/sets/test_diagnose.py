@@ -13,10 +13,13 @@ from preference_pairs import log_probs, some_pairs
 import lddyn
 from lddyn.engine.anatomy import Anatomy
 from lddyn.errors import UnsupportedModelError
+from lddyn.memory import in_gib
 from lddyn.report import explain_diagnosis
 from lddyn.report.words import distinct
 from lddyn.sets import readings
 from lddyn.sets.compare import COMPARED
+from lddyn.sets.pairs import PairSet
+from lddyn.sets.preparation import prepare
 from lddyn.sets.readings import edit_distance
 from lddyn.steps.flow import softmax_step
 
@@ -555,3 +558,23 @@ def test_memory_counts_vectors_of_all_weights(model, run, capsys, monkeypatch):
     assert not small.close_ups and large.close_ups
     assert "the tokens of 2 of 2 (memory)" in capsys.readouterr().err
     assert torch.equal(small.gram, large.gram)
+
+
+def test_the_plan_counts_a_batch(model):
+    """The bytes that a plan names hold the graphs of a batch, and one parameter's gradient."""
+    prepared = prepare(
+        model,
+        PairSet.of(some_pairs(), None, None, {}),
+        None,
+        memory="64MiB",
+        sketch=None,
+        budget=None,
+        refresh=1,
+    )
+    plan, batching = prepared.plan, prepared.batching
+    largest = max(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert batching.keep_graphs and 0 < batching.bytes_of(1 << 30) <= prepared.workspace
+    assert batching.bytes_of(1) == batching.kept > batching.least
+    assert plan.batch == batching.bytes_of(2 * len(some_pairs())) + largest
+    assert plan.memory == plan.rows + plan.vectors + plan.batch
+    assert f"{in_gib(plan.memory)} beyond the model" in plan.explain()
