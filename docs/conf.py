@@ -37,7 +37,7 @@ INSIDES = [
     "report.data.(StepData|ResponseData|CheckData)",
     "objectives.losses.(Pairs|Parameter|Score|Value)",
     "objectives.paired.Preference",
-    "sets.forecast.AdamMetric",
+    "sets.motion.AdamMetric",
     "sets.readings.(Readings|SetReading)",
     "sets.rows.Gram",
     "sets.pairs.PairSet",
