@@ -19,6 +19,7 @@ from lddyn.report.advice import warnings
 from lddyn.report.data import Rows
 from lddyn.report.dynamics import Labels, curves, explain_dynamics
 from lddyn.report.explain import SOURCES, explain_diagnosis
+from lddyn.report.glossary import OF_PAIRS
 from lddyn.report.page import axis, installation, render, versions, word
 from lddyn.report.step import token_tables
 from lddyn.report.words import count, distinct, named, true_minus
@@ -87,6 +88,8 @@ def write_diagnosis_page(
         table=_table(data),
         columns=_columns(data),
         ahead=None if data["run_change"] is None else _points(data, data["run_change"]),
+        segments=(summary["run"] or {}).get("segments", 0),
+        glossary=OF_PAIRS,
         observed=_observed(data),
         harm=summary["harm"]["pairs"] > 0,
         map=_map(data),

@@ -8,6 +8,7 @@ from typing import Any
 
 from lddyn.files import JsonObject, replace_file
 from lddyn.report.explain import Sentence
+from lddyn.report.glossary import OF_SEQUENCES
 from lddyn.report.page import installation, render, versions, word
 from lddyn.text import readable, signed
 
@@ -149,6 +150,7 @@ def write_sequences_page(
         f"{summary['objective']}",
         sentences=explain_sequences(summary),
         unit=f"{unit:.3g}",
+        glossary=OF_SEQUENCES,
         run=run,
         target=summary["target"],
         sources_unit=summary["sources_unit"],
