@@ -99,7 +99,7 @@ def filter_rows(
         >>> [row["weight"] for row in filter_rows(rows, diagnosis, reweight=True).kept]
         [1.3, 1.0, 0.7]
         >>> filter_rows(rows, diagnosis, resample=True).kept_rows
-        [0, 1, 2]
+        [0, 0, 1]
     """
     document = diagnosis if isinstance(diagnosis, Mapping) else diagnosis.to_dict()
     pairs = document["pairs"] if "pairs" in document else document["sequences"]

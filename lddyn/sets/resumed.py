@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lddyn.engine.sharded import local
 from lddyn.files import read_regular
 from lddyn.optimizers import optimizer_kind, trainer_decays, unwrapped_optimizer
+from lddyn.torch_files import read_torch_file
 
 __all__ = ["OptimizerState", "steps_made"]
 
@@ -111,10 +112,7 @@ def _read(source: object) -> Mapping[str, Any]:
                 f"{path}: no such file; a checkpoint of transformers' Trainer has the optimizer's "
                 "state there, unless save_only_model=True"
             )
-        try:  # tensors and numbers alone: nothing in the file is run
-            source = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path}: cannot be read as an optimizer's state: {error}") from error
+        source = read_torch_file(path)
     if not isinstance(source, Mapping) or not {"state", "param_groups"} <= {*source}:
         raise ValueError(
             "the state must be a torch optimizer, its state_dict, a trainer, or a checkpoint's "
