@@ -108,7 +108,8 @@ def retrained(
     dpo, outcomes = Loss("dpo", beta=BETA), []
     targets = [[p[0] for p in pairs], [p[1] for p in pairs], [p[0] for p in held]]
     for number, member in enumerate(members):
-        path = args.folder / f"subset-{number}.json"
+        kind = f"{args.count}-{args.orders}-{args.epochs}-{args.lr:g}"
+        path = args.folder / f"subset-{kind}-{number}.json"
         if not path.exists():
             kept = member.nonzero().flatten().tolist()
             part, values = [pairs[i] for i in kept], []
@@ -218,7 +219,8 @@ def main() -> None:
             target: linear_datamodeling(outcomes[:, at], members, tau[at].double())
             for target, at in groups.items()
         }
-        table.append({"method": name, "bytes": kept, **row})
+        commit = provenance()["commit"]
+        table.append({"method": name, "bytes": kept, "commit": commit, **row})
         print(name, {k: round(v["lds"], 3) for k, v in row.items()}, flush=True)
     if args.again:
         table += json.loads(Path(args.out).read_text())["halves"]["result"]["rows"][1:]

@@ -9,6 +9,7 @@ all others. So nothing in the file is called or imported.
 from __future__ import annotations
 
 import pickletools
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,10 @@ from lddyn.files import open_regular
 
 __all__ = ["read_torch_file"]
 
+_DAMAGED = (
+    *(zipfile.BadZipFile, EOFError, struct.error),
+    *(LookupError, ArithmeticError, TypeError, RuntimeError, OSError),
+)
 _PROGRAM = 64 << 20  # bytes of a data.pkl that is read at all
 
 _STORAGES = {
@@ -74,7 +79,7 @@ def read_torch_file(path: Path) -> Any:
         try:
             with zipfile.ZipFile(file) as archive:
                 return _Reader(archive).read()
-        except (zipfile.BadZipFile, LookupError, TypeError, RuntimeError, OSError) as error:
+        except _DAMAGED as error:
             raise ValueError(f"{path} is damaged, or not a file of torch.save: {error}") from error
         except ValueError as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
@@ -90,6 +95,7 @@ class _Reader:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.storages: dict[_Storage, Tensor] = {}
 
     def _bytes(self, name: str, most: int) -> bytes:
         """An entry that is stored as it is and not larger than `most` bytes."""
@@ -180,12 +186,6 @@ class _Reader:
     def _tensor(
         self, storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
     ) -> Tensor:
-        most = storage.numbers * storage.dtype.itemsize
-        data = bytearray(self._bytes(f"data/{storage.key}", most))
-        if len(data) < most:
-            raise ValueError(f"data/{storage.key} has {len(data)} bytes, expected {most}")
-        if not data:
-            return torch.empty(size, dtype=storage.dtype)
         steps = [*zip(size, stride, strict=True)]
         last = offset + sum((n - 1) * step for n, step in steps)
         if min([offset, *size, *stride], default=0) < 0 or (
@@ -194,8 +194,19 @@ class _Reader:
             raise ValueError(
                 f"a tensor of shape {tuple(size)} leaves its {storage.numbers} numbers"
             )
-        flat = torch.frombuffer(data, dtype=storage.dtype)
-        return flat.as_strided(tuple(size), tuple(stride), offset)
+        if 0 in size:
+            return torch.empty(size, dtype=storage.dtype)
+        return self._numbers(storage).as_strided(tuple(size), tuple(stride), offset)
+
+    def _numbers(self, storage: _Storage) -> Tensor:
+        """A storage's numbers, which tensors share as they did when they were saved."""
+        if storage not in self.storages:
+            expected = storage.numbers * storage.dtype.itemsize
+            data = bytearray(self._bytes(f"data/{storage.key}", expected))
+            if len(data) < expected:
+                raise ValueError(f"data/{storage.key} has {len(data)} bytes, expected {expected}")
+            self.storages[storage] = torch.frombuffer(data, dtype=storage.dtype)
+        return self.storages[storage]
 
 
 _CONSTANTS: dict[str, Callable[[], Any]] = {

@@ -290,8 +290,8 @@ def _without(without: Mapping[str, Any], pairs: str) -> str:
     """What the run is predicted to do without the worst pairs, and with pair weights."""
     if not without["adds_up"]:
         return (
-            " The parts of single pairs do not add up to this prediction, so that none is made of "
-            f"a run without {pairs}."
+            " The effects of single pairs leave more than half of this prediction unexplained, so "
+            f"no prediction is made for a run without {pairs}."
         )
     text = (
         f" Without {pairs} the run is predicted to change log π(y+) by "

@@ -264,6 +264,7 @@ class Diagnosis(Result):
         start, so the prediction becomes less reliable the more gradients change. The result is
         linear in log π; `forecast` takes gradients anew along the run. docs/diagnose.md compares
         both with real runs. After `under`, Adam's diagonal P is still that of the diagnosed loss.
+        The rest of a resumed run begins with a cold optimizer here.
 
         Args:
             run: How it trains. Default: the run of the diagnosis.

@@ -6,8 +6,8 @@ needs the gradients of all sequences. `GramMotion` needs their inner products al
 
     Δ log π = −rate K w,      K = J P Jᵀ
 
-J holds the gradients of all sequences; P is 1 for SGD, and for Adam one diagonal 1/(√v + ε),
-rescaled as gradients grow or shrink: ‖g‖² = wᵀ J Jᵀ w of each step is known.
+J holds the gradients of all S = sides · N sequences; P is 1 for SGD, and for Adam one diagonal
+1/(√v + ε), rescaled as gradients grow or shrink: ‖g‖² = wᵀ J Jᵀ w of each step is known.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class AdamMetric:
 
 
 class Motion(ABC):
-    """The optimizer of a run. Its moments outlast a segment; what follows belongs to one segment.
+    """The optimizer of a run. Moments are kept between segments; `net` and `shrunk` start at 0.
 
     Args:
         run: Settings of the run.

@@ -98,25 +98,22 @@ def prepare(
     reshard(module)
     parameters = [local(p) for p in trainable_parameters(model)]
     size, first = sum(p.numel() for p in parameters), parameters[0]
-    allowed, shown, split = Budget.of(memory, first.device), progress and not ranks.rank, False
+    allowed, shown = Budget.of(memory, first.device), progress and not ranks.rank
     with _together(module, ranks) as every:
         _check_alike(module, set_, every)
         told = every.gather([size, allowed.total])  # so that all of them choose the same
     size, total = max(one for one, _ in told), min(other for _, other in told)
     if is_sharded(module):
-        split, close_ups, lbk, ranks = True, 0, False, ALONE
+        close_ups, lbk, ranks = 0, False, ALONE
     number = torch.promote_types(first.dtype, torch.float32).itemsize
     needed = exact_bytes(len(set_.sequences), size, number, run is not None)
     if allowed.strict:
         needed += vector_bytes(size, number, run, True, close_ups, lbk)
     if sketch is None and (needed > total or stored):
         sketch = Sketch(k=NUMBERS)
-    if (
-        split
-        and sketch is not None
-        and sketch.k >= sum(p.numel() for p in trainable_parameters(model))
-    ):
-        sketch = None  # whole gradients are not larger, and each process holds a part of them
+    whole_size = sum(p.numel() for p in trainable_parameters(model))
+    if sketch is not None and not stored and sketch.k >= whole_size:
+        sketch = None  # whole gradients are not larger
     made = partial(SetPlan.of, set_, size, number, sketch, run, processes=ranks.world)
     plan = plan_within(epochs, made, refresh, close_ups, lbk, allowed)
     access = Access(model, set_.examples[0])  # passes, after what is refused is refused

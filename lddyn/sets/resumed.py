@@ -126,6 +126,15 @@ def _of_optimizer(
 ) -> dict[str, Mapping[str, Any]]:
     if (own := optimizer_kind(optimizer)) not in _OF_TORCH[kind]:
         raise ValueError(f"the run is one of {kind}, and the optimizer's state is of {own}")
+    for group in optimizer.param_groups:
+        coupled = own == "Adam" and group["weight_decay"] and not group["decoupled_weight_decay"]
+        for name, set_ in (
+            ("a weight decay that is part of the gradient", coupled),
+            ("nesterov", group.get("nesterov")),
+            ("dampening", group.get("dampening")),
+        ):
+            if set_:
+                raise ValueError(f"the optimizer has {name}, which a predicted run does not follow")
     names = {id(p): name for name, p in parameters.items()}
     held = {names[id(p)]: s for p, s in optimizer.state.items() if id(p) in names}
     if not held:

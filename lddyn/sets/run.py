@@ -170,6 +170,11 @@ class Run:
             Run(lr=0.0001, epochs=2, batch=2, start=1)
         """
         made = steps_made(source) if start is None else start
+        if made == 0 and start is None:
+            raise ValueError(
+                "the steps that are made are not known (SGD counts none), or there is none: give "
+                "start="
+            )
         return replace(self, start=made, optimizer_state=source)
 
     def without_state(self) -> Run:

@@ -7,15 +7,16 @@ A segment takes the gradients and log π at its own start, runs on log-probs to 
     else:                   Δθ = P (Σ_j c_j ∇θ log π(y_j) + h m) − s D θ
 
 D is 1 for the parameters that decay, and 0 for the others; m is what the optimizer remembered
-before the run; c, h and s are the simulation's. P is 1 for SGD; for Adam it is estimated from
-batches, over the segments so far. The change that is predicted is log π at the last θ minus log π
-at the first. So the curvature along each straight step is in it; what is left out is that gradients
-change within a segment.
+before the run; c, h and s are the simulation's. P is 1 for SGD; for Adam it is estimated over the
+segments so far, from all rows where they are exact, else from batches.
+
+The change that is predicted is log π at the last θ minus log π at the first. So the curvature along
+each straight step is in it; what is left out is that gradients change within a segment.
 
 What pair j does to y_i+ in a segment is ⟨ḡ_i, P c_j ∇θ log π(y_j)⟩, with ḡ_i the mean of the
-gradients of log π(y_i+) at both ends of the segment (the trapezoidal rule), and P as estimated from
-batches, scaled to the segment's Δθ. (Adam's own P is 1/|g| in its first steps; where the gradients
-of rows cancel, it would tell of rounding.) Of single sequences, y+ is the sequence itself.
+gradients of log π(y_i+) at both ends of the segment (the trapezoidal rule). Where rows are exact,
+the estimated P is scaled to the segment's Δθ. (Adam's own P is 1/|g| in its first steps; where
+gradients of rows cancel, it would tell of rounding.) Of single sequences, y+ is the sequence.
 """
 
 from __future__ import annotations
@@ -199,7 +200,9 @@ class _Segments:
         else:
             self.first = Flat(self.parameters)
             self.first.copy(state.first)
-            square = sum((v.double().sum() for v in state.second.values()), torch.zeros(1).double())
+            square = torch.zeros(1).double()
+            for moment in state.second.values():
+                square += moment.sum(dtype=torch.float64).cpu()
             shards.add_up(square)
             self.motion = GramMotion(run, state.steps, float(square))
 
@@ -212,7 +215,7 @@ class _Segments:
             now: log π at the present weights.
             steps: Steps of the segment.
         """
-        kernel = (self._exact if rows.dense.exact else self._sketched)(rows, now, steps)
+        kernel = (self._exact if self.sketch is None else self._sketched)(rows, now, steps)
         if isinstance(self.motion, AdamMotion):
             same = self.step.set_.representatives[: now.numel()]
             self.motion.begin(now.shape, rows.dense.rows[: now.numel()], same, kernel.shrinks)
@@ -283,7 +286,7 @@ class _Segments:
         if isinstance(motion, AdamMotion):
             total.copy_(motion.delta)
         else:
-            if rows.dense.exact:
+            if self.sketch is None:
                 torch.mv(rows.dense.rows[: len(weights)].T, weights.to(total), out=total)
             else:
                 self.passes.bar.say("net step")
@@ -309,7 +312,7 @@ class _Segments:
             log π, and ⟨ḡ_i, P g_j⟩ (N + M, S) float64 with the mean ḡ_i of the gradients of the
             watched sequences here and where the segment began, and g_j of all responses there.
         """
-        scratch, exact = self.scratch.vector, ends.dense.exact
+        scratch, exact = self.scratch.vector, self.sketch is None
         if self.moments is not None:
             self.moments.precondition(scratch.fill_(1.0), 1.0 if exact else 0.5)
         if isinstance(self.motion, AdamMotion):
@@ -386,7 +389,7 @@ def predict_run(
     effects, total = torch.zeros(len(set_.watched), n).double(), torch.zeros_like(before)
     first: tuple[Gram, AdamMetric | None] | None = None
     observed = step.readings.observed
-    spare = rows.empty(rows.numbers) if rows.dense.exact else None
+    spare = rows.empty(rows.numbers) if sketch is None else None
     with model.moving():
         for since, after in pairwise(cuts):
             kernel = model.begin(rows, simulation.now, after - since)

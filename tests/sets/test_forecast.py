@@ -180,7 +180,7 @@ def test_a_run_without_pairs_is_told_where_the_parts_add_up(predicted):
         "dropped": None,
         "reweighted": None,
     }
-    assert "do not add up to this prediction" in unexplained.explain()
+    assert "leave more than half of this prediction unexplained" in unexplained.explain()
 
 
 def test_losses_are_compared_over_the_run(found, predicted):
@@ -269,3 +269,14 @@ def test_runs_that_cannot_be(model, found, predicted):
         predicted.simulate(pair_weights=torch.ones(2))
     with pytest.raises(ValueError, match="refresh must be at least 1, got 0"):
         lddyn.diagnose(model, some_pairs(), run=lddyn.Run(lr=1e-4), refresh=0)
+
+
+def test_a_sketch_with_room_for_whole_gradients_is_none(model):
+    run = lddyn.Run(lr=1e-4, batch=2)
+    size = sum(p.numel() for p in model.parameters())
+    whole, roomy = (
+        lddyn.diagnose(model, some_pairs(), run=run, sketch=sketch, close_ups=0)
+        for sketch in (None, lddyn.Sketch(k=4 * size))
+    )
+    assert roomy.stderr is None and torch.equal(roomy.gram, whole.gram)
+    assert torch.equal(roomy.forecast.change, whole.forecast.change)
