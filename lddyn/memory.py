@@ -61,8 +61,8 @@ def parse_memory(memory: int | str, device: torch.device | None = None) -> int:
         device: Where the memory is; only "auto" depends on it.
 
     Raises:
-        ValueError: If the budget is not a positive number followed by a unit, or a text of less
-            than 64 KiB: no analysis can be made of so little, and "1" is rather meant as 1 GiB.
+        ValueError: If the budget is not a positive number followed by a unit, or a text without a
+            unit of less than 64 KiB: "1" is rather meant as 1 GiB.
 
     Example:
         >>> parse_memory("2GiB")
@@ -83,7 +83,7 @@ def parse_memory(memory: int | str, device: torch.device | None = None) -> int:
             raise ValueError(
                 f"memory must look like '2GiB', '500MB' or 'auto', got {memory!r:.60}"
             ) from None
-        if 0 < value < 1 << 16:
+        if digits == text and 0 < value < 1 << 16:
             raise ValueError(
                 f"memory must be at least 64KiB, got {memory!r:.60}, which is {value:,} bytes: "
                 "give a unit, as in '2GiB'"

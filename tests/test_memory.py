@@ -41,7 +41,7 @@ def test_what_is_no_budget(bad):
         parse_memory(bad)
 
 
-@pytest.mark.parametrize("bad", ["1", "4096", "2KiB", "1e-6GiB", "16"])
+@pytest.mark.parametrize("bad", ["1", "4096", "16"])
 def test_a_budget_of_a_few_bytes_lacks_its_unit(bad):
     with pytest.raises(ValueError, match=rf"at least 64KiB, got '{bad}', which .* give a unit"):
         parse_memory(bad)
