@@ -327,7 +327,7 @@ def _value(name: str, value: Any) -> Any:
     except (OverflowError, TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number, got {str(value)!r:.80}")
+        raise ValueError(f"{name} must be a finite number, got {value!r:.80}")
     if name in _WHOLE and not number.is_integer():
         raise ValueError(f"{name} must be a whole number, got {value!r:.80}")
     return int(number) if name in _WHOLE else number
