@@ -86,15 +86,15 @@ def gradient_scores(gram: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Scores of a Gram of all sequences (y+, y−, held out): as it is, as cosines, and inverted.
 
     Args:
-        gram: (2N + M, 2N + M).
+        gram: Inner products of all sequences with those of the pairs (2N + M, 2N).
         weights: −∂L/∂ log π of y+ and y−, (2, N).
     """
     n = weights.shape[1]
     mix = torch.cat([torch.diag(weights[0]), torch.diag(weights[1])]).to(gram)  # (2N, N)
-    mixed = gram[:, : 2 * n] @ mix  # ⟨g_i, −∇ℓ_j⟩
+    mixed = gram @ mix  # ⟨g_i, −∇ℓ_j⟩
     pairs = mix.T @ mixed[: 2 * n]
-    lengths = gram.diagonal().clamp(min=1e-30).sqrt()[:, None], pairs.diagonal().sqrt()
-    scores = {"": mixed, ", cosine": mixed / lengths[0] / lengths[1]}
+    # Ranks of a target do not depend on the length of its own gradient.
+    scores = {"": mixed, ", cosine": mixed / pairs.diagonal().sqrt()}
     for damping in DAMPING:
         eye = damping * pairs.diagonal().mean() * torch.eye(n).to(pairs)
         scores[f", inverted, λ = {damping:g}"] = torch.linalg.solve(pairs + eye, mixed.T).T
@@ -151,7 +151,7 @@ def all_scores(
     yield "lddyn, run", 0.0, torch.cat([forecast.effects, of_rejected, of_held])
     ches = diagnosis.scores["ches"]
     yield "CHES, the same for all targets", 0.0, -ches.expand(2 * len(pairs) + len(held), -1)
-    gram = lddyn_gram(model, [x for x, _ in pairs] + [y for _, y in pairs] + [x for x, _ in held])
+    gram = torch.cat([diagnosis.gram, diagnosis.step.gram.observed[: len(held)]])
     weights = -diagnosis.step.weights_at(diagnosis.log_probs)
     for name, tau in gradient_scores(gram, weights).items():
         yield "gradients, exact" + name, 4.0 * model.num_parameters(), tau
@@ -161,20 +161,8 @@ def all_scores(
             print(f"{method}: no --python {environment}=PATH was given")
             continue
         gram, kept = peer_gram(method, pythons[environment], args.folder)
-        for name, tau in gradient_scores(gram, weights).items():
+        for name, tau in gradient_scores(gram[:, : 2 * len(pairs)], weights).items():
             yield method + name, kept, tau
-
-
-def lddyn_gram(model: Any, examples: list[lddyn.Example]) -> Tensor:
-    """Exact ⟨∇ log π(y_i), ∇ log π(y_j)⟩ by one backward pass a sequence."""
-    parameters, rows = list(model.parameters()), []
-    for example in examples:
-        logits = model(input_ids=torch.tensor([example.ids])).logits[0].log_softmax(-1)
-        n = len(example)
-        taken = logits[-n - 1 : -1].gather(1, torch.tensor(example.response_ids)[:, None]).sum()
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(taken, parameters)]))
-    stacked = torch.stack(rows)
-    return (stacked @ stacked.T).double()
 
 
 def main() -> None:

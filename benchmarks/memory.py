@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import transformers
+from influence import resident
 from record import provenance, record
 
 import lddyn
@@ -125,12 +126,6 @@ WORK = {
 }
 
 
-def status(key: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(next(x for x in text.splitlines() if x.startswith(key)).split()[1])
-
-
 def warm_up(work: Work) -> None:
     """Imports what the analysis imports, on a model of a few kilobytes."""
     config = transformers.LlamaConfig(
@@ -165,17 +160,17 @@ def cell(path: str, name: str, memory: str, threads: int) -> dict[str, Any]:
     with torch.no_grad():
         model(input_ids=torch.tensor([data[0][0].ids]))
     trim(0)  # what is free now shall not hide what the analysis takes
-    before = status("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     start, refusal = time.perf_counter(), None
     try:
         result = work.run(model, data, memory)
     except (ValueError, MemoryError) as error:
         result, refusal = None, f"{type(error).__name__}: {error}"
-    seconds, peak, after = time.perf_counter() - start, status("VmHWM"), status("VmRSS")
+    seconds, peak, after = time.perf_counter() - start, resident("VmHWM"), resident("VmRSS")
     budget, grown = parse_memory(memory), peak - before
     trim(0)
-    kept = after - status("VmRSS")
+    kept = after - resident("VmRSS")
     del result
     gc.collect()
     trim(0)
@@ -191,7 +186,7 @@ def cell(path: str, name: str, memory: str, threads: int) -> dict[str, Any]:
         "grown_bytes": grown,
         "grown_over_budget": grown / budget,
         "kept_free_bytes": kept,
-        "left_bytes": status("VmRSS") - before,
+        "left_bytes": resident("VmRSS") - before,
         "seconds": seconds,
         "refused": refusal,
         **{key: value for key, value in provenance().items() if key in ("commit", "date")},

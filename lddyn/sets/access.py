@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
-from lddyn.engine.door import check_repeatable, check_separate, check_whole
+from lddyn.engine.door import check_repeatable, check_separate
 from lddyn.engine.gradient import flat_gradient, gradient_of, unflatten
 from lddyn.engine.guard import evaluating
 from lddyn.engine.logits import own_response
@@ -44,7 +44,7 @@ class Access:
     """A model, its trainable parameters, and its Anatomy where it has one.
 
     Args:
-        model: A causal LM of transformers, or its Anatomy.
+        model: A causal LM of transformers, or its Anatomy, that `check_whole` has let in.
         probe: An example to try a push on.
 
     Attributes:
@@ -56,16 +56,13 @@ class Access:
         shards: How the parameters are divided among processes, by FSDP2.
 
     Raises:
-        UnsupportedModelError: If the weights are split by something else than FSDP2, or trainable
-            ones are offloaded.
+        UnsupportedModelError: If trainable weights are split in several ways, or some are whole.
         ValueError: If no parameter is trainable, or two of them share memory.
         UnrepeatableModelError: If the model's logits change from one pass to the next.
     """
 
     def __init__(self, model: nn.Module | Anatomy, probe: Example):
         self.model: nn.Module = Anatomy.module_of(model)
-        check_whole(self.model, allow_fsdp2=True, allow_offloaded=True)
-        reshard(self.model)
         self.parameters = trainable_parameters(self.model)
         self._own = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         check_separate(self.model)

@@ -275,7 +275,15 @@ def diagnose(
                 so_far(Diagnosis(replace(step, gram=gram), unavailable=access.unavailable))
 
             predicted = predict_run(
-                access, passes, kept, step, run, segments=refresh, sketch=sketch, ranked=ranked
+                access,
+                passes,
+                kept,
+                step,
+                run,
+                segments=refresh,
+                sketch=sketch,
+                state=prepared.state,
+                ranked=ranked,
             )
             forecast, adam = predicted.forecast, predicted.adam
             step = replace(step, gram=predicted.gram)

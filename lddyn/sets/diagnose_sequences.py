@@ -129,6 +129,7 @@ def diagnose_sequences(
                 run,
                 segments=prepared.plan.refresh,
                 sketch=sketch,
+                state=prepared.state,
                 ranked=ranked,
             )
             forecast, step = predicted.forecast, replace(step, gram=predicted.gram)

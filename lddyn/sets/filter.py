@@ -19,6 +19,7 @@ from lddyn.files import (
     read_sealed,
     replace_file,
     sealed,
+    unsealed,
 )
 
 if TYPE_CHECKING:
@@ -227,10 +228,11 @@ def read_diagnosed(folder: str | Path) -> JsonObject:
     """
     folder = Path(folder)
     source, record = _source(folder), folder / _RECORD
-    document = read_sealed(record)
+    content = _record(folder)
+    document = unsealed(content, str(record))
     if document.get("kind") not in _KINDS:
         raise ValueError(f"{record}: must hold a diagnosis, got {document.get('kind')!r:.80}")
-    if source["diagnosis_digest"] != digest_of(_record(folder)):
+    if source["diagnosis_digest"] != digest_of(content):
         raise ValueError(
             f"{folder}: {_RECORD} and {_SOURCE} are not of one diagnosis: diagnose again"
         )

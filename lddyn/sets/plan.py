@@ -14,6 +14,7 @@ from lddyn.sets.run import Run
 from lddyn.sets.segments import measured_batches
 from lddyn.sets.training_set import TrainingSet
 from lddyn.sketches.sketch import Sketch
+from lddyn.text import seconds_text
 
 __all__ = ["SetPlan", "parse_budget", "plan_within"]
 
@@ -196,21 +197,13 @@ class SetPlan:
         if self.processes > 1:
             alone = self.epochs / self.processes
             divided = f", the time of {alone:.2g} on one, divided among {self.processes} processes"
-        time = "" if self.seconds is None else f"{_duration(self.seconds)} or more: "
+        time = "" if self.seconds is None else f"{seconds_text(self.seconds)} or more: "
         return (
             f"{time}{self.epochs:.1f} epochs of the training that is explained ({parts}){divided}; "
             f"{how}; {in_gib(self.memory)} beyond the model"
             + (" in each process" if self.processes > 1 else "")
             + "".join(f"; left out for the budget: {what}" for what in self.left_out)
         )
-
-
-def _duration(seconds: float) -> str:
-    """A rough time in the unit that fits."""
-    for size, unit in ((5400, "h"), (90, "min")):
-        if seconds >= size:
-            return f"{seconds / (3600 if unit == 'h' else 60):.2g} {unit}"
-    return f"{seconds:.2g} s"
 
 
 def plan_within(

@@ -51,6 +51,7 @@ class Preparation:
         plan: What the diagnosis will take.
         ranks: Processes that divide the passes; this one alone where weights are split over
             processes, which make every pass together.
+        state: What the run's optimizer remembers of steps before it; None: it is fresh.
     """
 
     access: Access
@@ -59,6 +60,7 @@ class Preparation:
     sketch: Sketch | None
     plan: SetPlan
     ranks: Ranks
+    state: OptimizerState | None
 
 
 def prepare(
@@ -96,7 +98,8 @@ def prepare(
     _check_limits(module, set_)
     check_whole(module, allow_fsdp2=True, allow_offloaded=True)
     reshard(module)
-    parameters = [local(p) for p in trainable_parameters(model)]
+    trainable = trainable_parameters(model)
+    parameters = [local(p) for p in trainable]
     size, first = sum(p.numel() for p in parameters), parameters[0]
     allowed, shown = Budget.of(memory, first.device), progress and not ranks.rank
     with _together(module, ranks) as every:
@@ -111,14 +114,15 @@ def prepare(
         needed += vector_bytes(size, number, run, True, close_ups, lbk)
     if sketch is None and (needed > total or stored):
         sketch = Sketch(k=NUMBERS)
-    whole_size = sum(p.numel() for p in trainable_parameters(model))
-    if sketch is not None and not stored and sketch.k >= whole_size:
+    if sketch is not None and not stored and sketch.k >= sum(p.numel() for p in trainable):
         sketch = None  # whole gradients are not larger
     made = partial(SetPlan.of, set_, size, number, sketch, run, processes=ranks.world)
     plan = plan_within(epochs, made, refresh, close_ups, lbk, allowed)
     access = Access(model, set_.examples[0])  # passes, after what is refused is refused
+    state = None
     if run is not None and run.optimizer_state is not None:
-        OptimizerState.of(run.optimizer_state, run.optimizer, access.named, access.model)
+        source = run.optimizer_state
+        state = OptimizerState.of(source, run.optimizer, access.named, access.model)
     if progress:
         seconds = plan.work * _forward_seconds(module, set_, first.device) / ranks.world
         plan = replace(plan, seconds=seconds)
@@ -129,7 +133,7 @@ def prepare(
     plan = replace(plan, batch=batching.bytes_of(len(set_.sequences)) + largest)
     if shown:
         tqdm.write(f"diagnosis: {plan.explain()}", file=sys.stderr)
-    return Preparation(access, workspace, batching, sketch, plan, ranks)
+    return Preparation(access, workspace, batching, sketch, plan, ranks, state)
 
 
 def _forward_seconds(model: nn.Module, set_: TrainingSet, device: torch.device) -> float:

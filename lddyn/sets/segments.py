@@ -176,7 +176,13 @@ class _Segments:
     """The parts of a predicted run that need the model; sketched rows are of √P ∘ gradients."""
 
     def __init__(
-        self, access: Access, passes: Passes, step: TrainingStep, run: Run, sketch: Sketch | None
+        self,
+        access: Access,
+        passes: Passes,
+        step: TrainingStep,
+        run: Run,
+        sketch: Sketch | None,
+        state: OptimizerState | None,
     ) -> None:
         self.access, self.passes, self.step, self.run = access, passes, step, run
         self.sketch, self.parameters = sketch, access.named
@@ -185,10 +191,7 @@ class _Segments:
         self.start.copy(self.parameters)
         decaying = run.decaying(access.model)
         self.decaying = {n: p for n, p in access.named.items() if n in decaying}
-        state, self.first = None, None
-        if run.optimizer_state is not None:
-            source = run.optimizer_state
-            state = OptimizerState.of(source, run.optimizer, self.parameters, access.model)
+        self.first = None
         adam, shards = run.optimizer == "adamw", access.shards
         self.moments = Moments(self.parameters, run, shards, state) if adam else None
         self.motion: AdamMotion | GramMotion
@@ -361,6 +364,7 @@ def predict_run(
     *,
     segments: int,
     sketch: Sketch | None,
+    state: OptimizerState | None = None,
     ranked: Callable[[Gram], None] = lambda gram: None,
 ) -> Prediction:
     """Predicts a run in segments.
@@ -374,6 +378,7 @@ def predict_run(
         run: Settings of the run.
         segments: Number of segments.
         sketch: How rows are sketched; None: they are exact.
+        state: What the optimizer remembers of steps before the run; None: it is fresh.
         ranked: Gets the Gram at the start, as soon as it is known.
 
     Cost: exact rows: a forward and a backward pass a sequence for each segment but the last; at the
@@ -381,7 +386,7 @@ def predict_run(
     ones: for each segment three such passes (the second moment, the rows, the net step; the first
     of them over half of the set) and what exact rows need at the end.
     """
-    model, n, set_ = _Segments(access, passes, step, run, sketch), len(step), step.set_
+    model, n, set_ = _Segments(access, passes, step, run, sketch, state), len(step), step.set_
     before = step.readings.log_probs
     simulation = Simulation(before, step.pull, run, range(n))
     count = min(segments, simulation.steps)

@@ -11,23 +11,18 @@ from pathlib import Path
 
 import torch
 import zoo
+from influence import resident
 
 import lddyn
-
-
-def status(key):
-    """A figure of this process by the kernel's own count, in MiB."""
-    text = Path("/proc/self/status").read_text()
-    return int(next(x for x in text.splitlines() if x.startswith(key)).split()[1]) / 1024
 
 
 def grown(function):
     """MiB by which resident memory grows while a function runs."""
     ctypes.CDLL(None).malloc_trim(0)  # free memory shall not hide what the function takes
-    before = status("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     function()
-    return status("VmHWM") - before
+    return (resident("VmHWM") - before) / 2**20
 
 
 def main():
