@@ -125,7 +125,6 @@ def _sample_fields(
             row[name] = text
 
 
-@torch.inference_mode()
 def sample(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -159,7 +158,7 @@ def sample(
     ids = [tokenize(tokenizer, text)[-most:] for text in prompts]
     ends = torch.tensor(sorted(eos_ids(tokenizer)), dtype=torch.int64)
     texts = [""] * len(prompts)
-    with evaluating(model):
+    with evaluating(model), torch.inference_mode():
         for indices in _equally_long([len(i) for i in ids], batch):
             tokens = _continue(
                 model,

@@ -70,7 +70,6 @@ class Measured:
 _SUMS = ("log_prob", "greedy", "rest", "entropy", "peakiness", "energy")
 
 
-@torch.no_grad()  # not inference mode: FSDP2 keeps the buffers of its first forward
 def measure(
     model: nn.Module | Anatomy, probes: Encoded | Sequence[Example], *, tokens: int | None = None
 ) -> Measured:
@@ -105,7 +104,8 @@ def measure(
     sums = torch.zeros(len(examples), len(_SUMS), dtype=torch.float64)
     count = torch.tensor([float(len(e)) for e in examples], dtype=torch.float64)
     tokens, left = tokens or tokens_of_a_pass(model), torch.arange(len(examples))
-    with evaluating(model):
+    # Not inference mode: FSDP2 keeps the buffers of its first forward.
+    with evaluating(model), torch.no_grad():  # in this order: the guard holds Ctrl-C back
         while len(left):
             try:
                 _add(model, examples, tokens, left, sums, seen := torch.zeros_like(count))

@@ -15,6 +15,7 @@ from lddyn.engine import head, logits, reference_policy
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.guard import evaluating
 from lddyn.engine.turns import switching, turn, turn_of
+from lddyn.probes.measure import measure
 
 torch.set_num_threads(1)
 
@@ -223,6 +224,7 @@ def guards(model):
     anatomy = Anatomy(model)
     names = list(anatomy.trainable)[:2]
     anatomy.direct = set(names)
+    one_layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
 
     def analyse():
         with (
@@ -235,7 +237,8 @@ def guards(model):
     def rest():
         with evaluating(model):
             logits.own_response(model, zoo.examples()[0])
-        head._only_linear(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+        head._only_linear(one_layer)
+        measure(model, zoo.examples()[:1])
 
     return [analyse, rest]
 
