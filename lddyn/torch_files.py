@@ -8,6 +8,7 @@ all others. So nothing in the file is called or imported.
 
 from __future__ import annotations
 
+import os
 import pickletools
 import struct
 import zipfile
@@ -43,6 +44,8 @@ _STORAGES = {
         "Bool": torch.bool,
     }.items()
 }
+# Keys of dicts: to hash a tuple of tuples may take for ever, or overflow the stack.
+_KEYS = (str, int, float, bool, type(None))
 _TENSOR, _DICT = "torch._utils _rebuild_tensor_v2", "collections OrderedDict"
 
 
@@ -78,7 +81,7 @@ def read_torch_file(path: Path) -> Any:
     with open(open_regular(path), "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
-                return _Reader(archive).read()
+                return _Reader(archive, os.fstat(file.fileno()).st_size).read()
         except _DAMAGED as error:
             raise ValueError(f"{path} is damaged, or not a file of torch.save: {error}") from error
         except ValueError as error:
@@ -86,12 +89,16 @@ def read_torch_file(path: Path) -> Any:
 
 
 class _Reader:
-    def __init__(self, archive: zipfile.ZipFile) -> None:
+    def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
         self.archive = archive
-        (program,) = [
-            n for n in archive.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")
-        ]
-        self.prefix = program.removesuffix("data.pkl")
+        names = archive.namelist()
+        programs = [n for n in names if n.count("/") == 1 and n.endswith("/data.pkl")]
+        if len(programs) != 1:
+            raise ValueError(f"it has {len(programs)} programs (data.pkl), expected one")
+        total = sum(info.file_size for info in archive.infolist())
+        if total > size or len({*names}) < len(names):
+            raise ValueError("its entries overlap or have one name")
+        self.prefix = programs[0].removesuffix("data.pkl")
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -158,6 +165,8 @@ class _Reader:
 
     def set_items(self, values: list[Any]) -> None:
         """Adds keys and values to a dict."""
+        if not all(type(key) in _KEYS for key in values[::2]):
+            raise ValueError("a dict has keys other than text and numbers")
         self._top(dict).update(zip(values[::2], values[1::2], strict=True))
 
     def last(self, count: int) -> list[Any]:
@@ -169,19 +178,23 @@ class _Reader:
     def storage(self) -> None:
         """Names raw numbers: ("storage", type, key, device, count)."""
         kind, named, key, _, count = self.stack.pop()
-        if kind != "storage" or not isinstance(named, _Name) or named.name not in _STORAGES:
-            raise ValueError(f"it holds numbers of an unknown type, {named}")
-        self.stack.append(_Storage(_STORAGES[named.name], str(key), int(count)))
+        whole = type(kind) is type(key) is str and type(count) is int
+        if not whole or kind != "storage" or type(named) is not _Name:
+            raise ValueError("it holds numbers that are no storage of torch")
+        if named.name not in _STORAGES:
+            raise ValueError(f"it holds numbers of an unknown type, {named.name!r:.80}")
+        self.stack.append(_Storage(_STORAGES[named.name], key, count))
 
     def call(self) -> None:
         """Makes a tensor, or an empty ordered dict, which is a dict here."""
         arguments, named = self.stack.pop(), self.stack.pop()
-        if named == _Name(_DICT) and arguments == ():
+        name = named.name if type(named) is _Name else type(named).__name__
+        if name == _DICT and arguments == ():
             self.stack.append({})
-        elif named == _Name(_TENSOR) and isinstance(arguments[0], _Storage):
+        elif name == _TENSOR and type(arguments[0]) is _Storage:
             self.stack.append(self._tensor(*arguments[:4]))
         else:
-            raise ValueError(f"it calls {getattr(named, 'name', named)!r}")
+            raise ValueError(f"it calls {name!r:.80}")
 
     def _tensor(
         self, storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...]

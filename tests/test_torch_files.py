@@ -1,7 +1,9 @@
 """Files of torch.save are read without unpickling: what comes out, and what is refused."""
 
 import collections
+import copy
 import os
+import pickle
 import random
 import zipfile
 
@@ -104,3 +106,45 @@ def test_a_file_that_grows_or_lies_is_refused(compressed, tmp_path):
                 new.writestr(name, content[:-4] if name.endswith("data/0") else content)
     with pytest.raises(ValueError, match=r"y\.pt cannot be read: .* bytes, expected"):
         read_torch_file(other)
+
+
+def program(*operations):
+    return b"\x80\x02" + b"".join(operations) + b"."
+
+
+# A tuple of 2^60 items by 60 pairs; one that is nested 100,000 times.
+PAIRS = [b"K\x01\x85", *[b"q%ch%c\x86" % (i, i) for i in range(60)]]
+DEEP = [b"K\x01", b"\x85" * 10**5]
+
+
+@pytest.mark.case("an optimizer.pt that is a trap")
+@pytest.mark.parametrize(
+    ("operations", "reason"),
+    [
+        ([b"}", *PAIRS, b"K\x02s"], "keys other than text"),
+        ([b"}", *DEEP, b"K\x02s"], "keys other than text"),
+        ([*PAIRS, b"q<(h<h<h<h<h<tQ"], "no storage of torch"),
+        ([*PAIRS, b")R"], "it calls 'tuple'"),
+        ([b"ctorch\n" + b"x" * 1000 + b"\n)R"], "it calls 'torch x{60,80}$"),
+    ],
+)
+def test_structures_that_take_for_ever_are_refused(operations, reason, tmp_path):
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", program(*operations))
+    with pytest.raises(ValueError, match=rf"x\.pt cannot be read: .*{reason}"):
+        read_torch_file(path)
+
+
+def test_entries_that_overlap_are_refused(tmp_path):
+    """Two entries of a zip over the same bytes would be two copies in memory."""
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data/0", bytes(1 << 16))
+        archive.writestr("x/data.pkl", pickle.dumps(1, 2))
+        first = archive.filelist[0]
+        archive.filelist += [copy.copy(first) for _ in range(3)]
+        for number, entry in enumerate(archive.filelist[2:]):
+            entry.filename = f"x/data/{number + 1}"
+    with pytest.raises(ValueError, match=r"x\.pt cannot be read: its entries overlap"):
+        read_torch_file(path)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lddyn.engine.sharded import local
-from lddyn.files import read_regular
+from lddyn.errors import NonFiniteError
+from lddyn.files import LARGEST_RECORD, read_regular, unique_keys
+from lddyn.finite import broken_entries, is_finite
 from lddyn.optimizers import optimizer_kind, trainer_decays, unwrapped_optimizer
 from lddyn.torch_files import read_torch_file
 
@@ -55,29 +57,34 @@ class OptimizerState:
             model: Their model.
 
         Raises:
-            ValueError: If the state is of other parameters, or of another kind of optimizer.
+            ValueError: If the state is of other parameters, or of another kind of optimizer, or is
+                no such state; the message names the file.
+            NonFiniteError: If a moment is NaN or infinite.
         """
-        source = _optimizer_of(source)
+        where, source = _name_of(source), _optimizer_of(source)
         if isinstance(source, torch.optim.Optimizer):
             states = _of_optimizer(source, kind, parameters)
         else:
-            states = _of_dict(_read(source), parameters, model)
+            states = _of_dict(where, _read(source), parameters, model)
         first, second, steps = {}, {}, 0
         for name, state in states.items():
+            of = f"{where} of {name}"
             if unknown := [key for key in ("state1", "max_exp_avg_sq") if key in state]:
                 raise ValueError(
-                    f"the optimizer's state of {name} has {unknown[0]!r} (an 8-bit optimizer or "
-                    "amsgrad), which a predicted run does not follow: predict it without the state"
+                    f"{of} has {unknown[0]!r} (an 8-bit optimizer or amsgrad), which a predicted "
+                    "run does not follow: predict it without the state"
                 )
             if state.get(_FIRST[kind]) is not None:
-                first[name] = _checked(name, state[_FIRST[kind]], parameters[name])
-            if kind == "adamw" and "exp_avg_sq" in state:
-                second[name] = _checked(name, state["exp_avg_sq"], parameters[name])
-            steps = max(steps, int(state.get("step", 0)))
-        if not first and not second:
+                first[name] = _checked(of, state[_FIRST[kind]], parameters[name])
+                if kind == "adamw":
+                    second[name] = _checked(of, state.get("exp_avg_sq"), parameters[name])
+                    if second[name].numel() and float(second[name].min()) < 0:
+                        raise ValueError(f"{of} has a negative second moment: it is damaged")
+            steps = max(steps, _count(of, state.get("step", 0)))
+        if not first:
             raise ValueError(
-                f"the optimizer's state has no moments of {kind} for a trainable parameter: it has "
-                "made no step, or is of another kind of optimizer"
+                f"{where} has no moments of {kind} for a trainable parameter: it has made no step, "
+                "or is of another kind of optimizer"
             )
         return cls(first, second, steps)
 
@@ -88,10 +95,41 @@ def steps_made(source: object) -> int:
     if isinstance(progress, int):
         return progress
     if isinstance(source, str | Path) and (Path(source) / _PROGRESS).is_file():
-        return int(json.loads(read_regular(Path(source) / _PROGRESS))["global_step"])
-    source = _optimizer_of(source)
+        return _steps_in(Path(source) / _PROGRESS)
+    where, source = _name_of(source), _optimizer_of(source)
     held = source.state if isinstance(source, torch.optim.Optimizer) else _read(source)["state"]
-    return max((int(state.get("step", 0)) for state in held.values()), default=0)
+    return max((_count(where, state.get("step", 0)) for state in held.values()), default=0)
+
+
+def _steps_in(path: Path) -> int:
+    """The steps that a checkpoint's trainer_state.json says were made."""
+    text = read_regular(path, limit=LARGEST_RECORD)
+    try:
+        steps = json.loads(text, object_pairs_hook=unique_keys)["global_step"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f'{path} has no number of steps, "global_step": {error}') from None
+    return _count(str(path), steps)
+
+
+def _count(where: str, steps: object) -> int:
+    """A number of steps; optimizers of torch hold it as a tensor."""
+    if isinstance(steps, Tensor) and steps.numel() == 1:
+        steps = steps.item()
+    whole = isinstance(steps, int | float) and type(steps) is not bool
+    if whole and 0 <= steps < 2**53 and steps == int(steps):  # type: ignore[operator, call-overload]
+        return int(steps)  # type: ignore[call-overload, no-any-return]
+    shown = repr(steps) if whole or isinstance(steps, str) else f"a {type(steps).__name__}"
+    raise ValueError(f"{where}: the number of steps must be a whole number, got {shown:.60}")
+
+
+def _name_of(source: object) -> str:
+    """What errors call the state of an optimizer."""
+    return str(_file(source)) if isinstance(source, str | Path) else "the optimizer's state"
+
+
+def _file(source: str | Path) -> Path:
+    """The file of a state, of which a checkpoint's folder has one."""
+    return Path(source) / _FILE if Path(source).is_dir() else Path(source)
 
 
 def _optimizer_of(source: object) -> object:
@@ -105,8 +143,9 @@ def _optimizer_of(source: object) -> object:
 
 def _read(source: object) -> Mapping[str, Any]:
     """The state dict of an optimizer, from a file or a checkpoint's folder where it is in one."""
+    where = _name_of(source)
     if isinstance(source, str | Path):
-        path = Path(source) / _FILE if Path(source).is_dir() else Path(source)
+        path = _file(source)
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: no such file; a checkpoint of transformers' Trainer has the optimizer's "
@@ -115,9 +154,18 @@ def _read(source: object) -> Mapping[str, Any]:
         source = read_torch_file(path)
     if not isinstance(source, Mapping) or not {"state", "param_groups"} <= {*source}:
         raise ValueError(
-            "the state must be a torch optimizer, its state_dict, a trainer, or a checkpoint's "
+            f"{where} must be a torch optimizer, its state_dict, a trainer, or a checkpoint's "
             f"folder with {_FILE}, got {type(source).__name__}"
         )
+    states, groups = source["state"], source["param_groups"]
+    try:  # a parameter is named by its number, or by its name
+        named = all(type(i) in (int, str) for group in groups for i in group["params"])
+        named &= all(type(n) is str for group in groups for n in group.get("param_names", ()))
+        whole = named and all(isinstance(state, Mapping) for state in states.values())
+    except (AttributeError, TypeError, LookupError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{where} is no state of an optimizer: it has other things in its place")
     return source
 
 
@@ -146,17 +194,23 @@ def _of_optimizer(
 
 
 def _of_dict(
-    state: Mapping[str, Any], parameters: Mapping[str, Tensor], model: nn.Module
+    where: str, state: Mapping[str, Any], parameters: Mapping[str, Tensor], model: nn.Module
 ) -> dict[str, Mapping[str, Any]]:
     groups = [list(group["params"]) for group in state["param_groups"]]
     for names in _orders(state["param_groups"], list(parameters), model):
         if [len(part) for part in names] == [len(group) for group in groups]:
             pairs = zip(names, groups, strict=True)
             places = {n: i for part, group in pairs for n, i in zip(part, group, strict=True)}
-            return {n: state["state"][i] for n, i in places.items() if i in state["state"]}
+            held = {n: state["state"][i] for n, i in places.items() if i in state["state"]}
+            if not held.keys() <= parameters.keys():
+                raise ValueError(
+                    f"{where} is of {min(held.keys() - parameters.keys())!r:.80}, "
+                    "which is no trainable parameter of this model"
+                )
+            return held
     sizes = " and ".join(str(len(group)) for group in groups)
     raise ValueError(
-        f"the optimizer's state has {sizes} parameters, and the model {len(parameters)} trainable "
+        f"{where} has {sizes} parameters, and the model {len(parameters)} trainable "
         "ones in the order of transformers' Trainer: give the model of that checkpoint, with the "
         "same parameters trainable"
     )
@@ -173,11 +227,22 @@ def _orders(
     return [two, [names], [part for part in two if part]]
 
 
-def _checked(name: str, value: Tensor, parameter: Tensor) -> Tensor:
+def _checked(where: str, value: object, parameter: Tensor) -> Tensor:
+    """A moment of a parameter: this process's part of it."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise ValueError(
+            f"{where} must have moments of floating-point numbers, got "
+            f"{value.dtype if isinstance(value, Tensor) else type(value).__name__}"
+        )
     part = local(value)
     if part.shape != local(parameter).shape:
         raise ValueError(
-            f"the optimizer's state of {name} has the shape {tuple(part.shape)}, and the parameter "
+            f"{where} has the shape {tuple(part.shape)}, and the parameter "
             f"{tuple(local(parameter).shape)}: it is the state of another model"
+        )
+    if not is_finite(part):
+        raise NonFiniteError(
+            f"{where} has {broken_entries(part)}: the run is broken; go back to an earlier "
+            "checkpoint"
         )
     return part

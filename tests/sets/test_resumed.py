@@ -11,6 +11,7 @@ from preference_pairs import some_pairs
 from torch.nn.functional import logsigmoid
 
 import lddyn
+from lddyn.sets.resumed import OptimizerState
 
 PAIRS, START = some_pairs(), 9
 
@@ -113,7 +114,7 @@ def test_states_that_are_not_of_the_run(model, tmp_path):
         (fresh, "made no step"),
         ({"state": {}, "param_groups": [{"params": [0]}]}, "has 1 parameters, and the model 12"),
         (other, "one of adamw, and the optimizer's state is of SGD"),
-        (3, "the state must be a torch optimizer, .*, got int"),
+        (3, "the optimizer's state must be a torch optimizer, .*, got int"),
     ):
         with pytest.raises(ValueError, match=message):
             lddyn.diagnose(model, PAIRS, run=run.resumed(source, start=1), close_ups=0)
@@ -124,3 +125,48 @@ def test_states_that_are_not_of_the_run(model, tmp_path):
         run.resumed(tmp_path)
     with pytest.raises(ValueError, match="start=15 leaves no step: the whole run has 15"):
         replace(run, start=15).batches(range(5))
+
+
+def moment(name, value):
+    """A change of an optimizer's state: a moment of its first parameter."""
+    return lambda state: state["state"][0].update({name: value(state["state"][0][name])})
+
+
+@pytest.mark.case("an optimizer's state with other things in it")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (moment("exp_avg", lambda m: m * float("nan")), "NaN or infinite of .* go back"),
+        (moment("exp_avg_sq", lambda v: v / 0), "NaN or infinite of .* go back"),
+        (moment("exp_avg_sq", lambda v: v - 1), "negative second moment"),
+        (moment("exp_avg_sq", lambda v: None), "floating-point numbers, got NoneType"),
+        (moment("exp_avg", lambda m: m.long()), "floating-point numbers, got torch.int64"),
+        (moment("step", lambda t: t * float("inf")), "a whole number, got inf"),
+        (moment("step", lambda t: [1]), "a whole number, got a list"),
+        (lambda state: state.update(state=[1]), "other things in its place"),
+        (lambda state: state["param_groups"][0].pop("params"), "other things in its place"),
+        (lambda state: state["param_groups"][0].update(param_names=["x"] * 12), "is of 'x'"),
+    ],
+)
+def test_a_damaged_state_is_named(model, tmp_path, change, message):
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    twin = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer.step()
+    model.zero_grad()
+    model.load_state_dict(twin)
+    state = copy.deepcopy(optimizer.state_dict())
+    change(state)
+    path = tmp_path / "optimizer.pt"
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=rf"optimizer\.pt.*{message}"):
+        OptimizerState.of(path, "adamw", dict(model.named_parameters()), model)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "[" * 100_000, '{"global_step": 1e999}', "\udcff"])
+def test_a_damaged_progress_is_named(tmp_path, text):
+    path = tmp_path / "trainer_state.json"
+    path.write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=r"trainer_state\.json.* number of steps"):
+        lddyn.Run(lr=1e-4).resumed(tmp_path)
