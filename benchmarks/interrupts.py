@@ -44,7 +44,7 @@ def _chosen(code: CodeType) -> bool:
 
 
 @contextlib.contextmanager
-def _traced(call: Callable[[FrameType], None]) -> Iterator[None]:
+def _traced(call: Any) -> Iterator[None]:
     """Calls a function at every line of the shielded functions, and between them and a `with`."""
 
     def line(frame: FrameType, event: str, _: Any) -> Any:
@@ -52,8 +52,13 @@ def _traced(call: Callable[[FrameType], None]) -> Iterator[None]:
             call(frame)
         return line
 
+    def enter(frame: FrameType, event: str, _: Any) -> Any:
+        return line if _chosen(frame.f_code) else None
+
+    # A signal that arrives while these run arrives in a frame that is not there without tracing.
+    SHIELDED.update(function.__code__ for function in (line, enter, call))
     before = sys.gettrace()
-    sys.settrace(lambda frame, event, _: line if _chosen(frame.f_code) else None)
+    sys.settrace(enter)
     try:
         yield
     finally:

@@ -286,6 +286,16 @@ _WHOLE = {
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "seed"),
     *("data_seed", "max_length", "max_prompt_length", "max_completion_length"),
 }
+_BILLION = 10.0**9
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, math.nextafter(1, 0))),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon"), (0, math.inf)),
+    **dict.fromkeys(("warmup_steps", "num_train_epochs"), (0, _BILLION)),
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), (1, _BILLION)),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**63 - 1)),
+    **{"warmup_ratio": (0, 1), "max_steps": (-_BILLION, _BILLION), "max_length": (2, _BILLION)},
+    **dict.fromkeys(("max_prompt_length", "max_completion_length"), (1, _BILLION)),
+}
 _SWITCHES = {
     *("dataloader_drop_last", "reference_free", "packing", "bf16", "fp16", "use_weighting"),
     *("sync_ref_model", "precompute_ref_log_probs", "assistant_only_loss", "padding_free"),
@@ -313,6 +323,9 @@ def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
                 typed[name] = None
             continue
         typed[name] = _value(name, value) if known else value
+    mode = typed.get("truncation_mode", "keep_end")
+    if mode not in ("keep_start", "keep_end"):
+        raise ValueError(f'truncation_mode must be "keep_start" or "keep_end", got {mode!r:.80}')
     return typed
 
 
@@ -330,6 +343,9 @@ def _value(name: str, value: Any) -> Any:
         raise ValueError(f"{name} must be a finite number, got {value!r:.80}")
     if name in _WHOLE and not number.is_integer():
         raise ValueError(f"{name} must be a whole number, got {value!r:.80}")
+    low, high = _RANGES.get(name, (-math.inf, math.inf))
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be from {low:g} to {high:g}, got {value!r:.80}")
     return int(number) if name in _WHOLE else number
 
 

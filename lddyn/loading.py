@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import safetensors
 
-from lddyn.files import LARGEST_RECORD, read_regular
+from lddyn.files import LARGEST_RECORD, parse_json, read_regular
 from lddyn.text import first_sentences
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger("lddyn")
+
+_LAYERS = (
+    10_000  # of a model that is loaded at all: each takes time and memory before a weight is read
+)
 
 _TOKENIZERS = ("token*", "vocab*", "*.model", "*.tiktoken", "*.py")  # files that one has
 
@@ -132,6 +136,10 @@ def load_model(
         name, adapter = base, name
     check_folder("model", name, needs="config.json")
     check_indices(Path(name).expanduser())
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > _LAYERS:
+        raise ValueError(f"model {name}: its config.json says {layers} layers: it is damaged")
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -162,6 +170,9 @@ def add_adapter(model: nn.Module, adapter: str) -> nn.Module:
         ImportError: If peft is not installed.
     """
     check_folder("adapter", adapter, needs="adapter_config.json")
+    folder = Path(adapter).expanduser()
+    if folder.is_dir() and not any(folder.glob("adapter_model.*")):  # peft would ask the hub
+        raise ValueError(f"adapter {adapter}: this folder has no adapter_model.safetensors")
     try:
         from peft import PeftModel
     except ImportError:
@@ -180,13 +191,16 @@ def adapter_base(name: str) -> str | None:
     file = folder / "adapter_config.json"
     if not file.is_file() or (folder / "config.json").is_file():
         return None
-    base = json.loads(read_regular(file, limit=LARGEST_RECORD)).get("base_model_name_or_path")
-    if not base:
+    try:
+        base = parse_json(read_regular(file, limit=LARGEST_RECORD))["base_model_name_or_path"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file}: no configuration of an adapter: {error}") from None
+    if not isinstance(base, str) or not base:
         raise ValueError(
             f"model {name} holds an adapter whose adapter_config.json names no base model: give "
             "the base model, and this folder as its adapter"
         )
-    return str(base)
+    return base
 
 
 def check_indices(folder: Path) -> None:
@@ -247,6 +261,8 @@ def check_folder(what: str, name: str, needs: str | None = None) -> None:
     for file in sorted(path.iterdir()):
         if file.exists() and not file.is_file() and not file.is_dir():
             raise ValueError(f"{file}: must be a regular file, not a pipe or a device")
+        if file.suffix == ".json" and file.is_file() and file.stat().st_size > LARGEST_RECORD:
+            raise ValueError(f"{file}: larger than {LARGEST_RECORD} bytes")
     if needs is not None and not (path / needs).is_file():
         raise ValueError(f"{what} {name}: this folder has no {needs}")
 
@@ -285,6 +301,10 @@ def _named_errors(what: str, name: str) -> Iterator[None]:
 def _reason(error: Exception, name: str) -> str:
     """Why a library could not load something, in one line that names the file if it is damaged."""
     text = first_sentences(str(error)) or type(error).__name__
+    if isinstance(error, LookupError | AttributeError | ArithmeticError):
+        text = f"{type(error).__name__}: {text}"  # its text is a name alone, or a riddle
+    if "ignore_mismatched_sizes" in text:  # "look at the above report", which is switched off
+        return _misfit(Path(name).expanduser())
     if "Unrecognized configuration class" in text:
         found = re.search(r"\.(\w+)'>", text)
         return f"a {found[1] if found else 'configuration'} is of no causal language model"
@@ -295,3 +315,22 @@ def _reason(error: Exception, name: str) -> str:
         except Exception as damage:
             return f"{file} is damaged: {damage}"
     return text
+
+
+def _misfit(folder: Path) -> str:
+    """The first weight whose shape in the files is not that of the configuration."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safetensors.safe_open(file, framework="np") as weights:
+            for name in sorted(weights.keys()):
+                own = weights.get_slice(name).get_shape()
+                if own != shapes.get(name, own):
+                    return (
+                        f"{file}: {name} has the shape {own}, and config.json says {shapes[name]}"
+                    )
+    return "its weights have other shapes than config.json says"

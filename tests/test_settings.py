@@ -157,6 +157,10 @@ BOMB = "\n".join(
         ("a.yaml", "trainer: ppo", "trainer must be one of"),
         ("a.yaml", "#" * (1 << 20) + "\n", "larger than"),
         ("a.yaml", "", "must hold arguments by name"),
+        ("a.yaml", "trainer: dpo\nlearning_rate: -1", "learning_rate must be from 0 to inf"),
+        ("a.json", '{"trainer": "dpo", "seed": 1e30}', "seed must be from 0 to 9.22337e"),
+        ("a.json", '{"trainer": "dpo", "max_length": -4}', "max_length must be from 2 to"),
+        ("a.json", '{"trainer": "dpo", "truncation_mode": 1}', 'must be "keep_start" or "keep_end'),
     ],
 )
 def test_a_hostile_configuration_is_an_error_in_one_line(tmp_path, name, text, reason):

@@ -1,5 +1,6 @@
 """What the program says last for a user's mistakes, and after Ctrl-C: one line, no more."""
 
+import json
 import os
 import resource
 import signal
@@ -9,6 +10,10 @@ import time
 
 import pytest
 from commands import call, errors
+
+
+def dumped(values):
+    return json.dumps(values).encode()
 
 
 @pytest.mark.case("a folder without a tokenizer, or with damaged weights")
@@ -32,6 +37,38 @@ def test_folders_of_models_that_lack_something(model, pairs, tmp_path):
     assert "T5Config is of no causal language model" in refusal(
         config=b'{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}'
     )
+    config = json.loads((model / "config.json").read_text())
+    other = {**config, "vocab_size": 10**12}
+    assert "model.safetensors: lm_head.weight has the shape [" in refusal(config=dumped(other))
+    endless = dumped({**config, "num_hidden_layers": 10**9})
+    assert "its config.json says 1000000000 layers: it is damaged" in refusal(config=endless)
+
+
+@pytest.mark.case("an adapter's folder that lacks something")
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[]", "adapter_config.json: no configuration of an adapter"),
+        ("[" * 100_000, "adapter_config.json: no configuration of an adapter: too deeply nested"),
+        ('{"base_model_name_or_path": 5}', "names no base model"),
+        ('{"base_model_name_or_path": MODEL}', "this folder has no adapter_model.safetensors"),
+    ],
+)
+def test_folders_of_adapters_that_lack_something(model, pairs, tmp_path, text, reason):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    text = text.replace("MODEL", json.dumps(str(model)))
+    (folder / "adapter_config.json").write_text(text)
+    assert reason in errors("decompose", "--model", folder, "--data", pairs)
+
+
+def test_a_description_of_40_gib_is_not_read(model, pairs, tmp_path):
+    for file in model.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "tokenizer.json").unlink()
+    with open(tmp_path / "tokenizer.json", "wb") as file:
+        file.truncate(40 << 30)
+    assert "tokenizer.json: larger than" in errors("audit", "--model", tmp_path, "--data", pairs)
 
 
 def test_a_pipe_in_the_place_of_weights(model, pairs, tmp_path):
