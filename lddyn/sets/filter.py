@@ -124,7 +124,7 @@ def filter_rows(
             "no weights keep every chosen response from falling, so that there is none to "
             "write: leave the worst pairs out (drop), or choose another loss"
         )
-    numbers = [int(pair.get("row", pair.get("pair", pair.get("sequence")))) for pair in pairs]
+    numbers = [int(_number(pair)) for pair in pairs]
     if max(numbers) >= len(rows):
         raise ValueError(
             f"row {max(numbers)} was diagnosed, but there are {len(rows)} rows: give the rows that "
@@ -236,7 +236,31 @@ def read_diagnosed(folder: str | Path) -> JsonObject:
         raise ValueError(
             f"{folder}: {_RECORD} and {_SOURCE} are not of one diagnosis: diagnose again"
         )
+    if not _is_whole(document):
+        raise ValueError(f"{record}: its rows, ranks and weights do not fit together")
     return document
+
+
+def _is_whole(document: JsonObject) -> bool:
+    """Whether rows, ranks and weights are such as `Diagnosis.to_dict` writes."""
+    pairs = document.get("pairs", document.get("sequences"))
+    weights = document.get("pair_weights", document.get("row_weights"))
+    try:
+        n, numbers = len(pairs), [_number(pair) for pair in pairs]
+        ranked = sorted(document["worst"]) == [*range(n)]
+        finite = all(math.isfinite(_contribution(pair)) for pair in pairs)
+        weighted = weights is None or (
+            len(weights) == n and all(0 <= weight <= 1.001 * n for weight in weights)  # mean 1
+        )
+    except (TypeError, AttributeError, LookupError, ValueError, OverflowError):
+        return False
+    counted = all(type(x) is int and x >= 0 for x in numbers) and len({*numbers}) == n > 0
+    return counted and finite and weighted and ranked
+
+
+def _number(pair: Mapping[str, Any]) -> Any:
+    """The number of a pair's row in the data set."""
+    return pair.get("row", pair.get("pair", pair.get("sequence")))
 
 
 def _source(folder: Path) -> dict[str, str]:

@@ -99,7 +99,7 @@ def read_manifest(path: Path) -> Manifest:
         sound = render(manifest) == data  # the checksum, and no byte more
         version = manifest.get("format")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise StoreCorruptError(f"{file}: damaged: {error}") from error
+        raise StoreCorruptError(f"{file}: damaged: {error!r}") from error
     if not sound:
         raise StoreCorruptError(f"{file}: checksum does not match: the manifest is damaged")
     if version != FORMAT:

@@ -73,8 +73,9 @@ class Writer:
             index = len(self.contents.example_ids) + len(self.examples)
         if self.contents.at(index) is not None or index in self._indices:
             raise ValueError(
-                f"index {index} belongs to another example: pass index=, the place of this one in "
-                "the data set"
+                f"{self.contents.shards.path}: index {index} belongs to another example: pass "
+                "index=, the place of this one in its data set, or take another folder (--out, "
+                "--store) for another data set"
             )
         dtype = self.contents.shards.dtype
         kept = rows.to("cpu", dtype, copy=True).contiguous()

@@ -99,7 +99,8 @@ def test_a_diagnosis_and_its_rows_are_of_one_save(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "rows.jsonl").write_text(f'{{"prompt": "{name}"}}\n')
-        content = {"kind": "lddyn.Diagnosis", "worst": [0], "name": name, "pairs": [{"row": 0}]}
+        content = {"kind": "lddyn.Diagnosis", "worst": [0], "name": name}
+        content["pairs"] = [{"row": 0, "contribution": 1.0}]
         (folder / "diagnosis.json").write_text(sealed(content))
         write_source(folder, folder / "rows.jsonl")
     one, other = tmp_path / "one", tmp_path / "other"
@@ -115,3 +116,35 @@ def test_a_diagnosis_and_its_rows_are_of_one_save(tmp_path):
     (one / "source.json").write_text(sealed({"data": "x"}))
     with pytest.raises(ValueError, match=r"source\.json: has no data_digest"):
         check_source(one)
+
+
+@pytest.mark.case("a diagnosis that was edited and sealed anew")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pair_weights": ["x", 1.0]},
+        {"pair_weights": [1.0]},
+        {"pair_weights": [-1.0, 3.0]},
+        {"pair_weights": [1e12, 1.0]},
+        {"worst": [0, 0]},
+        {"worst": ["a", "b"]},
+        {"pairs": "ab"},
+        {"pairs": [{"row": 0, "contribution": 1.0}] * 2},
+        {"pairs": [{"row": -1, "contribution": 1.0}, {"row": 0, "contribution": 1.0}]},
+        {"pairs": [{"row": 0, "contribution": None}, {"row": 1, "contribution": 1.0}]},
+        {"pairs": [], "worst": [], "pair_weights": []},
+    ],
+)
+def test_a_diagnosis_whose_parts_do_not_fit_is_named(tmp_path, change):
+    pairs = [{"row": row, "contribution": -1.0} for row in range(2)]
+    content = {"kind": "lddyn.Diagnosis", "worst": [1, 0], "pair_weights": [0.5, 1.5]}
+    (tmp_path / "rows.jsonl").write_text("{}\n" * 2)
+    for changed in ({}, change):
+        (tmp_path / "diagnosis.json").write_text(sealed(content | {"pairs": pairs} | changed))
+        write_source(tmp_path, tmp_path / "rows.jsonl")
+        if not changed:
+            assert read_diagnosed(tmp_path)["worst"] == [1, 0]
+    with pytest.raises(
+        ValueError, match=r"diagnosis\.json: its rows, ranks and weights do not fit"
+    ):
+        read_diagnosed(tmp_path)
