@@ -183,10 +183,20 @@ def read_regular(
 
 
 def append_text(path: Path, text: str) -> None:
-    """Appends to a regular file, which is made if it is not there; a link is refused."""
+    """Appends to a regular file, which is made if it is not there; a link is refused.
+
+    Where there is no room for all of the text, nothing is appended.
+    """
     fd = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    with os.fdopen(fd, "a", encoding="utf-8") as file:
-        file.write(text)
+    try:
+        size = os.fstat(fd).st_size
+        try:
+            write_all(fd, text.encode())
+        except OSError as error:  # a full disk: calls of the kernel on numbers name no file
+            os.ftruncate(fd, size)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(fd)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

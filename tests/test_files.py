@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import resource
+import signal
 
 import pytest
 
@@ -119,6 +121,22 @@ def test_nothing_is_appended_through_a_link(tmp_path):
     append_text(tmp_path / "a", "two\n")
     assert (tmp_path / "a").read_text() == "one\ntwo\n"
     assert (tmp_path / "other").read_text() == "somebody's"
+
+
+@pytest.mark.case("a full disk")
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a"
+    append_text(path, "one\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6, hard))
+    try:
+        with pytest.raises(OSError, match=r"too large: '.*/a'"):
+            append_text(path, "two\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert path.read_text() == "one\n"
 
 
 def test_digests_do_not_depend_on_parts_or_order_of_keys():

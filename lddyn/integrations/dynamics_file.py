@@ -36,6 +36,7 @@ class DynamicsFile:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "dynamics.jsonl"
         self._probes = _digest(probes)
+        self._written: tuple[int, int] | None = None  # the file as this run left it
 
     def resume(self, step: int) -> tuple[list[Row], Tensor | None]:
         """Keep the rows up to a checkpoint; those after it belong to steps that were undone.
@@ -62,6 +63,7 @@ class DynamicsFile:
         if foreign:
             self._set_aside()
         replace_file(self.path, "".join(sealed(row, indent=None) for row in kept))
+        self._written = self._now()
         rows = [
             {k: _number(v) for k, v in row.items() if k not in ("each", "probes")} for row in kept
         ]
@@ -75,9 +77,22 @@ class DynamicsFile:
         Args:
             row: The row.
             each: Log-prob of each example, nats.
+
+        Raises:
+            ValueError: If another run has begun to write there.
         """
+        if self._written not in (None, self._now()):
+            raise ValueError(
+                f"{self.path}: another run writes there, too; give each run a folder of its own"
+            )
         line = {**row, "each": [round(x, 4) for x in each], "probes": self._probes}
         append_text(self.path, sealed(line, indent=None))
+        self._written = self._now()
+
+    def _now(self) -> tuple[int, int]:
+        """Which file is there, and how long it is."""
+        about = self.path.stat()
+        return about.st_ino, about.st_size
 
     def _set_aside(self) -> None:
         number = 1

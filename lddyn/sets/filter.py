@@ -243,7 +243,7 @@ def read_diagnosed(folder: str | Path) -> JsonObject:
 
 def _is_whole(document: JsonObject) -> bool:
     """Whether rows, ranks and weights are such as `Diagnosis.to_dict` writes."""
-    pairs = document.get("pairs", document.get("sequences"))
+    pairs: Any = document.get("pairs", document.get("sequences"))
     weights = document.get("pair_weights", document.get("row_weights"))
     try:
         n, numbers = len(pairs), [_number(pair) for pair in pairs]

@@ -70,3 +70,15 @@ def test_a_new_run_and_other_probes_put_the_file_aside(file):
     assert DynamicsFile(file.path.parent, encoded(2, 4)).resume(0) == ([], None)
     assert json.loads(file.path.with_name("dynamics-2.jsonl").read_text())["step"] == 4
     assert file.path.read_text() == ""
+
+
+@pytest.mark.case("two runs that are watched in one folder")
+def test_rows_of_two_runs_are_not_mixed(file):
+    """The later run keeps the folder, and the earlier one is told at its next row."""
+    later = DynamicsFile(file.path.parent, encoded(2, 3))
+    later.resume(0)
+    later.append({"step": 0}, [0.0, 0.0])
+    with pytest.raises(ValueError, match=r"dynamics\.jsonl: another run writes there, too"):
+        file.append({"step": 6}, [0.0, 0.0])
+    later.append({"step": 1}, [0.0, 0.0])
+    assert [row["step"] for row in read_dynamics(file.path)] == [0, 1]
