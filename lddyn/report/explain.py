@@ -293,13 +293,11 @@ def _without(without: Mapping[str, Any], pairs: str) -> str:
             " The effects of single pairs leave more than half of this prediction unexplained, so "
             f"no prediction is made for a run without {pairs}."
         )
-    text = (
+    return (
         f" Without {pairs} the run is predicted to change log π(y+) by "
-        f"{signed(without['dropped'], 2)} nats on average."
+        f"{signed(without['dropped'], 2)} nats on average, with reweighted pairs by "
+        f"{signed(without['reweighted'], 2)} nats."
     )
-    if without["reweighted"] is None:
-        return text + " No pair weights keep every y+ from falling."
-    return text + f" With reweighted pairs it is {signed(without['reweighted'], 2)} nats."
 
 
 def _harm(summary: Summary, kind: str) -> list[Sentence]:
@@ -320,21 +318,6 @@ def _harm(summary: Summary, kind: str) -> list[Sentence]:
     )
     if harm["without"] is not None:
         text += _without(harm["without"], "this pair" if worst == 1 else "these pairs")
-    return [Sentence(about="the pairs", text=text, sure=sure, kind=kind)]
-    worst = harm["worst"]
-    text = (
-        f"{count(harm['pairs'])} lower{'s' if harm['pairs'] == 1 else ''} the chosen responses of "
-        f"all pairs on average; the worst {worst} do{'es' if worst == 1 else ''} "
-        f"{percent(harm['part'])} of it ({named(harm['worst_pairs'], summary['noun'])})"
-        + (" in the planned run." if run is not None else ".")
-    )
-    if harm["without"] is not None:
-        without = harm["without"]
-        text += (
-            f" Without {'this pair' if worst == 1 else 'these pairs'} the run is predicted to "
-            f"change log π(y+) by {signed(without['dropped'], 2)} nats on average, with reweighted "
-            f"pairs by {signed(without['reweighted'], 2)}."
-        )
     return [Sentence(about="the pairs", text=text, sure=sure, kind=kind)]
 
 

@@ -17,7 +17,7 @@ from lddyn.objectives.loss import Loss
 from lddyn.objectives.losses import Value
 from lddyn.results import Result
 from lddyn.sets.close_ups import CloseUp
-from lddyn.sets.forecast import Forecast, projected, simulate
+from lddyn.sets.forecast import Forecast, least_falls, simulate
 from lddyn.sets.motion import AdamMetric
 from lddyn.sets.pairs import Pair, PairSet
 from lddyn.sets.run import Run
@@ -306,20 +306,19 @@ class Diagnosis(Result):
         return self.adam
 
     def pair_weights(self) -> Tensor:
-        """Pair weights: the least change from 1 after which no y+ is predicted to fall.
+        """Pair weights near 1 under which y+ are predicted to fall little.
 
-            min ‖a − 1‖²  subject to  Σ_j a_j effect of j on log π(y_i+) ≥ 0 for all i,  a ≥ 0
+            min Σ_j (a_j − 1)² + 100 Σ_i min(0, Σ_j a_j E_ij / max_j |E_ij|)²,  a ≥ 0,  Σ a = N
 
-        scaled to a mean of 1, so that as much is trained as before. Effects are those of the run
-        (`forecast`), or else of one step on the set; they are taken as they are at a = 1.
+        E_ij is the effect of pair j on log π(y_i+) in the run (`forecast`), or else in one step on
+        the set, as it is at a = 1. The mean is 1, so that as much is trained as before.
 
         Returns:
-            (N,) float64, 0 for pairs that are better left out; all 0 if no other weights will do.
+            (N,) float64, 0 for pairs that are better left out.
         """
         n = len(self)
         effects = self.step.effects[:n] if self.forecast is None else self.forecast.effects
-        weights = projected(effects)
-        return weights / weights.mean() if bool(weights.any()) else weights
+        return least_falls(effects)
 
     def objectives(self) -> list[dict[str, Any]]:
         """One row per loss: what a step on the set does, and with `run` what the run does.

@@ -121,8 +121,7 @@ def filter_rows(
         )
     if by_weight and not any(given):
         raise ValueError(
-            "no weights keep every chosen response from falling, so that there is none to "
-            "write: leave the worst pairs out (drop), or choose another loss"
+            "all weights of the diagnosis are 0: make it anew with this version"
         )
     numbers = [int(_number(pair)) for pair in pairs]
     if max(numbers) >= len(rows):

@@ -26,7 +26,7 @@ from lddyn.sets.run import Batch, Run
 __all__ = [
     "Forecast",
     "Simulation",
-    "projected",
+    "least_falls",
     "response_effects",
     "simulate",
 ]
@@ -138,6 +138,7 @@ class Forecast(Result):
 
 
 _KIND = "lddyn.Forecast"
+_FALLS = 100.0  # what a fall costs in `least_falls`
 
 
 class Simulation:
@@ -168,6 +169,19 @@ class Simulation:
         self.steps = len(self._batches)
         self._rates = run.rates(self.steps)
         self._done = 0
+
+    def cuts(self, segments: int) -> list[int]:
+        """Steps between which segments lie: 0, …, steps.
+
+        The learning rates of each segment add up to about the same, so that a schedule which decays
+        has its first segment shorter. There is no segment without a step.
+        """
+        count = min(segments, self.steps)
+        passed, cuts = torch.tensor([0.0, *self._rates]).double().cumsum(0), [0]
+        for k in range(1, count):
+            near = int((passed - passed[-1] * k / count).abs().argmin())
+            cuts.append(min(max(near, cuts[-1] + 1), self.steps - count + k))
+        return [*cuts, self.steps]
 
     def advance(self, steps: int, motion: Motion) -> None:
         """Makes some steps with gradients that stay as they are.
@@ -236,22 +250,31 @@ def response_effects(kernel: Tensor, net: Tensor) -> Tensor:
     return (kernel.reshape(len(kernel), *net.shape) * net).sum(1)
 
 
-def projected(effects: Tensor) -> Tensor:
-    """The pair weights nearest to 1 under which no row of E = effects has a negative sum, (N,).
+def least_falls(effects: Tensor) -> Tensor:
+    """Weights of the rows that are trained on, under which little falls, (N,), with mean 1.
 
-        min ‖a − 1‖²  subject to  E a ≥ 0, a ≥ 0
+        min Σ_j (a_j − 1)² + κ Σ_i min(0, Σ_j a_j E_ij / max_j |E_ij|)²,   a ≥ 0,  Σ a = N,   κ = 100
 
-    The feasible set is a cone, so that by Moreau a = 1 + Aᵀ λ with A = [E; I],
-    λ = argmin_{λ ≥ 0} ‖1 + Aᵀ λ‖.
+    The weights stay 1 where nothing falls. κ was chosen on one set of 48 pairs: a larger one lowers
+    the falls further, and trains on fewer pairs.
 
-    Cost: one non-negative least-squares problem of N equations.
+    Args:
+        effects: E (I, N): what each row moves each of I quantities by.
+
+    Cost: one non-negative least-squares problem of N + I unknowns.
     """
     from scipy.optimize import nnls
 
+    watched, rows = effects.shape
     scale = effects.abs().amax(1, keepdim=True).clamp(min=1e-300)
-    faces = torch.cat([effects / scale, torch.eye(effects.shape[1]).to(effects)]).numpy()
-    multipliers, _ = nnls(
-        faces.T, -torch.ones(effects.shape[1]).to(effects).numpy(), maxiter=30 * len(faces)
-    )
-    weights: Tensor = torch.from_numpy(1 + faces.T @ multipliers).clamp(min=0)
-    return weights.where(weights > 1e-9, 0.0)
+    root, whole = math.sqrt(_FALLS), 1e4
+    problem = torch.zeros(rows + watched + 1, rows + watched).to(effects)
+    problem[:rows, :rows] = torch.eye(rows)
+    problem[rows:-1, :rows] = root * effects / scale
+    problem[rows:-1, rows:] = -root * torch.eye(watched)  # a rise, which costs nothing
+    problem[-1, :rows] = whole
+    right = torch.cat([torch.ones(rows), torch.zeros(watched), torch.tensor([whole * rows])])
+    solution, _ = nnls(problem.numpy(), right.double().numpy(), maxiter=30 * len(problem))
+    weights = torch.from_numpy(solution[:rows])
+    weights = weights.where(weights > 1e-9, 0.0)
+    return weights / weights.mean()

@@ -389,8 +389,7 @@ def predict_run(
     model, n, set_ = _Segments(access, passes, step, run, sketch, state), len(step), step.set_
     before = step.readings.log_probs
     simulation = Simulation(before, step.pull, run, range(n))
-    count = min(segments, simulation.steps)
-    cuts = [round(simulation.steps * k / count) for k in range(count + 1)]
+    cuts = simulation.cuts(segments)
     effects, total = torch.zeros(len(set_.watched), n).double(), torch.zeros_like(before)
     first: tuple[Gram, AdamMetric | None] | None = None
     observed = step.readings.observed
@@ -422,7 +421,7 @@ def predict_run(
         total,
         change,
         effects[:n],
-        count,
+        len(cuts) - 1,
         change[0] - effects[:n].sum(1),
         observed - step.readings.observed if set_.observed else None,
         effects[n:] if set_.observed else None,

@@ -14,7 +14,7 @@ from torch import Tensor
 from lddyn.data.example import Example
 from lddyn.files import json_safe
 from lddyn.results import Result, load_result, save_result
-from lddyn.sets.forecast import Forecast, projected
+from lddyn.sets.forecast import Forecast, least_falls
 from lddyn.sets.observed import observed_rows
 from lddyn.sets.readings import Readings
 from lddyn.sets.saved import (
@@ -139,20 +139,17 @@ class SequenceDiagnosis(Result):
         return self.contribution.argsort(stable=True)[:count].tolist()
 
     def row_weights(self) -> Tensor:
-        """Weights: the least change from 1 after which no sequence moves against the loss.
+        """Weights near 1 under which sequences move little against the loss.
 
-            min ‖a − 1‖²  subject to  Σ_j a_j effect of j on i ≥ 0 for all i,  a ≥ 0
-
-        over the sequences i that the loss raises, the negative effects on those that it lowers, and
-        the effects on observed ones; scaled to a mean of 1. As of `Diagnosis.pair_weights`.
+        As `Diagnosis.pair_weights`, with the effects on the sequences that the loss raises, the
+        negative effects on those that it lowers, and the effects on observed ones.
 
         Returns:
-            (N,) float64, 0 for sequences that are better left out; all 0 if no other weights do.
+            (N,) float64, 0 for sequences that are better left out; their mean is 1.
         """
         wanted = self.step.wanted
         moved = (wanted[:, None] * self.effects)[wanted != 0]
-        weights = projected(torch.cat([moved, self.observed_effects]))
-        return weights / weights.mean() if bool(weights.any()) else weights
+        return least_falls(torch.cat([moved, self.observed_effects]))
 
     def lowered_by(self, sequence: int, count: int = 5) -> list[tuple[int, float]]:
         """The other sequences that lower this one most: (sequence, part in units of `effects`)."""

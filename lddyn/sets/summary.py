@@ -149,7 +149,7 @@ def _without(diagnosis: Diagnosis, forecast: Forecast, pairs: Sequence[int]) -> 
     """Mean predicted Δ log π(y+) of the run without these pairs, and with pair weights, nats.
 
     Both are sums of the pairs' parts of the forecast. "adds_up" says whether these parts explain
-    it: else both are None. "reweighted" is None, too, where no weight is above 0.
+    it: else both are None.
     """
     left_over = 0.0
     if forecast.left_over is not None:
@@ -160,8 +160,7 @@ def _without(diagnosis: Diagnosis, forecast: Forecast, pairs: Sequence[int]) -> 
     kept, weights = torch.ones(len(diagnosis)), diagnosis.pair_weights()
     kept[list(pairs)] = 0.0
     told["dropped"] = float(forecast.weighted(kept).mean())
-    if bool(weights.any()):
-        told["reweighted"] = float(forecast.weighted(weights).mean())
+    told["reweighted"] = float(forecast.weighted(weights).mean())
     return told
 
 

@@ -72,7 +72,7 @@ def test_rows_that_cannot_be_filtered(diagnosed):
     with pytest.raises(ValueError, match="row 0 has a weight already"):
         filter_rows([{**row, "weight": 1} for row in ROWS], diagnosed, reweight=True)
     nothing = {**diagnosed.to_dict(), "pair_weights": [0.0] * 5}
-    with pytest.raises(ValueError, match="no weights keep every chosen response"):
+    with pytest.raises(ValueError, match="all weights of the diagnosis are 0"):
         filter_rows(ROWS, nothing, reweight=True)
 
 

@@ -10,7 +10,7 @@ import zoo
 from preference_pairs import log_probs, some_pairs, with_gram
 
 import lddyn
-from lddyn.sets.forecast import projected
+from lddyn.sets.forecast import Simulation, least_falls
 from lddyn.sets.motion import AdamMetric
 
 
@@ -213,9 +213,13 @@ def test_every_pair_gets_an_action(found, predicted):
     assert by_pair[3]["action"] == "fix" and by_pair[3]["why"] == "a duplicate"
     gram = torch.zeros(10, 10).double()  # every pair raises its own y+ and lowers all others
     gram[:5, :5] = 1.1 * torch.eye(5) - 1
-    dropped = with_gram(found, gram)
-    assert dropped.entangled == [] and not bool(dropped.pair_weights().any())
-    assert {r["action"] for r in dropped.actions()} == {"drop"}
+    others = with_gram(found, gram)  # so that no pair is better than another
+    assert others.entangled == []
+    assert others.pair_weights().tolist() == pytest.approx([1.0] * 5)
+    assert {r["action"] for r in others.actions()} == {"keep"}
+    gram[:5, :5] = torch.eye(5)
+    gram[1:5, 0] = -40.0  # pair 0 lowers the others much
+    assert with_gram(found, gram).actions()[0]["action"] == "drop"
     gram = torch.eye(10).double()
     gram[:5, 5:] = gram[5:, :5] = 2 * torch.eye(5)
     alike = with_gram(found, gram)
@@ -223,7 +227,9 @@ def test_every_pair_gets_an_action(found, predicted):
     assert {r["action"] for r in alike.actions()} == {"fix"}
     weights = predicted.pair_weights()
     assert float(weights.mean()) == pytest.approx(1) and bool((weights >= 0).all())
-    assert bool((predicted.forecast.effects @ weights >= -1e-6).all())
+    effects = predicted.forecast.effects
+    falls = [(effects @ w).clamp(max=0).square().sum() for w in (torch.ones(5).double(), weights)]
+    assert falls[1] <= falls[0]
 
 
 def test_real_steps_say_what_scores_are_worth(model):
@@ -242,18 +248,43 @@ def test_real_steps_say_what_scores_are_worth(model):
         lddyn.diagnose(model, some_pairs(3), validate=1)
 
 
-def test_pair_weights_are_the_nearest_ray_of_the_cone():
+def test_pair_weights_are_the_best_of_their_kind():
     generator = torch.Generator().manual_seed(3)
     effects = torch.randn(6, 6, generator=generator).double() + torch.eye(6)
-    found = projected(effects)
-    assert bool((found >= 0).all()) and bool((effects @ found >= -1e-9).all())
+
+    def cost(weights):
+        moved = weights @ (effects / effects.abs().amax(1, keepdim=True)).T
+        return (weights - 1).square().sum(-1) + 100 * moved.clamp(max=0).square().sum(-1)
+
+    best = least_falls(effects)
+    assert bool((best >= 0).all()) and float(best.mean()) == pytest.approx(1)
     generator = torch.Generator().manual_seed(1)
-    tried = torch.rand(20000, 6, generator=generator).double() * 3
-    inside = tried[((tried @ effects.T) >= 0).all(1)]
-    assert len(inside) > 10
-    assert float((inside - 1).norm(dim=1).min()) >= float((found - 1).norm())
-    assert torch.equal(projected(torch.eye(4).double()), torch.ones(4).double())
-    assert bool((projected(-torch.eye(4).double()) == 0).all())
+    for spread in (1.0, 0.1, 0.01):  # far and near
+        near = (best + spread * torch.randn(20000, 6, generator=generator).double()).clamp(min=0)
+        near /= near.mean(1, keepdim=True)
+        assert float(cost(near).min()) >= float(cost(best)) - 1e-9
+    falls = [float((effects @ w).clamp(max=0).sum()) for w in (torch.ones(6).double(), best)]
+    assert falls[1] > 0.5 * falls[0]
+    for alike in (torch.eye(4), -torch.eye(4), torch.zeros(4, 4)):  # no row is the better one
+        assert least_falls(alike.double()).tolist() == pytest.approx([1.0] * 4)
+    lowering = least_falls(torch.tensor([[1.0, -5.0, 0.0], [0.0, -1.0, 1.0]]).double())
+    assert float(lowering[0]) == pytest.approx(5 * float(lowering[1]), abs=0.06)
+
+
+def test_segments_lie_between_equal_sums_of_rates():
+    def cuts(run, segments):
+        start = torch.zeros(2, 12).double()
+        return Simulation(start, lambda now, batch: now, run, range(12)).cuts(segments)
+
+    constant = lddyn.Run(lr=1e-4, epochs=4, batch=4)
+    assert cuts(constant, 3) == [0, 4, 8, 12] and cuts(constant, 1) == [0, 12]
+    assert cuts(constant, 50) == list(range(13))
+    linear = replace(constant, schedule="linear")
+    assert cuts(linear, 2) == [0, 4, 12]  # rates 12, 11, 10, 9 of 78: 42, and 36
+    for segments in (2, 5, 11):  # the first rate is 0
+        warm = cuts(replace(linear, warmup=11), segments)
+        assert warm == sorted(set(warm)) and (warm[0], warm[-1], len(warm)) == (0, 12, segments + 1)
+    assert cuts(replace(constant, epochs=1), 3) == [0, 1, 2, 3]
 
 
 def test_runs_that_cannot_be(model, found, predicted):
