@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--sft-epochs", type=int, default=0, help="on the chosen responses, before")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--refresh", type=int, default=2)
+    parser.add_argument("--refresh", type=int, nargs="+", default=[2], help="segments")
     parser.add_argument("--memory", default="4GiB")
     parser.add_argument(
         "--rank",
@@ -168,42 +168,48 @@ def main() -> None:
     if args.rank:
         rank(model, pairs, run, args)
         return
-    held, start = peak(), time.process_time()
-    diagnosis = lddyn.diagnose(
-        model,
-        pairs,
-        beta=BETA,
-        run=run,
-        refresh=args.refresh,
-        memory=args.memory,
-        close_ups=0,
-        progress=True,
-    )
-    diagnosed, grown = time.process_time() - start, peak() - held
+    held, made = peak(), []
+    for segments in args.refresh:
+        start = time.process_time()
+        diagnosis = lddyn.diagnose(
+            model,
+            pairs,
+            beta=BETA,
+            run=run,
+            refresh=segments,
+            memory=args.memory,
+            close_ups=0,
+            progress=True,
+        )
+        made.append((segments, diagnosis, time.process_time() - start, peak() - held))
     before, start = log_probs(model, pairs), time.process_time()
     train(model, pairs, run, before)
     # A reference's forward passes cost a third of the forward and backward passes that were made.
     epoch = 4 / 3 * (time.process_time() - start) / args.epochs
-    told, measured = diagnosis.forecast.change, log_probs(model, pairs) - before
-    result = {
+    measured = log_probs(model, pairs) - before
+    facts = {
         **provenance(),
         "pairs": len(pairs),
         "tokens": sum(e.length for pair in pairs for e in pair),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "run": repr(run),
         "sft_epochs": args.sft_epochs,
-        "refresh": args.refresh,
-        "exact": diagnosis.stderr is None,
-        "rho": [spearman(a, b) for a, b in zip(told, measured, strict=True)],
-        "predicted": told.mean(1).tolist(),
         "measured": measured.mean(1).tolist(),
-        "falls": [int((x[0] < 0).sum()) for x in (told, measured)],
-        "epochs_of_training": diagnosed / epoch,
-        "cpu_seconds": {"diagnose": diagnosed, "epoch": epoch},
-        "gib_beyond_the_model": grown,
     }
-    record(args.out, args.name, result)
-    print(json.dumps(result, indent=1))
+    for segments, diagnosis, diagnosed, grown in made:
+        told = diagnosis.forecast.change
+        result = facts | {
+            "refresh": segments,
+            "exact": diagnosis.stderr is None,
+            "rho": [spearman(a, b) for a, b in zip(told, measured, strict=True)],
+            "predicted": told.mean(1).tolist(),
+            "falls": [int((x[0] < 0).sum()) for x in (told, measured)],
+            "epochs_of_training": diagnosed / epoch,
+            "cpu_seconds": {"diagnose": diagnosed, "epoch": epoch},
+            "gib_beyond_the_model": grown,
+        }
+        record(args.out, args.name + (f", {segments} segments" if segments != 2 else ""), result)
+        print(json.dumps(result, indent=1))
 
 
 def rank(model: nn.Module, pairs: list[Pair], run: lddyn.Run, args: Any) -> None:
