@@ -77,7 +77,7 @@ def test_a_run_is_that_of_the_trainer(model, rows, held_out, name, optimizer):
     settings = {"epochs": 2, "batch": 4, "optimizer": optimizer, "schedule": "linear"}
     momentum = 0.9 if optimizer == "adamw" else 0.0
     run = lddyn.Run(lr=lr, momentum=momentum, **settings)
-    diagnosis = lddyn.diagnose(model, objective, observe=held_out, run=run)
+    diagnosis = lddyn.diagnose(model, objective, observe=held_out, run=run, refresh=3)
     policy = copy.deepcopy(model)
     prepared = objective.prepare(lddyn.Anatomy(policy))
     kind = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
