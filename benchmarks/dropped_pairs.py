@@ -175,6 +175,8 @@ def main() -> None:
         result = json.loads(Path(args.out).read_text())[section]["result"]
         if diagnosis.worst(args.drop) != result["worst"]:
             raise SystemExit(f"{args.out} is of another diagnosis: leave out --again")
+        result["pair_weights"] = diagnosis.pair_weights().tolist()
+        result["explanation"] = diagnosis.explain().splitlines()
         for row in result["runs"]:
             for name, way in ways(row["seed"]).items():
                 if name not in row:
