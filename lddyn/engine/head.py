@@ -27,7 +27,7 @@ from lddyn.engine.turns import switching
 from lddyn.errors import UnsupportedModelError
 
 
-def project(hidden: Tensor, weight: Tensor, budget: int = 1 << 28) -> Tensor:
+def project(hidden: Tensor, weight: Tensor, budget: int = 1 << 25) -> Tensor:
     """H Wᵀ (n, V) in the dtype of H (n, d); W is cast in parts of at most `budget` bytes."""
     if weight.dtype == hidden.dtype:
         return ops.product(hidden, weight.T)
@@ -35,7 +35,7 @@ def project(hidden: Tensor, weight: Tensor, budget: int = 1 << 28) -> Tensor:
     return torch.cat([hidden @ w.to(hidden.dtype).T for w in weight.split(rows)], dim=1)
 
 
-def back_project(rows: Tensor, weight: Tensor, budget: int = 1 << 28) -> Tensor:
+def back_project(rows: Tensor, weight: Tensor, budget: int = 1 << 25) -> Tensor:
     """R W (n, d) in the dtype of R (n, V); W is cast in parts of at most `budget` bytes."""
     if weight.dtype == rows.dtype:
         return ops.product(rows, weight)

@@ -120,9 +120,7 @@ def filter_rows(
             f"row {weighted[0]} has a weight already: rename that column, or no new weights"
         )
     if by_weight and not any(given):
-        raise ValueError(
-            "all weights of the diagnosis are 0: make it anew with this version"
-        )
+        raise ValueError("all weights of the diagnosis are 0: make it anew with this version")
     numbers = [int(_number(pair)) for pair in pairs]
     if max(numbers) >= len(rows):
         raise ValueError(

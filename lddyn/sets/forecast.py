@@ -253,10 +253,10 @@ def response_effects(kernel: Tensor, net: Tensor) -> Tensor:
 def least_falls(effects: Tensor) -> Tensor:
     """Weights of the rows that are trained on, under which little falls, (N,), with mean 1.
 
-        min Σ_j (a_j − 1)² + κ Σ_i min(0, Σ_j a_j E_ij / max_j |E_ij|)²,   a ≥ 0,  Σ a = N,   κ = 100
+        min Σ_j (a_j − 1)² + κ Σ_i min(0, Σ_j a_j E_ij / max_j |E_ij|)²,  a ≥ 0,  Σ a = N,  κ = 100
 
-    The weights stay 1 where nothing falls. κ was chosen on one set of 48 pairs: a larger one lowers
-    the falls further, and trains on fewer pairs.
+    The weights stay 1 where nothing falls. With a larger κ less falls, and fewer pairs are trained
+    on.
 
     Args:
         effects: E (I, N): what each row moves each of I quantities by.

@@ -157,7 +157,7 @@ def extrapolates(segments: int, exact: bool) -> bool:
 
 
 def _extrapolated(many: Tensor, one: Tensor, segments: int) -> Tensor:
-    """log π without the error that is of the order of a segment's length, at most 0."""
+    """Log π without the error that is of the order of a segment's length, at most 0."""
     return ((segments * many - one) / (segments - 1)).clamp(max=0)
 
 
@@ -422,8 +422,9 @@ def predict_run(
 
     Cost: exact rows: a forward and a backward pass a sequence for each segment but the last; at the
     end such a pass for the first sequence of each row, and a forward pass for the second; of three
-    segments or more one forward pass a sequence. Sketched ones: for each segment three such passes (the second moment, the rows, the net step; the first
-    of them over half of the set) and what exact rows need at the end.
+    segments or more one forward pass a sequence. Sketched ones: for each segment three such passes
+    (the second moment, the rows, the net step; the first of them over half of the set) and what
+    exact rows need at the end.
     """
     model, n, set_ = _Segments(access, passes, step, run, sketch, state), len(step), step.set_
     before = step.readings.log_probs
