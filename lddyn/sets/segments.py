@@ -206,7 +206,7 @@ class _Segments:
         self.start.copy(self.parameters)
         decaying = run.decaying(access.model)
         self.decaying = {n: p for n, p in access.named.items() if n in decaying}
-        self.first = None
+        self.first: Flat | None = None
         self.state, adam = state, run.optimizer == "adamw"
         self.moments = Moments(self.parameters, run, access.shards, state) if adam else None
         self.motion = self._begun()
