@@ -30,6 +30,8 @@ __all__ = [
     "weight_change",
 ]
 
+_PIECE = 1 << 20  # weights that are compared at a time
+
 
 def moved_share(parameters: Mapping[str, Tensor], direction: Direction) -> float | None:
     """Of the weights that a step should move, the part that rounding lets move.
@@ -42,12 +44,15 @@ def moved_share(parameters: Mapping[str, Tensor], direction: Direction) -> float
         A part between 0 and 1; None: the step should move none.
     """
     moved, wanted = 0, 0
-    for name, change in direction.items():
-        weights = parameters[name].detach()
-        asked = change != 0
-        after = (weights.to(change.dtype) + change).to(weights.dtype)
-        wanted += int(asked.sum())
-        moved += int(((after != weights) & asked).sum())
+    for name, whole in direction.items():
+        pieces = (whole.flatten().split(_PIECE), parameters[name].detach().flatten().split(_PIECE))
+        for change, weights in zip(*pieces, strict=True):
+            # In at least float32, so that the sum with a weight is rounded once.
+            change = change.to(torch.promote_types(change.dtype, torch.float32))
+            asked = change != 0
+            after = (weights.to(change.dtype) + change).to(weights.dtype)
+            wanted += int(asked.sum())
+            moved += int(((after != weights) & asked).sum())
     return moved / wanted if wanted else None
 
 
@@ -84,13 +89,8 @@ def describe_precision(setup: Setup, direction: Direction, sides: Sequence[Side]
             name: rounding_error(side.trace, example)
             for (name, example), side in zip(setup.observed.items(), sides, strict=True)
         }
-    share = moved_share({n: p.detach() for n, p in trainable.items()}, _double(direction))
+    share = moved_share(trainable, direction)
     return {"weights_moved": share, "rounding": rounding}
-
-
-def _double(direction: Direction) -> Direction:
-    """Δθ in at least float32, so that its sum with a weight is rounded once."""
-    return {n: d.to(torch.promote_types(d.dtype, torch.float32)) for n, d in direction.items()}
 
 
 def has_dropout(model: nn.Module) -> bool:
