@@ -23,7 +23,8 @@ def sums(model, pair):
 
 @pytest.mark.case("bf16 weights that a step does not move")
 @pytest.mark.parametrize("lr", [1e-6, 3e-2])
-def test_a_step_on_16_bit_weights_says_what_rounding_leaves(pair, lr):
+def test_a_step_on_16_bit_weights_says_what_rounding_leaves(pair, lr, monkeypatch):
+    monkeypatch.setattr("lddyn.steps.precision._PIECE", 100)
     model = zoo.build("llama").bfloat16()
     dec = lddyn.decompose(model, list(pair), lddyn.SFT(pair[0]), lr=lr)
     share = dec.settings["weights_moved"]
