@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from types import FrameType
 
 
 def main() -> None:
     """Runs the command line; the entry point of the `lddyn` script."""
+    _open_closed_streams()
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not behind a shell's "&"
     if ours:
         signal.signal(signal.SIGINT, _end)
@@ -25,6 +27,16 @@ def main() -> None:
     finally:
         if ours:
             signal.signal(signal.SIGINT, _end)  # Python takes its time to end
+
+
+def _open_closed_streams() -> None:
+    """Opens standard streams that a shell closed (`>&-`), as a file could take their numbers."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            fd = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            setattr(sys, name, os.fdopen(fd, "r" if number == 0 else "w", encoding="utf-8"))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

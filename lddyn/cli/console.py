@@ -86,7 +86,8 @@ def one_line_errors() -> Iterator[None]:
         if type(error).__name__ == "NoArgsIsHelpError":  # typer's own: it prints the help
             raise
         _LOG.debug("traceback", exc_info=True)
-        typer.echo(f"error: {safe(_message(error))}", err=True)
+        with contextlib.suppress(OSError):  # standard error is on a full disk
+            typer.echo(f"error: {safe(_message(error))}", err=True)
         raise typer.Exit(2 if isinstance(error, (*_EXPECTED, _USAGE_ERROR)) else 1) from None
 
 

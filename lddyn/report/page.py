@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -89,6 +90,17 @@ def _without_hidden(value: Any) -> Any:
     return "".join(f"\\u{ord(c):04x}" if c not in "\n\t" and hides(c) else c for c in value)
 
 
+# Letters of right-to-left scripts, with spaces and marks between them; and what is left as it is.
+_RTL = r"[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]"
+_PLAIN = r"<(script|style|svg|title|option)\b.*?</\1>|<[^>]*>"
+_PARTS = re.compile(rf"(?s:{_PLAIN})|(?P<rtl>{_RTL}(?:[^\w<>&]*{_RTL})*)")
+
+
+def _isolated(page: str) -> str:
+    """A page whose right-to-left text moves nothing beside it, such as the number that follows."""
+    return _PARTS.sub(lambda m: f"<bdi>{m[0]}</bdi>" if m["rtl"] else m[0], page)
+
+
 def _json(value: Any, **options: Any) -> str:
     """JSON for a page's script, whose texts hide nothing either."""
 
@@ -119,7 +131,8 @@ def _environment() -> Any:
 def render(name: str, **values: Any) -> str:
     """Renders a template of this package in the common frame, with its style and script.
 
-    Values are escaped, hidden characters too. A name of the template that has no value is an error.
+    Values are escaped, hidden characters too, and right-to-left text is isolated. A name of the
+    template that has no value is an error.
     """
     from markupsafe import Markup
 
@@ -130,4 +143,4 @@ def render(name: str, **values: Any) -> str:
         .get_template(name)
         .render(style=Markup(style), script=Markup(script), digest=digest, **values)
     )
-    return text
+    return _isolated(text)

@@ -145,3 +145,15 @@ def test_words_that_cannot_be_meant(model, pairs, tmp_path):
     assert "device must be one of this machine" in errors(*arguments, "--device", "meta")
     said = errors(*arguments, "--update", "nope")
     assert said.startswith(f"error: {pairs}: row 0 has no field 'nope'")
+
+
+@pytest.mark.case("a closed standard output")
+def test_a_closed_standard_output_is_no_error_and_no_file_takes_its_number(tmp_path):
+    program = (
+        "import sys; from lddyn.__main__ import _open_closed_streams as run; run(); print('x'); "
+        "file = open('written', 'w'); assert file.fileno() > 2, file.fileno()"
+    )
+    command = f'{sys.executable} -c "{program}" <&- >&-'
+    ran = subprocess.run(["/bin/sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert (tmp_path / "written").read_text() == ""

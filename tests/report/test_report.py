@@ -17,7 +17,7 @@ import lddyn
 from lddyn import report
 from lddyn.files import sealed
 from lddyn.probes.probe_set import LABELS
-from lddyn.report.page import _json
+from lddyn.report.page import _isolated, _json
 from lddyn.sets.diagnosis import Diagnosis
 from lddyn.sets.page import write_page
 from lddyn.sets.pair_steps import take_apart
@@ -187,6 +187,18 @@ def test_a_script_is_given_nothing_hidden():
     value = {"a\u202e": ["b\u200b", ("c\u3164", 1.5, None)]}
     expected = {r"a\u202e": [r"b\u200b", [r"c\u3164", 1.5, None]]}
     assert json.loads(_json(value, ensure_ascii=False)) == expected
+
+
+@pytest.mark.case("letters of right-to-left scripts in a page")
+def test_right_to_left_text_is_isolated_from_the_numbers_beside_it(tmp_path):
+    """A number that follows such a word would else be shown before it."""
+    rows = [{"step": step, "log_prob/a": -1.0 - step} for step in range(2)]
+    report.write_dynamics(rows, tmp_path / "x.html", title="שלום, עולם! +0.5 nats")
+    text = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert "<title>שלום, עולם! +0.5 nats" in text
+    assert "<h1><bdi>שלום, עולם</bdi>! +0.5 nats" in text
+    kept = '<p title="א">a<svg><text>ב</text></svg><script>"ג"</script>'
+    assert _isolated(kept + "&lt;د&gt; 1") == kept + "&lt;<bdi>د</bdi>&gt; 1"
 
 
 # --------------------------------------------------------------------------- in the browser

@@ -27,6 +27,9 @@ const roam = (box, list) => {
 const size = list => list.reduce((a, v) => Math.max(a, Math.abs(v)), 1e-30);
 for (const who of document.querySelectorAll(".who")) {
   const data = JSON.parse(document.getElementById("tokens-" + who.dataset.section).textContent);
+  // Isolated, so that letters of right-to-left scripts leave the numbers beside them in place.
+  for (const part of [...data.responses, ...data.sequences])
+    part.tokens = part.tokens.map(t => `\u2068${t}\u2069`);
   const find = c => who.querySelector(c);
   const select = find("select"), says = find(".says"), grid = find(".grid");
   const show = () => {
