@@ -62,11 +62,15 @@ class Lock:
                 os.ftruncate(self.fd, 0)
             self.let_go()
 
-    def let_go(self) -> None:
-        """Closes the descriptor; in a forked child the parent then still holds the lock."""
+    def let_go(self, close: Callable[[int], None] = os.close) -> None:
+        """Closes the descriptor; in a forked child the parent then still holds the lock.
+
+        Args:
+            close: How; bound here, because at Python's end the module os is gone.
+        """
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            close(fd)
 
     def __del__(self) -> None:
         self.let_go()  # a writer that was dropped must not keep others out

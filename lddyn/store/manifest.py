@@ -105,6 +105,15 @@ def read_manifest(path: Path) -> Manifest:
     if version != FORMAT:
         raise StoreError(f"{file}: format must be {FORMAT}, got {version!r}: another lddyn's store")
     expected = set(Manifest.__annotations__)
-    if set(manifest) != expected or manifest["dtype"] not in DTYPES:
+    if set(manifest) != expected:
         raise StoreCorruptError(f"{file}: must have {sorted(expected)}, got {sorted(manifest)}")
+    for name, sound in (
+        ("dtype", str(manifest["dtype"]) in DTYPES),
+        ("width", type(manifest["width"]) is int and manifest["width"] >= 1),
+        ("shard_bytes", type(manifest["shard_bytes"]) is int and manifest["shard_bytes"] >= 1),
+        ("identity", isinstance(manifest["identity"], dict)),
+        ("layout", isinstance(manifest["layout"], dict | None)),
+    ):
+        if not sound:
+            raise StoreCorruptError(f"{file}: has no {name} that a store can have")
     return manifest

@@ -98,6 +98,24 @@ def test_a_shard_damaged_after_its_first_use_is_noticed_by_verify(filled):
     assert len(store.verify()) == 1
 
 
+@pytest.mark.case("a store's manifest that was edited and sealed anew")
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"width": -1}, {"width": "x"}, {"shard_bytes": 0}),
+        *({"dtype": ["float32"]}, {"identity": []}, {"layout": "x"}),
+    ],
+)
+def test_a_manifest_of_other_types_is_named(tmp_path, change):
+    """Also of a store without rows, whose journal belongs to any manifest."""
+    with Store.create(tmp_path / "s", {"model": 1}, 4) as store:
+        changed = {**store._manifest, **change}
+    (tmp_path / "s" / "manifest.json").write_bytes(manifest.render(changed))
+    (name,) = change
+    with pytest.raises(StoreCorruptError, match=rf"manifest\.json: has no {name} that"):
+        Store.open(tmp_path / "s")
+
+
 def test_a_manifest_of_another_version(filled):
     store, _ = filled
     changed = dict(store._manifest, format=2)

@@ -17,7 +17,7 @@ from stores import IDENTITY, Repeats, expected, filled_store
 import lddyn
 from lddyn import Store, files
 from lddyn.errors import StoreError, StoreIdentityError
-from lddyn.store import manifest
+from lddyn.store import lock, manifest
 from lddyn.store.identity import identify
 
 
@@ -396,3 +396,12 @@ def test_a_copied_and_a_forked_store_wait_for_nobody(filled):
     assert os.waitpid(child, 0)[1] == 0
     leave.set()
     thread.join()
+
+
+def test_a_store_that_is_open_when_python_ends_says_nothing(tmp_path, monkeypatch):
+    """Modules are gone then, before the last objects are."""
+    held = lock.Lock(tmp_path / "lock")
+    monkeypatch.setattr(lock, "os", None)
+    held.__del__()
+    monkeypatch.undo()
+    lock.Lock(tmp_path / "lock").release()
