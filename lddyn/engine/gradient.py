@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
+from lddyn.memory import return_free_memory
 
 Gradient = dict[str, Tensor]  # parameter name -> tensor of the parameter's shape
 
@@ -94,6 +95,9 @@ def gradient_in_parts(
                 hand_out(gradient_of(loss, parameters, retain_graph=leaf is not None))
                 if leaf is not None and head is not None:
                     hand_out(gradient_of(loss, {head: leaf}))
+                del value, loss
+        if most is not None:
+            return_free_memory()
 
 
 def _groups(parameters: Mapping[str, Tensor], most: int | None) -> Iterator[list[str]]:

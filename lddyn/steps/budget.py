@@ -57,7 +57,7 @@ class StepBudget:
 
     def group(self) -> int | None:
         """Bytes of the parameters whose gradients are taken together; None: all of them."""
-        return max(self.workspace // 4, 1) if self.budget.strict else None
+        return max(self.workspace // 2, 1) if self.budget.strict else None
 
     def recomputes(self, traces: list[Trace]) -> bool:
         """Whether backward passes of these sequences run blocks again, rather than keep graphs."""
