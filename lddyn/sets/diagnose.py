@@ -144,8 +144,7 @@ def diagnose(
             estimated even where gradients fit.
         run: How you will train: `Diagnosis.forecast` is what that run does, `Diagnosis.simulate`
             what other runs do.
-        refresh: Segments of the predicted run: gradients are taken anew at the start of each. From
-            three on, the prediction from exact gradients is extrapolated as well.
+        refresh: Segments of the predicted run: gradients are taken anew at the start of each.
         close_ups: Number of the most harmful pairs whose tokens are looked at, and as many of the
             pairs whose chosen response falls most. Exact in any case.
         lbk: Compute the score "lbk" for every pair, not only for those of the close-ups.

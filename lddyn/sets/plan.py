@@ -11,7 +11,7 @@ from lddyn.sets.close_ups import CLOSE_UP, LBK
 from lddyn.sets.passes import BACKWARD, FORWARD
 from lddyn.sets.rows import SURVEY, exact_bytes
 from lddyn.sets.run import Run
-from lddyn.sets.segments import extrapolates, measured_batches
+from lddyn.sets.segments import measured_batches
 from lddyn.sets.training_set import TrainingSet
 from lddyn.sketches.sketch import Sketch
 from lddyn.text import seconds_text
@@ -134,8 +134,6 @@ class SetPlan:
             parts["gradients"] *= segments
             if sketch is None:
                 parts["gradients after the run"] = end
-                if extrapolates(segments, exact=True):
-                    parts["log-probs after one segment"] = FORWARD * (sequences + observed)
             else:
                 parts["log-probs"] = FORWARD * (sequences + observed)
                 parts["gradients after each segment"] = end * segments

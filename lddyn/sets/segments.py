@@ -11,12 +11,7 @@ before the run; c, h and s are the simulation's. P is 1 for SGD; for Adam it is 
 segments so far, from all rows where they are exact, else from batches.
 
 The change that is predicted is log π at the last θ minus log π at the first. So the curvature along
-each straight step is in it; what is left out is that gradients change within a segment. The error
-is of the order of a segment's length, 1/s with s segments. Of exact rows and three segments or more
-
-    log π = (s log π after s segments − log π after one segment of the whole run) / (s − 1)
-
-has no error of this order. (Of two segments the second order is too large to gain by it.)
+each straight step is in it; what is left out is that gradients change within a segment.
 
 What pair j does to y_i+ in a segment is ⟨ḡ_i, P c_j ∇θ log π(y_j)⟩, with ḡ_i the mean of the
 gradients of log π(y_i+) at both ends of the segment (the trapezoidal rule). Where rows are exact,
@@ -48,7 +43,7 @@ from lddyn.sets.run import Batch, Run
 from lddyn.sets.training_step import TrainingStep
 from lddyn.sketches.sketch import Sketch
 
-__all__ = ["Moments", "Prediction", "extrapolates", "measured_batches", "predict_run"]
+__all__ = ["Moments", "Prediction", "measured_batches", "predict_run"]
 
 _COLUMNS = 1 << 18  # of gradients in one product
 
@@ -151,16 +146,6 @@ def measured_batches(run: Run, pairs: int) -> list[Batch]:
     return batches[: max(_FEWEST, -(-len(batches) // 2))]
 
 
-def extrapolates(segments: int, exact: bool) -> bool:
-    """Whether a run of so many segments is compared with one of a single segment."""
-    return exact and segments > 2
-
-
-def _extrapolated(many: Tensor, one: Tensor, segments: int) -> Tensor:
-    """Log π without the error that is of the order of a segment's length, at most 0."""
-    return ((segments * many - one) / (segments - 1)).clamp(max=0)
-
-
 @dataclass(frozen=True)
 class _Kernel:
     """What the steps of one segment need of gradients."""
@@ -236,36 +221,14 @@ class _Segments:
             steps: Steps of the segment.
         """
         kernel = (self._exact if self.sketch is None else self._sketched)(rows, now, steps)
-        self._begin_motion(kernel, now)
-        return kernel
-
-    def _begin_motion(self, kernel: _Kernel, now: Tensor) -> None:
         if isinstance(self.motion, AdamMotion):
             same = self.step.set_.representatives[: now.numel()]
-            rows = kernel.rows.dense.rows[: now.numel()]
-            self.motion.begin(now.shape, rows, same, kernel.shrinks)
+            self.motion.begin(now.shape, rows.dense.rows[: now.numel()], same, kernel.shrinks)
         else:
             self.motion.begin(
                 now.shape, kernel.gram.value, kernel.adam, kernel.shrinks, kernel.remembered
             )
-
-    def at_once(self, kernel: _Kernel, now: Tensor) -> SetReading:
-        """Reads the set where the run ends if it is one segment, and begins the run anew.
-
-        Args:
-            kernel: That of the start, with exact rows.
-            now: log π at the start.
-        """
-        simulation = Simulation(now, self.step.pull, self.run, range(len(self.step)))
-        simulation.advance(simulation.steps, self.motion)
-        self.move(kernel.rows)
-        self.passes.bar.say("log-probs after one segment")
-        reading = read_rows(self.passes, self.step.set_)
-        self._put_back()
-        del self.motion  # its vectors, before the next ones
-        self.motion = self._begun()
-        self._begin_motion(kernel, now)
-        return reading
+        return kernel
 
     def _sketched(self, rows: SetRows, now: Tensor, steps: int) -> _Kernel:
         under: list[SetRows] = []
@@ -421,10 +384,9 @@ def predict_run(
         ranked: Gets the Gram at the start, as soon as it is known.
 
     Cost: exact rows: a forward and a backward pass a sequence for each segment but the last; at the
-    end such a pass for the first sequence of each row, and a forward pass for the second; of three
-    segments or more one forward pass a sequence. Sketched ones: for each segment three such passes
-    (the second moment, the rows, the net step; the first of them over half of the set) and what
-    exact rows need at the end.
+    end such a pass for the first sequence of each row, and a forward pass for the second. Sketched
+    ones: for each segment three such passes (the second moment, the rows, the net step; the first
+    of them over half of the set) and what exact rows need at the end.
     """
     model, n, set_ = _Segments(access, passes, step, run, sketch, state), len(step), step.set_
     before = step.readings.log_probs
@@ -432,7 +394,6 @@ def predict_run(
     cuts = simulation.cuts(segments)
     effects, total = torch.zeros(len(set_.watched), n).double(), torch.zeros_like(before)
     first: tuple[Gram, AdamMetric | None] | None = None
-    at_once: SetReading | None = None
     observed = step.readings.observed
     spare = rows.empty(rows.numbers) if sketch is None else None
     with model.moving():
@@ -441,8 +402,6 @@ def predict_run(
             if first is None:
                 ranked(kernel.gram)
                 first = kernel.gram, kernel.adam
-                if extrapolates(len(cuts) - 1, sketch is None):
-                    at_once = model.at_once(kernel, before)
             simulation.advance(after - since, model.motion)
             total = total + model.motion.net
             model.move(rows)
@@ -457,11 +416,6 @@ def predict_run(
             if spare is not None:
                 rows, spare = spare, rows
     assert first is not None
-    if at_once is not None:
-        simulation.path[-1] = simulation.now = _extrapolated(
-            simulation.now, at_once.log_probs, len(cuts) - 1
-        )
-        observed = _extrapolated(observed, at_once.observed, len(cuts) - 1)
     change = simulation.now - before
     forecast = Forecast(
         run.without_state(),
