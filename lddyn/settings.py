@@ -8,16 +8,17 @@ in `remarks`. Neither torch nor transformers is imported here.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from lddyn.arguments import arguments
 
-__all__ = ["Like", "TrainerSettings", "router_remark"]
+__all__ = ["Like", "TrainerSettings", "naming", "router_remark"]
 
 Like: TypeAlias = object  # a config, a trainer, a mapping, a path, or TrainerSettings
 
@@ -72,6 +73,7 @@ class TrainerSettings:
         remarks: Settings that lddyn does not follow, one sentence each.
         step_remarks: The same of a single step at the start of the run; a predicted run follows
             them.
+        file: The file that they were read from; empty: none.
 
     Example:
         >>> import lddyn
@@ -114,6 +116,7 @@ class TrainerSettings:
     optimizer_state: object = field(default=None, repr=False)
     remarks: tuple[str, ...] = ()
     step_remarks: tuple[str, ...] = ()
+    file: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, source: Like) -> TrainerSettings:
@@ -133,13 +136,10 @@ class TrainerSettings:
         if isinstance(source, TrainerSettings):
             return source
         trainer = source if hasattr(source, "args") else None
-        try:
+        file = str(source) if isinstance(source, str | Path) else ""
+        with naming(file):
             values, kind, remarks = arguments(source)
-            return _Reading(values, kind, trainer, remarks).settings()
-        except ValueError as error:
-            if not isinstance(source, str | Path) or str(source) in str(error):
-                raise
-            raise ValueError(f"{source}: {error}") from error
+            return replace(_Reading(values, kind, trainer, remarks).settings(), file=file)
 
     @property
     def old(self) -> bool:
@@ -150,6 +150,17 @@ class TrainerSettings:
         """Whether the rules are those of a TRL before this version; False where it is not known."""
         numbers = [int(part) for part in self.trl_version.split(".")[:2] if part.isdigit()]
         return bool(numbers) and tuple(numbers) < version
+
+
+@contextlib.contextmanager
+def naming(file: str) -> Iterator[None]:
+    """A ValueError within names the file, unless there is none or it is named already."""
+    try:
+        yield
+    except ValueError as error:
+        if not file or file in str(error):
+            raise
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _installed_trl() -> str:

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import re
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -522,3 +524,22 @@ max_grad_norm: 0.5
     assert (told.parameters["simpo_gamma"], told.parameters["beta"]) == (0.7, 2.0)
     with pytest.raises(ValueError, match=r"rl: lddyn has the losses of dpo, ipo, .* got 'grpo'"):
         TrainerSettings.of({**simpo, "rl": "grpo"})
+
+
+@pytest.mark.case("configurations whose loss, schedule or optimizer is unknown")
+@pytest.mark.parametrize(
+    "arguments",
+    [{"loss_type": ["nope"]}, {"lr_scheduler_type": "nope"}, {"optim": "lion"}],
+)
+def test_what_is_not_known_names_the_file(arguments, tmp_path):
+    file = tmp_path / "dpo.json"
+    file.write_text(json.dumps({"trainer": "dpo", **arguments}))
+    settings = TrainerSettings.of(file)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: "):
+        loss_like(settings)
+        lddyn.Run.like(file)
+    if "optim" not in arguments:
+        with pytest.raises(ValueError, match=r"^(objective|schedule) must be one of"):
+            same = replace(settings, file="")
+            loss_like(same)
+            lddyn.Run.like(same)

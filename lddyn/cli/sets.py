@@ -288,6 +288,7 @@ def filter(
     from lddyn.data.read import placed_rows
     from lddyn.errors import ExampleError
     from lddyn.sets.filter import check_source, filter_rows, read_diagnosed
+    from lddyn.settings import naming
 
     if not (drop or reweight or resample):
         raise ValueError("give --drop N, --reweight, or both, or --resample: what is to change?")
@@ -296,9 +297,10 @@ def filter(
         raise ValueError(f"{out}: kept.jsonl there is the data file itself; give another --out")
     diagnosis = read_diagnosed(folder)
     rows = [None if isinstance(row, ExampleError) else row for _, row in placed_rows(file)]
-    filtered = filter_rows(
-        rows, diagnosis, drop=drop, reweight=reweight, resample=resample, seed=seed
-    )
+    with naming(str(file)):
+        filtered = filter_rows(
+            rows, diagnosis, drop=drop, reweight=reweight, resample=resample, seed=seed
+        )
     if filtered.helpful:
         warn(f"only {drop - filtered.helpful} of the {drop} dropped pairs lower chosen responses")
     if reweight:

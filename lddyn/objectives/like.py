@@ -18,7 +18,7 @@ from lddyn.objectives.losses import COMMON, LOSSES
 from lddyn.objectives.objective import SFT, Objective
 from lddyn.objectives.paired import preference
 from lddyn.objectives.unpaired import KTO
-from lddyn.settings import TrainerSettings
+from lddyn.settings import TrainerSettings, naming
 
 __all__ = ["Update", "loss_like", "objective_like", "reference_like", "row_remarks"]
 
@@ -37,6 +37,11 @@ def loss_like(settings: TrainerSettings) -> Loss:
     Raises:
         ValueError: If lddyn has no loss of this name, or none of this trainer.
     """
+    with naming(settings.file):
+        return _loss(settings)
+
+
+def _loss(settings: TrainerSettings) -> Loss:
     _check_known(settings)
     if settings.trainer == "grpo":
         raise ValueError(

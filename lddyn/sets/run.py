@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lddyn.optimizers import trainer_decays
 from lddyn.sets.resumed import steps_made
-from lddyn.settings import Like, TrainerSettings
+from lddyn.settings import Like, TrainerSettings, naming
 
 __all__ = ["Batch", "Run"]
 
@@ -120,6 +120,11 @@ class Run:
             ValueError: If lddyn does not follow the optimizer or the schedule.
         """
         settings = TrainerSettings.of(source)
+        with naming(settings.file):
+            return cls._of(settings, seed)
+
+    @classmethod
+    def _of(cls, settings: TrainerSettings, seed: int | None) -> Run:
         if settings.optimizer is None:
             why = [text for text in settings.remarks if text.startswith("optim=")]
             raise ValueError(" ".join(why) or "the optimizer is not followed")

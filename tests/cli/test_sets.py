@@ -94,7 +94,7 @@ def test_a_forecast(model, data, tmp_path):
     # a second time, the column is there
     assert diagnose(model, tmp_path / "weighted" / "kept.jsonl", "--out", out).exit_code == 0
     refused = errors("filter", out, "--reweight", "--out", tmp_path / "more")
-    assert "row 0 has a weight already" in refused
+    assert f"{tmp_path / 'weighted' / 'kept.jsonl'}: row 0 has a weight already" in refused
 
 
 def test_an_interrupt_leaves_the_page_so_far(model, data, tmp_path, monkeypatch):
