@@ -108,7 +108,7 @@ def test_threads_are_restored_whoever_leaves_last():
 def test_a_number_counts_vectors_and_auto_does_not():
     number, auto = Budget.of("1GiB"), Budget.of("auto")
     assert (number.total, number.strict, auto.strict) == (2**30, True, False)
-    assert number.beside(2**29) == 2**29 and number.beside(2**30) == 2**28
+    assert number.beside(2**29) == 2**29 and number.beside(2**30) == 2**27
     assert auto.beside(2**40) == auto.total and auto.holds(2**40)
     assert number.holds(2**30) and not number.holds(2**30 + 1)
     number.require(2**30, "this", "try that")
