@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def _chosen(code: CodeType) -> bool:
 
 
 @contextlib.contextmanager
-def _traced(call: Any) -> Iterator[None]:
+def _traced(call: FunctionType) -> Iterator[None]:
     """Calls a function at every line of the shielded functions, and between them and a `with`."""
 
     def line(frame: FrameType, event: str, _: Any) -> Any:

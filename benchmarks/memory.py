@@ -30,7 +30,7 @@ from influence import resident
 from record import provenance, record
 
 import lddyn
-from lddyn.memory import parse_memory
+from lddyn.memory import parse_memory, return_free_memory
 
 BUDGETS = ("512MiB", "1GiB", "4GiB")
 SHORT, LONG, PAIRS = 24, 128, 4  # tokens of a prompt, and of a response; pairs
@@ -141,10 +141,8 @@ def warm_up(work: Work) -> None:
 
 def cell(path: str, name: str, memory: str, threads: int) -> dict[str, Any]:
     """Runs one analysis in this process: seconds, and bytes before it and at its peak."""
-    import ctypes
     import gc
 
-    trim = ctypes.CDLL(None).malloc_trim
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     work = WORK[name]
@@ -159,7 +157,7 @@ def cell(path: str, name: str, memory: str, threads: int) -> dict[str, Any]:
     data = pairs(model.config.vocab_size, length=work.length)
     with torch.no_grad():
         model(input_ids=torch.tensor([data[0][0].ids]))
-    trim(0)  # what is free now shall not hide what the analysis takes
+    return_free_memory()  # what is free now shall not hide what the analysis takes
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     start, refusal = time.perf_counter(), None
@@ -169,11 +167,11 @@ def cell(path: str, name: str, memory: str, threads: int) -> dict[str, Any]:
         result, refusal = None, f"{type(error).__name__}: {error}"
     seconds, peak, after = time.perf_counter() - start, resident("VmHWM"), resident("VmRSS")
     budget, grown = parse_memory(memory), peak - before
-    trim(0)
+    return_free_memory()
     kept = after - resident("VmRSS")
     del result
     gc.collect()
-    trim(0)
+    return_free_memory()
     return {
         "work": name,
         "memory": memory,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "canonical",
     "digest_of",
     "json_safe",
+    "naming",
     "open_regular",
     "parse_json",
     "read_regular",
@@ -34,6 +36,17 @@ __all__ = [
 JsonObject = dict[str, Any]  # what a JSON object becomes: name → value, or what is nested in it
 LARGEST_RECORD = 1 << 30  # bytes of a JSON file of lddyn's: more is no such file
 TEMPORARY = "incoming.tmp"  # name of a file until it is complete
+
+
+@contextlib.contextmanager
+def naming(file: str) -> Iterator[None]:
+    """A ValueError within names the file, unless there is none or it is named already."""
+    try:
+        yield
+    except ValueError as error:
+        if not file or file in str(error):
+            raise
+        raise ValueError(f"{file}: {error}") from error
 
 
 def digest_of(*parts: bytes | bytearray) -> str:

@@ -37,9 +37,8 @@ __all__ = [
 
 _LOG = logging.getLogger("lddyn")
 
-_LAYERS = (
-    10_000  # of a model that is loaded at all: each takes time and memory before a weight is read
-)
+# Of a model that is loaded at all: each takes time and memory before a weight is read.
+_LAYERS = 10_000
 
 _TOKENIZERS = ("token*", "vocab*", "*.model", "*.tiktoken", "*.py")  # files that one has
 

@@ -8,17 +8,17 @@ in `remarks`. Neither torch nor transformers is imported here.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from lddyn.arguments import arguments
+from lddyn.files import naming
 
-__all__ = ["Like", "TrainerSettings", "naming", "router_remark"]
+__all__ = ["Like", "TrainerSettings", "router_remark"]
 
 Like: TypeAlias = object  # a config, a trainer, a mapping, a path, or TrainerSettings
 
@@ -150,17 +150,6 @@ class TrainerSettings:
         """Whether the rules are those of a TRL before this version; False where it is not known."""
         numbers = [int(part) for part in self.trl_version.split(".")[:2] if part.isdigit()]
         return bool(numbers) and tuple(numbers) < version
-
-
-@contextlib.contextmanager
-def naming(file: str) -> Iterator[None]:
-    """A ValueError within names the file, unless there is none or it is named already."""
-    try:
-        yield
-    except ValueError as error:
-        if not file or file in str(error):
-            raise
-        raise ValueError(f"{file}: {error}") from error
 
 
 def _installed_trl() -> str:

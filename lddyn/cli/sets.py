@@ -287,8 +287,8 @@ def filter(
     """
     from lddyn.data.read import placed_rows
     from lddyn.errors import ExampleError
+    from lddyn.files import naming
     from lddyn.sets.filter import check_source, filter_rows, read_diagnosed
-    from lddyn.settings import naming
 
     if not (drop or reweight or resample):
         raise ValueError("give --drop N, --reweight, or both, or --resample: what is to change?")

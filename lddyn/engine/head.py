@@ -26,20 +26,22 @@ from lddyn.engine.trial import REPLAYED, close
 from lddyn.engine.turns import switching
 from lddyn.errors import UnsupportedModelError
 
+_CAST = 1 << 25  # bytes of a part of W that is cast to another number type
 
-def project(hidden: Tensor, weight: Tensor, budget: int = 1 << 25) -> Tensor:
-    """H Wᵀ (n, V) in the dtype of H (n, d); W is cast in parts of at most `budget` bytes."""
+
+def project(hidden: Tensor, weight: Tensor) -> Tensor:
+    """H Wᵀ (n, V) in the dtype of H (n, d); W is cast in parts."""
     if weight.dtype == hidden.dtype:
         return ops.product(hidden, weight.T)
-    rows = max(1, budget // (weight.shape[1] * hidden.element_size()))
+    rows = max(1, _CAST // (weight.shape[1] * hidden.element_size()))
     return torch.cat([hidden @ w.to(hidden.dtype).T for w in weight.split(rows)], dim=1)
 
 
-def back_project(rows: Tensor, weight: Tensor, budget: int = 1 << 25) -> Tensor:
-    """R W (n, d) in the dtype of R (n, V); W is cast in parts of at most `budget` bytes."""
+def back_project(rows: Tensor, weight: Tensor) -> Tensor:
+    """R W (n, d) in the dtype of R (n, V); W is cast in parts."""
     if weight.dtype == rows.dtype:
         return ops.product(rows, weight)
-    size = max(1, budget // (weight.shape[1] * rows.element_size()))
+    size = max(1, _CAST // (weight.shape[1] * rows.element_size()))
     out = rows.new_zeros(rows.shape[0], weight.shape[1])
     for start in range(0, weight.shape[0], size):
         part = weight[start : start + size].to(rows.dtype)

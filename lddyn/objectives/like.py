@@ -12,13 +12,14 @@ from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.logits import token_log_probs
 from lddyn.engine.reference_policy import Reference, policy_of, trainer_reference
+from lddyn.files import naming
 from lddyn.objectives.grouped import GRPO
 from lddyn.objectives.loss import Loss
 from lddyn.objectives.losses import COMMON, LOSSES
 from lddyn.objectives.objective import SFT, Objective
 from lddyn.objectives.paired import preference
 from lddyn.objectives.unpaired import KTO
-from lddyn.settings import TrainerSettings, naming
+from lddyn.settings import TrainerSettings
 
 __all__ = ["Update", "loss_like", "objective_like", "reference_like", "row_remarks"]
 

@@ -229,14 +229,14 @@ class AdamMotion(Motion):
     def _move(self, clip: float, square: float, rate: float, count: int) -> Tensor:
         run = self.run
         first_bias, second_bias = 1 - run.momentum**count, 1 - run.beta2**count
-        total = torch.zeros(1, dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.delta.device)
         for start in range(0, len(self.delta), _BLOCK):
             at = slice(start, start + _BLOCK)
             gradient, first, second = self._gradient[at], self._first[at], self._second[at]
             gradient *= clip
             first.mul_(run.momentum).add_(gradient, alpha=1 - run.momentum)
             second.mul_(run.beta2).addcmul_(gradient, gradient, value=1 - run.beta2)
-            total += second.sum(dtype=torch.float64).cpu()
+            total += second.sum(dtype=torch.float64)
             denominator = (second / second_bias).sqrt_().add_(run.epsilon)
             move = (first * (rate / first_bias)).div_(denominator)
             self.delta[at] += move
@@ -244,11 +244,10 @@ class AdamMotion(Motion):
                 past = self._past[at].mul_(run.momentum)
                 self._past_delta[at] += (past * (rate / first_bias)).div_(denominator)
         # Adam divides small gradients by small moments: the sizes of steps are in c, not in P.
-        self._shards.add_up(total)
+        moved = (self._rows @ self.delta).double().cpu()
+        self._shards.add_up(total, moved)
         size = math.sqrt(max(float(total) / second_bias, 1e-300))
         self.net = self.net + rate / first_bias / size * self._moment
-        moved = (self._rows @ self.delta).double().cpu()
-        self._shards.add_up(moved)
         return moved[self._same]
 
     def fit(self, diagonal: Tensor, work: Tensor) -> None:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lddyn.files import naming
 from lddyn.optimizers import trainer_decays
 from lddyn.sets.resumed import steps_made
-from lddyn.settings import Like, TrainerSettings, naming
+from lddyn.settings import Like, TrainerSettings
 
 __all__ = ["Batch", "Run"]
 

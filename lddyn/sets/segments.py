@@ -192,24 +192,22 @@ class _Segments:
         decaying = run.decaying(access.model)
         self.decaying = {n: p for n, p in access.named.items() if n in decaying}
         self.first: Flat | None = None
-        self.state, adam = state, run.optimizer == "adamw"
-        self.moments = Moments(self.parameters, run, access.shards, state) if adam else None
-        self.motion = self._begun()
-
-    def _begun(self) -> AdamMotion | GramMotion:
-        """The optimizer as it is when the run begins."""
-        run, state, shards = self.run, self.state, self.access.shards
-        if self.moments is not None and self.sketch is None:
-            return AdamMotion(run, self.parameters, state, self.scratch.vector, shards)
-        if state is None:
-            return GramMotion(run)
-        self.first = Flat(self.parameters)
-        self.first.copy(state.first)
-        square = torch.zeros(1).double()
-        for moment in state.second.values():
-            square += moment.sum(dtype=torch.float64).cpu()
-        shards.add_up(square)
-        return GramMotion(run, state.steps, float(square))
+        adam, shards = run.optimizer == "adamw", access.shards
+        self.moments = Moments(self.parameters, run, shards, state) if adam else None
+        self.motion: AdamMotion | GramMotion
+        if adam and sketch is None:
+            work = self.scratch.vector
+            self.motion = AdamMotion(run, self.parameters, state, work, shards)
+        elif state is None:
+            self.motion = GramMotion(run)
+        else:
+            self.first = Flat(self.parameters)
+            self.first.copy(state.first)
+            square = torch.zeros(1).double()
+            for moment in state.second.values():
+                square += moment.sum(dtype=torch.float64).cpu()
+            shards.add_up(square)
+            self.motion = GramMotion(run, state.steps, float(square))
 
     def begin(self, rows: SetRows, now: Tensor, steps: int) -> _Kernel:
         """Begins a segment at the present weights: gradients there, paired.

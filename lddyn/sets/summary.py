@@ -154,14 +154,16 @@ def _without(diagnosis: Diagnosis, forecast: Forecast, pairs: Sequence[int]) -> 
     left_over = 0.0
     if forecast.left_over is not None:
         left_over = float(forecast.left_over.norm() / forecast.change[0].norm().clamp(min=1e-300))
-    told: dict[str, Any] = {"adds_up": left_over <= _EXPLAINED, "dropped": None, "reweighted": None}
-    if not told["adds_up"]:
-        return told
-    kept, weights = torch.ones(len(diagnosis)), diagnosis.pair_weights()
+    if left_over > _EXPLAINED:
+        return {"adds_up": False, "dropped": None, "reweighted": None}
+    kept = torch.ones(len(diagnosis))
     kept[list(pairs)] = 0.0
-    told["dropped"] = float(forecast.weighted(kept).mean())
-    told["reweighted"] = float(forecast.weighted(weights).mean())
-    return told
+    dropped, reweighted = map(forecast.weighted, (kept, diagnosis.pair_weights()))
+    return {
+        "adds_up": True,
+        "dropped": float(dropped.mean()),
+        "reweighted": float(reweighted.mean()),
+    }
 
 
 def _tokens(diagnosis: Diagnosis) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ by how much the process grows while a step is decomposed with ``memory="48MiB"``
 A fresh process is needed: freed memory that other work left behind would move the figures.
 """
 
-import ctypes
 import json
 from pathlib import Path
 
@@ -14,11 +13,12 @@ import zoo
 from influence import resident
 
 import lddyn
+from lddyn.memory import return_free_memory
 
 
 def grown(function):
     """MiB by which resident memory grows while a function runs."""
-    ctypes.CDLL(None).malloc_trim(0)  # free memory shall not hide what the function takes
+    return_free_memory()  # it shall not hide what the function takes
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     function()
