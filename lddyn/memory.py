@@ -6,8 +6,10 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -153,6 +155,23 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
+
+
+_Item = TypeVar("_Item")
+
+
+def tidied(items: Iterable[_Item], workspace: int) -> Iterator[_Item]:
+    """Yields the items; where the workspace is small, freed memory is returned between them.
+
+    That is where it is smaller than what the C library may keep (`FLOOR`), and at most twice a
+    second: pages that are needed again have to be mapped again.
+    """
+    last = time.monotonic()
+    for item in items:
+        yield item
+        if workspace < FLOOR and time.monotonic() - last > 0.5:
+            return_free_memory()
+            last = time.monotonic()
 
 
 def in_gib(count: int) -> str:

@@ -8,7 +8,7 @@ gradients from the pairs of two sides.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lddyn import ops
+from lddyn.engine.head import project
 from lddyn.engine.ledger import Tap
 from lddyn.engine.trace import Replay
 
@@ -348,36 +349,82 @@ def merge(
     return merged
 
 
-def pair_head(one: Factors, other: Factors, add: Callable[[str, Tensor], None]) -> None:
-    """As `pair`, for the head, and for a head tied to the embedding."""
+def pair_head(
+    one: Factors,
+    other: Factors,
+    add: Callable[[str, Tensor], None],
+    precondition: Mapping[str, Tensor] | None = None,
+) -> None:
+    """As `pair`, for the head, and for a head tied to the embedding.
+
+    Args:
+        one: The observed side.
+        other: The updated side.
+        add: As of `pair`.
+        precondition: A diagonal P between the two, parameter name -> tensor of its shape; None: 1.
+    """
+
+    def scale(name: str) -> Tensor | None:
+        return None if precondition is None else precondition[name]
+
     if one.head is not None and other.head is not None:
         if one.head.ids is not None or other.head.ids is not None:
             return
-        if one.head.given is other.head.given is None:
-            products = ops.residual_gram(
-                one.head.logits, one.head.targets, other.head.logits, other.head.targets
-            )
-        else:
-            products = one.head.rows @ other.head.rows.T
         if one.head.weight is not None:
-            add(one.head.weight, products * (_wide(one.head.hidden) @ _wide(other.head.hidden).T))
+            add(one.head.weight, _pair_heads(one.head, other.head, scale(one.head.weight)))
         if one.head.bias is not None:
-            add(one.head.bias, products)
+            add(one.head.bias, _pair_cotangents(one.head, other.head, scale(one.head.bias)))
     elif other.head is not None and other.head.weight is not None:
+        name = other.head.weight
         for tap, delta in one.taps:
-            if tap.weight == other.head.weight:
-                add(tap.weight, _pair_embedding_head(tap, delta, other.head))
+            if tap.weight == name:
+                add(name, _pair_embedding_head(tap, delta, other.head, scale(name)))
     elif one.head is not None and one.head.weight is not None:
+        name = one.head.weight
         for tap, delta in other.taps:
-            if tap.weight == one.head.weight:
+            if tap.weight == name:
                 delta = delta * tap.updated()[:, None]
-                add(tap.weight, _pair_embedding_head(tap, delta, one.head).T)
+                add(name, _pair_embedding_head(tap, delta, one.head, scale(name)).T)
 
 
-def _pair_embedding_head(tap: Tap, delta: Tensor, head: HeadFactor) -> Tensor:
-    """Σ_t v_l[x_t] ⟨δ_m[t], h_l⟩ for the embedding rows of one side and the head of the other."""
+def _pair_cotangents(one: HeadFactor, other: HeadFactor, scale: Tensor | None = None) -> Tensor:
+    """⟨v_m, P ∘ v_l⟩ of the cotangents of two heads, (M, L); P (V,), or None for 1."""
+    if scale is None and one.given is other.given is None:
+        products: Tensor = ops.residual_gram(one.logits, one.targets, other.logits, other.targets)
+        return products
+    rows = one.rows if scale is None else one.rows * scale
+    return rows @ other.rows.T
+
+
+def _pair_heads(one: HeadFactor, other: HeadFactor, scale: Tensor | None) -> Tensor:
+    """⟨v_m ⊗ h_m, P ∘ (v_l ⊗ h_l)⟩ of the gradients of W, (M, L); P (V, d), or None for 1.
+
+    Σ_v v_m[v] v_l[v] (P (h_m ∘ h_l))[v] is summed over parts of the vocabulary.
+    """
+    hidden, source = _wide(one.hidden), _wide(other.hidden)
+    if scale is None:
+        return _pair_cotangents(one, other) * (hidden @ source.T)
+    rows, source_rows = one.rows.to(hidden.dtype), other.rows.to(hidden.dtype)
+    mixed = (source[:, None] * hidden[None]).flatten(0, 1)
+    total = hidden.new_zeros(len(source), len(hidden))
+    size = max(1, _PART // (len(mixed) * mixed.element_size()))
+    for start in range(0, len(scale), size):
+        part = slice(start, start + size)
+        products = project(mixed, scale[part]).view(*total.shape, -1)
+        products *= source_rows[:, None, part]
+        total += (products * rows[None, :, part]).sum(-1)
+    return total.T
+
+
+_PART = 1 << 24  # bytes of products with the preconditioner of a head that are held together
+
+
+def _pair_embedding_head(tap: Tap, delta: Tensor, head: HeadFactor, scale: Tensor | None) -> Tensor:
+    """Σ_t v_l[x_t] ⟨δ_m[t], P ∘ h_l⟩ for the embedding of one side and the head of the other."""
     if tap.kind != "embedding":
         raise NotImplementedError(f"{tap.weight} is tied to the head through a {tap.kind} product")
+    if scale is not None:
+        delta = _wide(delta) * scale[tap.activations]
     picked = head.at(tap.activations)  # (L, t)
     projected = _wide(delta) @ _wide(head.hidden).T  # (c, t, L)
     return torch.einsum("mtl,lt->ml", projected, picked)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lddyn import ops
 from lddyn.engine.anatomy import Anatomy
-from lddyn.engine.factors import BodyRows, Factors, Shelf, merge, pair
-from lddyn.engine.pullback import Pullback, reach, segments_down
+from lddyn.engine.factors import BodyRows, Factors, HeadFactor, Shelf, merge, pair
+from lddyn.engine.pullback import Pullback, logits_head, reach, segments_down
 from lddyn.engine.pushforward import (
     AlongFactors,
     Direction,
@@ -25,7 +26,9 @@ from lddyn.engine.pushforward import (
 )
 from lddyn.engine.trace import Trace
 from lddyn.finite import checked
-from lddyn.memory import DEFAULT_MEMORY, is_out_of_memory, parse_memory
+from lddyn.memory import DEFAULT_MEMORY, is_out_of_memory, parse_memory, tidied
+
+_Made = TypeVar("_Made")
 
 Sink = Callable[[str, Tensor, Tensor, Tensor], None]  # parameter, rows o, rows u, block (c, c')
 
@@ -141,7 +144,7 @@ def token_gram(
         return add
 
     # The factors of a segment are kept for all updated rows of a group; groups are as large as half
-    # the budget allows, and the observed side is pulled again for each further group.
+    # the budget allows, and observed rows are pulled again for each further group that they need.
     groups = _groups(updated, budget // 2)
     steps = tqdm(
         total=len(groups) * len(list(segments_down(anatomy))),
@@ -150,97 +153,166 @@ def token_gram(
         disable=None if progress else True,
         leave=False,
     )
+    done = [torch.zeros(len(side), dtype=torch.bool) for side in updated]
     for group in groups:
-        pulls: list[tuple[Pullback, int | None, int | None]] = []  # with offsets in o and in u
-        with anatomy.analysis():
-            for index, select in group:
-                side = updated[index]
-                twin = _find(observed, side)
-                pulls.append(
-                    (
-                        Pullback(side.trace, side.given, select, side.chunk(budget)),
-                        None if twin is None else starts_o[twin],
-                        starts_u[index],
-                    )
-                )
-        chosen = {id(updated[i]): s for i, s in group}
-        for index, side in enumerate(observed):
-            with side.trace.anatomy.analysis():
-                rest = torch.arange(len(side), device=anatomy.device)
-                twin = _find(updated, side)
-                if twin is not None and id(updated[twin]) in chosen:
-                    mask = torch.ones(len(side), dtype=torch.bool, device=anatomy.device)
-                    mask[chosen[id(updated[twin])]] = False
-                    rest = rest[mask]
-                if len(rest):
-                    pull = Pullback(side.trace, side.given, rest, side.chunk(budget))
-                    pulls.append((pull, starts_o[index], None))
-
-        heads = [pull.head_factors() for pull, _, _ in pulls]
-        for (pull_o, at_o, _), head_o in zip(pulls, heads, strict=True):
-            for (pull_u, _, at_u), head_u in zip(pulls, heads, strict=True):
-                if at_o is not None and at_u is not None:
-                    pair(head_o, head_u, adder(pull_o.selected + at_o, pull_u.selected + at_u))
+        pulls = _descents(observed, updated, group, done, budget)
+        heads = [pull.down.head_factors() for pull in pulls]
+        for pull_o, head_o in zip(pulls, heads, strict=True):
+            for pull_u, head_u in zip(pulls, heads, strict=True):
+                if pull_o.meets(pull_u):
+                    pair(head_o, head_u, adder(pull_o.among_o(), pull_u.among_u()))
         shelf = Shelf()
         for segment in segments_down(anatomy):
-            _pair_segment(segment, pulls, heads, anatomy, adder, shelf)
+            _pair_segment(segment, pulls, heads, anatomy, adder, shelf, budget)
             shelf.turn()
             steps.update()
     steps.close()
     return checked(total, "the Gram matrix", observed[0].trace.hidden.dtype)
 
 
+@dataclass
+class _Descent:
+    """Some rows of one side on their way down, for one group of updated rows.
+
+    The Gram of sides that are observed and updated is symmetric: the products of two of their rows
+    are computed once, in the first group that holds one of them.
+
+    Attributes:
+        down: Their pullback.
+        at_o: Number of observed rows before this side's; None: it is not observed.
+        at_u: Number of updated rows before this side's; None: its products as updated rows are not
+            wanted in this group.
+        kept: Whether they are the group's rows, whose factors are kept for each segment.
+        earlier: Whether they have met the rows of sides that are both, in an earlier group.
+    """
+
+    down: Pullback
+    at_o: int | None
+    at_u: int | None
+    kept: bool = False
+    earlier: bool = False
+
+    def meets(self, other: _Descent) -> bool:
+        """Whether products of these rows as observed with others as updated rows are wanted."""
+        if self.at_o is None or other.at_u is None:
+            return False
+        return not (self.earlier and other.at_o is not None) if other.kept else self.kept
+
+    def among_o(self, rows: Tensor | None = None) -> Tensor:
+        """Numbers of rows of this side, by default of its own, among all observed rows."""
+        assert self.at_o is not None
+        return (self.down.selected if rows is None else rows) + self.at_o
+
+    def among_u(self, rows: Tensor | None = None) -> Tensor:
+        """Numbers of rows of this side, by default of its own, among all updated rows."""
+        assert self.at_u is not None
+        return (self.down.selected if rows is None else rows) + self.at_u
+
+
+def _descents(
+    observed: Sequence[Side],
+    updated: Sequence[Side],
+    group: Sequence[tuple[int, Tensor]],
+    done: Sequence[Tensor],
+    budget: int,
+) -> list[_Descent]:
+    """The rows that go down together for one group: its own, and the observed ones they need.
+
+    Args:
+        observed: All observed sides.
+        updated: All updated sides.
+        group: Updated sides, by number, and rows of each.
+        done: For each updated side which of its rows (L,) were in earlier groups; the group's are
+            added.
+        budget: Bytes.
+    """
+    starts_o, starts_u = _offsets(observed), _offsets(updated)
+
+    def down(side: Side, rows: Tensor) -> Pullback:
+        with side.trace.anatomy.analysis():
+            return Pullback(side.trace, side.given, rows, side.chunk(budget))
+
+    pulls, alone = [], False  # whether a side of the group is not observed
+    before = [rows.clone() for rows in done]
+    for index, rows in group:
+        twin = _find(observed, updated[index])
+        alone |= twin is None
+        at_o = None if twin is None else starts_o[twin]
+        pulls.append(_Descent(down(updated[index], rows), at_o, starts_u[index], kept=True))
+        done[index][rows.cpu()] = True
+    for side, at_o in zip(observed, starts_o, strict=False):
+        twin, device = _find(updated, side), side.trace.positions.device
+        if twin is None:
+            pulls.append(_Descent(down(side, torch.arange(len(side), device=device)), at_o, None))
+            continue
+        later, earlier = (mask.nonzero()[:, 0].to(device) for mask in (~done[twin], before[twin]))
+        if len(later):
+            pulls.append(_Descent(down(side, later), at_o, starts_u[twin]))
+        if len(earlier) and alone:
+            pulls.append(_Descent(down(side, earlier), at_o, None, earlier=True))
+    return pulls
+
+
 def _pair_segment(
     segment: int,
-    pulls: list[tuple[Pullback, int | None, int | None]],
+    pulls: list[_Descent],
     heads: list[Factors],
     anatomy: Anatomy,
     adder: Callable[[Tensor, Tensor], Callable[[str, Tensor], None]],
     shelf: Shelf,
+    budget: int,
 ) -> None:
     """Pulls every chunk of every side through one segment and pairs its factors."""
-    kept: list[tuple[Tensor, Factors]] = []
+    kept: list[tuple[_Descent, Tensor, Factors]] = []
     tied = segment == 0 and anatomy.tied
 
-    def observe(rows_o: Tensor, factors: Factors, own: int | None = None) -> None:
-        for i, (rows_u, other) in enumerate(kept):
-            if i != own:
-                pair(factors, other, adder(rows_o, rows_u))
-        if tied:
-            for (pull, _, at_u), head in zip(pulls, heads, strict=True):
-                if at_u is not None:
-                    pair(factors, head, adder(rows_o, pull.selected + at_u))
+    def observe(pull: _Descent, rows: Tensor, factors: Factors, own: int | None = None) -> None:
+        for i, (other, rows_u, other_factors) in enumerate(kept):
+            if i == own or not pull.meets(other):
+                continue
+            add = adder(pull.among_o(rows), other.among_u(rows_u))
+            if not pull.kept and other.meets(pull):
+                turned = adder(other.among_o(rows_u), pull.among_u(rows))
+                add = _mirrored(add, turned, len(rows_u))
+            pair(factors, other_factors, add)
+        for other, head in zip(pulls, heads, strict=True) if tied else ():
+            if pull.meets(other):
+                pair(factors, head, adder(pull.among_o(rows), other.among_u()))
+            if not pull.kept and other.meets(pull):
+                pair(head, factors, adder(other.among_o(), pull.among_u(rows)))
 
-    both: list[tuple[int, Tensor, slice]] = []  # place in `kept`, rows in o, a chunk of them
-    for pull, at_o, at_u in pulls:
-        if at_u is None:
+    both: list[tuple[int, slice]] = []  # place in `kept` of rows on both sides, a chunk of them
+    for pull in pulls:
+        if not pull.kept:
             continue
-        longest = max((chunk.length for chunk in pull.chunks), default=0)
-        with pull.anatomy.analysis():
-            joined = merge(pull.step(segment), len(pull.selected), longest, shelf)
+        longest = max((chunk.length for chunk in pull.down.chunks), default=0)
+        with pull.down.anatomy.analysis():
+            chunks = tidied(pull.down.step(segment), budget)
+            joined = merge(chunks, len(pull.down.selected), longest, shelf)
         for merged in joined:
-            if at_o is not None:
-                both += [(len(kept), merged.rows + at_o, part) for part in merged.parts]
-            kept.append((merged.rows + at_u, merged.factors))
-    if tied:
-        for (pull_o, at_o, _), head in zip(pulls, heads, strict=True):
-            for rows_u, factors in kept if at_o is not None else ():
-                assert at_o is not None
-                pair(head, factors, adder(pull_o.selected + at_o, rows_u))
-    for place, rows, part in both:
-        observe(rows[part], kept[place][1].part(part), place)
+            if pull.at_o is not None:
+                both += [(len(kept), part) for part in merged.parts]
+            kept.append((pull, merged.rows, merged.factors))
+    for pull, rows, factors in kept if tied else ():
+        for other, head in zip(pulls, heads, strict=True):
+            if other.meets(pull):
+                pair(head, factors, adder(other.among_o(), pull.among_u(rows)))
+    for place, part in both:
+        pull, rows, factors = kept[place]
+        observe(pull, rows[part], factors.part(part), place)
         # The Gram of a side with itself is symmetric: a chunk is paired with those up to it.
-        rows_u, factors = kept[place]
         upto, before = slice(0, part.stop), slice(0, part.start)
         add = _mirrored(
-            adder(rows[part], rows_u[upto]), adder(rows[before], rows_u[part]), part.start
+            adder(pull.among_o(rows[part]), pull.among_u(rows[upto])),
+            adder(pull.among_o(rows[before]), pull.among_u(rows[part])),
+            part.start,
         )
         pair(factors.part(part), factors.part(upto), add)
-    for pull, at_o, at_u in pulls:
-        if at_u is None and at_o is not None:
-            with pull.anatomy.analysis():
-                for rows, factors in pull.step(segment):
-                    observe(rows + at_o, factors)
+    for pull in pulls:
+        if not pull.kept:
+            with pull.down.anatomy.analysis():
+                for rows, factors in tidied(pull.down.step(segment), budget):
+                    observe(pull, rows, factors)
 
 
 def _mirrored(
@@ -274,55 +346,15 @@ def factored_push(
     """
     anatomy = updated[0].trace.anatomy
     budget = parse_memory(memory, anatomy.device)
-    widest = _ROWS_GPU if anatomy.device.type == "cuda" else CHUNK
-    starts = _offsets(updated)
+    pushes = _pushes(observed, budget)
     vocabulary = 8 * anatomy.vocabulary * max(len(t.positions) for t in observed)
-    pushes = [Pushforward(t, keep=graph_bytes(t) * len(observed) < budget // 2) for t in observed]
-    steps = tqdm(
-        total=starts[-1],
-        desc="pushing",
-        unit="token",
-        disable=None if progress else True,
-        leave=False,
-    )
-    for start, side in zip(starts, updated, strict=False):
-        per_row = side.bytes_per_cotangent() * (1 + len(anatomy.blocks) // 2) + vocabulary
-        size = max(1, min(widest, budget // 2 // per_row))
-        order = side.trace.positions.argsort(stable=True) if select is None else select
-        pending = list(order.split(size))
-        while pending:
-            part = pending.pop(0)
-            try:
-                rows, moved = _push_rows(pushes, side, part, precondition)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(part) == 1:
-                    raise
-                pending[:0] = part.split((len(part) + 1) // 2)
-                continue
-            steps.update(len(part))
-            yield rows + start, moved
-    steps.close()
 
+    def push(side: Side, part: Tensor) -> tuple[Tensor, list[Tensor]]:
+        rows, source = _source(side, part, precondition)
+        return rows, _through(pushes, lambda one: one.logits(source))
 
-def _push_rows(
-    pushes: Sequence[Pushforward], side: Side, select: Tensor, precondition: Direction | None
-) -> tuple[Tensor, list[Tensor]]:
-    """Rows of one side pulled back and pushed through every observed trace: (rows, [Δz])."""
-    anatomy = side.trace.anatomy
-    with anatomy.analysis():
-        down = Pullback(side.trace, side.given, select, len(select))
-        factors = [down.head_factors()]
-        for segment in segments_down(anatomy):
-            pieces = [part for _, part in down.step(segment)]
-            if len(pieces) != 1:  # the pullback had to halve its chunk: so must the push
-                raise torch.OutOfMemoryError(f"pulling back {len(select)} tokens does not fit")
-            factors += pieces
-    source = AlongFactors(factors, precondition)
-    moved = []
-    for push in pushes:
-        with push.anatomy.analysis():
-            moved.append(push.logits(source))
-    return down.selected, moved
+    for start, (rows, moved) in _chunks(updated, budget, vocabulary, push, progress, select):
+        yield rows + start, moved
 
 
 def factored_gram(
@@ -332,19 +364,117 @@ def factored_gram(
     progress: bool = False,
     precondition: Direction | None = None,
 ) -> Tensor:
-    """The same M x L products as `token_gram`, through the factored NTK-vector product.
+    """The same M x L products as `token_gram`, by pushing the updated side's factors forward.
 
-    With `precondition`, ⟨J_mᵀ v_m, P ∘ J_lᵀ v_l⟩ for a diagonal P (name -> tensor).
+    With `precondition`, ⟨J_mᵀ v_m, P ∘ J_lᵀ v_l⟩ for a diagonal P (name -> tensor). The pushed
+    states meet the cotangents at the head's input, so no change of the logits is formed.
+
+    Cost: as of `factored_push`.
     """
     starts = _offsets(observed)
     first = updated[0].trace.logits
+    budget = parse_memory(memory, first.device)
     total = torch.zeros(starts[-1], _offsets(updated)[-1], dtype=first.dtype, device=first.device)
-    traces, cotangents = [side.trace for side in observed], [side.rows for side in observed]
-    for rows, moved in factored_push(traces, updated, memory, progress, precondition):
-        for start, side_rows, delta in zip(starts, cotangents, moved, strict=False):
-            block = torch.einsum("cmv,mv->mc", delta, side_rows.to(delta.dtype))
-            total[start : start + len(side_rows)][:, rows] = block
-    return checked(total, "the Gram matrix", traces[0].hidden.dtype)
+    pushes = _pushes([side.trace for side in observed], budget)
+    ends = [_at_head(side) for side in observed]
+
+    def push(side: Side, part: Tensor) -> tuple[Tensor, list[Tensor]]:
+        rows, source = _source(side, part, precondition)
+        pairs = iter(ends)
+        return rows, _through(pushes, lambda one: one.products(source, *next(pairs)))
+
+    for at, (rows, blocks) in _chunks(updated, budget, 0, push, progress):
+        for start, block in zip(starts, blocks, strict=False):
+            total[start : start + len(block), rows + at] = block.to(total.dtype)
+    return checked(total, "the Gram matrix", observed[0].trace.hidden.dtype)
+
+
+def _pushes(observed: Sequence[Trace], budget: int) -> list[Pushforward]:
+    """A push through each observed trace; linearised segments are kept where all of them fit."""
+    return [Pushforward(t, keep=graph_bytes(t) * len(observed) < budget // 2) for t in observed]
+
+
+def _at_head(side: Side) -> tuple[HeadFactor, Tensor]:
+    """The head's factors of a side, and its cotangents at the head's input, (M, d)."""
+    assert not isinstance(side.given, BodyRows), "no logit cotangents were given"
+    with side.trace.anatomy.analysis():
+        head = logits_head(side.trace, side.given)
+        return head, side.trace.anatomy.head.back_project(head.rows)
+
+
+def _through(pushes: Sequence[Pushforward], push: Callable[[Pushforward], Tensor]) -> list[Tensor]:
+    """What a push through each observed trace gives."""
+    out = []
+    for one in pushes:
+        with one.anatomy.analysis():
+            out.append(push(one))
+    return out
+
+
+def _source(
+    side: Side, select: Tensor, precondition: Direction | None
+) -> tuple[Tensor, AlongFactors]:
+    """Rows of one side pulled back through the whole model, and the tangents along them."""
+    anatomy = side.trace.anatomy
+    with anatomy.analysis():
+        down = Pullback(side.trace, side.given, select, len(select))
+        factors = [down.head_factors()]
+        for segment in segments_down(anatomy):
+            pieces = [part for _, part in down.step(segment)]
+            if len(pieces) != 1:  # the pullback had to halve its chunk: so must the push
+                raise torch.OutOfMemoryError(f"pulling back {len(select)} tokens does not fit")
+            factors += pieces
+    return down.selected, AlongFactors(factors, precondition)
+
+
+def _chunks(
+    updated: Sequence[Side],
+    budget: int,
+    extra: int,
+    run: Callable[[Side, Tensor], _Made],
+    progress: bool,
+    select: Tensor | None = None,
+) -> Iterator[tuple[int, _Made]]:
+    """Runs chunks of the updated rows, as many at a time as fit; one that does not is halved.
+
+    Args:
+        updated: The sides.
+        budget: Bytes.
+        extra: Bytes that a row needs besides its factors.
+        run: Gets a side and some of its rows.
+        progress: Show a bar over rows.
+        select: Some rows of each side.
+
+    Yields:
+        The number of rows of the sides before this one, and what `run` returned.
+    """
+    starts = _offsets(updated)
+    anatomy = updated[0].trace.anatomy
+    widest = _ROWS_GPU if anatomy.device.type == "cuda" else CHUNK
+    steps = tqdm(
+        total=starts[-1],
+        desc="pushing",
+        unit="token",
+        disable=None if progress else True,
+        leave=False,
+    )
+    for start, side in zip(starts, updated, strict=False):
+        per_row = side.bytes_per_cotangent() * (1 + len(anatomy.blocks) // 2) + extra
+        size = max(1, min(widest, budget // 2 // per_row))
+        order = side.trace.positions.argsort(stable=True) if select is None else select
+        pending = list(order.split(size))
+        while pending:
+            part = pending.pop(0)
+            try:
+                made = run(side, part)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(part) == 1:
+                    raise
+                pending[:0] = part.split((len(part) + 1) // 2)
+                continue
+            steps.update(len(part))
+            yield start, made
+    steps.close()
 
 
 def sequence_gram(

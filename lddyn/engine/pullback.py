@@ -82,7 +82,7 @@ class Pullback:
             self.head = self._body_head(rows[order])
             g = rows.hidden[order].to(trace.hidden.dtype)
         else:
-            self.head = self._logits_head(rows)
+            self.head = logits_head(trace, rows, order)
             g = self.anatomy.head.back_project(self.head.rows).to(trace.hidden.dtype)
         self.chunks: list[Chunk] = []
         for part, state in zip(order.split(chunk), g.split(chunk), strict=True):
@@ -90,25 +90,6 @@ class Pullback:
                 trace, reach(int(trace.positions[part].max()), trace.length)
             )
             self.chunks.append(Chunk(part, length, state))
-
-    def _logits_head(self, rows: Tensor | None) -> HeadFactor:
-        trace, order = self.trace, self.selected
-        if rows is None and trace.slope is not None:
-            rows = ops.residual(trace.logits, trace.targets)[0]
-        if rows is not None and rows.shape != trace.logits.shape:
-            raise ValueError(
-                f"cotangents must be (tokens, vocabulary) = {tuple(trace.logits.shape)}, got "
-                f"{tuple(rows.shape)}"
-            )
-        logits, targets = trace.logits, trace.targets
-        if not torch.equal(order, torch.arange(len(trace.positions), device=order.device)):
-            logits, targets = logits[order], targets[order]
-        if rows is not None:
-            rows = rows[order].to(logits.dtype)
-            rows = rows if trace.slope is None else rows * trace.slope[order]
-        weight, bias = self.anatomy.head_weight, self.anatomy.head_bias
-        hidden = self.anatomy.head.own(trace.hidden[order])
-        return HeadFactor(weight, bias, hidden, rows, logits, targets)
 
     def _body_head(self, rows: BodyRows) -> HeadFactor:
         trace, order = self.trace, self.selected
@@ -126,7 +107,8 @@ class Pullback:
         A chunk that does not fit is halved, down to one cotangent, before the allocator's error is
         passed on.
         """
-        pending, done = list(self.chunks), []
+        pending, done = self.chunks, []
+        self.chunks = []  # a state is freed when it has moved
         while pending:
             chunk = pending.pop(0)
             try:
@@ -163,6 +145,35 @@ class Pullback:
         if not routed and factors.in_order(lengths, chunk.length):
             factors.lengths, factors.tokens = lengths, chunk.length
         return state, factors
+
+
+def logits_head(trace: Trace, rows: Tensor | None, order: Tensor | None = None) -> HeadFactor:
+    """The head's factors of cotangents on the logits.
+
+    Args:
+        trace: The stored forward pass.
+        rows: Cotangents (M, V), or None for e_y − π, as of `Pullback`.
+        order: Some of the response tokens; default: all in their order.
+
+    Raises:
+        ValueError: If the cotangents have another shape than the logits.
+    """
+    if rows is None and trace.slope is not None:
+        rows = ops.residual(trace.logits, trace.targets)[0]
+    if rows is not None and rows.shape != trace.logits.shape:
+        raise ValueError(
+            f"cotangents must be (tokens, vocabulary) = {tuple(trace.logits.shape)}, got "
+            f"{tuple(rows.shape)}"
+        )
+    every = order is None or torch.equal(order, torch.arange(len(trace.logits)).to(order))
+    at = slice(None) if every else order
+    if rows is not None:
+        rows = rows[at].to(trace.logits.dtype)
+        rows = rows if trace.slope is None else rows * trace.slope[at]
+    head = trace.anatomy.head
+    names = trace.anatomy.head_weight, trace.anatomy.head_bias
+    hidden = head.own(trace.hidden[at])
+    return HeadFactor(*names, hidden, rows, trace.logits[at], trace.targets[at])
 
 
 def segments_down(anatomy: Anatomy) -> Iterable[int]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.backward_check import check_push
-from lddyn.engine.factors import Factors, HeadFactor, over_rows, summed
+from lddyn.engine.factors import Factors, HeadFactor, over_rows, pair_head, summed
 from lddyn.engine.guard import undisturbed
 from lddyn.engine.head import project
 from lddyn.engine.ledger import FRONT, Tap
@@ -127,6 +127,7 @@ class AlongFactors(Source):
 
     def __init__(self, factors: list[Factors], precondition: Direction | None = None):
         self.size = max((len(f) for f in factors), default=0)
+        self.factors = factors
         self.precondition = precondition
         self.by_weight: dict[str, list[tuple[Tap, Tensor]]] = {}
         self.by_bias: dict[str, Tensor] = {}
@@ -286,6 +287,25 @@ class Pushforward:
             return hidden.new_zeros(source.size, *hidden.shape)
         state = state.reshape(len(state), -1, state.shape[-1])
         return state[:, self.trace.positions]
+
+    def products(self, source: AlongFactors, head: HeadFactor, below: Tensor) -> Tensor:
+        """⟨v_m, Δz_m⟩ (M, c) for one cotangent v_m per response token; Δz itself is not formed.
+
+        Args:
+            source: The tangents.
+            head: The head's factors for the cotangents.
+            below: The cotangents at the head's input, Wᵀ v_m, (M, d).
+        """
+        moved = self.hidden(source).to(below.dtype)
+        total = torch.einsum("cmd,md->mc", moved, below)
+        one = Factors(head=head)
+
+        def add(name: str, products: Tensor) -> None:
+            total.add_(products.to(total.dtype))
+
+        for part in source.factors:
+            pair_head(one, part, add, source.precondition)
+        return total
 
     def logits(self, source: Source) -> Tensor:
         """Tangent (c, M, V) of the logits: Δz, exact to first order."""

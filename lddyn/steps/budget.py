@@ -1,13 +1,14 @@
-"""How a decomposition divides `memory=`: vectors of all trainable values, and a workspace."""
+"""How a decomposition divides `memory=`: vectors of trainable values, logits, and a workspace."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.gram import graph_bytes
 from lddyn.engine.stream.moved import inside_blocks, moved_bytes
@@ -33,12 +34,17 @@ class StepBudget:
 
     @classmethod
     def of(
-        cls, anatomy: Anatomy, optimizer: torch.optim.Optimizer, memory: int | str
+        cls,
+        anatomy: Anatomy,
+        optimizer: torch.optim.Optimizer,
+        memory: int | str,
+        observed: Collection[Example],
+        updated: Collection[Example],
     ) -> StepBudget:
         """The division for one step.
 
         Raises:
-            MemoryBudgetError: If memory is a number, and less than the vectors need.
+            MemoryBudgetError: If memory is a number, and less than vectors and logits need.
         """
         budget, trainable = Budget.of(memory, anatomy.device), anatomy.trainable
         size, moved = sum(p.nbytes for p in trainable.values()), moved_bytes(anatomy)
@@ -46,8 +52,9 @@ class StepBudget:
         held = held_bytes(trainable, optimizer)
         making = making_bytes(anatomy, trainable, optimizer)
         copies = budget.holds(max(held + size, making)) or not inside_blocks(anatomy)
-        needed = max(held + (size if copies else moved), making)
-        several = needed > size + moved
+        vectors = max(held + (size if copies else moved), making)
+        needed = vectors + logits_bytes(anatomy, observed, updated)
+        several = vectors > size + moved
         budget.require(
             needed,
             f"a step of {values:,} trainable values with {type(optimizer).__name__}",
@@ -63,6 +70,23 @@ class StepBudget:
         """Whether backward passes of these sequences run blocks again, rather than keep graphs."""
         largest = max((graph_bytes(trace) for trace in traces), default=0)
         return self.budget.strict and largest > self.workspace
+
+
+def logits_bytes(
+    anatomy: Anatomy, observed: Collection[Example], updated: Collection[Example]
+) -> int:
+    """Bytes of what a step holds of its sequences: forward passes, logits, and their changes.
+
+    A response of M tokens has logits (M, V), an observed one also its change of all log-probs; two
+    more tables are formed of one response at a time. All are of at least float32.
+    """
+    head = anatomy.head
+    number = max(4, head.dtype.itemsize)
+    states = (len(anatomy.blocks) + 1) * head.layer.weight.shape[1] * head.dtype.itemsize
+    distinct = {*observed, *updated}
+    rows = sum(map(len, distinct)) + sum(map(len, observed)) + 2 * max(map(len, distinct))
+    tokens = sum(example.length for example in distinct)
+    return rows * head.vocabulary * number + tokens * states
 
 
 def held_bytes(trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:

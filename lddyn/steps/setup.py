@@ -138,7 +138,7 @@ def make_setup(
             optimizer = optimizer_like(settings, anatomy, lr)
     assert isinstance(update, Objective)
     fixed, rate = _fixed_optimizer(optimizer or "sgd", lr, anatomy.trainable)
-    budget = StepBudget.of(anatomy, fixed, memory)
+    budget = StepBudget.of(anatomy, fixed, memory, named.values(), update.examples)
     fixed_update = prepared(update, anatomy, fixed)
     remarks = [] if settings is None else [*settings.remarks, *settings.step_remarks]
     remarks += row_remarks(settings, fixed_update.examples)

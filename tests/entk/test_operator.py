@@ -9,6 +9,7 @@ import torch
 import zoo
 
 import lddyn
+from lddyn.engine import gram
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.gradient import gradient
 from lddyn.engine.gram import Side, factored_gram, factored_push, token_gram
@@ -234,6 +235,40 @@ def test_memory_changes_nothing(name):
         both = token_gram([observed, updated], [updated, observed], memory=memory)
         assert float((both[:6, :5] - reference).abs().max()) <= 3e-6 * size
         assert float((both[6:, 5:] - reference.T).abs().max()) <= 3e-6 * size
+
+
+@pytest.mark.parametrize("memory", [1, "30KB", "200KB"])
+def test_groups_of_sides_that_are_on_both_sides(memory, monkeypatch):
+    """Products of two such sides are computed once, also where memory divides them into groups."""
+    model = zoo.build("llama", tie_word_embeddings=True, pad_token_id=5)
+    anatomy = lddyn.Anatomy(model)
+    made = [([5, 9, 5], [4, 5, 8, 11]), ([3, 5], [7, 7, 5]), ([8], [5, 9]), ([9, 2], [6, 5, 3])]
+    a, b, c, d = (Side.log_probs(anatomy.trace(lddyn.Example(p, r))) for p, r in made)
+    observed, updated = [c, a, b], [b, d, a]
+    expected = torch.cat([torch.cat([token_gram([o], [u]) for u in updated], 1) for o in observed])
+    parts = torch.zeros_like(expected)
+
+    def sink(name, rows_o, rows_u, block):
+        parts[rows_o[:, None], rows_u[None]] += block
+
+    value = token_gram(observed, updated, memory, sink=sink)
+    size = float(expected.abs().max())
+    assert float((value - expected).abs().max()) <= 3e-6 * size
+    assert float((parts - expected).abs().max()) <= 3e-6 * size
+    # One side with itself, one row a group: row l goes down with the rows that follow it.
+    pulled = []
+    start = gram.Pullback.__init__
+    monkeypatch.setattr(
+        gram.Pullback,
+        "__init__",
+        lambda self, trace, rows, select, chunk: (
+            pulled.append(len(select)),
+            start(self, trace, rows, select, chunk),
+        )[1],
+    )
+    own = token_gram([a], [a], memory=1)
+    assert sum(pulled) == 4 + 3 + 2 + 1
+    assert float((own - expected[2:6, 6:]).abs().max()) <= 3e-6 * size
 
 
 def test_order_of_sides_and_repeats():
