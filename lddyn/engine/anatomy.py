@@ -270,12 +270,14 @@ class Anatomy(Skeleton):
                 )
 
     def _explain_non_finite(self, trace: Trace) -> None:
+        saved = getattr(self.base, "name_or_path", "")
+        model = f"the model {saved}" if saved else "the model"
         for name, parameter in self.model.named_parameters():
             if not bool(torch.isfinite(present(parameter)).all()):
                 count = int((~torch.isfinite(parameter)).sum())
                 raise NonFiniteError(
-                    f"parameter {name} has {count} non-finite of {parameter.numel()} values: the "
-                    "model is broken; go back to an earlier checkpoint"
+                    f"parameter {name} has {count} non-finite of {parameter.numel()} values: "
+                    f"{model} is broken; go back to an earlier checkpoint"
                 )
         for i, x in enumerate(trace.inputs):
             if not bool(torch.isfinite(x).all()):

@@ -521,14 +521,18 @@ def run(model, observed=None, updated=None):
     return lddyn.decompose(model, observed or first, lddyn.SFT(updated or second), lr=1e-3)
 
 
-def test_nan_weight_is_named():
+def test_nan_weight_is_named(tmp_path):
+    """The parameter, and the folder that the model came from."""
     model = zoo.build("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
-    with pytest.raises(
-        NonFiniteError, match=r"layers\.1\.mlp\.up_proj\.weight has 1 non-finite of"
-    ):
+    named = r"layers\.1\.mlp\.up_proj\.weight has 1 non-finite of \d+ values: the model "
+    with pytest.raises(NonFiniteError, match=named + "is broken"):
         run(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    with pytest.raises(NonFiniteError, match=named + re.escape(str(tmp_path))):
+        run(loaded)
 
 
 def test_infinite_embedding_is_named():
