@@ -31,7 +31,7 @@ import lddyn
 from lddyn.stats import spearman
 
 BETA = 0.1
-SFT_RATE, SFT_BATCH = 1e-3, 6
+SFT_BATCH = 6
 
 Pair = tuple[lddyn.Example, lddyn.Example]
 
@@ -89,10 +89,10 @@ def log_probs(model: nn.Module, pairs: list[Pair]) -> Tensor:
         ).double()
 
 
-def finetune(model: nn.Module, pairs: list[Pair], epochs: int, seed: int) -> None:
+def finetune(model: nn.Module, pairs: list[Pair], epochs: int, lr: float, seed: int) -> None:
     """SFT on the chosen responses: the mean over a batch of each response's mean over tokens."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=SFT_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for batch in torch.randperm(len(pairs), generator=generator).split(SFT_BATCH):
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of adapters and of orders of pairs")
     parser.add_argument("--batch", type=int, default=4, help="pairs in a batch")
     parser.add_argument("--sft-epochs", type=int, default=0, help="on the chosen responses, before")
+    parser.add_argument("--sft-lr", type=float, default=1e-3, help="learning rate of that SFT")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--refresh", type=int, nargs="+", default=[2], help="segments")
@@ -164,7 +165,7 @@ def main() -> None:
         max_grad_norm=1.0,
         seed=args.seed,
     )
-    finetune(model, pairs, args.sft_epochs, args.seed)
+    finetune(model, pairs, args.sft_epochs, args.sft_lr, args.seed)
     if args.rank:
         rank(model, pairs, run, args)
         return
@@ -194,6 +195,7 @@ def main() -> None:
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "run": repr(run),
         "sft_epochs": args.sft_epochs,
+        "sft_lr": args.sft_lr,
         "measured": measured.mean(1).tolist(),
     }
     for segments, diagnosis, diagnosed, grown in made:
