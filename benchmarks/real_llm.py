@@ -2,10 +2,11 @@
 
     python benchmarks/real_llm.py MODEL PAIRS.jsonl --name lora-12 --out benchmarks/results/FILE
 
-The rows have `prompt` (turns "Human: …", "Assistant: …"), `chosen` and `rejected`; they go through
-the model's chat template. The training is a plain loop of AdamW with a linear schedule and clipping
-to norm 1; its log-probs of the start are the reference. Processor seconds of both are of one
-process; an epoch of training is counted with the forward passes of a reference model.
+The rows are pairs in any format that lddyn reads, or HH's dialogues (`prompt` of turns "Human: …",
+"Assistant: …"); all go through the model's chat template. The training is a plain loop of AdamW
+with a linear schedule and clipping to norm 1; its log-probs of the start are the reference.
+Processor seconds of both are of one process; an epoch of training is counted with the forward
+passes of a reference model.
 
 `--sft-epochs` first finetunes on the chosen responses: DPO then starts where they are likely, and
 makes them fall.
@@ -41,21 +42,31 @@ def read(
 ) -> list[Pair]:
     """The first pairs after some rows whose parts have at most so many tokens, or are cut."""
     pairs: list[Pair] = []
-    for line in path.read_text(encoding="utf-8").splitlines()[skip:]:
-        row = json.loads(line)
-        prompt = tokenizer.apply_chat_template(
-            messages(row["prompt"]), add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        sides = [tokenizer(row[k].strip() + "<|im_end|>")["input_ids"] for k in SIDES]
+    for row in lddyn.rows(path)[skip:]:
+        one, other = encoded(row, tokenizer)
         if cut is not None:
-            prompt, sides = prompt[-cut:], [side[:cut] for side in sides]
-        if len(prompt) > longest or not all(5 < len(side) <= longest for side in sides):
-            continue
-        if sides[0] != sides[1]:
-            pairs.append(tuple(lddyn.Example(prompt, side) for side in sides))  # type: ignore[arg-type]
+            one, other = (
+                lddyn.Example(e.prompt_ids[-cut:], e.response_ids[:cut]) for e in (one, other)
+            )
+        fits = all(5 < len(e.response_ids) <= longest for e in (one, other))
+        if fits and len(one.prompt_ids) <= longest and one != other:
+            pairs.append((one, other))
         if len(pairs) == count:
             break
     return pairs
+
+
+def encoded(row: dict[str, Any], tokenizer: Any) -> Pair:
+    """Both sides of a row; a dialogue of HH by the chat template without its last line break."""
+    dialogue = row.get("prompt")
+    if not (isinstance(dialogue, str) and dialogue.lstrip().startswith("Human:")):
+        examples = lddyn.encode_row(tokenizer, row, SIDES)
+        return examples["chosen"], examples["rejected"]
+    prompt = tokenizer.apply_chat_template(
+        messages(dialogue), add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    one, other = (tokenizer(row[k].strip() + "<|im_end|>")["input_ids"] for k in SIDES)
+    return lddyn.Example(prompt, one), lddyn.Example(prompt, other)
 
 
 SIDES = ("chosen", "rejected")
