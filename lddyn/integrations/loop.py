@@ -115,7 +115,7 @@ class Watch(Watcher):
         return self
 
     def close(self) -> None:
-        """Remove the hooks, make a last pass within the budget, and draw the page."""
+        """Remove the hooks, make a last pass, and draw the page."""
         if self._hooks:
             self._remove_hooks()
             self.end(self.model, self.step, self._log)

@@ -52,7 +52,7 @@ class LearningDynamicsCallback(Watcher, TrainerCallback):  # type: ignore[misc]
             `Encoded` set, or lists of examples by name.
         every: Optimizer steps between passes. None: as often as the budget allows.
         budget: Most seconds of passes for each second of training: "5%" or 0.05. A pass that would
-            exceed it waits. The first pass, at the start, is always made.
+            exceed it waits. The first pass, at the start, and the last are always made.
         predict: Number of prompts for ``step`` and ``first_order``; needs memory for a copy of the
             trainable parameters during that step. 0: none.
         prompts: Number of prompts of a `ProbeSet` that are used, the first ones. None: all.
@@ -115,7 +115,7 @@ class LearningDynamicsCallback(Watcher, TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make a last pass if the budget has room for it, and draw the rows as a page."""
+        """Make a last pass, and draw the rows as a page."""
         # A best checkpoint that the trainer has loaded holds other weights than the last step's.
         restored = args.load_best_model_at_end and state.best_model_checkpoint is not None
         log = partial(self._log, state, control)

@@ -35,6 +35,8 @@ __all__ = ["Probes", "Watcher"]
 
 _LOG = logging.getLogger("lddyn")
 
+_LONG = 20.0  # seconds of a first pass that a user should know of
+
 Probes = str | Path | ProbeSet | Encoded | Mapping[str, Sequence[Example]]
 
 # Receives a row, its names beginning with "lddyn/", and the step.
@@ -133,6 +135,7 @@ class Watcher:
         self._run = run
         if first_pass:
             self._pass(run, "begin", model, step, log)
+            self._tell_cost(run)
 
     def before_step(self, model: nn.Module, step: int) -> None:
         """Copy the weights before the step that makes `step`, if a pass is to explain that step."""
@@ -153,7 +156,7 @@ class Watcher:
             self._pass(run, "step", unwrapped(model), step, log)
 
     def end(self, model: nn.Module, step: int, log: Log, *, measured: bool = False) -> None:
-        """Make a last pass if the budget has room for it, and draw the rows as a page.
+        """Make a last pass, whatever the budget, and draw the rows as a page.
 
         Args:
             model: The model after `step`.
@@ -165,7 +168,7 @@ class Watcher:
         if run is None:
             return
         done = measured or (bool(self.rows) and self.rows[-1]["step"] == step)
-        if self._agreed(run, not done and run.budget.affords(1)):
+        if self._agreed(run, not done):
             self._pass(run, "end", unwrapped(model), step, log)
         if run.file is not None and self.rows and not self._failed:
             self._tell_left_out(run)
@@ -193,6 +196,18 @@ class Watcher:
             return False
         wish, run.over = run.processes.vote(wish, self._failed)
         return wish and not run.over
+
+    def _tell_cost(self, run: _Run) -> None:
+        """Warn of a first pass that took long: what it will cost is known only now."""
+        cost = run.budget.cost
+        if run.file is not None and cost > _LONG:
+            warnings.warn(
+                f"lddyn's first pass over {len(run.probes.examples)} probes took {cost:.0f} s; "
+                f"budget={self.budget:g} lets one follow every {cost / self.budget:.0f} s of "
+                "training, and the last one is made in any case: give fewer probes (prompts=), "
+                "or a larger budget",
+                stacklevel=4,
+            )
 
     def _tell_left_out(self, run: _Run) -> None:
         """Warn of passes that were asked for and that the budget left out."""

@@ -127,6 +127,13 @@ def _explain_changes(
 ) -> str:
     """How far log π of these response types rose or fell, as one sentence."""
     levels, parts = _series(rows, "log_prob"), []
+    if all(len(changes[name]) == 1 for name in names):
+        first = changes[names[0]][0][0]
+        known = [
+            f"log π({printable(k)}) = {signed(levels[k][0][1], 4)}" for k in names if k in levels
+        ]
+        text = f"There is one pass over the probes, at step {first:.0f}: no change is known yet"
+        return f"{text}; {' and '.join(known)} nats." if known else f"{text}."
     for number, name in enumerate(names):
         last, change = changes[name][-1]
         highest, top = max(changes[name], key=lambda point: point[1])

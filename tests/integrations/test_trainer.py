@@ -145,7 +145,16 @@ def test_a_pass_waits_until_the_budget_has_room(tmp_path, tokenizer, monkeypatch
     _, callback = train(tmp_path, tokenizer, {"budget": "1.1%"}, also=[Slow()], max_steps=40)
     assert [row["step"] for row in callback.rows] == [0, 40]  # 0.02 s of 2 s: the last one
     _, callback = train(tmp_path, tokenizer, {"budget": "0.9%"}, also=[Slow()], max_steps=40)
-    assert [row["step"] for row in callback.rows] == [0]  # the first one is made in any case
+    # The first and the last are made in any case.
+    assert [row["step"] for row in callback.rows] == [0, 40]
+
+
+def test_a_long_first_pass_is_said(tmp_path, tokenizer, monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr("lddyn.integrations.watcher._LONG", 0.009)
+    with pytest.warns(UserWarning, match=r"first pass over \d+ probes took 0 s; budget=0\.05 lets"):
+        train(tmp_path, tokenizer, {"budget": "5%"}, max_steps=2)
+    assert clock.now == pytest.approx(0.02)
 
 
 def test_an_error_never_stops_training(tmp_path, tokenizer, monkeypatch):

@@ -680,7 +680,12 @@ def test_a_run_in_words():
     assert report.explain_dynamics([]) == []
     rows = [{"step": 0, "change/chosen": 0.0}, {"step": 2, "change/chosen": None}]
     assert report.explain_dynamics(rows) == [
-        "Over 0 steps of the watched run, log π(chosen) did not move."
+        "There is one pass over the probes, at step 0: no change is known yet."
+    ]
+    rows = [{"step": 3, "change/chosen": 0.0, "log_prob/chosen": -8.5}]
+    assert report.explain_dynamics(rows) == [
+        "There is one pass over the probes, at step 3: no change is known yet; "
+        "log π(chosen) = −8.5 nats."
     ]
     with pytest.raises(ValueError, match="at least one pass"):
         report.write_dynamics([], "nowhere.html")
