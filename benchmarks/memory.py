@@ -139,9 +139,19 @@ def warm_up(work: Work) -> None:
     work.run(transformers.LlamaForCausalLM(config), pairs(64, 2), "256MiB")
 
 
-def cell(path: str, name: str, memory: str, threads: int) -> dict[str, Any]:
+class Stopped(Exception):
+    """An analysis took longer than it was given."""
+
+
+def stop(*_: object) -> None:
+    """Ends an analysis by an error inside."""
+    raise Stopped
+
+
+def cell(path: str, name: str, memory: str, threads: int, longest: int) -> dict[str, Any]:
     """Runs one analysis in this process: seconds, and bytes before it and at its peak."""
     import gc
+    import signal
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -161,10 +171,16 @@ def cell(path: str, name: str, memory: str, threads: int) -> dict[str, Any]:
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     start, refusal = time.perf_counter(), None
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(longest)
+    stopped = False
     try:
         result = work.run(model, data, memory)
     except (ValueError, MemoryError) as error:
         result, refusal = None, f"{type(error).__name__}: {error}"
+    except Stopped:
+        result, stopped = None, True
+    signal.alarm(0)
     seconds, peak, after = time.perf_counter() - start, resident("VmHWM"), resident("VmRSS")
     budget, grown = parse_memory(memory), peak - before
     return_free_memory()
@@ -187,6 +203,7 @@ def cell(path: str, name: str, memory: str, threads: int) -> dict[str, Any]:
         "left_bytes": resident("VmRSS") - before,
         "seconds": seconds,
         "refused": refusal,
+        "stopped": stopped,
         **{key: value for key, value in provenance().items() if key in ("commit", "date")},
     }
 
@@ -199,10 +216,11 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=list(WORK), help="some analyses")
     parser.add_argument("--budget", action="append", help="some budgets")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--longest", type=int, default=1200, help="seconds of a cell; then stop")
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
-        print(json.dumps(cell(args.model, *args.cell, args.threads)))
+        print(json.dumps(cell(args.model, *args.cell, args.threads, args.longest)))
         return
     commit = provenance()["commit"]
     known = json.loads(args.out.read_text())["memory"]["result"] if args.out.exists() else {}
@@ -212,7 +230,8 @@ def main() -> None:
             if cells.get((name, memory), {}).get("commit") == commit:
                 continue
             command = [sys.executable, "-W", "ignore", __file__, args.model]
-            command += ["--threads", str(args.threads), "--cell", name, memory]
+            command += ["--threads", str(args.threads), "--longest", str(args.longest)]
+            command += ["--cell", name, memory]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 print(f"{name} at {memory}: {done.stderr[-600:]}", file=sys.stderr)
@@ -222,7 +241,7 @@ def main() -> None:
             print(
                 f"{name:31} {memory:7} grown {made['grown_bytes'] / 2**20:7.0f} MiB "
                 f"({made['grown_over_budget']:.2f}x), {made['seconds']:.0f} s "
-                f"{made['refused'] or ''}",
+                f"{made['refused'] or ''}{'stopped' if made['stopped'] else ''}",
                 flush=True,
             )
             order = [cells[n, m] for n in WORK for m in BUDGETS if (n, m) in cells]

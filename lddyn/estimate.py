@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lddyn.cells import Grid
 from lddyn.files import JsonObject, json_safe
 from lddyn.results import Result, load_result, save_result
 
@@ -108,6 +109,18 @@ class Estimate(Result):
         error = float(self.stderr.max())
         ending = "exact" if error == 0 else f"standard errors{of} up to {error:.2g}"
         return f"{tuple(self.value.shape)} estimates from {low:.4g} to {high:.4g}, {ending}"
+
+    def _grids(self) -> list[Grid]:
+        if self.value.ndim != 2 or not self.value.numel():
+            return []
+        names = [str(i) for i in range(self.value.shape[1])]
+        tables = [("estimates", self.value)]
+        if bool(self.stderr.any()):
+            tables.append(("standard errors", self.stderr))
+        return [
+            Grid(title, names, [(str(i), row) for i, row in enumerate(x.tolist())], heat=True)
+            for title, x in tables
+        ]
 
     def to_dict(self) -> JsonObject:
         """Values and standard errors as nested lists, and samples; JSON-safe."""

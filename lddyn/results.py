@@ -2,6 +2,8 @@
 
 summary()   a few JSON-safe numbers        to_dict()        all numbers and texts, JSON-safe
 explain()   sentences for people           save(), load()   files, where there are tensors to keep
+
+A notebook shows the sentences and small tables (`lddyn.cells`).
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import abc
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lddyn.cells import Grid, cell
 from lddyn.files import (
     LARGEST_RECORD,
     JsonObject,
@@ -57,6 +60,14 @@ class Result(abc.ABC):
 
     def __str__(self) -> str:
         return self.explain()
+
+    def _grids(self) -> Sequence[Grid]:
+        """Tables that a notebook shows below `explain()`."""
+        return ()
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: `explain()` and a few small tables."""
+        return cell(type(self).__name__, self.explain(), self._grids())
 
     def __repr__(self) -> str:
         shown = [

@@ -23,7 +23,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # and `csrc` know nothing of lddyn. CONTRIBUTING.md says in one line what each room is for.
 ROOMS = [
     {"lazy", "errors", "text", "stats", "reference", "ranks"},
-    {"files", "finite", "frameworks"},
+    {"cells", "files", "finite", "frameworks"},
     {"arguments", "memory", "ops", "loading", "torch_files"},
     {"results", "settings"},
     {"data", "optimizers", "environment", "estimate", "report"},

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lddyn.cells import Grid, cell
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.gram import Side, factored_gram, factored_push, token_gram
@@ -36,6 +37,7 @@ from lddyn.entk.range_finder import find_low_rank
 from lddyn.entk.shift import Shift
 from lddyn.estimate import Estimate
 from lddyn.memory import DEFAULT_MEMORY
+from lddyn.text import visible
 
 
 class NTK:
@@ -85,6 +87,17 @@ class NTK:
             f"NTK({m} observed tokens, {count} updated tokens, vocabulary {vocabulary}; "
             f"lazy, {m * count} blocks of {vocabulary} x {vocabulary})"
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: both responses, and what to ask; it computes nothing."""
+        sides = (("observed", self.observed), ("updated", self.updated))
+        rows = [
+            (name, [len(t.example), t.length, " ".join(map(visible, t.example.token_texts))[:200]])
+            for name, t in sides
+        ]
+        ask = "K.gram() compares tokens, K @ G moves logits, K.frobenius() is its size"
+        grid = Grid("Responses", ["tokens", "with the prompt", "text"], rows)
+        return cell("NTK", f"{self!r}\n{ask}", [grid])
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

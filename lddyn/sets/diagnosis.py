@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lddyn.cells import Grid
 from lddyn.files import json_safe
 from lddyn.objectives.loss import Loss
 from lddyn.objectives.losses import Value
@@ -401,6 +402,21 @@ class Diagnosis(Result):
         from lddyn.report.explain import explain_diagnosis, lines
 
         return "\n".join(lines(explain_diagnosis(self.summary())))
+
+    def _grids(self) -> list[Grid]:
+        numbers, run = self.pairs.row_numbers, self.forecast
+        rows = []
+        for i in self.worst(12):
+            chosen, rejected = self.pairs.pairs[i]
+            texts = ["".join(e.token_texts)[:60] for e in (chosen, rejected)]
+            changes = [float(self.scores[f"set_{side}"][i]) for side in ("chosen", "rejected")]
+            told = [] if run is None else [float(x[i]) for x in run.change]
+            name = f"row {numbers[i]}" if numbers else f"pair {i}"
+            rows.append((name, [float(self.contribution[i]), *changes, *told, *texts]))
+        part = "its part in mean log π(y+), " + ("nats per lr" if run is None else "nats")
+        columns = [part, "y+ by a step, nats per lr", "y−"]
+        columns += [] if run is None else ["y+ by the run, nats", "y−"]
+        return [Grid("Pairs that lower y+ most", [*columns, "y+ begins", "y− begins"], rows)]
 
     def table(self) -> list[dict[str, Any]]:
         """One dict per pair, in order: "pair", "outcome", all scores, and "row" where it is known.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lddyn.cells import Grid
 from lddyn.data.example import Example
 from lddyn.files import json_safe
 from lddyn.results import Result, load_result, save_result
@@ -257,6 +258,19 @@ class SequenceDiagnosis(Result):
         from lddyn.report.sequences import explain_sequences
 
         return "\n".join(lines(explain_sequences(self.summary())))
+
+    def _grids(self) -> list[Grid]:
+        table = self.table()
+        columns = ["contribution", "log_prob", "wanted", "set_change", "own_change"]
+        columns += ["run_change"] if self.forecast is not None else []
+        rows = []
+        for i in self.contribution.argsort(stable=True)[:12].tolist():
+            one = table[i]
+            text = "".join(self.sequences.responses[i].token_texts)[:60]
+            name = f"row {one['row']}" if "row" in one else f"sequence {i}"
+            rows.append((name, [*(one[column] for column in columns), one["label"], text]))
+        title = "Sequences that harm most (nats; changes by a step per unit of lr)"
+        return [Grid(title, [*columns, "label", "begins"], rows)]
 
     def table(self) -> list[dict[str, Any]]:
         """One dict per sequence, in order.

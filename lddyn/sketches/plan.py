@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lddyn import ops
+from lddyn.cells import Grid, cell
 from lddyn.data.example import Example
 from lddyn.data.token_table import table_of
 from lddyn.engine.anatomy import Anatomy
@@ -103,6 +104,19 @@ class Plan(Result):
         if self.chosen is None:
             lines.append("nothing fits: raise memory or rtol, or plan for fewer examples at a time")
         return "\n".join(lines)
+
+    def _grids(self) -> list[Grid]:
+        rows = []
+        for c in self.candidates:
+            error = "exact" if c.error == 0 else "?" if math.isnan(c.error) else f"{c.error:.2%}"
+            disk = bytes_text(c.disk) if c.disk else "–"
+            costs = [seconds_text(c.seconds), bytes_text(c.memory), disk, error]
+            name = f"{'→ ' if c is self.chosen else ''}{c.name}"
+            rows.append((name, [c.flops / 1e9, *costs, "" if c.fits else "does not fit"]))
+        return [Grid("Ways", ["GFLOP", "time ≥", "memory", "disk", "error", ""], rows)]
+
+    def _repr_html_(self) -> str:
+        return cell("Plan", repr(self), self._grids())
 
     def to_dict(self) -> JsonObject:
         """The table and all ways to it, JSON-safe."""

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
+from lddyn.cells import Grid
 from lddyn.files import json_safe
 from lddyn.report.data import ResponseData, StepData
 from lddyn.results import Result, load_result, save_result
 from lddyn.steps.verification import Verification
+from lddyn.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -196,6 +198,17 @@ class Observed(Result):
             f"start − midpoint {float(self.error_estimate.sum()):+.1g}"
         )
 
+    def _grids(self) -> list[Grid]:
+        sums = [(visible(t), [float(v)]) for t, v in zip(self.tokens, self.delta_logp, strict=True)]
+        return [Grid(f"{self.name}: Δ log π of each token, nats", ["Δ log π"], sums, heat=True)]
+
+    def influence_grid(self, update_tokens: Sequence[str]) -> Grid:
+        """The influence table with token texts: rows are observed tokens, columns update tokens."""
+        title = f"{self.name}: Δ log π of each token by each update token, nats"
+        rows = zip(map(visible, self.tokens), self.influence.tolist(), strict=True)
+        columns = [visible(token, longest=10) for token in update_tokens]
+        return Grid(title, columns, list(rows), heat=True)
+
     def to_dict(self) -> ResponseData:
         """All numbers and texts, JSON-safe, but for `vocabulary_shift` (M, V)."""
         return {
@@ -363,6 +376,18 @@ class Decomposition(Result):
             ],
             "observed": [o.to_dict() for o in self.observed],
         }
+
+    def _grids(self) -> list[Grid]:
+        texts = [token.text for token in self.update_tokens]
+        responses = []
+        for one in self.observed:
+            by = max(self.strongest(one, 1), key=lambda t: abs(t[1]), default=None)
+            cause = "" if by is None else f"{visible(by[0].text)} of {by[0].sequence}"
+            numbers = [len(one.tokens), float(one.logp.sum()), float(one.delta_logp.sum())]
+            responses.append((one.name, [*numbers, cause, None if by is None else by[1]]))
+        columns = ["tokens", "log π", "Δ log π", "strongest update token", "its part"]
+        grids = [Grid("Responses, nats", columns, responses)]
+        return [*grids, *(one.influence_grid(texts) for one in self.observed[:4])]
 
     def strongest(self, observed: Observed, count: int = 8) -> list[tuple[UpdateToken, float]]:
         """Update tokens with the largest total effect on a response, by magnitude, in nats."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lddyn.cells import Grid, cell
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.guard import undisturbed
@@ -124,6 +125,18 @@ class MassFlow(Result):
                 "share_of_labels_that_gain": _mean(flow.gainers / (self.log_probs.shape[1] - 1)),
             }
         return result
+
+    def _grids(self) -> list[Grid]:
+        columns = ["y* (likeliest other)", "y", "y*", "other top", "rest", "y, predicted"]
+        real, told, rows = self.measured, self.predicted, []
+        for m, token in enumerate(self.tokens):
+            moved = [float(x[m]) for x in (real.label, real.argmax, real.top, real.rest)]
+            star = visible(self.text_of(int(self.argmax[m])))
+            rows.append((visible(token), [star, *moved, float(told.label[m])]))
+        return [Grid(f"{self.name}: change of probability in a real step", columns, rows)]
+
+    def _repr_html_(self) -> str:
+        return cell("MassFlow", repr(self), self._grids())
 
     def to_dict(self) -> dict[str, Any]:
         """The summary and one entry per position, JSON-safe; without whole distributions."""

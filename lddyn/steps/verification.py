@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lddyn.cells import Grid
 from lddyn.files import json_safe, read_sealed, replace_file, sealed
 from lddyn.report.data import CheckData
 from lddyn.results import Result
@@ -93,6 +94,16 @@ class Verification(Result):
                 "dominate (try smaller lrs), or at the level of rounding"
             )
         return "\n".join(lines)
+
+    def _grids(self) -> list[Grid]:
+        rows = [
+            (f"lr {lr:.3g}", [float(m.sum()), float(p.sum()), e])
+            for lr, m, p, e in zip(
+                self.lrs, self.measured, self.predicted, self.errors, strict=True
+            )
+        ]
+        columns = ["measured", "predicted", "‖error‖ over tokens"]
+        return [Grid("Δ log π of all observed tokens, nats", columns, rows)]
 
     def to_dict(self) -> CheckData:
         """All numbers, JSON-safe; a slope that is not known is None."""

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lddyn.cells import Grid, cell
 from lddyn.data.token_table import COLUMNS
 from lddyn.estimate import Estimate
 from lddyn.files import JsonObject
@@ -65,12 +66,16 @@ class Hit:
             >>> Hit(-2.0, 0.25, "1f2e", 7, 40, 1, 3, 9, 5).explain()
             '-2 ± 0.25  token 3 (id 5) of example 7 (1f2e)'
         """
+        error = f" ± {self.stderr:.2g}" if self.stderr else ""
+        return f"{self.value:+.4g}{error}  {self.place}"
+
+    @property
+    def place(self) -> str:
+        """Which token or sequence it is."""
         what = "all" if self.tokens == 1 else f"all {self.tokens} tokens"
         if self.token_id is not None:
             what = f"token {self.response_index} (id {self.token_id})"
-        error = f" ± {self.stderr:.2g}" if self.stderr else ""
-        place = f"example {self.example_index} ({self.example_id})"
-        return f"{self.value:+.4g}{error}  {what} of {place}"
+        return f"{what} of example {self.example_index} ({self.example_id})"
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,19 @@ class Hits(Result):
             lines.append(f"query {query}")
             lines += [f"  {hit.explain()}" for hit in self[query]]
         return "\n".join(lines)
+
+    def _grids(self) -> list[Grid]:
+        return [
+            Grid(
+                f"query {query}",
+                ["value", "± (standard error)"],
+                [(hit.place, [hit.value, hit.stderr]) for hit in self[query]],
+            )
+            for query in range(min(3, len(self)))
+        ]
+
+    def _repr_html_(self) -> str:
+        return cell("Hits", repr(self), self._grids())
 
     def to_dict(self) -> JsonObject:
         """All hits, JSON-safe: {"by", "queries": [[fields of each `Hit`] for each query]}."""
