@@ -51,15 +51,19 @@ class StepBudget:
         values = sum(p.numel() for p in trainable.values())
         held = held_bytes(trainable, optimizer)
         making = making_bytes(anatomy, trainable, optimizer)
-        copies = budget.holds(max(held + size, making)) or not inside_blocks(anatomy)
+        logits = logits_bytes(anatomy, observed, updated)
+        copies = budget.holds(max(held + size, making) + logits) or not inside_blocks(anatomy)
         vectors = max(held + (size if copies else moved), making)
-        needed = vectors + logits_bytes(anatomy, observed, updated)
-        several = vectors > size + moved
-        budget.require(
-            needed,
-            f"a step of {values:,} trainable values with {type(optimizer).__name__}",
-            'or train an adapter, or use optimizer="sgd"' if several else "or train an adapter",
-        )
+        what = f"a step of {values:,} trainable values with {type(optimizer).__name__}"
+        remedy = "or train an adapter"
+        if logits > vectors:
+            tokens = sum(map(len, {*observed, *updated}))
+            what = f"a step with logits of {tokens:,} response tokens over {anatomy.vocabulary:,}"
+            remedy = "or give fewer or shorter responses"
+        elif vectors > size + moved:
+            remedy += ', or use optimizer="sgd"'
+        needed = vectors + logits
+        budget.require(needed, what, remedy)
         return cls(budget, copies, budget.beside(needed))
 
     def group(self) -> int | None:

@@ -720,6 +720,13 @@ def test_memory_that_holds_no_step_is_refused_before_the_work(monkeypatch):
     assert dec.verify(dtype=None).errors
     assert all(map(torch.equal, before, model.parameters()))
     lddyn.decompose(model, observed, lddyn.SFT(updated), 1e-3, optimizer="adam")  # "auto" takes it
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.numel() < 100)  # little trains: logits need most
+    long = lddyn.Example([3], [i % 80 for i in range(60)])
+    with pytest.raises(
+        lddyn.MemoryBudgetError, match=r"logits of 60 response tokens over \d+ needs .*shorter"
+    ):
+        lddyn.decompose(model, long, lddyn.SFT(long), 1e-3, memory=1 << 16)
     # Adam's gradient of 16-bit weights is float32, taken on a float32 copy: four times the weights.
     half = zoo.build("llama").to(torch.bfloat16)
     lddyn.decompose(half, observed, lddyn.SFT(updated), 1e-3, memory=size)
