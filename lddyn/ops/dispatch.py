@@ -30,7 +30,7 @@ logger = logging.getLogger("lddyn")
 BACKENDS = ("blas", "cuda", "triton", "cpp", "reference")
 # Backends in the order in which they are tried, by type of device; other types run the reference.
 _PREFERRED = {
-    "cpu": ("cpp", "reference"),
+    "cpu": ("blas", "cpp", "reference"),
     "cuda": ("blas", "triton", "cuda", "reference"),
 }
 GROUP = "lddyn.backends"  # of entry points: backend name = module with functions named as the ops
