@@ -209,7 +209,9 @@ def memory(section: dict) -> str:
     for cell in result["cells"]:
         limit = 1.25 * cell["budget_bytes"] + FLOOR
         grown = f"{cell['grown_bytes'] / 2**20:,.0f} MiB"
-        text = f"{grown}, {cell['grown_over_budget']:.2f}×, {duration(cell['seconds'])}"
+        time = duration(cell["seconds"])
+        time = f"stopped after {time}" if cell.get("stopped") else time
+        text = f"{grown}, {cell['grown_over_budget']:.2f}×, {time}"
         if cell["refused"]:
             text = f"refused ({grown})"
         elif cell["grown_bytes"] > limit:

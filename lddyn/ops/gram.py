@@ -87,9 +87,14 @@ _TILE = 128  # of cotangents, in both kernels
 _Launch = Callable[[Tensor, Tensor, Tensor, _Lengths, _Lengths, Tensor, int], Tensor]
 
 
-def _workspace(grads: Tensor) -> torch.dtype:
-    """Dtype of S and of pushed gradients: bfloat16 on a GPU alone; float16's range is too small."""
-    return torch.bfloat16 if grads.is_cuda and grads.dtype == torch.bfloat16 else torch.float32
+def _workspace(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of S and of pushed gradients in kernels: float32 for float16, whose range is small."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _formed(grads: Tensor) -> torch.dtype:
+    """The same for torch's products, which on a CPU are of float32."""
+    return _workspace(grads.dtype) if grads.is_cuda else torch.float32
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
@@ -111,7 +116,7 @@ def _push(
 ) -> Tensor:
     """S = a_u a_oᵀ, then `launch` on chunks of observed cotangents whose workspaces are bounded."""
     (m, s, d_out), (n, t, _) = g_o.shape, g_u.shape
-    similarity = g_o.new_zeros(t, s + -s % 16, dtype=_workspace(g_o))  # aligned rows
+    similarity = g_o.new_zeros(t, s + -s % 16, dtype=_workspace(g_o.dtype))  # aligned rows
     similarity[:, :s] = _product(a_u, a_o.T)
     columns = max(64, min(d_out + -d_out % 64, _PUSHED // (m * t) // 64 * 64))
     rows = min(m, 65535, max(1, _PUSHED // (t * columns)))
@@ -133,7 +138,7 @@ def _materialise(a_o: Tensor, g_o: Tensor, a_u: Tensor, g_u: Tensor) -> Tensor:
     rows = max(1, most // ((len(g_o) + len(g_u)) * g_o.shape[2]))
     for lo in range(0, a_o.shape[1], rows):
         formed = (
-            _product(a[:, lo : lo + rows].T.expand(len(g), -1, -1), g).to(_workspace(g))
+            _product(a[:, lo : lo + rows].T.expand(len(g), -1, -1), g).to(_formed(g))
             for a, g in ((a_o, g_o), (a_u, g_u))
         )
         left, right = (x.flatten(1) for x in formed)
@@ -288,7 +293,7 @@ def _push_blas(
     lengths_u: _Lengths,
 ) -> Tensor:
     (m, _, d_out), (n, t, _) = g_o.shape, g_u.shape
-    dtype = _workspace(g_o)
+    dtype = _formed(g_o)
     similarity, right = _product(a_u, a_o.T).to(dtype), g_u.to(dtype).reshape(n, t * d_out)
     out = g_o.new_empty(m, n, dtype=torch.float32)
     most = 4 * _PUSHED if g_o.is_cuda else _PUSHED_CPU
