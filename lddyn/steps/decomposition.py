@@ -202,7 +202,7 @@ class Observed(Result):
         sums = [(visible(t), [float(v)]) for t, v in zip(self.tokens, self.delta_logp, strict=True)]
         return [Grid(f"{self.name}: Δ log π of each token, nats", ["Δ log π"], sums, heat=True)]
 
-    def influence_grid(self, update_tokens: Sequence[str]) -> Grid:
+    def _influence_grid(self, update_tokens: Sequence[str]) -> Grid:
         """The influence table with token texts: rows are observed tokens, columns update tokens."""
         title = f"{self.name}: Δ log π of each token by each update token, nats"
         rows = zip(map(visible, self.tokens), self.influence.tolist(), strict=True)
@@ -387,7 +387,7 @@ class Decomposition(Result):
             responses.append((one.name, [*numbers, cause, None if by is None else by[1]]))
         columns = ["tokens", "log π", "Δ log π", "strongest update token", "its part"]
         grids = [Grid("Responses, nats", columns, responses)]
-        return [*grids, *(one.influence_grid(texts) for one in self.observed[:4])]
+        return [*grids, *(one._influence_grid(texts) for one in self.observed[:4])]
 
     def strongest(self, observed: Observed, count: int = 8) -> list[tuple[UpdateToken, float]]:
         """Update tokens with the largest total effect on a response, by magnitude, in nats."""
