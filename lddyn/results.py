@@ -61,13 +61,17 @@ class Result(abc.ABC):
     def __str__(self) -> str:
         return self.explain()
 
+    def _caption(self) -> str:
+        """What a notebook says above the tables; the repr, where these say what `explain` does."""
+        return self.explain()
+
     def _grids(self) -> Sequence[Grid]:
-        """Tables that a notebook shows below `explain()`."""
+        """Tables that a notebook shows below the caption."""
         return ()
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: `explain()` and a few small tables."""
-        return cell(type(self).__name__, self.explain(), self._grids())
+        """What a notebook shows: a caption and a few small tables."""
+        return cell(type(self).__name__, self._caption(), self._grids())
 
     def __repr__(self) -> str:
         shown = [

@@ -368,12 +368,21 @@ def pair_head(
         return None if precondition is None else precondition[name]
 
     if one.head is not None and other.head is not None:
-        if one.head.ids is not None or other.head.ids is not None:
+        weight, bias = one.head.weight, one.head.bias
+        partial = one.head.ids is not None or other.head.ids is not None
+        if partial or weight is bias is None:
             return
-        if one.head.weight is not None:
-            add(one.head.weight, _pair_heads(one.head, other.head, scale(one.head.weight)))
-        if one.head.bias is not None:
-            add(one.head.bias, _pair_cotangents(one.head, other.head, scale(one.head.bias)))
+        if precondition is None:
+            products = _pair_cotangents(one.head, other.head)
+            if weight is not None:
+                add(weight, products * (_wide(one.head.hidden) @ _wide(other.head.hidden).T))
+            if bias is not None:
+                add(bias, products)
+            return
+        if weight is not None:
+            add(weight, _pair_preconditioned(one.head, other.head, precondition[weight]))
+        if bias is not None:
+            add(bias, (one.head.rows * precondition[bias]) @ other.head.rows.T)
     elif other.head is not None and other.head.weight is not None:
         name = other.head.weight
         for tap, delta in one.taps:
@@ -387,23 +396,20 @@ def pair_head(
                 add(name, _pair_embedding_head(tap, delta, one.head, scale(name)).T)
 
 
-def _pair_cotangents(one: HeadFactor, other: HeadFactor, scale: Tensor | None = None) -> Tensor:
-    """⟨v_m, P ∘ v_l⟩ of the cotangents of two heads, (M, L); P (V,), or None for 1."""
-    if scale is None and one.given is other.given is None:
+def _pair_cotangents(one: HeadFactor, other: HeadFactor) -> Tensor:
+    """⟨v_m, v_l⟩ of the cotangents of two heads, (M, L)."""
+    if one.given is other.given is None:
         products: Tensor = ops.residual_gram(one.logits, one.targets, other.logits, other.targets)
         return products
-    rows = one.rows if scale is None else one.rows * scale
-    return rows @ other.rows.T
+    return one.rows @ other.rows.T
 
 
-def _pair_heads(one: HeadFactor, other: HeadFactor, scale: Tensor | None) -> Tensor:
-    """⟨v_m ⊗ h_m, P ∘ (v_l ⊗ h_l)⟩ of the gradients of W, (M, L); P (V, d), or None for 1.
+def _pair_preconditioned(one: HeadFactor, other: HeadFactor, scale: Tensor) -> Tensor:
+    """⟨v_m ⊗ h_m, P ∘ (v_l ⊗ h_l)⟩ of the gradients of W, (M, L), with P (V, d).
 
     Σ_v v_m[v] v_l[v] (P (h_m ∘ h_l))[v] is summed over parts of the vocabulary.
     """
     hidden, source = _wide(one.hidden), _wide(other.hidden)
-    if scale is None:
-        return _pair_cotangents(one, other) * (hidden @ source.T)
     rows, source_rows = one.rows.to(hidden.dtype), other.rows.to(hidden.dtype)
     mixed = (source[:, None] * hidden[None]).flatten(0, 1)
     total = hidden.new_zeros(len(source), len(hidden))

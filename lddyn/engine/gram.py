@@ -30,6 +30,8 @@ from lddyn.memory import DEFAULT_MEMORY, is_out_of_memory, parse_memory, tidied
 
 _Made = TypeVar("_Made")
 
+_Group = list[tuple[int, Tensor]]  # numbers of sides, and rows of each
+
 Sink = Callable[[str, Tensor, Tensor, Tensor], None]  # parameter, rows o, rows u, block (c, c')
 
 CHUNK = 32
@@ -153,9 +155,9 @@ def token_gram(
         disable=None if progress else True,
         leave=False,
     )
-    done = [torch.zeros(len(side), dtype=torch.bool) for side in updated]
-    for group in groups:
-        pulls = _descents(observed, updated, group, done, budget)
+    turns = _turns(updated, groups)
+    for number, group in enumerate(groups):
+        pulls = _descents(observed, updated, group, number, turns, budget)
         heads = [pull.down.head_factors() for pull in pulls]
         for pull_o, head_o in zip(pulls, heads, strict=True):
             for pull_u, head_u in zip(pulls, heads, strict=True):
@@ -212,8 +214,9 @@ class _Descent:
 def _descents(
     observed: Sequence[Side],
     updated: Sequence[Side],
-    group: Sequence[tuple[int, Tensor]],
-    done: Sequence[Tensor],
+    group: _Group,
+    number: int,
+    turns: Sequence[Tensor],
     budget: int,
 ) -> list[_Descent]:
     """The rows that go down together for one group: its own, and the observed ones they need.
@@ -222,8 +225,8 @@ def _descents(
         observed: All observed sides.
         updated: All updated sides.
         group: Updated sides, by number, and rows of each.
-        done: For each updated side which of its rows (L,) were in earlier groups; the group's are
-            added.
+        number: Number of this group.
+        turns: As of `_turns`.
         budget: Bytes.
     """
     starts_o, starts_u = _offsets(observed), _offsets(updated)
@@ -233,19 +236,19 @@ def _descents(
             return Pullback(side.trace, side.given, rows, side.chunk(budget))
 
     pulls, alone = [], False  # whether a side of the group is not observed
-    before = [rows.clone() for rows in done]
     for index, rows in group:
         twin = _find(observed, updated[index])
         alone |= twin is None
         at_o = None if twin is None else starts_o[twin]
         pulls.append(_Descent(down(updated[index], rows), at_o, starts_u[index], kept=True))
-        done[index][rows.cpu()] = True
     for side, at_o in zip(observed, starts_o, strict=False):
-        twin, device = _find(updated, side), side.trace.positions.device
+        twin = _find(updated, side)
         if twin is None:
-            pulls.append(_Descent(down(side, torch.arange(len(side), device=device)), at_o, None))
+            every = torch.arange(len(side), device=side.trace.positions.device)
+            pulls.append(_Descent(down(side, every), at_o, None))
             continue
-        later, earlier = (mask.nonzero()[:, 0].to(device) for mask in (~done[twin], before[twin]))
+        turn = turns[twin]
+        later, earlier = (mask.nonzero()[:, 0] for mask in (turn > number, turn < number))
         if len(later):
             pulls.append(_Descent(down(side, later), at_o, starts_u[twin]))
         if len(earlier) and alone:
@@ -547,9 +550,18 @@ def chunk_size(
     return int(max(1, min(best, budget // 4 // max(1, bytes_per_cotangent))))
 
 
-def _groups(sides: Sequence[Side], budget: int) -> list[list[tuple[int, Tensor]]]:
+def _turns(sides: Sequence[Side], groups: Sequence[_Group]) -> list[Tensor]:
+    """The number of the group that each row of each side is in, one tensor (L,) a side."""
+    turns = [torch.empty_like(side.trace.positions) for side in sides]
+    for number, group in enumerate(groups):
+        for index, rows in group:
+            turns[index][rows] = number
+    return turns
+
+
+def _groups(sides: Sequence[Side], budget: int) -> list[_Group]:
     """Rows of the updated sides in groups whose factors of one segment fit the budget."""
-    groups: list[list[tuple[int, Tensor]]] = [[]]
+    groups: list[_Group] = [[]]
     left = budget
     for index, side in enumerate(sides):
         width = max((w.width for w in side.trace.work.values()), default=0)

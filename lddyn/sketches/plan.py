@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lddyn import ops
-from lddyn.cells import Grid, cell
+from lddyn.cells import Grid
 from lddyn.data.example import Example
 from lddyn.data.token_table import table_of
 from lddyn.engine.anatomy import Anatomy
@@ -40,6 +40,13 @@ if TYPE_CHECKING:
 _KINDS = ("twosided", "lowrank")
 
 _TIE = 1.1  # what an exact answer may cost over an estimate
+
+
+def _costs(c: Candidate) -> list[str]:
+    """Time, memory, disk and error of a way, as text."""
+    error = "exact" if c.error == 0 else "?" if math.isnan(c.error) else f"{c.error:.2%}"
+    disk = bytes_text(c.disk) if c.disk else "–"
+    return [seconds_text(c.seconds), bytes_text(c.memory), disk, error]
 
 
 @dataclass(frozen=True)
@@ -92,12 +99,11 @@ class Plan(Result):
             f"{'':2}{'way':36} {'GFLOP':>9} {'time ≥':>9} {'memory':>9} {'disk':>9} {'error':>8}",
         ]
         for c in self.candidates:
-            error = "exact" if c.error == 0 else "?" if math.isnan(c.error) else f"{c.error:.2%}"
-            disk = bytes_text(c.disk) if c.disk else "–"
+            seconds, memory, disk, error = _costs(c)
             mark = "→" if c is self.chosen else " "
             lines.append(
-                f"{mark:2}{c.name:36} {c.flops / 1e9:9.4g} {seconds_text(c.seconds):>9} "
-                f"{bytes_text(c.memory):>9} {disk:>9} {error:>8}"
+                f"{mark:2}{c.name:36} {c.flops / 1e9:9.4g} {seconds:>9} {memory:>9} {disk:>9} "
+                f"{error:>8}"
             )
             lines.append(f"{'':4}{c.why}")
         lines.append(f"time at {self.rate / 1e9:.4g} GFLOP/s, the rate of one product here and now")
@@ -108,15 +114,12 @@ class Plan(Result):
     def _grids(self) -> list[Grid]:
         rows = []
         for c in self.candidates:
-            error = "exact" if c.error == 0 else "?" if math.isnan(c.error) else f"{c.error:.2%}"
-            disk = bytes_text(c.disk) if c.disk else "–"
-            costs = [seconds_text(c.seconds), bytes_text(c.memory), disk, error]
             name = f"{'→ ' if c is self.chosen else ''}{c.name}"
-            rows.append((name, [c.flops / 1e9, *costs, "" if c.fits else "does not fit"]))
+            rows.append((name, [c.flops / 1e9, *_costs(c), "" if c.fits else "does not fit"]))
         return [Grid("Ways", ["GFLOP", "time ≥", "memory", "disk", "error", ""], rows)]
 
-    def _repr_html_(self) -> str:
-        return cell("Plan", repr(self), self._grids())
+    def _caption(self) -> str:
+        return repr(self)
 
     def to_dict(self) -> JsonObject:
         """The table and all ways to it, JSON-safe."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lddyn.cells import Grid, cell
+from lddyn.cells import Grid
 from lddyn.data.example import Example
 from lddyn.engine.anatomy import Anatomy
 from lddyn.engine.guard import undisturbed
@@ -135,8 +135,8 @@ class MassFlow(Result):
             rows.append((visible(token), [star, *moved, float(told.label[m])]))
         return [Grid(f"{self.name}: change of probability in a real step", columns, rows)]
 
-    def _repr_html_(self) -> str:
-        return cell("MassFlow", repr(self), self._grids())
+    def _caption(self) -> str:
+        return repr(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The summary and one entry per position, JSON-safe; without whole distributions."""

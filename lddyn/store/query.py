@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lddyn.cells import Grid, cell
+from lddyn.cells import Grid
 from lddyn.data.token_table import COLUMNS
 from lddyn.estimate import Estimate
 from lddyn.files import JsonObject
@@ -158,8 +158,8 @@ class Hits(Result):
             for query in range(min(3, len(self)))
         ]
 
-    def _repr_html_(self) -> str:
-        return cell("Hits", repr(self), self._grids())
+    def _caption(self) -> str:
+        return repr(self)
 
     def to_dict(self) -> JsonObject:
         """All hits, JSON-safe: {"by", "queries": [[fields of each `Hit`] for each query]}."""
